@@ -1,0 +1,540 @@
+"""The schema of a run: every dial, its default and its rules; imports no torch, so that mistakes answer at once.
+
+Rules inside one group live in that class's `__post_init__`, rules across groups in `RunConfig.__post_init__`. A
+message says what was given, what is allowed and which key to change. Only this file knows Hydra: `register` puts
+every choice of a group under `schema/`, where the files of `conf/` pick it up.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from transfer.config import (
+    DiskConfig,
+    HttpSenderConfig,
+    IpcConfig,
+    LocalConfig,
+    RaySenderConfig,
+    TransferConfig,
+    positive,
+)
+
+# --- task: prompts, and how an answer is scored -----------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """Prompts and a gold score; procedural tasks draw their prompts from `seed`, files are read once."""
+
+    held_out: int = 128  # prompts kept for evaluation, never trained on
+
+    def __post_init__(self) -> None:
+        at_least("task.held_out", self.held_out, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceTaskConfig(TaskConfig):
+    """Shared dials of the tasks on a string of letters."""
+
+    letters: int = 6  # size of the alphabet, from "a"
+    min_length: int = 3
+    max_length: int = 5
+    prompts: int = 4096  # distinct training prompts, at most
+    demonstration_errors: float = 0.3  # share of a demonstration's letters drawn at random: people err, too
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        in_range("task.demonstration_errors", self.demonstration_errors, 0.0, 1.0)
+        in_range("task.letters", self.letters, 2, 26)
+        at_least("task.min_length", self.min_length, 1)
+        at_least("task.max_length", self.max_length, self.min_length)
+        at_least("task.prompts", self.prompts, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class SortTaskConfig(SequenceTaskConfig):
+    """`dbca=` -> `abcd`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReverseTaskConfig(SequenceTaskConfig):
+    """`dbca=` -> `acbd`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ArithmeticTaskConfig(TaskConfig):
+    """`12+7=` -> `19`."""
+
+    max_number: int = 20  # both operands are drawn from 0..max_number
+    operators: str = "+-"
+    prompts: int = 4096
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        at_least("task.max_number", self.max_number, 1)
+        at_least("task.prompts", self.prompts, 1)
+        if not self.operators or set(self.operators) - set("+-*"):
+            raise ValueError(f"task.operators must be made of '+', '-' and '*' (got {self.operators!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class JsonlTaskConfig(TaskConfig):
+    """A JSON-lines file as TRL users have it: prompt/answer, prompt/chosen/rejected, or conversations."""
+
+    held_out: int = 64  # rows are fewer than a generator's
+    path: str  # the file
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+
+
+# --- model: the policy and its tokenizer ------------------------------------------------------------------------------
+
+
+class Precision(enum.Enum):
+    """The dtype of a model's weights and arithmetic."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(enum.Enum):
+    """Where models live; auto takes a GPU when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The policy."""
+
+    dtype: Precision = Precision.float32
+    device: Device = Device.auto
+    attention: str = "sdpa"  # transformers' attn_implementation
+
+    def __post_init__(self) -> None:
+        one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass(slots=True, kw_only=True)
+class TinyModelConfig(ModelConfig):
+    """A transformers architecture made from these numbers, with a character-level tokenizer made from the task."""
+
+    architecture: str = "qwen3"  # or llama, mistral
+    layers: int = 3
+    hidden: int = 64
+    heads: int = 4
+    intermediate: int = 192
+    context: int = 512  # positions
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        for key in ("layers", "hidden", "heads", "intermediate", "context"):
+            at_least(f"model.{key}", getattr(self, key), 1)
+        if self.hidden % self.heads:
+            raise ValueError(f"model.hidden must be a multiple of model.heads (got {self.hidden} and {self.heads})")
+
+
+@dataclass(slots=True, kw_only=True)
+class HfModelConfig(ModelConfig):
+    """Any transformers causal LM with its tokenizer."""
+
+    path: str  # a folder, or a name on the Hugging Face hub
+
+
+# --- rollout: what samples --------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutConfig:
+    """Rollout workers, each a process with a policy of its own."""
+
+    workers: int = 1
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    dtype: Precision | None = None  # null: the policy's own
+    timeout_s: float = 300.0  # deadline of one batch of samples, seconds
+
+    def __post_init__(self) -> None:
+        at_least("rollout.workers", self.workers, 1)
+        at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
+        positive("rollout.temperature", self.temperature)
+        positive("rollout.timeout_s", self.timeout_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class HfRolloutConfig(RolloutConfig):
+    """Engine `hf`: transformers models with a key/value cache, one prefill a prompt."""
+
+
+# --- reward: (prompt, answer) -> number -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardConfig:
+    """The training signal."""
+
+
+@dataclass(slots=True, kw_only=True)
+class VerifierRewardConfig(RewardConfig):
+    """The task's own score."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelRewardConfig(RewardConfig):
+    """A Bradley-Terry reward model: loaded from `path`, or trained on preferences when `path` is null.
+
+    Preferences come from the task's file, else pairs are sampled from the policy and the gold score prefers one.
+    """
+
+    path: str | None = None
+    prompts: int = 4096  # prompts from which pairs are sampled, at most
+    samples: int = 4  # answers sampled a prompt; every two whose gold scores differ make a pair
+    label_noise: float = 0.05  # share of sampled pairs whose preference is flipped: people err, too
+    steps: int = 300
+    prompts_per_batch: int = 32  # with all pairs of each
+    lr: float = 2e-3
+    held_out: float = 0.1  # share of the pairs kept to measure accuracy and margin
+
+    def __post_init__(self) -> None:
+        at_least("reward.prompts", self.prompts, 1)
+        at_least("reward.samples", self.samples, 2)
+        in_range("reward.label_noise", self.label_noise, 0.0, 0.5)
+        at_least("reward.steps", self.steps, 1)
+        at_least("reward.prompts_per_batch", self.prompts_per_batch, 1)
+        positive("reward.lr", self.lr)
+        in_range("reward.held_out", self.held_out, 0.0, 0.9)
+
+
+@dataclass(slots=True, kw_only=True)
+class FunctionRewardConfig(RewardConfig):
+    """The user's `(prompts, completions, **columns) -> list[float | None]`, as `package.module:name`."""
+
+    function: str
+
+    def __post_init__(self) -> None:
+        module, _, name = self.function.partition(":")
+        if not module or not name:
+            raise ValueError(f"reward.function must be like package.module:name (got {self.function!r})")
+
+
+# --- algo: rewards -> advantages -> loss ------------------------------------------------------------------------------
+
+
+class Advantage(enum.Enum):
+    """Rewards -> advantages (advantages.py)."""
+
+    group_norm = "group_norm"  # GRPO
+    group_mean = "group_mean"  # Dr.GRPO
+    leave_one_out = "leave_one_out"  # RLOO
+    reinforce_pp = "reinforce_pp"  # REINFORCE++
+    gae = "gae"  # PPO, with a critic
+
+
+class PolicyLoss(enum.Enum):
+    """Advantages -> loss of the policy (losses.py)."""
+
+    clip = "clip"  # PPO's clipped surrogate
+    reinforce = "reinforce"  # -A log pi
+
+
+class Aggregation(enum.Enum):
+    """How token losses become one number (losses.py)."""
+
+    token_mean = "token_mean"
+    seq_mean_token_mean = "seq_mean_token_mean"
+    seq_mean_token_sum_norm = "seq_mean_token_sum_norm"
+
+
+class KlIn(enum.Enum):
+    """Where the KL penalty to the reference policy enters."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+@dataclass(slots=True, kw_only=True)
+class AlgoConfig:
+    """One algorithm is one choice a line; every combination that makes sense can be composed."""
+
+    name: str
+    advantage: Advantage
+    loss: PolicyLoss = PolicyLoss.clip
+    aggregation: Aggregation = Aggregation.token_mean
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.2  # 0: no reference policy is kept
+    kl_in: KlIn = KlIn.loss
+    gamma: float = 1.0
+    lam: float = 0.95  # GAE's lambda
+    critic_lr: float = 1e-3
+    value_clip: float | None = 0.2
+    critic_warmup_steps: int = 5  # steps in which only the critic learns
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range("algo.clip_low", self.clip_low, 0.0, 1.0)
+        at_least("algo.clip_high", self.clip_high, 0.0)
+        at_least("algo.kl_coef", self.kl_coef, 0.0)
+        in_range("algo.gamma", self.gamma, 0.0, 1.0)
+        in_range("algo.lam", self.lam, 0.0, 1.0)
+        positive("algo.critic_lr", self.critic_lr)
+        at_least("algo.critic_warmup_steps", self.critic_warmup_steps, 0)
+        at_least("algo.entropy_coef", self.entropy_coef, 0.0)
+
+    @property
+    def group_based(self) -> bool:
+        """Whether the advantage compares samples of one prompt, so that one sample alone teaches nothing."""
+        return self.advantage in (Advantage.group_norm, Advantage.group_mean, Advantage.leave_one_out)
+
+
+# --- optim, logger ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """The policy's optimiser."""
+
+    lr: float = 2e-4
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("optim.lr", self.lr)
+        positive("optim.max_grad_norm", self.max_grad_norm)
+
+
+@dataclass(slots=True, kw_only=True)
+class AdamWConfig(OptimConfig):
+    """Decoupled weight decay (arXiv:1711.05101)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
+        in_range("optim.beta1", self.beta1, 0.0, 1.0)
+        in_range("optim.beta2", self.beta2, 0.0, 1.0)
+
+
+@dataclass(slots=True, kw_only=True)
+class LoggerConfig:
+    """Where metrics go."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ConsoleLoggerConfig(LoggerConfig):
+    """A progress bar per stage and, at the end, a table."""
+
+
+@dataclass(slots=True, kw_only=True)
+class JsonlLoggerConfig(LoggerConfig):
+    """`metrics.jsonl` in the run's folder: one object a step."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TensorboardLoggerConfig(LoggerConfig):
+    """TensorBoard event files in `tensorboard/` in the run's folder."""
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class SftConfig:
+    """The supervised warm-up on the task's demonstrations; `steps=0` leaves it out."""
+
+    steps: int = 200
+    batch_size: int = 64
+    lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        at_least("sft.steps", self.steps, 0)
+        at_least("sft.batch_size", self.batch_size, 1)
+        positive("sft.lr", self.lr)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """One run, in the order of its data flow."""
+
+    task: TaskConfig
+    model: ModelConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    algo: AlgoConfig
+    optim: OptimConfig
+    transfer: TransferConfig
+    logger: dict[str, LoggerConfig] = field(default_factory=dict)
+    sft: SftConfig = field(default_factory=SftConfig)
+    seed: int = 0
+    steps: int = 60
+    prompts_per_step: int = 32
+    samples_per_prompt: int = 8
+    updates_per_step: int = 1  # optimiser steps on one step's samples
+    tokens_per_microbatch: int = 16384  # bounds memory only; gradients are the same for any value
+    evaluate_every: int = 10  # steps between evaluations on held-out prompts
+    threads: int = 1  # torch threads a process; another number changes the last bits of floats
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        for key in ("prompts_per_step", "samples_per_prompt", "updates_per_step", "tokens_per_microbatch"):
+            at_least(key, getattr(self, key), 1)
+        at_least("evaluate_every", self.evaluate_every, 1)
+        at_least("threads", self.threads, 1)
+        at_least("seed", self.seed, 0)
+        self._check_algorithm()
+        self._check_transfer()
+
+    def _check_algorithm(self) -> None:
+        if self.algo.group_based and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"{self.algo.name} compares samples of one prompt: samples_per_prompt must be at least 2 "
+                f"(got {self.samples_per_prompt})"
+            )
+        if self.algo.kl_coef == 0 and self.algo.kl_in is KlIn.reward:
+            raise ValueError("algo.kl_in=reward has no effect with algo.kl_coef=0: set algo.kl_coef above 0")
+        if self.updates_per_step > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_step splits the step's prompts: it must be at most prompts_per_step "
+                f"({self.prompts_per_step}; got {self.updates_per_step})"
+            )
+
+    def _check_transfer(self) -> None:
+        if isinstance(self.transfer, LocalConfig) and self.rollout.workers != 1:
+            raise ValueError(
+                f"transfer=local samples inside the trainer's process: rollout.workers must be 1 "
+                f"(got {self.rollout.workers}); choose transfer=ipc for more"
+            )
+        if isinstance(self.transfer, LocalConfig) and self.rollout.dtype not in (None, self.model.dtype):
+            raise ValueError(
+                "transfer=local samples with the learner's own weights: rollout.dtype must be null "
+                f"(got {self.rollout.dtype.name})"  # type: ignore[union-attr]
+            )
+        sender = self.transfer.sender
+        if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(self.transfer, IpcConfig):
+            raise ValueError(
+                "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
+                "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
+            )
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def at_least(key: str, value: float, least: float) -> None:
+    """Raise ValueError unless `value` >= `least`."""
+    if not value >= least:
+        raise ValueError(f"{key} must be at least {least} (got {value})")
+
+
+def in_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless `low` <= `value` <= `high`."""
+    if not low <= value <= high:
+        raise ValueError(f"{key} must be between {low} and {high} (got {value})")
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)} (got {value!r})")
+
+
+# --- Hydra ------------------------------------------------------------------------------------------------------------
+
+CONF = next(
+    folder
+    for folder in (Path(__file__).resolve().parent / "conf", Path(__file__).resolve().parent.parent / "conf")
+    if folder.is_dir()
+)  # inside the package in a wheel, beside it in a checkout
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "task": {
+        "sort": SortTaskConfig,
+        "reverse": ReverseTaskConfig,
+        "arithmetic": ArithmeticTaskConfig,
+        "jsonl": JsonlTaskConfig,
+    },
+    "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
+    "rollout": {"hf": HfRolloutConfig},
+    "reward": {"verifier": VerifierRewardConfig, "model": ModelRewardConfig, "function": FunctionRewardConfig},
+    "algo": {"base": AlgoConfig},
+    "optim": {"adamw": AdamWConfig},
+    "transfer": {"ipc": IpcConfig, "disk": DiskConfig, "local": LocalConfig},
+    "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
+    "logger": {
+        "console": ConsoleLoggerConfig,
+        "jsonl": JsonlLoggerConfig,
+        "tensorboard": TensorboardLoggerConfig,
+    },
+}
+
+
+def register() -> None:
+    """Make every schema known to Hydra, under `schema/<group>/<choice>`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=RunConfig)
+    for group, choices in SCHEMAS.items():
+        for name, schema in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def checked(config: Any) -> RunConfig:
+    """Turn a composed DictConfig into plain, validated dataclasses; any mistake becomes one clear message."""
+    from hydra.errors import CompactHydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        run = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise CompactHydraException(f"{error.full_key} has no value: add {error.full_key}=...") from None
+    except (OmegaConfBaseException, AttributeError, ValueError) as error:  # slots: an unknown key is an AttributeError
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        raise CompactHydraException(str(cause)) from None
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def misplaced(overrides: list[str]) -> list[str]:
+    """For `group.key=...` overrides whose key only other choices of that group have: one line each that says so."""
+    hints = []
+    chosen = _chosen(overrides)
+    for override in overrides:
+        path, _, key = override.partition("=")[0].lstrip("+~").rpartition(".")
+        group = path.replace(".", "/")
+        owners = [name for name, schema in SCHEMAS.get(group, {}).items() if key in _keys(schema)]
+        if owners and key not in _keys(chosen.get(group)):
+            kind = group.rpartition("/")[2]
+            hints.append(
+                f"that key belongs to the {' or '.join(owners)} {kind}: {path}.{key} needs {group}={owners[0]}"
+            )
+    return hints
+
+
+def _chosen(overrides: list[str]) -> dict[str, Any]:
+    """The schema chosen for each group when only the choices among `overrides` are composed."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    choices = [o for o in overrides if o.partition("=")[0] in {*SCHEMAS, "experiment"} and "," not in o]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", choices)
+    except Exception:  # the mistake is in a choice itself, and Hydra has said so already
+        return {}
+    nodes = {group: OmegaConf.select(config, group.replace("/", ".")) for group in SCHEMAS}
+    return {group: OmegaConf.get_type(node) for group, node in nodes.items() if node is not None}
+
+
+def _keys(schema: Any) -> set[str]:
+    return {f.name for f in fields(schema)} if is_dataclass(schema) else set()

@@ -1,0 +1,319 @@
+"""The learner: policy, critic where the algorithm has one, and their optimisers; one step's samples -> new weights.
+
+Shapes: P prompts, B rows, L prompt tokens (left-padded), T response tokens (right-padded), V vocabulary. A prompt is
+computed once for all of its samples: its keys and values are shared by their rows, with gradients. Dropout is off
+throughout, so that two passes over the same rows give the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf import advantages as adv
+from rlhf import losses
+from rlhf.config import AdamWConfig, Advantage, AlgoConfig, KlIn, OptimConfig, PolicyLoss, RunConfig
+from rlhf.types import Rollouts
+
+MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows padded to tensors, and what is known about them before the update; None: this algorithm does not need it."""
+
+    prompts: list[tuple[int, ...]]  # P
+    prompt_of_B: list[int]
+    ids_BT: Tensor
+    mask_BT: Tensor
+    sampled_BT: Tensor  # the workers' log-probs
+    old_BT: Tensor | None = None  # None: this batch takes one update, so the policy that is updated is the old one
+    ref_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """These rows alone, padding cut to the longest of them."""
+        used = sorted({self.prompt_of_B[row] for row in rows})
+        width = max(1, int(self.mask_BT[rows].sum(dim=1).max())) if rows else 1
+
+        def cut(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor[rows, :width]
+
+        return Batch(
+            prompts=[self.prompts[p] for p in used],
+            prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
+            **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
+        )
+
+
+def collate(rollouts: Rollouts, device: torch.device) -> Batch:
+    """Pad the rows on the right; the mask comes from their lengths, never from token values."""
+    rows = [completion.ids for completion in rollouts.completions]
+    width = max(1, *(len(row) for row in rows))
+
+    def pad(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        padded = [list(row) + [0] * (width - len(row)) for row in values]
+        return torch.tensor(padded, dtype=dtype, device=device)
+
+    return Batch(
+        prompts=[prompt.ids for prompt in rollouts.prompts],
+        prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
+        ids_BT=pad(rows, torch.long),
+        mask_BT=pad([[1.0] * len(row) for row in rows], torch.float32),
+        sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
+    )
+
+
+def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's outputs [B, T, V] at the positions that predict each response token (V = 1 for a critic)."""
+    device = batch.ids_BT.device
+    lengths_P = torch.tensor([len(prompt) for prompt in batch.prompts], device=device)
+    longest = int(lengths_P.max())
+    ids_PL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in batch.prompts], device=device)
+    padded = bool((lengths_P < longest).any())
+    mask_PL = (torch.arange(longest, device=device) >= longest - lengths_P[:, None]).long()
+    positions_PL = (mask_PL.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    last_only = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
+    first_PV = model(
+        **last_only,
+        input_ids=ids_PL,
+        attention_mask=mask_PL if padded else None,
+        position_ids=positions_PL,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[:, -1:]
+    prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
+    width = batch.ids_BT.shape[1]
+    if width == 1:
+        return first_PV[prompt_of_B]
+    cache.batch_select_indices(prompt_of_B)
+    mask_BL = mask_PL[prompt_of_B]
+    rest_BTV = model(
+        input_ids=batch.ids_BT[:, :-1],
+        attention_mask=torch.cat([mask_BL, torch.ones_like(batch.ids_BT[:, :-1])], dim=1) if padded else None,
+        position_ids=lengths_P[prompt_of_B][:, None] + torch.arange(width - 1, device=device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return torch.cat([first_PV[prompt_of_B], rest_BTV], dim=1)
+
+
+class Learner:
+    """Takes gradient steps on a policy; `score` before them, `learn` for them, `weights` for who samples next."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        critic: PreTrainedModel | None,
+        config: RunConfig,
+    ) -> None:
+        self.policy = policy.eval()
+        self.reference = reference
+        self.critic = critic
+        self.config = config
+        self.algo: AlgoConfig = config.algo
+        self.device = next(policy.parameters()).device
+        self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
+        self.critic_optimizer = make_optimizer(critic, config.optim, config.algo.critic_lr) if critic else None
+        self.steps = 0
+        self.skipped = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The policy's parameters and persistent buffers by name, not copied."""
+        return self.policy.state_dict()
+
+    def score(self, rollouts: Rollouts) -> Batch:
+        """Pad the rows and add what is needed before the update: old and reference log-probs, values. No gradient."""
+        batch = collate(rollouts, self.device)
+        with torch.no_grad():
+            if self.config.updates_per_step > 1:
+                batch.old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows))
+            if self.reference is not None:
+                reference = self.reference
+                batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
+            if self.critic is not None:
+                critic = self.critic
+                batch.values_BT = self._over(batch, lambda rows: response_logits(critic, rows).squeeze(-1).float())
+        return batch
+
+    def learn(self, batch: Batch, rewards_B: Sequence[float | None]) -> dict[str, float]:
+        """Rewards -> advantages -> `updates_per_step` optimiser steps; the means of what happened, by name.
+
+        A reward of None leaves its sample out. Raises RuntimeError after three updates in a row without finite
+        gradients.
+        """
+        rewards = torch.tensor([float("nan") if r is None else r for r in rewards_B], device=self.device)
+        batch.mask_BT = batch.mask_BT * (~rewards.isnan())[:, None]
+        self._estimate(batch, rewards)
+        totals: dict[str, float] = {}
+        prompts = len(batch.prompts)
+        updates = self.config.updates_per_step
+        for update in range(updates):
+            chosen = range(update * prompts // updates, (update + 1) * prompts // updates)
+            rows = [b for b, p in enumerate(batch.prompt_of_B) if p in chosen]
+            for name, value in self._update(batch, rows).items():
+                totals[name] = totals.get(name, 0.0) + value / updates
+        self.steps += 1
+        return totals
+
+    def _estimate(self, batch: Batch, rewards_B: Tensor) -> None:
+        """Fill in advantages, and returns for a critic."""
+        mask_BT = batch.mask_BT
+        penalty_BT = torch.zeros_like(mask_BT)
+        if self.algo.kl_in is KlIn.reward and batch.ref_BT is not None:
+            old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
+            penalty_BT = self.algo.kl_coef * losses.kl_k1(old_BT, batch.ref_BT) * mask_BT
+        if self.algo.group_based:
+            penalised_B = rewards_B - penalty_BT.sum(dim=1)
+            estimator = {
+                Advantage.group_norm: adv.group_norm,
+                Advantage.group_mean: adv.group_mean,
+                Advantage.leave_one_out: adv.leave_one_out,
+            }[self.algo.advantage]
+            advantages_B = estimator(penalised_B.view(len(batch.prompts), -1)).flatten()
+            batch.advantages_BT = advantages_B.nan_to_num()[:, None] * mask_BT
+            return
+        rho_BT = adv.token_rewards(rewards_B.nan_to_num(), penalty_BT, mask_BT)
+        if self.algo.advantage is Advantage.gae:
+            assert batch.values_BT is not None
+            raw_BT, batch.returns_BT = adv.gae(rho_BT, batch.values_BT, mask_BT, self.algo.gamma, self.algo.lam)
+        else:
+            raw_BT = adv.reward_to_go(rho_BT, mask_BT, self.algo.gamma)
+        batch.advantages_BT = adv.whiten(raw_BT, mask_BT)
+
+    def _update(self, batch: Batch, rows: list[int]) -> dict[str, float]:
+        """One optimiser step on these rows, gradients accumulated over micro-batches; the same for any split."""
+        weights_B = losses.row_weights(
+            self.algo.aggregation.value, batch.mask_BT[rows].sum(dim=1), self.config.rollout.max_new_tokens
+        )
+        weight_of = dict(zip(rows, weights_B, strict=True))
+        tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
+        totals: dict[str, float] = {}
+        for part in self._microbatches(batch, rows):
+            weights_part = torch.stack([weight_of[row] for row in part])
+            for name, value in self._accumulate(batch.rows(part), weights_part).items():
+                totals[name] = totals.get(name, 0.0) + value
+        means = {name: value if name == "loss" else value / tokens for name, value in totals.items()}
+        return means | self._step_optimizers(math.isfinite(totals["loss"]))
+
+    def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, float]:
+        """Add the gradients of one micro-batch; sums over its tokens, by name."""
+        assert batch.advantages_BT is not None
+        algo, mask_BT = self.algo, batch.mask_BT
+        logits_BTV = response_logits(self.policy, batch)
+        logprobs_BT = losses.token_logprobs(logits_BTV, batch.ids_BT, self.config.rollout.temperature)
+        old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
+        delta_BT = losses.log_ratio(logprobs_BT, old_BT)
+        match algo.loss:
+            case PolicyLoss.clip:
+                loss_BT = losses.clipped_surrogate(delta_BT, batch.advantages_BT, algo.clip_low, algo.clip_high)
+            case PolicyLoss.reinforce:
+                loss_BT = losses.reinforce(logprobs_BT, batch.advantages_BT)
+        with torch.set_grad_enabled(algo.entropy_coef > 0):
+            entropy_BT = losses.entropy(logits_BTV, self.config.rollout.temperature)
+        loss_BT = loss_BT - algo.entropy_coef * entropy_BT
+        sums = {
+            "entropy": entropy_BT.detach(),
+            "mismatch": (old_BT - batch.sampled_BT).abs(),
+            "clip_fraction": _outside(delta_BT.detach(), batch.advantages_BT, algo.clip_low, algo.clip_high),
+        }
+        if batch.ref_BT is not None:
+            kl_BT = losses.kl_in_loss(logprobs_BT, batch.ref_BT)
+            sums["kl"] = kl_BT.detach()
+            if algo.kl_in is KlIn.loss:
+                loss_BT = loss_BT + algo.kl_coef * kl_BT
+        loss = (weights_B * (loss_BT * mask_BT).sum(dim=1)).sum()
+        if self.critic is not None:
+            assert batch.values_BT is not None and batch.returns_BT is not None
+            values_BT = response_logits(self.critic, batch).squeeze(-1).float()
+            value_BT = losses.value_loss(values_BT, batch.values_BT, batch.returns_BT, algo.value_clip)
+            (weights_B * (value_BT * mask_BT).sum(dim=1)).sum().backward()
+            sums["value_loss"] = value_BT.detach()
+        loss.backward()
+        return {"loss": float(loss.detach())} | {k: float((v * mask_BT).sum()) for k, v in sums.items()}
+
+    def _step_optimizers(self, loss_is_finite: bool) -> dict[str, float]:
+        """Clip, step and clear; an update whose loss or gradient is not finite is skipped and counted."""
+        metrics = {}
+        learning = self.critic is None or self.steps >= self.algo.critic_warmup_steps
+        for name, optimizer, active in (
+            ("grad_norm", self.optimizer, learning),
+            ("critic_grad_norm", self.critic_optimizer, True),
+        ):
+            if optimizer is None:
+                continue
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm)
+            finite = loss_is_finite and bool(norm.isfinite())
+            if finite and active:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self._count_skipped(name, finite)
+            metrics[name] = float(norm) if finite else 0.0
+        return metrics | {"skipped_updates": float(self.skipped > 0)}
+
+    def _count_skipped(self, name: str, finite: bool) -> None:
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED:
+            raise RuntimeError(
+                f"loss or {name} was not finite in {MAX_SKIPPED} updates in a row: the last weights are untouched; "
+                f"lower optim.lr ({self.config.optim.lr}) or look at the rewards"
+            )
+
+    def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return losses.token_logprobs(response_logits(model, batch), batch.ids_BT, self.config.rollout.temperature)
+
+    def _over(self, batch: Batch, function: Callable[[Batch], Tensor]) -> Tensor:
+        """Apply `function` micro-batch by micro-batch; its [rows, T] outputs put together, 0 on padding."""
+        out_BT = torch.zeros_like(batch.mask_BT)
+        for part in self._microbatches(batch, range(len(batch.prompt_of_B))):
+            rows = batch.rows(part)
+            out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
+        return out_BT * batch.mask_BT
+
+    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Split rows, in order, so that each part has at most `tokens_per_microbatch` tokens, or one row."""
+        lengths = batch.mask_BT.sum(dim=1).long().tolist()
+        part: list[int] = []
+        width = prompt_tokens = 0
+        for row in rows:
+            prompt = batch.prompt_of_B[row]
+            new_prompt = not part or prompt != batch.prompt_of_B[part[-1]]
+            longer = max(width, lengths[row])
+            grown = prompt_tokens + new_prompt * len(batch.prompts[prompt])
+            if part and grown + longer * (len(part) + 1) > self.config.tokens_per_microbatch:
+                yield part
+                part, longer, grown = [], lengths[row], len(batch.prompts[prompt])
+            part.append(row)
+            width, prompt_tokens = longer, grown
+        if part:
+            yield part
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser that `config` names, over all parameters of `model`."""
+    match config:
+        case AdamWConfig():
+            betas = (config.beta1, config.beta2)
+            return torch.optim.AdamW(
+                model.parameters(), lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+            )
+    raise AssertionError(config)
+
+
+def _outside(delta_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """1 where the clip stops the gradient: r above 1 + high for a good token, below 1 - low for a bad one."""
+    ratio_BT = delta_BT.exp()
+    high_BT = (advantages_BT > 0) & (ratio_BT > 1 + clip_high)
+    low_BT = (advantages_BT < 0) & (ratio_BT < 1 - clip_low)
+    return (high_BT | low_BT).float()

@@ -1,0 +1,49 @@
+"""Sample, score, learn, hand the weights over; repeat. Backends, engines and algorithms are parts that run.py chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.config import RunConfig
+from rlhf.evaluate import evaluate
+from rlhf.learner import Learner
+from rlhf.metrics import Recorder
+from rlhf.rewards import usable
+from rlhf.stages.sft import batches
+from rlhf.types import Prompt, Reward, Sampler, Task
+from transfer import Transfer
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a run is made of."""
+
+    task: Task
+    sampler: Sampler
+    reward: Reward
+    learner: Learner
+    transfer: Transfer
+    record: Recorder
+
+
+def train(parts: Parts, config: RunConfig, version: int) -> None:
+    """Run `config.steps` steps; the workers hold `version` at first, and each step's push makes the next one live."""
+    record, reward = parts.record, parts.reward
+    evaluate(parts.task, parts.sampler, reward, config, record, step=0)
+    order = batches(len(parts.task.train), config.prompts_per_step, config.steps, config.seed)
+    for step, rows in enumerate(order, start=1):
+        prompts: list[Prompt] = [parts.task.train[row] for row in rows]
+        with record.time("sample"):
+            rollouts = parts.sampler.sample(
+                prompts, n=config.samples_per_prompt, temperature=config.rollout.temperature, seed=config.seed + step
+            )
+        assert rollouts.version == version, f"sampled by version {rollouts.version}, {version} is live"
+        with record.time("reward"):
+            rewards_B = usable(reward(rollouts.prompts_B, rollouts.texts))
+        with record.time("learn"):
+            learned = parts.learner.learn(parts.learner.score(rollouts), rewards_B)
+        with record.time("transfer"):
+            version = parts.transfer.push(parts.learner.weights())
+        record.step(step, rollouts, rewards_B, learned, parts.task)
+        if step % config.evaluate_every == 0 or step == config.steps:
+            evaluate(parts.task, parts.sampler, reward, config, record, step)

@@ -1,0 +1,146 @@
+"""What a run measures: timers, means, samples, and the writers they go to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
+from rlhf.progress import Stage
+from rlhf.types import TRUNCATED, Logger, Rollouts, Task
+from transfer import Transfer
+
+SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps
+SHOWN = {"train/reward": "reward", "train/gold": "gold", "train/kl": "kl", "eval/greedy_accuracy": "greedy"}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are there; None of nothing."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+class Recorder:
+    """Collects one step after the other and hands it to the loggers; `rows` keeps them all for the report."""
+
+    def __init__(self, loggers: Sequence[Logger], folder: Path, bar: Stage, transfer: Transfer) -> None:
+        self.loggers = loggers
+        self.folder = folder
+        self.bar = bar
+        self.transfer = transfer
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+        self.rows: list[dict[str, float]] = []
+        self.seconds: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to the step's `seconds/<phase>`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def step(
+        self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], learned: Mapping[str, float], task: Task
+    ) -> None:
+        """One training step is done."""
+        gold_B = [task.score(p, t) for p, t in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
+        rows = len(rollouts.texts)
+        metrics: dict[str, float | None] = {
+            "train/reward": mean(rewards_B),
+            "train/gold": mean(gold_B),
+            "train/excluded": float(sum(reward is None for reward in rewards_B)),
+            "train/tokens_per_row": rollouts.tokens / rows,
+            "train/truncated": sum(c.finish_reason == TRUNCATED for c in rollouts.completions) / rows,
+            "rollout/version": float(rollouts.version),
+            **{f"train/{name}": value for name, value in learned.items()},
+            **{f"transfer/{name}": float(value) for name, value in dataclasses.asdict(self.transfer.last).items()},
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+        }
+        worked = sum(value for phase, value in self.seconds.items() if phase != "evaluate")
+        metrics["seconds/step"] = worked
+        metrics["tokens_per_second"] = rollouts.tokens / worked
+        self.seconds = {}
+        self._log(step, {name: value for name, value in metrics.items() if value is not None})
+        self._samples(step, rollouts, rewards_B, gold_B)
+        self.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One evaluation is done; its seconds are part of no step."""
+        seconds = self.seconds.pop("evaluate", 0.0)
+        self._log(step, {**metrics, "seconds/evaluate": seconds})
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.latest |= metrics
+        self.rows.append({"step": step, **metrics})
+        for logger in self.loggers:
+            logger.log(step, metrics)
+
+    def _samples(
+        self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], gold_B: Sequence[float | None]
+    ) -> None:
+        stride = max(1, len(rollouts.texts) // SAMPLES_PER_STEP)
+        with open(self.folder / "samples.jsonl", "a") as file:
+            for b in range(0, len(rollouts.texts), stride):
+                completion = rollouts.completions[b]
+                row: dict[str, Any] = {
+                    "step": step,
+                    "prompt": rollouts.prompts_B[b].text,
+                    "answer": rollouts.texts[b],
+                    "reward": rewards_B[b],
+                    "gold": gold_B[b],
+                    "finish_reason": completion.finish_reason,
+                    "version": completion.version,
+                }
+                file.write(json.dumps(row) + "\n")
+
+
+class JsonlLogger:
+    """`metrics.jsonl`: one object a step or evaluation, flushed at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorboardLogger:
+    """TensorBoard event files."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def make_loggers(configs: Mapping[str, LoggerConfig], folder: Path) -> list[Logger]:
+    """The writers that `configs` name; the console is none: it is the run's bars and table (progress.py, report.py)."""
+    loggers: list[Logger] = []
+    for config in configs.values():
+        match config:
+            case JsonlLoggerConfig():
+                loggers.append(JsonlLogger(folder))
+            case TensorboardLoggerConfig():
+                loggers.append(TensorboardLogger(folder))
+            case ConsoleLoggerConfig():
+                pass
+    return loggers

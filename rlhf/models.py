@@ -1,0 +1,302 @@
+"""The policy and its tokenizer, and what is made from a policy: reward models and critics. B sequences, L positions."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import Device, HfModelConfig, ModelConfig, TinyModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Decoders that name their layers, heads, ... alike and have value heads. Not qwen2, though it would fit: AutoTokenizer
+# reads any qwen2 folder with Qwen2Tokenizer, whatever tokenizer was saved in it.
+ARCHITECTURES = ("llama", "mistral", "qwen3")
+HUB_TIMEOUT_S = 10.0
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class Head(Enum):
+    """What a value model says about a sequence."""
+
+    sequence = "sequence"  # one number for all of it: a reward model, see `scores`
+    token = "token"  # one number a position: a critic, see `values`
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device to use; ValueError if a GPU was asked for and there is none."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise ValueError(
+            "model.device=cuda, and torch sees no CUDA device: choose model.device=cpu or model.device=auto"
+        )
+    return torch.device("cuda" if available and device is not Device.cpu else "cpu")
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(config: ModelConfig, characters: Iterable[str], chat: bool) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or one token a character, with a chat template if `chat`; it pads on the left."""
+    match config:
+        case TinyModelConfig():
+            return _character_tokenizer(config, characters, chat)
+        case HfModelConfig():
+            return _load_tokenizer(config.path, "model.path")
+    raise AssertionError(f"no tokenizer is made from {type(config).__name__}")
+
+
+def _character_tokenizer(config: TinyModelConfig, characters: Iterable[str], chat: bool) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_splitter(sorted(set(characters))),
+        model_max_length=config.context,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # a text that spells "<eos>" is five characters, not the end
+        **SPECIAL,
+    )
+    if chat:
+        tokenizer.add_tokens(list(ROLE_TAGS))
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _splitter(characters: list[str]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*SPECIAL.values(), *characters]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _load_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, path, f"{key}: cannot load a tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{key}: the tokenizer of {path} has no end-of-sequence token (eos_token), so no answer could end"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+# --- policy -----------------------------------------------------------------------------------------------------------
+
+
+def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The policy on its device, in eval mode and without dropout; `seed` decides a new model's weights."""
+    from transformers import GenerationConfig
+
+    device = resolve_device(config.device)
+    match config:
+        case TinyModelConfig():
+            policy = _new_policy(config, tokenizer, seed)
+        case HfModelConfig():
+            policy = _load_policy(config, tokenizer)
+        case _:
+            raise AssertionError(f"no policy is made from {type(config).__name__}")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy.config.update(ends)
+    policy.generation_config = GenerationConfig(**ends)  # sampling is the run's to choose, not the checkpoint's
+    return policy.to(device).eval()  # type: ignore[arg-type]
+
+
+def _new_policy(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.architecture not in ARCHITECTURES:
+        allowed = ", ".join(ARCHITECTURES)
+        raise ValueError(f"model.architecture must be one of {allowed} (got {config.architecture!r})")
+    shape = AutoConfig.for_model(
+        config.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        head_dim=config.hidden // config.heads,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # weights are made on the CPU: the same on every device
+        return AutoModelForCausalLM.from_config(shape, **_build(config))
+
+
+def _load_policy(config: HfModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = _without_dropout(_from_pretrained(AutoConfig, config.path, "model.path: cannot load a model"))
+    policy = _load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **_build(config))
+    rows = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"model.path: the tokenizer of {config.path} has {len(tokenizer)} tokens, and the model embeds only {rows}"
+        )
+    return policy
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a policy or a reward model as a plain Hugging Face folder, which `from_pretrained` loads."""
+    _hide_bars()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- reward model and critic ------------------------------------------------------------------------------------------
+
+
+def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
+    """A copy of the policy's backbone under a new scalar head of zeros, which begins with no opinion."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
+    shape = _without_dropout(copy.deepcopy(policy.config))
+    shape.num_labels = 1
+    shape.classifier_dropout = 0.0
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are all overwritten
+            model = auto.from_config(shape, dtype=policy.dtype, attn_implementation=policy.config._attn_implementation)
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has no {head.value} classifier of the architecture {shape.model_type!r}, which a reward "
+            "model (reward=model) or a critic (algo=ppo) needs: choose another model, or reward=verifier and algo=grpo"
+        ) from error
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    for parameter in _score_layer(model).parameters():
+        torch.nn.init.zeros_(parameter)
+    return model.to(policy.device).eval()
+
+
+def load_reward_model(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A one-number sequence classifier and its tokenizer, with the policy's dtype, attention and device."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    device = resolve_device(config.device)
+    shape = _without_dropout(_from_pretrained(AutoConfig, path, "reward.path: cannot load a reward model"))
+    if shape.num_labels != 1:
+        raise ValueError(
+            f"reward.path: {path} is no reward model: a sequence classifier with num_labels=1 is needed, "
+            f"this is {', '.join(shape.architectures or ['a model'])} with num_labels={shape.num_labels}"
+        )
+    model = _load_weights(AutoModelForSequenceClassification, path, "reward.path", config=shape, **_build(config))
+    if not any(hasattr(model, name) for name in ("score", "classifier")):
+        raise ValueError(f"reward.path: {type(model).__name__} has no scalar head `score` on a decoder")
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    return model, _load_tokenizer(path, "reward.path")
+
+
+def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A sequence classifier's number [B], float32, at each row's last real token; `ids`, `mask` [B, L], any padding."""
+    import torch
+
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    last = (positions * mask.to(positions.dtype)).argmax(dim=1)  # by the mask: padding may be the token EOS
+    hidden = _hidden(model, ids, mask)[torch.arange(len(ids), device=ids.device), last]
+    return _score_layer(model)(hidden).squeeze(-1).float()
+
+
+def values(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A token classifier's number after each position [B, L], float32, 0 on padding; `ids`, `mask` [B, L]."""
+    return _score_layer(model)(_hidden(model, ids, mask)).squeeze(-1).float().masked_fill(mask == 0, 0.0)
+
+
+def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+def _score_layer(model: PreTrainedModel) -> Any:
+    return model.score if hasattr(model, "score") else model.classifier  # transformers' two names for it
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _build(config: ModelConfig) -> dict[str, Any]:
+    import torch
+
+    return {"dtype": getattr(torch, config.dtype.value), "attn_implementation": config.attention}
+
+
+def _without_dropout(config: Any) -> Any:
+    """`config` with every dropout set to 0: log-probs of the same tokens must be the same in every pass."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _load_weights(auto: Any, path: str, key: str, **options: Any) -> PreTrainedModel:
+    model, report = _from_pretrained(auto, path, f"{key}: cannot load a model", output_loading_info=True, **options)
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ValueError(f"{key}: {path} lacks weights of {type(model).__name__}: {missing}, ...")
+    return model
+
+
+def _from_pretrained(auto: Any, path: str, failure: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, with a ValueError for whatever is wrong with a folder or a hub name."""
+    _hide_bars()
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".")):
+        raise ValueError(f"{failure}: there is no folder {path} (seen from {Path.cwd()})")
+    local = folder.is_dir() or not _hub_answers(path)
+    where = f"the folder {path}" if folder.is_dir() else f"the Hugging Face hub as {path!r}, which is no folder here"
+    try:
+        return auto.from_pretrained(str(folder) if folder.is_dir() else path, local_files_only=local, **options)
+    except Exception as error:  # safetensors, tokenizers and the hub each have exceptions of their own
+        reason = " ".join(str(error).split())[:300]
+        unreachable = (
+            "the hub cannot be reached, and nothing is in the cache: " if local and not folder.is_dir() else ""
+        )
+        raise ValueError(f"{failure} from {where}: {unreachable}{reason}") from error
+
+
+def _hide_bars() -> None:
+    """A run has progress bars of its own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+@functools.cache
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked about `name`; if not, the cache serves at once, instead of a minute of retries."""
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        model_info(name, timeout=HUB_TIMEOUT_S)
+    except (HfHubHTTPError, ValueError):
+        return True  # it refuses, and from_pretrained will say why
+    except Exception:  # whatever the HTTP library raises when there is no network
+        return False
+    return True

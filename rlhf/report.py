@@ -1,0 +1,130 @@
+"""The end of a run: `summary.json`, a table on the screen and `curves.png`, all from the recorded rows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, float]]
+PHASES = ("sample", "reward", "learn", "transfer")
+
+
+def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was measured."""
+    there = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in there], [value for _, value in there]
+
+
+def summarise(rows: Rows) -> dict[str, float]:
+    """The few numbers that tell how a run went; seconds are sums over its steps, evaluations left out."""
+    summary: dict[str, float] = {}
+    for name in ("reward", "gold", "greedy_accuracy"):
+        _, values = series(rows, f"eval/{name}")
+        if values:
+            summary |= {f"{name}_start": values[0], f"{name}_end": values[-1]}
+    for phase in PHASES:
+        summary[f"seconds_{phase}"] = sum(series(rows, f"seconds/{phase}")[1])
+    steps = series(rows, "seconds/step")[1]
+    if steps:
+        summary["step_ms"] = 1e3 * statistics.median(steps)
+        summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1])
+        summary["transfer_share"] = summary["seconds_transfer"] / sum(steps)
+        summary["tokens_per_second"] = statistics.median(series(rows, "tokens_per_second")[1])
+    for name in ("kl", "mismatch"):
+        _, values = series(rows, f"train/{name}")
+        if values:
+            summary[f"{name}_end"] = values[-1]
+    return summary
+
+
+def write_summary(folder: Path, status: str, overrides: Sequence[str], numbers: Mapping[str, Any]) -> None:
+    """Write `summary.json`; `status` is finished, failed or interrupted."""
+    text = json.dumps({"status": status, "overrides": list(overrides), **numbers}, indent=1)
+    (folder / "summary.json").write_text(text + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The folder's summary, or an empty dict where there is none to read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
+    """The table a run ends with, and where its files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("start", "end"):
+        table.add_column(column, justify="right")
+    for name, label in (
+        ("reward", "reward (trained on)"),
+        ("gold", "gold reward (held-out)"),
+        ("greedy_accuracy", "greedy accuracy"),
+    ):
+        if f"{name}_end" in summary:
+            table.add_row(label, f"{summary[f'{name}_start']:.3f}", f"{summary[f'{name}_end']:.3f}")
+    if "kl_end" in summary:
+        table.add_row("KL to the reference, nats/token", "0", f"{summary['kl_end']:.4f}")
+    table.add_section()
+    table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
+    for phase in PHASES:
+        share = summary[f"seconds_{phase}"] / max(1e-9, sum(summary[f"seconds_{p}"] for p in PHASES))
+        table.add_row(f"seconds in {phase}", f"{share:.1%}", f"{summary[f'seconds_{phase}']:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"weight transfer: {summary['transfer_ms']:.2f} ms a step, {summary['transfer_share']:.1%} "
+        f"of {summary['step_ms']:.0f} ms",
+        highlight=False,
+    )
+    console.print(f"written: {folder}/", soft_wrap=True, highlight=False)
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
+
+
+def plot_curves(rows: Rows, path: Path, title: str) -> None:
+    """Reward and gold, KL, and the seconds of each phase, over steps."""
+    plt = pyplot()
+    figure, (rewards, kl, seconds) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    figure.suptitle(title)
+    for name, label, axis in (
+        ("train/reward", "reward (training prompts)", rewards),
+        ("eval/reward", "reward (held-out)", rewards),
+        ("eval/gold", "gold reward (held-out)", rewards),
+        ("eval/greedy_accuracy", "greedy accuracy (held-out)", rewards),
+        ("train/kl", "KL to the reference, nats/token", kl),
+    ):
+        steps, values = series(rows, name)
+        if values:
+            axis.plot(steps, values, label=label, marker="o" if name.startswith("eval") else None, markersize=3)
+    steps, _ = series(rows, "seconds/step")
+    stack = [[1e3 * value for value in series(rows, f"seconds/{phase}")[1]] for phase in PHASES]
+    if steps:
+        seconds.stackplot(steps, stack, labels=PHASES)
+    for axis, name in ((rewards, "reward"), (kl, "KL"), (seconds, "milliseconds a step")):
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

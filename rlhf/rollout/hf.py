@@ -1,0 +1,197 @@
+"""Engine `hf`: samples from any transformers causal LM, with a decode loop of its own for speed.
+
+Each prompt is prefilled once for its group of n samples, then the key/value cache is repeated; finished rows leave the
+batch. Shapes: P prompts, R rows still in the batch (at first P*n), L prompt positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
+from rlhf.types import FINISHED, TRUNCATED
+
+DROP_SHARE = 0.125  # finished rows leave once they are this share of the batch: leaving costs a copy of the cache
+EXACT_VOCABULARY = 32768  # up to here the distribution is summed in float64; beyond, its memory counts more
+
+
+class HfEngine:
+    """Samples from `model`, which stays the caller's: its weights may change between two calls."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[Sample]:
+        """Sample row j of prompt i at index i*n + j; once `stop()` is true, unfinished rows end with reason "abort".
+
+        `seeds` has one integer a prompt. FloatingPointError when the model's logits are not finite.
+        """
+        rows = Rows(len(prompts) * sampling.n, sampling)
+        keys = streams(seeds, sampling.n)
+        with evaluating(self.model):
+            decoder = Decoder(self.model, prompts, sampling)
+            for position in range(sampling.max_tokens):
+                ids, logprobs = draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
+                rows.record(position, ids, logprobs)
+                if rows.finished or position + 1 == sampling.max_tokens or (stop is not None and stop()):
+                    break
+                if (kept := rows.drop()) is not None:
+                    ids = ids[torch.from_numpy(kept).to(ids.device)]
+                    decoder.select(kept)
+                decoder.step(ids)
+        return rows.samples()
+
+
+class Rows:
+    """What was sampled so far; `live` are the rows [R] still in the decoder's batch, finished or not."""
+
+    def __init__(self, count: int, sampling: Sampling) -> None:
+        self.live = np.arange(count)
+        self._stop_ids = np.array(sampling.stop_ids, np.int64)
+        self._ids = np.zeros((count, sampling.max_tokens), np.int64)
+        self._logprobs = np.zeros((count, sampling.max_tokens), np.float32)
+        self._lengths = np.zeros(count, np.int64)
+        self._stopped = np.zeros(count, bool)
+
+    def record(self, position: int, ids: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Take the token [R] of each live row; a row that has stopped keeps its length and its tokens."""
+        going = self.live[~self._stopped[self.live]]
+        self._ids[self.live, position] = ids.cpu().numpy()
+        self._logprobs[self.live, position] = logprobs.cpu().numpy()
+        if not np.isfinite(self._logprobs[going, position]).all():
+            raise FloatingPointError("the model's logits are not finite")
+        self._lengths[going] = position + 1
+        self._stopped[going] = np.isin(self._ids[going, position], self._stop_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has stopped."""
+        return bool(self._stopped.all())
+
+    def drop(self) -> np.ndarray | None:
+        """Forget stopped rows once they are worth it: the batch indices that stay, or None for all."""
+        stopped = self._stopped[self.live]
+        if stopped.sum() < DROP_SHARE * len(self.live):
+            return None
+        kept = np.flatnonzero(~stopped)
+        self.live = self.live[kept]
+        return kept
+
+    def samples(self) -> list[Sample]:
+        """The rows in order."""
+        reasons = np.where(self._lengths == self._ids.shape[1], TRUNCATED, ABORTED)
+        reasons[self._stopped] = FINISHED
+        return [
+            Sample(ids[:length].tolist(), logprobs[:length].tolist(), str(reason))
+            for ids, logprobs, length, reason in zip(self._ids, self._logprobs, self._lengths, reasons, strict=True)
+        ]
+
+
+class Decoder:
+    """The model with its cache: `logits` [R, V] of the next token of each row.
+
+    Prompts of one length need neither padding nor mask nor position ids, which is what models are fastest at; others
+    are padded on the left, so that all rows grow at the right end together.
+    """
+
+    logits: torch.Tensor
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._known = inspect.signature(model.forward).parameters
+        self._cache: Any = None
+        self._width = max(map(len, prompts))
+        self._mask: torch.Tensor | None = None  # [R, L + max_tokens], 0 on padding
+        ids = torch.tensor([[0] * (self._width - len(prompt)) + list(prompt) for prompt in prompts])
+        if min(map(len, prompts)) < self._width:
+            mask = torch.ones(len(prompts), self._width + sampling.max_tokens, dtype=torch.long)
+            for row, prompt in enumerate(prompts):
+                mask[row, : self._width - len(prompt)] = 0
+            self._mask = mask.to(self._device)
+        self._forward(ids.to(self._device))
+        if sampling.n > 1:
+            group = np.repeat(np.arange(len(prompts)), sampling.n)
+            self.logits = self.logits[torch.from_numpy(group).to(self._device)]
+            if sampling.max_tokens > 1:
+                self.select(group)
+
+    def select(self, rows: np.ndarray) -> None:
+        """Make the batch consist of these of its rows, in this order, repeats allowed."""
+        index = torch.from_numpy(rows).to(self._device)
+        self._cache.reorder_cache(index)
+        if self._mask is not None:
+            self._mask = self._mask[index]
+
+    def step(self, ids: torch.Tensor) -> None:
+        """Append one token [R] to each row."""
+        self._width += 1
+        self._forward(ids[:, None])
+
+    def _forward(self, ids: torch.Tensor) -> None:
+        arguments: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
+        if self._mask is not None:
+            mask = arguments["attention_mask"] = self._mask[:, : self._width]
+            if "position_ids" in self._known:
+                arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._known:
+            arguments["logits_to_keep"] = 1
+        output = self._model(input_ids=ids, **arguments)
+        self._cache = output.past_key_values
+        self.logits = output.logits[:, -1]
+
+
+def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token [R] from softmax(logits / temperature), by inverting its distribution at `uniform` [R], and log-prob.
+
+    Temperature 0 takes the most likely token and the log-prob of the plain softmax. A token of probability zero is
+    never drawn: the sum does not rise there.
+    """
+    scaled = logits.float() / temperature if temperature else logits.float()
+    logprobs = scaled.log_softmax(-1)
+    if temperature:
+        dtype = torch.float64 if logits.shape[-1] <= EXACT_VOCABULARY else torch.float32
+        cumulative = logprobs.exp().cumsum(-1, dtype=dtype)
+        total = cumulative[:, -1:]
+        below = torch.nextafter(total, torch.zeros_like(total))
+        target = torch.minimum(torch.from_numpy(uniform).to(total)[:, None] * total, below)
+        ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        ids = ids.clamp(max=logits.shape[-1] - 1)  # only where logits are NaN
+    else:
+        ids = logits.argmax(-1)
+    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout or gradients; all is as it was afterwards, for a learner that goes on training.
+
+    Without gradients means more than inference mode: torch chooses between two ways to multiply by whether the weights
+    require gradients, so that a learner's model would differ from a worker's in the last bits.
+    """
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad = True

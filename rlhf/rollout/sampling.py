@@ -1,0 +1,67 @@
+"""What is asked of an engine, what it answers, and the random numbers in between; no torch.
+
+A sampled token depends on (seed of the prompt, index of the sample, position) and the model's logits, never on which
+other rows share the batch or the worker: each draw is one output of a counter-based generator, so none has a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+ABORTED = "abort"  # finish reason of a row that a pause cut short; vLLM's word
+
+Keys = npt.NDArray[np.uint64]
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al., OOPSLA 2014)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw `n` rows a prompt, each up to `max_tokens` or any of `stop_ids`; temperature 0 is greedy."""
+
+    n: int
+    max_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row as sampled: `ids` with the stop token, if any, and the log-probability of each at the temperature."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed, 63 bits, of prompt `index` of a batch that was given `seed`."""
+    return int(_keys([seed], [index])[0] >> np.uint64(1))
+
+
+def streams(seeds: Sequence[int], n: int) -> Keys:
+    """The key of each of n samples a seed, [len(seeds) * n]."""
+    return _keys([seed for seed in seeds for _ in range(n)], list(range(n)) * len(seeds))
+
+
+def uniforms(keys: Keys, position: int) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) a key, with 53 random bits, for the token at `position`."""
+    with np.errstate(over="ignore"):
+        return (_mix(keys + np.uint64(position + 1) * GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _keys(seeds: Sequence[int], indices: Sequence[int]) -> Keys:
+    with np.errstate(over="ignore"):
+        mixed = _mix(np.array(seeds, np.uint64) + GOLDEN)
+        return _mix(mixed + np.array(indices, np.uint64) * GOLDEN)
+
+
+def _mix(keys: Keys) -> Keys:
+    """The output function of splitmix64: every input bit reaches every output bit."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))

@@ -1,0 +1,101 @@
+"""The process around a worker: takes a port, reports it, serves HTTP, and ends with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from rlhf.rollout.worker import Worker, WorkerSpec
+
+    Build = Callable[[WorkerSpec], Worker]
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def serve_alone(spec: WorkerSpec, build: Build) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    with listening(spec) as listener:
+        server = _server(build(spec), spec.token)
+        print(f"rollout worker on http://{spec.host}:{listener.getsockname()[1]}", flush=True)
+        server.run(sockets=[listener])
+
+
+def serve_parent(spec: WorkerSpec, build: Build) -> None:
+    """Serve the process that started this one: report `{"port": N}` as a line of stdout, and end when stdin ends.
+
+    The parent holds the other end of stdin and writes no more to it: the end comes when the parent closes it or dies,
+    in whatever way. Ctrl-C goes to the parent, which decides.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes to the log
+    with listening(spec) as listener:
+        server = _server(build(spec), spec.token)
+        threading.Thread(target=_run, args=(server, listener), daemon=True).start()
+        with report:
+            print(json.dumps({"port": listener.getsockname()[1]}), file=report)
+        while sys.stdin.buffer.read(4096):
+            pass
+    os._exit(0)  # at once: threads may be sampling, and nothing here outlives the process
+
+
+def listening(spec: WorkerSpec) -> socket.socket:
+    """A listening socket on the spec's address; ValueError for one beyond loopback without a token."""
+    if not spec.token and not _is_loopback(spec.host):
+        raise ValueError(
+            f"a worker on {spec.host} can be reached from other machines and needs a token: set token in its spec, "
+            "or host to 127.0.0.1"
+        )
+    listener = socket.create_server((spec.host, spec.port), backlog=128)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections inherit it
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _server(worker: Worker, token: str) -> uvicorn.Server:
+    import uvicorn
+
+    from rlhf.rollout.app import make_app
+
+    config = uvicorn.Config(
+        make_app(worker, token),
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=3600,  # a trainer's connection stays between two steps, however long the step
+    )
+    return uvicorn.Server(config)
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    try:
+        server.run(sockets=[listener])  # not in the main thread, so it leaves the signals alone
+    finally:
+        os._exit(1)  # a worker that cannot serve is dead, and must look dead
+
+
+def _die_with_parent() -> None:
+    """Linux: be killed when the parent thread ends, for the case that another child of it holds our stdin open."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

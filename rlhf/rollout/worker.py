@@ -1,0 +1,241 @@
+"""A rollout worker: a policy of its own that samples completions and takes weight updates.
+
+`Worker` has one method per verb of `transfer.wire.ROUTES`, a JSON object in and a JSON object out. It runs in a process
+of its own behind HTTP (app.py, serve.py), as a Ray actor, or in the trainer's process around the learner's own module.
+
+    python -m rlhf.rollout.worker              the spec is one JSON line on stdin; ends when stdin does
+    python -m rlhf.rollout.worker spec.json    a worker that stands alone, for transfer.sender.url
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.rollout import completions
+from transfer import make_receiver, wire
+from transfer.wire import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+PAUSE_S = 300.0  # how long `pause` waits for running completions to end
+PAUSE_MODES = ("abort", "wait", "keep")
+
+Body = Mapping[str, Any]
+Answer = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerSpec:
+    """All that a worker needs to be built, as JSON; holds the token, so it travels through a pipe or a 0600 file."""
+
+    architecture: dict[str, Any]  # a transformers config; its `model_type` chooses the class
+    endpoint: dict[str, Any]  # of the transfer session that will send the weights
+    dtype: str = "float32"
+    device: str = "cpu"
+    attention: str = "sdpa"
+    threads: int = 1
+    token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: a free one
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype of a worker must be float32, bfloat16 or float16 (got {self.dtype!r})")
+        if "model_type" not in self.architecture:
+            raise ValueError("architecture of a worker must be a transformers config with a model_type")
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, raw: str | bytes) -> WorkerSpec:
+        """The inverse of `to_json`; ValueError for a key that no spec has or a value that is not allowed."""
+        try:
+            values = wire.loads(raw)
+        except Refused as error:
+            raise ValueError(f"the worker's spec: {error}") from None
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"the worker's spec has unknown keys {unknown}; known: {sorted(known)}")
+        if missing := {"architecture", "endpoint"} - set(values):
+            raise ValueError(f"the worker's spec lacks {sorted(missing)}")
+        return cls(**values)
+
+
+def architecture_of(model: Any) -> dict[str, Any]:
+    """The `WorkerSpec.architecture` of a transformers model."""
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def build_model(spec: WorkerSpec) -> torch.nn.Module:
+    """A model of the spec's architecture; its weights are random and wait for the first update."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    settings = dict(spec.architecture)
+    model_type = settings.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
+    with torch.device(spec.device):
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[model_type].from_dict(settings),
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+        )
+    return model.eval().requires_grad_(False)
+
+
+class Worker:
+    """One rollout worker around a transformers causal LM; a method per verb, Refused if it will not."""
+
+    def __init__(self, model: Any, endpoint: Mapping[str, Any]) -> None:
+        from rlhf.rollout.hf import HfEngine
+
+        text = model.config.get_text_config()
+        stop = text.eos_token_id
+        self._limits = completions.Limits(
+            vocabulary=text.vocab_size,
+            positions=getattr(text, "max_position_embeddings", None),
+            stop_ids=tuple(stop if isinstance(stop, list) else [] if stop is None else [stop]),
+        )
+        self._engine = HfEngine(model)
+        self._receiver = make_receiver(endpoint, model)
+        self._gate = PauseGate()
+
+    @classmethod
+    def from_spec(cls, spec: WorkerSpec) -> Worker:
+        """A worker with a model of its own; this process then computes with `spec.threads` threads."""
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        return cls(build_model(spec), spec.endpoint)
+
+    def completions(self, body: Body) -> Answer:
+        """Answer the message of completions.py, all with one version; 503 while paused or without weights."""
+        request = completions.parse(body, self._limits)
+        with self._gate.generating(), self._receiver.serving() as version:
+            samples = self._engine.generate(request.prompts, request.seeds, request.sampling, self._gate.aborting)
+        return completions.answer(request, samples, version)
+
+    def pause(self, body: Body) -> Answer:
+        """Let no new completion start until `resume`; by `mode`, running ones are cut short (abort, the default), or
+        waited for (wait), or neither (keep: they end under the weights they began with)."""
+        wire.only(dict(body), {"mode": PAUSE_MODES.__contains__, "clear_cache": lambda value: isinstance(value, bool)})
+        self._gate.pause(body.get("mode", "abort"))
+        return {"status": "paused"}
+
+    def resume(self, body: Body) -> Answer:
+        """Let completions start again."""
+        wire.only(dict(body), {})
+        self._gate.resume()
+        return {"status": "resumed"}
+
+    def is_paused(self, body: Body) -> Answer:
+        """Whether completions are refused for now."""
+        wire.only(dict(body), {})
+        return {"is_paused": self._gate.paused}
+
+    def health(self, body: Body) -> Answer:
+        """That the process answers, no more."""
+        wire.only(dict(body), {})
+        return {"status": "ok"}
+
+    def get_world_size(self, body: Body) -> Answer:
+        """How many processes hold the model: one."""
+        wire.only(dict(body), {"include_dp": lambda value: isinstance(value, bool)})
+        return {"world_size": 1}
+
+    def init_weight_transfer_engine(self, body: Body) -> Answer:
+        """Agree with a trainer on what will be sent."""
+        return self._receiver.init_weight_transfer_engine(dict(body))
+
+    def start_weight_update(self, body: Body) -> Answer:
+        """Begin an update; the old weights go on serving."""
+        return self._receiver.start_weight_update(dict(body))
+
+    def update_weights(self, body: Body) -> Answer:
+        """Stage weights."""
+        return self._receiver.update_weights(dict(body))
+
+    def finish_weight_update(self, body: Body) -> Answer:
+        """Make the staged weights the live ones, between two completions."""
+        return self._receiver.finish_weight_update(dict(body))
+
+    def abort_weight_update(self, body: Body) -> Answer:
+        """Forget what is staged."""
+        return self._receiver.abort_weight_update(dict(body))
+
+    def weight_info(self, body: Body) -> Answer:
+        """The live version."""
+        return self._receiver.weight_info(dict(body))
+
+    def status(self, body: Body) -> Answer:
+        """Where the worker stands in the state machine of an update."""
+        return self._receiver.status(dict(body))
+
+
+class PauseGate:
+    """Lets completions in, or keeps new ones out while the worker is paused."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._mode: str | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether new completions are refused."""
+        return self._mode is not None
+
+    def aborting(self) -> bool:
+        """Whether running completions should end early."""
+        return self._mode == "abort"
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Hold while a completion runs; Refused 503 while paused."""
+        with self._changed:
+            if self.paused:
+                raise Refused(503, "the worker is paused: resume it first")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def pause(self, mode: str) -> None:
+        """Close the gate and, unless `mode` is "keep", wait until nothing runs; Refused 503 after PAUSE_S seconds."""
+        with self._changed:
+            self._mode = mode
+            if mode != "keep" and not self._changed.wait_for(lambda: self._running == 0, PAUSE_S):
+                raise Refused(503, f"paused, but {self._running} completions still run after {PAUSE_S:.0f} s")
+
+    def resume(self) -> None:
+        """Open the gate."""
+        with self._changed:
+            self._mode = None
+
+
+def main(arguments: list[str]) -> None:
+    """Serve over HTTP, by a spec from the file named in `arguments` or from the first line of stdin."""
+    from rlhf.rollout.serve import serve_alone, serve_parent
+
+    if arguments:
+        serve_alone(WorkerSpec.from_json(Path(arguments[0]).read_bytes()), Worker.from_spec)
+    else:
+        serve_parent(WorkerSpec.from_json(sys.stdin.buffer.readline()), Worker.from_spec)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""One run from its configuration: build the parts, warm up, train, report; whatever was opened is closed again."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf.config import (
+    Advantage,
+    ConsoleLoggerConfig,
+    FunctionRewardConfig,
+    ModelRewardConfig,
+    RunConfig,
+    VerifierRewardConfig,
+)
+from rlhf.learner import Learner
+from rlhf.loop import Parts, train
+from rlhf.metrics import Recorder, make_loggers
+from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, save_model, value_model
+from rlhf.progress import Bars
+from rlhf.report import plot_curves, print_table, summarise, write_summary
+from rlhf.rewards import FunctionReward, ModelReward, VerifierReward
+from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.launch import Workers, worker_spec
+from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
+from rlhf.stages.sft import sft
+from rlhf.tasks import make_task, read_task
+from rlhf.types import Reward, Sampler, Task
+from transfer import make_transfer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PAIRS_SEED = 500_009  # added to the run's seed where preference pairs are sampled
+
+
+@dataclass(slots=True)
+class Site:
+    """What every stage of one run shares."""
+
+    config: RunConfig
+    folder: Path
+    bars: Bars
+    notes: dict[str, float]  # numbers of the stages before RL, for the summary
+
+
+def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Train as configured; writes metrics, samples, curves and the policy into `folder`, returns the summary."""
+    start = time.monotonic()
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    _terminate_as_interrupt()
+    folder.mkdir(parents=True, exist_ok=True)
+    console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
+    with ExitStack() as stack:
+        site = Site(config, folder, stack.enter_context(Bars(console)), {})
+        parts, tokenizer, version = _build(site, stack)
+        train(parts, config, version)
+        save_model(parts.learner.policy, tokenizer, folder / "policy")
+    summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
+    title = f"{config.algo.name} on {type(config.task).__name__.removesuffix('TaskConfig').lower()}, seed {config.seed}"
+    plot_curves(parts.record.rows, folder / "curves.png", title)
+    write_summary(folder, "finished", overrides, summary)
+    if console:
+        print_table(summary, folder, title)
+    return summary
+
+
+def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase, int]:
+    """The parts of the loop, warmed up, with the policy's first version live in every worker."""
+    config = site.config
+    raw = read_task(config.task, config.seed)
+    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
+    task = make_task(raw, tokenizer)
+    check(config, task)
+    policy = make_policy(config.model, tokenizer, config.seed)
+    transfer = stack.enter_context(make_transfer(config.transfer, site.folder))
+    spec = worker_spec(policy, config, transfer.endpoint)
+    workers = stack.enter_context(Workers(spec, config, site.folder, policy))  # they start while the policy warms up
+    _warm_up(site, task, tokenizer, policy)
+    with site.bars.waiting("workers"):
+        senders = workers.senders()
+    transfer.open(policy.state_dict(), senders)
+    version = transfer.push(policy.state_dict())
+    sampler = RolloutClient(senders, tokenizer, config.rollout)
+    reward = _make_reward(site, task, tokenizer, policy, sampler)
+    learner = Learner(
+        policy,
+        reference=copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef > 0 else None,
+        critic=value_model(policy, Head.token) if config.algo.advantage is Advantage.gae else None,
+        config=config,
+    )
+    loggers = [stack.enter_context(closing(logger)) for logger in make_loggers(config.logger, site.folder)]
+    record = Recorder(loggers, site.folder, site.bars.stage(config.algo.name, config.steps), transfer)
+    return Parts(task, sampler, reward, learner, transfer, record), tokenizer, version
+
+
+def check(config: RunConfig, task: Task) -> None:
+    """Raise ValueError, before anything is trained, where the configuration and the task's data do not fit."""
+    if config.sft.steps and not task.demonstrations:
+        raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
+    has_gold = any(task.score(prompt, "") is not None for prompt in task.train)
+    match config.reward:
+        case VerifierRewardConfig() if not has_gold:
+            raise ValueError("reward=verifier needs answers to compare with, and no row has one: choose another reward")
+        case ModelRewardConfig(path=None) if not (task.preferences or has_gold):
+            raise ValueError(
+                "reward=model needs chosen/rejected rows, or answers by which sampled pairs can be judged, and the "
+                "task has neither: give reward.path, or choose another reward"
+            )
+        case FunctionRewardConfig(function=function):
+            FunctionReward(function)  # imports it
+    prompts = len(task.train)
+    if config.prompts_per_step > prompts:
+        raise ValueError(
+            f"prompts_per_step must be at most the task's {prompts} training prompts (got {config.prompts_per_step})"
+        )
+
+
+def _warm_up(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel) -> None:
+    config = site.config
+    if config.sft.steps:
+        stage = site.bars.stage("SFT", config.sft.steps)
+        for numbers in sft(policy, tokenizer, task.demonstrations, config.sft, config.optim, config.seed):
+            stage.advance(numbers)
+
+
+def _make_reward(
+    site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, sampler: Sampler
+) -> Reward:
+    config = site.config
+    match config.reward:
+        case VerifierRewardConfig():
+            return VerifierReward(task)
+        case FunctionRewardConfig():
+            return FunctionReward(config.reward.function)
+        case ModelRewardConfig(path=None):
+            model = value_model(policy, Head.sequence)
+            reward = _train_reward(site, task, ModelReward(model, tokenizer), sampler)
+            save_model(model, tokenizer, site.folder / "reward_model")
+            return reward
+        case ModelRewardConfig(path=path):
+            return ModelReward(*load_reward_model(str(path), config.model))
+    raise AssertionError(config.reward)
+
+
+def _train_reward(site: Site, task: Task, reward: ModelReward, sampler: Sampler) -> ModelReward:
+    """Pairs from the data or from the policy, training, and the held-out accuracy and margin into the notes."""
+    config: Any = site.config.reward
+    seed = site.config.seed + PAIRS_SEED
+    pairs = list(task.preferences)
+    if not pairs:
+        with site.bars.waiting("pairs"):
+            prompts = task.train[: config.prompts]
+            temperature = site.config.rollout.temperature
+            rollouts = sampler.sample(prompts, n=config.samples, temperature=temperature, seed=seed)
+            pairs = pairs_from(rollouts, task, config.label_noise, seed)
+    training, held_out = split(pairs, config.held_out, seed)
+    stage = site.bars.stage("reward model", config.steps)
+    for numbers in train_reward_model(reward.model, reward.tokenizer, training, config, site.config.optim, seed):
+        stage.advance(numbers)
+    reward.model.requires_grad_(False)
+    reward.calibrate([p.prompt for p in training] * 2, [p.chosen for p in training] + [p.rejected for p in training])
+    if held_out:
+        with torch.no_grad():
+            margins_B = margins(reward.model, reward.tokenizer, held_out)
+        site.notes["reward_model_accuracy"] = float((margins_B > 0).float().mean())
+        site.notes["reward_model_margin"] = float(margins_B.mean())
+        site.notes["reward_model_pairs"] = len(training)
+    return reward
+
+
+def _terminate_as_interrupt() -> None:
+    """SIGTERM unwinds like Ctrl-C, so that workers and shared memory are released."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,1 @@
+"""What comes before RL: a supervised warm-up and a reward model."""

@@ -1,0 +1,98 @@
+"""A Bradley-Terry reward model: pairs from the policy where the data ships none, training, and normalised scores."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.config import ModelRewardConfig, OptimConfig
+from rlhf.learner import make_optimizer
+from rlhf.losses import bradley_terry
+from rlhf.models import scores
+from rlhf.stages.sft import batches, encode, join
+from rlhf.types import Pair, Rollouts, Task, Tokenizer
+
+
+def pairs_from(rollouts: Rollouts, task: Task, label_noise: float, seed: int) -> list[Pair]:
+    """Every two of a prompt's answers whose gold scores differ, the better one chosen; some labels flipped.
+
+    Stands in for people who rank several answers (arXiv:2203.02155) and err with probability `label_noise`.
+    """
+    draw = random.Random(seed)
+    n = rollouts.samples_per_prompt
+    pairs = []
+    for p, prompt in enumerate(rollouts.prompts):
+        answers = sorted(set(rollouts.texts[p * n : (p + 1) * n]))
+        gold = {answer: task.score(prompt, answer) or 0.0 for answer in answers}
+        for first, second in itertools.combinations(answers, 2):
+            if gold[first] == gold[second]:
+                continue
+            better = (gold[first] > gold[second]) != (draw.random() < label_noise)
+            pairs.append(Pair(prompt, first, second) if better else Pair(prompt, second, first))
+    return pairs
+
+
+def split(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs, divided by prompt, so that no prompt is on both sides."""
+    texts = sorted({pair.prompt.text for pair in pairs})
+    random.Random(seed).shuffle(texts)
+    kept = set(texts[: round(len(texts) * held_out)])
+    return [p for p in pairs if p.prompt.text not in kept], [p for p in pairs if p.prompt.text in kept]
+
+
+def train_reward_model(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    config: ModelRewardConfig,
+    optim: OptimConfig,
+    seed: int,
+) -> Iterator[dict[str, float]]:
+    """Take `config.steps` steps on -log sigmoid(s_chosen - s_rejected), in place; yields loss and accuracy of each."""
+    if not pairs:
+        raise ValueError(
+            "no preference pairs to train the reward model on: every prompt's sampled answers have equal gold scores; "
+            "raise reward.prompts or reward.samples, or change sft.steps so that the policy is right only sometimes"
+        )
+    optimizer = make_optimizer(model, optim, config.lr)
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt.text, []).append(pair)
+    groups = list(
+        by_prompt.values()
+    )  # all pairs of a prompt in one batch: each answer is computed once for all of them
+    for step, batch in enumerate(batches(len(groups), config.prompts_per_batch, config.steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, 2 * (1 - step / config.steps))
+        margins_B = margins(model, tokenizer, [pair for i in batch for pair in groups[i]])
+        loss = bradley_terry(margins_B, torch.zeros_like(margins_B)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield {"loss": float(loss.detach()), "accuracy": float((margins_B > 0).float().mean())}
+
+
+def margins(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> torch.Tensor:
+    """s_chosen - s_rejected, [pairs]."""
+    rows = [(pair.prompt.text, pair.chosen) for pair in pairs] + [(pair.prompt.text, pair.rejected) for pair in pairs]
+    place = {row: index for index, row in enumerate(dict.fromkeys(rows))}
+    scores_U = score_texts(model, tokenizer, [prompt for prompt, _ in place], [answer for _, answer in place])
+    chosen_B, rejected_B = scores_U[[place[row] for row in rows]].chunk(2)
+    return chosen_B - rejected_B
+
+
+def score_texts(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], answers: Sequence[str]
+) -> torch.Tensor:
+    """The model's scalar for each prompt + answer + EOS, [B]."""
+    device = next(model.parameters()).device
+    rows = list(zip(encode(tokenizer, prompts), encode(tokenizer, answers, end=True), strict=True))
+    ids_BL, _ = join(rows, device)
+    lengths_B = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], device=device)
+    mask_BL = (torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]).long()
+    return scores(model, ids_BL, mask_BL).float()

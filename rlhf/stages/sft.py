@@ -1,0 +1,69 @@
+"""Supervised fine-tuning on demonstrations: cross-entropy of the answer's tokens and of the EOS that ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.config import OptimConfig, SftConfig
+from rlhf.learner import make_optimizer
+from rlhf.types import Prompt, Tokenizer
+
+
+def sft(
+    policy: torch.nn.Module,
+    tokenizer: Tokenizer,
+    demonstrations: Sequence[tuple[Prompt, str]],
+    config: SftConfig,
+    optim: OptimConfig,
+    seed: int,
+) -> Iterator[dict[str, float]]:
+    """Take `config.steps` gradient steps on the policy, in place; yields each step's loss in nats a token."""
+    policy.eval()
+    device = next(policy.parameters()).device
+    optimizer = make_optimizer(policy, optim, config.lr)
+    answers = encode(tokenizer, [answer for _, answer in demonstrations], end=True)
+    rows = [(prompt.ids, answer) for (prompt, _), answer in zip(demonstrations, answers, strict=True)]
+    for step, batch in enumerate(batches(len(rows), config.batch_size, config.steps, seed)):
+        for group in optimizer.param_groups:  # linear decay: a warm-up has an end
+            group["lr"] = config.lr * (1 - step / config.steps)
+        ids_BL, mask_BL = join([rows[i] for i in batch], device)
+        logits_BLV = policy(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
+        loss_BL = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), ids_BL[:, 1:], reduction="none")
+        loss = (loss_BL * mask_BL[:, 1:]).sum() / mask_BL[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield {"loss": float(loss.detach())}
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], end: bool = False) -> list[list[int]]:
+    """Token ids of each text without special tokens, with the EOS token behind them if `end`."""
+    tail = [tokenizer.eos_token_id] if end else []
+    return [ids + tail for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def join(rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids [B, L] of prompt + answer, and a mask [B, L] that is 1 on the answer's tokens."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids_BL = torch.zeros(len(rows), width, dtype=torch.long)
+    mask_BL = torch.zeros(len(rows), width)
+    for b, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids_BL[b, :end] = torch.tensor([*prompt, *answer])
+        mask_BL[b, len(prompt) : end] = 1.0
+    return ids_BL.to(device), mask_BL.to(device)
+
+
+def batches(rows: int, size: int, steps: int, seed: int) -> Iterable[list[int]]:
+    """`steps` batches of row numbers: shuffled passes over all rows, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < min(size, rows):
+            queue += torch.randperm(rows, generator=generator).tolist()
+        yield queue[: min(size, rows)]
+        queue = queue[min(size, rows) :]

@@ -1,0 +1,132 @@
+"""Sweeps: each job in a process of its own, finished jobs skipped, and one table that is rewritten after every job."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from rlhf.config import RunConfig
+from rlhf.report import pyplot, read_summary, series, write_summary
+
+COLUMNS = (
+    "reward_end",
+    "gold_end",
+    "greedy_accuracy_end",
+    "kl_end",
+    "step_ms",
+    "transfer_ms",
+    "transfer_share",
+    "seconds",
+)
+END_S = 30.0  # how long an interrupted job may take to end by itself
+
+
+def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
+    """Train in a fresh process, unless this folder holds the finished job already; RuntimeError if the job dies."""
+    summary = read_summary(folder)
+    if summary.get("status") == "finished" and summary.get("overrides") == list(overrides):
+        print(f"finished already, skipped: {folder}")
+        return
+    (folder / "summary.json").unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(config, folder, list(overrides)))
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():  # interrupted: the job had the same signal from the terminal, or gets it now
+            process.terminate()
+            process.join(END_S)
+            process.kill()
+            write_summary(folder, "interrupted", overrides, {})
+    if process.exitcode:
+        error = read_summary(folder).get("error") or f"the process died with exit code {process.exitcode}"
+        write_summary(folder, "failed", overrides, {"error": error})
+        raise RuntimeError(f"{' '.join(overrides)}: {error}")
+
+
+def _child(config: RunConfig, folder: Path, overrides: list[str]) -> None:
+    from rlhf.run import run
+
+    try:
+        run(config, folder, overrides)
+    except Exception as error:
+        write_summary(folder, "failed", overrides, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        raise
+
+
+class SweepTable(Callback):
+    """Rewrites `summary.md`, `summary.csv` and `comparison.png` of a sweep after every job."""
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
+        """Hydra calls this in single runs, too, which have no table."""
+        if config.hydra.mode.name == "MULTIRUN":
+            write_table(Path(config.hydra.sweep.dir))
+
+
+def write_table(sweep: Path) -> None:
+    """Read every job's folder below `sweep` and rewrite the table and the plot."""
+    jobs = sorted((path.parent.parent for path in sweep.glob("*/.hydra/config.yaml")), key=_number)
+    rows = [_row(job) for job in jobs]
+    header = ["job", "status", "overrides", *COLUMNS, "error"]
+    with open(sweep / "summary.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(_cell(row[name]) for name in header) + " |" for row in rows]
+    (sweep / "summary.md").write_text("\n".join(lines) + "\n")
+    _plot(jobs, sweep / "comparison.png")
+    print(f"sweep so far, {len(rows)} job(s): {sweep / 'summary.md'}")
+
+
+def _row(job: Path) -> dict[str, Any]:
+    summary = read_summary(job)
+    row: dict[str, Any] = {
+        "job": job.name,
+        "status": summary.get("status", "unfinished"),
+        "overrides": " ".join(summary.get("overrides", [])),
+        "error": summary.get("error", ""),
+    }
+    return row | {name: summary.get(name, "") for name in COLUMNS}
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
+
+
+def _number(job: Path) -> tuple[int, str]:
+    return (int(job.name) if job.name.isdigit() else 10**9, job.name)
+
+
+def _plot(jobs: Sequence[Path], path: Path) -> None:
+    """Held-out gold (or reward) of every job over steps, and the milliseconds of each job's transfer."""
+    plt = pyplot()
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    for job in jobs:
+        rows = _metrics(job)
+        name = "eval/gold" if series(rows, "eval/gold")[1] else "eval/reward"
+        steps, values = series(rows, name)
+        label = " ".join(read_summary(job).get("overrides", [])) or job.name
+        if values:
+            curves.plot(steps, values, marker="o", markersize=3, label=f"{job.name}: {label}")
+        bars.bar(job.name, read_summary(job).get("transfer_ms", 0.0))
+    curves.set(title="gold reward (held-out)", xlabel="step")
+    bars.set(title="weight transfer, milliseconds a step", xlabel="job")
+    if curves.get_legend_handles_labels()[0]:
+        curves.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _metrics(job: Path) -> list[dict[str, float]]:
+    try:
+        return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []

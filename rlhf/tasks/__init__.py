@@ -1,0 +1,120 @@
+"""Prompts and how an answer is scored.
+
+In two steps, because the tiny model's tokenizer is made from the task's own characters: `read_task` gives texts, and
+`make_task` renders and tokenises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config import ArithmeticTaskConfig, JsonlTaskConfig, ReverseTaskConfig, SortTaskConfig, TaskConfig
+from rlhf.types import Pair, Prompt, Task, Tokenizer
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Gold = Callable[[Mapping[str, Any], str], float | None]  # (a row's columns, an answer) -> score in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question, as text or as messages that end with the user's, and what the data know about its answer."""
+
+    question: str | list[Message]
+    columns: Mapping[str, Any]
+    demonstration: str | None = None
+    preference: tuple[str, str] | None = None  # (chosen, rejected)
+
+    def texts(self) -> list[str]:
+        """Every text of the row that a model may read or write."""
+        asked = [self.question] if isinstance(self.question, str) else [turn["content"] for turn in self.question]
+        answers = [self.demonstration] if self.demonstration is not None else []
+        return [*asked, *answers, *(self.preference or ())]
+
+
+@dataclass(frozen=True, slots=True)
+class RawTask:
+    """A task before there is a tokenizer."""
+
+    train: list[Row]
+    held_out: list[Row]
+    gold: Gold
+
+    @property
+    def conversational(self) -> bool:
+        """Whether questions are messages, which need a chat template."""
+        return any(not isinstance(row.question, str) for row in self.train)
+
+    def characters(self) -> list[str]:
+        """Every character of the task's texts, sorted."""
+        rows = [*self.train, *self.held_out]
+        return sorted({character for row in rows for text in row.texts() for character in text})
+
+
+@dataclass(slots=True)
+class TokenisedTask:
+    """A task that a policy can be asked; held-out rows give no demonstrations and no preferences."""
+
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    demonstrations: Sequence[tuple[Prompt, str]]
+    preferences: Sequence[Pair]
+    gold: Gold
+
+    def score(self, prompt: Prompt, answer: str) -> float | None:
+        """The gold reward in [0, 1], or None where the data hold no reference."""
+        return self.gold(prompt.columns, answer)
+
+
+def read_task(config: TaskConfig, seed: int) -> RawTask:
+    """The task's texts, the same for the same seed; ValueError if they cannot be had."""
+    match config:
+        case SortTaskConfig() | ReverseTaskConfig():
+            from rlhf.tasks.procedural import sequence_task
+
+            return sequence_task(config, seed)
+        case ArithmeticTaskConfig():
+            from rlhf.tasks.procedural import arithmetic_task
+
+            return arithmetic_task(config, seed)
+        case JsonlTaskConfig():
+            from rlhf.tasks.jsonl import jsonl_task
+
+            return jsonl_task(config, seed)
+    raise AssertionError(f"no task is made from {type(config).__name__}")
+
+
+def make_task(raw: RawTask, tokenizer: Tokenizer) -> Task:
+    """Render conversations with the tokenizer's chat template, and tokenise without adding special tokens."""
+    train = [_prompt(row, tokenizer) for row in raw.train]
+    pairs = list(zip(train, raw.train, strict=True))
+    return TokenisedTask(
+        train=train,
+        held_out=[_prompt(row, tokenizer) for row in raw.held_out],
+        demonstrations=[(prompt, row.demonstration) for prompt, row in pairs if row.demonstration is not None],
+        preferences=[Pair(prompt, *row.preference) for prompt, row in pairs if row.preference is not None],
+        gold=raw.gold,
+    )
+
+
+def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
+    text = row.question if isinstance(row.question, str) else _rendered(row.question, tokenizer)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise ValueError(f"the model's tokenizer makes no token of the prompt {text!r}: leave that prompt out")
+    return Prompt(text, ids, row.columns)
+
+
+def _rendered(messages: list[Message], tokenizer: Tokenizer) -> str:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):  # a checkpoint's tokenizer has one, or None
+        raise ValueError(
+            "the data are conversations, and the model's tokenizer has no chat template: choose a chat model "
+            "(model.path), or a file whose prompts are texts (task.path)"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses a conversation ({error}): {messages!r:.300}") from None

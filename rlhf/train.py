@@ -1,0 +1,85 @@
+"""The command line: compose a run from `conf/` and overrides, check it, train. Imports nothing heavy before that."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+
+from rlhf.config import CONF, checked, misplaced, register
+
+register()
+
+HELP = """\
+RLHF: sample, score, learn, hand the new weights over; repeat.
+
+  python -m rlhf.train                                  the default run: SFT, reward model, GRPO
+  python -m rlhf.train algo=rloo task=reverse           swap parts; key=value changes one dial
+  python -m rlhf.train -m transfer=ipc,disk seed=0,1    a sweep: every combination, one table
+  python -m rlhf.train --cfg job                        print the composed run and stop
+  python -m rlhf.train --hydra-help                     Hydra's own flags
+
+Choices (group=choice):
+{choices}
+
+The dials of the composed run (key=value; what each means is in rlhf/config.py and transfer/config.py):
+
+{dials}"""
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _job(config: Any) -> None:
+    run_config = checked(config)
+    overrides = list(HydraConfig.get().overrides.task)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        from rlhf.sweep import run_job
+
+        run_job(run_config, folder, overrides)
+        return
+    from rlhf.run import run
+    from transfer.wire import RemoteError, TransferError
+
+    try:
+        run(run_config, folder, overrides)
+    except (ValueError, TransferError, RemoteError) as error:
+        raise CompactHydraException(f"{type(error).__name__}: {error}") from error
+
+
+def main() -> None:
+    """Console script `rlhf-train`, and `python -m rlhf.train`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_help([argument for argument in sys.argv[1:] if "=" in argument])
+        return
+    try:
+        _job()
+    except SystemExit as end:
+        if end.code:
+            for hint in misplaced(sys.argv[1:]):
+                print(hint, file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        print("interrupted: workers and shared memory are released", file=sys.stderr)
+        sys.exit(130)
+
+
+def print_help(overrides: list[str]) -> None:
+    """What can be chosen, and the run that `overrides` compose; Hydra's own help takes seconds to list as much."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    groups = sorted({path.parent.relative_to(CONF).as_posix() for path in CONF.glob("**/*.yaml")} - {"."})
+    choices = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups}
+    lines = [f"  {group:<16} {' '.join(names)}" for group, names in choices.items() if not group.startswith("hydra")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        dials = OmegaConf.to_yaml(compose("config", overrides))
+    print(HELP.format(choices="\n".join(lines), dials=dials))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The nouns that flow around the loop. Shapes: P prompts per step, n samples per prompt, B = P*n sequences, T tokens.
+
+Token rows are ragged lists, never padded: whoever needs a tensor pads it, so no mask is ever guessed from token values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled its end-of-sequence token,
+TRUNCATED = "length"  # or max_new_tokens cut the row, which then has no end-of-sequence token
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the policy is asked; `columns` are the data set's other fields (answer, ...), handed to rewards by name."""
+
+    text: str
+    ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One human (or gold) preference: to `prompt`, the answer `chosen` is better than `rejected`; texts without EOS."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer as a worker returns it.
+
+    `ids` end with the EOS token if `finish_reason` is "stop"; `logprobs[t]` is the log-probability of `ids[t]` under
+    the sampling distribution (temperature applied); `version` is that of the weights that sampled it.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """One step's samples: row b of the B = P*n rows answers `prompts[b // samples_per_prompt]`."""
+
+    prompts: list[Prompt]  # P
+    completions: list[Completion]  # B
+    texts: list[str]  # B, decoded without special tokens
+    samples_per_prompt: int
+
+    @property
+    def prompts_B(self) -> list[Prompt]:
+        """The prompt of each row."""
+        return [prompt for prompt in self.prompts for _ in range(self.samples_per_prompt)]
+
+    @property
+    def version(self) -> int:
+        """The oldest version that sampled any row."""
+        return min(completion.version for completion in self.completions)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were sampled."""
+        return sum(len(completion.ids) for completion in self.completions)
+
+
+class Task(Protocol):
+    """Prompts and how an answer is scored; what the files or the generator cannot give is an empty list."""
+
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    demonstrations: Sequence[tuple[Prompt, str]]  # for SFT: a good answer, as text without EOS
+    preferences: Sequence[Pair]  # human preferences shipped with the data
+
+    def score(self, prompt: Prompt, answer: str) -> float | None:
+        """The task's own (gold) reward in [0, 1], or None where the data holds no reference to score against."""
+
+
+class Tokenizer(Protocol):
+    """What the harness needs of a transformers tokenizer."""
+
+    @property
+    def eos_token_id(self) -> Any: ...
+    def __call__(self, text: Any, /, **kwargs: Any) -> Any: ...
+    def encode(self, text: Any, /, add_special_tokens: bool = ...) -> list[int]: ...
+    def batch_decode(self, sequences: Any, /, skip_special_tokens: bool = ...) -> list[str]: ...
+
+    @property
+    def apply_chat_template(self) -> Any: ...
+
+
+class Reward(Protocol):
+    """(prompt, answer) -> number: the training signal, or None for a sample to leave out."""
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]: ...
+
+
+class Sampler(Protocol):
+    """What samples: rollout workers behind a sender."""
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
+        """Draw n answers a prompt; temperature 0 is greedy; the numbers depend on the seed, not on the workers."""
+
+
+class Logger(Protocol):
+    """Where metrics go; several at once."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...

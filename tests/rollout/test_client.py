@@ -1,0 +1,131 @@
+import pytest
+
+from rlhf.config import HfRolloutConfig
+from rlhf.rollout.client import RolloutClient, blocks
+from rlhf.rollout.sampling import seed_of
+from rlhf.rollout.worker import Worker
+from rlhf.types import Prompt
+from transfer import make_transfer
+from transfer.config import HttpSenderConfig, IpcConfig, LocalConfig
+from transfer.senders.direct import DirectSender
+from transfer.wire import RemoteError
+
+PROMPTS = [Prompt("x", ids) for ids in [(3, 4, 5), (8,), (9, 2, 10), (4, 4), (11, 3, 5, 2, 6)]]
+CONFIG = HfRolloutConfig(max_new_tokens=10)
+
+
+class FakeSender:
+    """Answers each prompt with the letter b and the end; remembers what was asked; `spoil` changes the answer."""
+
+    def __init__(self, spoil=lambda answer: answer, version=3):
+        self.name, self.asked, self._spoil, self._version = "worker 5", [], spoil, version
+
+    def call(self, verb, body, timeout_s=None):
+        self.asked.append((verb, body, timeout_s))
+        choices = [
+            {
+                "index": index,
+                "token_ids": [3, 1],
+                "logprobs": {"token_logprobs": [-0.5, -0.1]},
+                "finish_reason": "stop",
+                "weight_version": self._version,
+            }
+            for index in range(len(body["prompt"]) * body["n"])
+        ]
+        return self._spoil({"choices": choices})
+
+    def close(self):
+        pass
+
+
+def test_prompts_are_split_in_order_and_each_has_a_seed_of_its_own(tokenizer):
+    senders = [FakeSender(), FakeSender(version=2)]
+    rollouts = RolloutClient(senders, tokenizer, CONFIG).sample(PROMPTS, n=2, temperature=0.5, seed=9)
+    asked = [sender.asked[0] for sender in senders]
+    assert [ids for _, body, _ in asked for ids in body["prompt"]] == [list(prompt.ids) for prompt in PROMPTS]
+    assert [seed for _, body, _ in asked for seed in body["seeds"]] == [seed_of(9, index) for index in range(5)]
+    assert {timeout for _, _, timeout in asked} == {CONFIG.timeout_s}
+    assert (rollouts.prompts, rollouts.texts, rollouts.samples_per_prompt) == (PROMPTS, ["b"] * 10, 2)
+    assert rollouts.completions[0].ids == [3, 1]
+    assert rollouts.version == 2
+
+
+def test_more_workers_than_prompts_leaves_some_idle(tokenizer):
+    senders = [FakeSender() for _ in range(3)]
+    rollouts = RolloutClient(senders, tokenizer, CONFIG).sample(PROMPTS[:1], n=2, temperature=1.0, seed=0)
+    assert len(rollouts.completions) == 2
+    assert sum(len(sender.asked) for sender in senders) == 1
+
+
+def test_blocks_cover_everything_once_and_evenly():
+    for count in range(20):
+        for parts in range(1, 6):
+            ranges = [range(count)[block] for block in blocks(count, parts)]
+            assert [index for block in ranges for index in block] == list(range(count))
+            assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("index", 7, "choices"),
+        ("token_ids", [], "0 tokens"),
+        ("token_ids", [3, 2, 1], "3 tokens and 2 log-probs"),
+        ("token_ids", [1, 3], "finish_reason is 'stop'"),
+        ("logprobs", None, "TypeError"),
+        ("logprobs", {"token_logprobs": [-0.5, float("nan")]}, "not finite"),
+        ("finish_reason", "abort", "'abort'"),
+        ("finish_reason", "length", "'length'"),
+        ("weight_version", None, "TypeError"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_an_error_that_names_the_worker(tokenizer, field, value, message):
+    def spoil(answer):
+        answer["choices"][1][field] = value
+        return answer
+
+    client = RolloutClient([FakeSender(spoil)], tokenizer, CONFIG)
+    with pytest.raises(RuntimeError, match=rf"worker 5: completions: .*{message}"):
+        client.sample(PROMPTS, n=2, temperature=1.0, seed=0)
+
+
+def test_the_number_of_workers_does_not_change_what_is_sampled(model, tokenizer, tmp_path):
+    def sampled(count):
+        with make_transfer(LocalConfig(), tmp_path) as transfer:
+            senders = [DirectSender(Worker(model, transfer.endpoint), f"worker {index}") for index in range(count)]
+            transfer.open(model.state_dict(), senders)
+            transfer.push(model.state_dict())
+            return RolloutClient(senders, tokenizer, CONFIG).sample(PROMPTS, n=4, temperature=0.6, seed=1)
+
+    alone = sampled(1)
+    assert len(set(alone.texts)) > 5
+    assert sampled(2).texts == sampled(5).texts == alone.texts
+
+
+@pytest.mark.slow
+def test_two_worker_processes_sample_what_one_in_process_samples(launch, model, tokenizer):
+    def sampled(transfer, workers):
+        with launch(transfer, workers) as fleet:
+            client = RolloutClient(fleet.feed(model), tokenizer, CONFIG)
+            return client.sample(PROMPTS, n=4, temperature=0.6, seed=1)
+
+    local = sampled(LocalConfig(), 1)
+    remote = sampled(IpcConfig(sender=HttpSenderConfig()), 2)
+    assert [c.ids for c in remote.completions] == [c.ids for c in local.completions]
+    assert remote.texts == local.texts
+    for there, here in zip(remote.completions, local.completions, strict=True):
+        assert there.logprobs == pytest.approx(here.logprobs, abs=1e-5)
+        assert there.version == here.version == 0
+
+
+def test_the_same_worker_gives_the_same_numbers_to_the_last_bit(http_fleet, tokenizer):
+    client = RolloutClient(http_fleet.workers.senders(), tokenizer, CONFIG)
+    first = client.sample(PROMPTS, n=4, temperature=0.6, seed=1)
+    assert first == client.sample(PROMPTS, n=4, temperature=0.6, seed=1)
+    assert first.texts != client.sample(PROMPTS, n=4, temperature=0.6, seed=2).texts
+
+
+def test_a_refusal_reaches_the_trainer_in_the_workers_words(http_fleet, tokenizer):
+    client = RolloutClient(http_fleet.workers.senders(), tokenizer, HfRolloutConfig(max_new_tokens=64))
+    with pytest.raises(RemoteError, match=r"worker 0 .*body\.max_tokens must be between 1 and 59"):
+        client.sample(PROMPTS, n=1, temperature=1.0, seed=0)

@@ -1,0 +1,172 @@
+"""Worker processes come up, and go: with their context, with their parent, and with an error that names them."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import requests
+
+from rlhf.config import HfRolloutConfig
+from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.launch import SOURCE, TOKEN_VARIABLE, WorkerProcess
+from rlhf.rollout.serve import listening
+from rlhf.rollout.worker import WorkerSpec
+from rlhf.types import Prompt
+from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
+from transfer.wire import RemoteError
+
+PROMPTS = [Prompt("x", (3, 4, 5)), Prompt("y", (8,))]
+QWEN = {"architecture": {"model_type": "qwen3"}, "endpoint": {"backend": "local"}}
+
+
+def gone(process, within_s=20):
+    try:
+        process.wait(within_s)
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+def started_since(before):
+    """Worker processes below this one that were not there before."""
+    now = psutil.Process().children(recursive=True)
+    return [child for child in now if child not in before and "rlhf.rollout.worker" in child.cmdline()]
+
+
+def test_workers_serve_once_fed_are_named_when_they_die_and_are_gone_afterwards(launch, model, tokenizer):
+    before = psutil.Process().children(recursive=True)
+    with launch(IpcConfig(sender=HttpSenderConfig()), workers=2) as fleet:
+        for sender in fleet.workers.senders():
+            with pytest.raises(RemoteError, match="no weights to serve") as empty:
+                sender.call("completions", {"prompt": [[3]]})
+            assert empty.value.status == 503
+        senders = fleet.feed(model)
+        processes = started_since(before)
+        assert len(processes) == 2
+        client = RolloutClient(senders, tokenizer, HfRolloutConfig(max_new_tokens=4))
+        assert len(client.sample(PROMPTS, n=1, temperature=1.0, seed=0).texts) == 2
+        port = senders[1].name.rpartition(":")[2].rstrip(")")
+        victim = next(p for p in processes if any(c.laddr.port == int(port) for c in p.net_connections()))
+        victim.send_signal(signal.SIGKILL)
+        with pytest.raises(RemoteError, match=r"worker 1 .*completions") as error:
+            client.sample(PROMPTS, n=1, temperature=1.0, seed=0)
+        assert error.value.status == 0
+        (survivor,) = [process for process in processes if process != victim]
+        survivor.send_signal(signal.SIGSTOP)  # will not hear a polite request to end
+    assert gone(survivor) and gone(victim)
+    assert started_since(before) == []
+
+
+def test_a_worker_that_cannot_start_is_named_with_the_end_of_its_log(tmp_path):
+    spec = replace(WorkerSpec(**QWEN), architecture={"model_type": "no_such_model"})
+    with (
+        WorkerProcess(3, spec, tmp_path) as process,
+        pytest.raises(RuntimeError, match=r"worker 3 died while it started(?s:.*)no_such_model"),
+    ):
+        process.port(time.monotonic() + 60)
+
+
+def test_a_worker_that_is_too_slow_to_start_is_named_with_the_key_to_change(tmp_path):
+    with (
+        WorkerProcess(0, WorkerSpec(**QWEN), tmp_path) as process,
+        pytest.raises(RuntimeError, match=r"worker 0 did not come up within transfer\.sender\.start_timeout_s"),
+    ):
+        process.port(time.monotonic())
+
+
+PARENT = textwrap.dedent("""
+    import os, sys, time
+    from pathlib import Path
+    from rlhf.rollout.launch import WorkerProcess
+    from rlhf.rollout.worker import WorkerSpec
+
+    def main():
+        settings = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        spec = WorkerSpec(architecture={"model_type": "qwen3", **settings}, endpoint={"backend": "local"}, token="t")
+        with WorkerProcess(0, spec, Path(sys.argv[1])) as worker:
+            port = worker.port(time.monotonic() + 60)
+            if sys.argv[2] == "with a child that holds the pipes" and os.fork() == 0:
+                time.sleep(60)
+            print(port, flush=True)
+            time.sleep(60)
+
+    main()
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["alone", "with a child that holds the pipes"])
+def test_a_worker_does_not_outlive_a_parent_that_is_killed(tmp_path, case):
+    command = [sys.executable, "-c", PARENT, str(tmp_path), case]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        try:
+            port = int(parent.stdout.readline())
+            assert requests.get(f"http://127.0.0.1:{port}/health", timeout=20).status_code == 200
+            family = psutil.Process(parent.pid).children(recursive=True)
+            (worker,) = [child for child in family if "rlhf.rollout.worker" in child.cmdline()]
+            parent.kill()
+            assert gone(worker)
+        finally:
+            parent.kill()
+            for child in family:
+                if child.is_running():
+                    child.kill()
+
+
+@pytest.mark.slow
+def test_a_worker_that_stands_alone_is_driven_by_its_url(launch, model, tokenizer, tmp_path, monkeypatch):
+    shared = DiskConfig(sender=HttpSenderConfig(), path=str(tmp_path / "weights"))
+    with launch(shared) as fleet:
+        file = tmp_path / "spec.json"
+        file.write_text(fleet.spec.to_json())
+        command = [sys.executable, "-m", "rlhf.rollout.worker", str(file)]
+        environment = os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+        ) as alone:
+            try:
+                url = alone.stdout.readline().split()[-1]
+                monkeypatch.setenv(TOKEN_VARIABLE, fleet.spec.token)
+                by_url = replace(shared, sender=HttpSenderConfig(url=[url]))
+                with launch(by_url) as driven:
+                    client = RolloutClient(driven.feed(model), tokenizer, HfRolloutConfig(max_new_tokens=4))
+                    assert len(client.sample(PROMPTS, n=2, temperature=1.0, seed=0).texts) == 4
+                assert alone.poll() is None  # not ours to end
+            finally:
+                alone.terminate()
+        assert alone.returncode == -signal.SIGTERM
+
+
+def test_another_number_of_workers_than_of_urls_is_a_mistake(launch):
+    sender = HttpSenderConfig(url=["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    with (
+        pytest.raises(ValueError, match=r"rollout\.workers must be as many"),
+        launch(DiskConfig(sender=sender), workers=3),
+    ):
+        pass
+
+
+def test_binding_beyond_loopback_without_a_token_refuses_to_start():
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
+        with pytest.raises(ValueError, match="needs a token"):
+            listening(WorkerSpec(**QWEN, host=host))
+    with listening(WorkerSpec(**QWEN)) as loopback, listening(WorkerSpec(**QWEN, host="0.0.0.0", token="t")) as public:
+        assert loopback.getsockname()[0] == "127.0.0.1"
+        assert public.getsockname()[0] == "0.0.0.0"
+
+
+def test_the_token_is_on_no_command_line_and_in_no_log(http_fleet):
+    token = http_fleet.spec.token
+    workers = [p for p in psutil.Process().children() if "rlhf.rollout.worker" in p.cmdline()]
+    assert workers
+    for worker in workers:
+        assert token not in " ".join(worker.cmdline())
+        assert token not in " ".join(worker.environ().values())

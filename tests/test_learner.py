@@ -1,0 +1,144 @@
+"""The learner: its log-probs against brute force, its gradients for any split, its refusal of what is not finite."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf.learner import Learner, collate, response_logits
+from rlhf.losses import token_logprobs
+from rlhf.models import Head, make_policy, make_tokenizer, value_model
+from rlhf.types import Completion, Prompt, Rollouts
+
+PROMPTS = [(5, 6, 7), (4,), (8, 9, 10, 11, 5)]
+
+
+def sampled(seed: int = 0, n: int = 4) -> Rollouts:
+    """Rows of random tokens and lengths, with log-probs that no policy gave them."""
+    generator = torch.Generator().manual_seed(seed)
+    completions = []
+    for _ in range(len(PROMPTS) * n):
+        length = int(torch.randint(1, 7, (), generator=generator))
+        ids = torch.randint(0, 12, (length,), generator=generator).tolist()
+        completions.append(Completion(ids, [-2.0] * length, "stop", 0))
+    prompts = [Prompt("", ids) for ids in PROMPTS]
+    return Rollouts(prompts, completions, [""] * len(completions), n)
+
+
+@pytest.fixture
+def make_learner(compose_run):
+    def make(*overrides: str) -> Learner:
+        config = compose_run("model.hidden=32", "model.heads=2", "model.intermediate=48", *overrides)
+        policy = make_policy(config.model, make_tokenizer(config.model, "abcdefghi", chat=False), seed=1)
+        reference = make_policy(config.model, make_tokenizer(config.model, "abcdefghi", chat=False), seed=2)
+        critic = value_model(policy, Head.token) if config.algo.name == "ppo" else None
+        if critic is not None:
+            torch.manual_seed(0)
+            torch.nn.init.normal_(critic.score.weight, std=0.5)
+        return Learner(policy, reference, critic, config)
+
+    return make
+
+
+def gradients(learner: Learner, rollouts: Rollouts, rewards: list[float | None]) -> torch.Tensor:
+    """All gradients of one update, flat, as the optimisers would get them."""
+    taken: list[torch.Tensor] = []
+
+    def keep(loss_is_finite: bool) -> dict[str, float]:
+        models = [learner.policy] if learner.critic is None else [learner.policy, learner.critic]
+        taken.extend(p.grad.flatten() for m in models for p in m.parameters() if p.grad is not None)
+        return {}
+
+    learner._step_optimizers = keep  # type: ignore[method-assign]
+    learner.learn(learner.score(rollouts), rewards)
+    return torch.cat(taken)
+
+
+def test_log_probs_equal_a_brute_force_loop_over_prefixes(make_learner):
+    learner, rollouts = make_learner(), sampled()
+    batch = collate(rollouts, torch.device("cpu"))
+    with torch.no_grad():
+        ours = token_logprobs(response_logits(learner.policy, batch), batch.ids_BT, 0.6)
+        for b, completion in enumerate(rollouts.completions):
+            for t, token in enumerate(completion.ids):
+                prefix = [*rollouts.prompts_B[b].ids, *completion.ids[:t]]
+                logits = learner.policy(input_ids=torch.tensor([prefix])).logits[0, -1]
+                assert float(ours[b, t]) == pytest.approx(float((logits / 0.6).log_softmax(0)[token]), abs=1e-5)
+
+
+def test_a_row_has_the_same_log_probs_alone_and_in_a_padded_batch(make_learner):
+    learner = make_learner()
+    batch = collate(sampled(), torch.device("cpu"))
+    with torch.no_grad():
+        together = learner._over(batch, lambda rows: learner._logprobs(learner.policy, rows))
+        for row in range(len(batch.prompt_of_B)):
+            alone = learner._logprobs(learner.policy, batch.rows([row]))
+            length = int(batch.mask_BT[row].sum())
+            assert torch.allclose(alone[0, :length], together[row, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "ppo"])
+def test_gradients_are_the_same_for_any_split_into_micro_batches(make_learner, algo):
+    rollouts = sampled()
+    rewards: list[float | None] = [float(b % 3) for b in range(len(rollouts.texts))]
+    rewards[2] = None
+    whole = gradients(make_learner(f"algo={algo}"), rollouts, rewards)
+    for tokens in (1, 20, 50):
+        split = gradients(make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}"), rollouts, rewards)
+        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    assert whole.abs().max() > 1e-3
+
+
+def test_micro_batches_hold_every_row_once_and_stay_within_their_tokens(make_learner):
+    learner = make_learner("tokens_per_microbatch=30")
+    batch = collate(sampled(), torch.device("cpu"))
+    parts = list(learner._microbatches(batch, range(12)))
+    assert [row for part in parts for row in part] == list(range(12))
+    assert len(parts) > 1
+    for part in parts:
+        rows = batch.rows(part)
+        assert sum(map(len, rows.prompts)) + rows.ids_BT.numel() <= 30 or len(part) == 1
+
+
+def test_a_group_without_signal_gives_no_gradient_but_that_of_the_kl(make_learner):
+    learner = make_learner("algo.kl_coef=0", "algo.kl_in=loss")
+    learner.reference = None
+    assert gradients(learner, sampled(), [1.0] * 12).abs().max() == 0.0
+
+
+def test_a_sample_without_a_reward_gives_no_gradient(make_learner):
+    rollouts, rewards = sampled(), [1.0, 0.0, None, 1.0] * 3
+    before = gradients(make_learner(), rollouts, rewards)
+    changed = copy.deepcopy(rollouts)
+    for b in (2, 6, 10):
+        changed.completions[b].ids[:] = [3] * len(changed.completions[b].ids)
+    assert torch.allclose(gradients(make_learner(), changed, rewards), before, atol=1e-6)
+
+
+def test_several_updates_a_step_move_away_from_the_old_policy(make_learner):
+    learner = make_learner("updates_per_step=3", "optim.lr=0.01")
+    rewards: list[float | None] = [float(b % 2) for b in range(12)]
+    first = learner.learn(learner.score(sampled()), rewards)
+    assert first["clip_fraction"] >= 0 and learner.steps == 1
+
+
+def test_three_updates_in_a_row_without_finite_gradients_stop_the_run_with_the_weights_untouched(make_learner):
+    learner = make_learner("updates_per_step=3")
+    before = copy.deepcopy(learner.weights())
+    with pytest.raises(RuntimeError, match=r"grad_norm was not finite in 3 updates in a row.*optim\.lr"):
+        batch = learner.score(sampled())
+        assert batch.old_BT is not None
+        batch.old_BT = batch.old_BT * float("nan")
+        learner.learn(batch, [float(b % 2) for b in range(12)])
+    assert all(torch.equal(before[name], value) for name, value in learner.weights().items())
+
+
+def test_only_the_critic_learns_while_it_warms_up(make_learner):
+    learner = make_learner("algo=ppo", "algo.critic_warmup_steps=1")
+    assert learner.critic is not None
+    policy, critic = copy.deepcopy(learner.weights()), copy.deepcopy(learner.critic.state_dict())
+    learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])
+    assert all(torch.equal(policy[name], value) for name, value in learner.weights().items())
+    assert any(not torch.equal(critic[name], value) for name, value in learner.critic.state_dict().items())
+    learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])
+    assert any(not torch.equal(policy[name], value) for name, value in learner.weights().items())

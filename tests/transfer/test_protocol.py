@@ -1,0 +1,272 @@
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from transfer.protocol import (
+    Abort,
+    Do,
+    Event,
+    Finish,
+    Init,
+    Phase,
+    Refuse,
+    Rename,
+    Repeat,
+    Start,
+    State,
+    Update,
+    expired,
+    reported,
+    step,
+)
+
+LEASE_S = 10.0
+
+
+def after(*messages, state=None, now=0.0):
+    """The state after messages that must all be carried out, finish included."""
+    state = state or State()
+    for message in messages:
+        state, decision = step(state, message, now, LEASE_S)
+        assert decision == Do(), (message, decision)
+        if isinstance(message, Finish):
+            state = reported(reported(state, Event.WRITING), Event.FLIPPED)
+    return state
+
+
+def update(epoch, version, digest=None):
+    return Start(epoch, version, digest), Update(epoch, version), Finish(epoch, version)
+
+
+def refused(state, message, match, now=0.0):
+    then, decision = step(state, message, now, LEASE_S)
+    assert isinstance(decision, Refuse) and match in decision.reason, decision
+    assert then == state
+
+
+def repeated(state, message):
+    then, decision = step(state, message, 0.0, LEASE_S)
+    assert decision == Repeat() and then == state
+
+
+READY = after(Init(1), *update(1, 0, "x"))
+STAGED = after(Start(1, 1, "y"), Update(1, 1), state=READY)
+
+
+def test_a_new_worker_serves_nothing_until_its_first_finish():
+    state = after(Init(1), Start(1, 0), Update(1, 0))
+    assert (State().phase, state.phase, state.serves) == (Phase.EMPTY, Phase.STAGING, None)
+    assert (READY.phase, READY.serves) == (Phase.READY, 0)
+
+
+def test_while_staging_the_old_version_is_served():
+    assert (STAGED.phase, STAGED.serves) == (Phase.STAGING, 0)
+
+
+def test_finish_without_staged_weights_is_refused():
+    refused(after(Start(1, 1), state=READY), Finish(1, 1), "none of its weights were staged")
+
+
+def test_finish_of_another_version_than_the_staged_one_is_refused():
+    refused(STAGED, Finish(1, 2), "the update to 1 is under way")
+
+
+@pytest.mark.parametrize(
+    "message", [Start(1, 1), Update(1, 1), Finish(1, 1), Abort(1, 1), Rename(1, 5), Init(1), Init(2)]
+)
+def test_an_older_trainer_is_refused_whatever_it_says(message):
+    refused(after(Init(2), state=STAGED), message, "epoch")
+
+
+@pytest.mark.parametrize("message", [Start(2, 1), Update(2, 1), Finish(2, 1), Abort(2, 1)])
+def test_a_trainer_that_did_not_initialise_is_refused(message):
+    refused(STAGED, message, "epoch 2 is not initialised here")
+
+
+def test_two_trainers_cannot_take_the_same_epoch():
+    refused(READY, Init(1), "epoch 1 is taken; the next trainer's is at least 2")
+
+
+def test_a_new_trainer_drops_the_stage_of_the_old_one():
+    state = after(Init(2), state=STAGED)
+    assert (state.phase, state.serves, state.target) == (Phase.READY, 0, None)
+
+
+def test_versions_never_go_back():
+    state = after(*update(1, 5), state=READY)
+    refused(state, Start(1, 4), "version 4 is older than 5")
+
+
+def test_versions_may_leave_numbers_out():
+    assert after(*update(1, 7), state=READY).serves == 7
+
+
+@pytest.mark.parametrize("message", [Start(1, 0, "x"), Update(1, 0), Finish(1, 0)])
+def test_a_message_about_the_live_version_is_a_repeat(message):
+    repeated(READY, message)
+
+
+def test_the_live_version_with_another_digest_is_a_conflict():
+    refused(READY, Start(1, 0, "z"), "another digest")
+    refused(READY, Start(1, 0), "another digest")
+
+
+def test_a_repeated_start_is_a_repeat_only_with_its_own_digest():
+    assert step(STAGED, Start(1, 1, "y"), 0.0, LEASE_S) == (STAGED, Repeat())
+    refused(STAGED, Start(1, 1, "z"), "another digest")
+
+
+def test_a_second_update_cannot_start_before_the_first_has_ended():
+    refused(STAGED, Start(1, 2), "abort it before starting 2")
+
+
+def test_a_repeated_update_stages_again():
+    assert after(Update(1, 1), state=STAGED) == STAGED
+
+
+def test_abort_goes_back_to_the_old_version_and_may_be_repeated():
+    state = after(Abort(1, 1), state=STAGED)
+    assert state == READY
+    repeated(state, Abort(1, 1))
+
+
+def test_abort_of_the_live_version_is_refused():
+    refused(READY, Abort(1, 0), "live already")
+
+
+def test_abort_of_another_version_leaves_the_stage_alone():
+    assert step(STAGED, Abort(1, 9), 0.0, LEASE_S) == (STAGED, Repeat())
+
+
+def test_after_abort_the_finish_that_was_on_its_way_is_refused():
+    refused(after(Abort(1, 1), state=STAGED), Finish(1, 1), "no update is under way")
+
+
+def test_a_stage_ends_with_its_lease_and_every_message_renews_it():
+    state = after(Start(1, 1), state=READY, now=0.0)
+    assert expired(state, 9.9).target == 1
+    state = after(Update(1, 1), state=state, now=9.0)
+    assert expired(state, 18.9).target == 1
+    assert expired(state, 19.0) == READY
+    _, decision = step(state, Finish(1, 1), 19.0, LEASE_S)
+    assert isinstance(decision, Refuse)
+
+
+def test_a_failure_while_staging_leaves_the_old_version():
+    assert reported(STAGED, Event.FAILED) == READY
+
+
+def test_a_failure_while_weights_are_replaced_quarantines_until_a_verified_finish():
+    torn = reported(reported(STAGED, Event.WRITING), Event.FAILED)
+    assert (torn.phase, torn.serves) == (Phase.QUARANTINED, None)
+    restaged = after(Start(1, 1), Update(1, 1), state=torn)
+    assert (restaged.phase, restaged.serves) == (Phase.QUARANTINED, None)
+    assert after(Finish(1, 1), state=restaged).serves == 1
+    assert after(*update(1, 0, "x"), state=torn).serves == 0, "the version that was torn may come again"
+
+
+def test_a_quarantined_worker_stays_so_when_its_next_update_is_aborted():
+    torn = reported(reported(STAGED, Event.WRITING), Event.FAILED)
+    assert after(Start(1, 2), Update(1, 2), Abort(1, 2), state=torn).phase is Phase.QUARANTINED
+
+
+def test_a_one_shot_update_may_be_named_when_it_finishes():
+    state = after(Start(0, 0), Update(0, 0), Rename(0, 42), Finish(0, 42))
+    assert state.serves == 42
+    refused(after(Start(0, 43), state=state), Rename(0, 42), "not newer than 42")
+    refused(state, Rename(0, 50), "no update is under way")
+
+
+class TwoTrainersOnABadNetwork(RuleBasedStateMachine):
+    """Any messages of several trainers, lost, doubled and out of order, with faults in the work and time passing."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = State()
+        self.now = 0.0
+        self.sent = []
+        self.staged = None  # (epoch, version) whose bytes lie staged
+        self.live = None  # (epoch, version) of the weights in place; "torn" if mixed
+        self.finished = []  # versions, as they went live
+
+    epochs = st.integers(0, 3)
+    versions = st.integers(0, 4)
+    faults = st.sampled_from([None, None, None, "before", "within"])
+
+    @rule(epoch=epochs)
+    def init(self, epoch):
+        self.deliver(Init(epoch), None)
+
+    @rule(kind=st.sampled_from([Start, Update, Finish, Abort]), version=versions, fault=faults, stale=st.booleans())
+    def say(self, kind, version, fault, stale):
+        epoch = max(0, self.state.epoch - stale)
+        self.deliver(kind(epoch, version), fault)
+
+    @rule(version=versions, fault=faults, upto=st.integers(1, 3))
+    def whole_update(self, version, fault, upto):
+        for message in update(self.state.epoch, version)[:upto]:
+            self.deliver(message, fault if isinstance(message, Finish) else None)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def replay(self, data):
+        self.deliver(data.draw(st.sampled_from(self.sent)), None)
+
+    @rule(seconds=st.sampled_from([1.0, LEASE_S]))
+    def wait(self, seconds):
+        self.now += seconds
+
+    def deliver(self, message, fault):
+        self.sent.append(message)
+        before = expired(self.state, self.now)
+        self.state, decision = step(self.state, message, self.now, LEASE_S)
+        if not isinstance(decision, Do):
+            assert self.without_deadline(self.state) == self.without_deadline(before)
+        if not isinstance(message, Init) and message.epoch != before.epoch:
+            assert isinstance(decision, Refuse)
+        if isinstance(message, Init) and isinstance(decision, Do):
+            assert message.epoch > before.epoch
+        if isinstance(message, Update) and isinstance(decision, Do):
+            self.stage(message, fault)
+        if isinstance(message, Finish) and isinstance(decision, Do):
+            self.finish(message, fault)
+        if isinstance(message, Finish) and not isinstance(decision, Refuse) and fault is None:
+            assert self.state.serves == message.version, "an acknowledged finish is live"
+
+    def stage(self, message, fault):
+        if fault:
+            self.state = reported(self.state, Event.FAILED)
+        else:
+            self.staged = (message.epoch, message.version)
+
+    def finish(self, message, fault):
+        assert self.staged == (message.epoch, message.version), "finished what was not staged by this trainer"
+        if fault == "before":
+            self.state = reported(self.state, Event.FAILED)
+            return
+        self.state = reported(self.state, Event.WRITING)
+        self.live = "torn"
+        if fault == "within":
+            self.state = reported(self.state, Event.FAILED)
+            return
+        self.state = reported(self.state, Event.FLIPPED)
+        self.live = self.staged
+        self.finished.append(message.version)
+
+    @staticmethod
+    def without_deadline(state):
+        return state.epoch, state.version, state.torn, state.target, state.target_digest, state.staged
+
+    @invariant()
+    def what_is_served_is_whole_and_rightly_named(self):
+        if self.state.serves is not None:
+            assert self.live != "torn" and self.live[1] == self.state.serves
+
+    @invariant()
+    def versions_never_go_down(self):
+        assert self.finished == sorted(self.finished)
+
+
+TestTwoTrainersOnABadNetwork = TwoTrainersOnABadNetwork.TestCase
+TestTwoTrainersOnABadNetwork.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

@@ -1,0 +1,332 @@
+import json
+import os
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from worker_process import PlainModel, fingerprint
+
+from transfer import make_receiver, make_transfer, wire
+from transfer.config import DiskConfig, IpcConfig, SenderConfig
+from transfer.senders.direct import DirectSender
+from transfer.senders.http import HttpSender
+from transfer.senders.ray import RaySender
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A worker's routes over the standard library's HTTP server; remembers what it was sent."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append((self.command, self.path, dict(self.headers), body, self.client_address))
+        status, headers, answer = self.server.respond(self.path, body)
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """An HTTP server on a free port that answers with `respond(path, body) -> (status, headers, bytes)`."""
+
+    daemon_threads = True
+
+    def __init__(self, respond):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.handle_error = lambda request, address: None  # a client that has hung up is part of some tests
+        self.respond = respond
+        self.seen = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serving(respond):
+    server = Server(respond)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+@contextmanager
+def http_sender(server, timeout_s=20.0, token="secret"):
+    sender = HttpSender(server.url, token, "worker 0", timeout_s)
+    try:
+        yield sender
+    finally:
+        sender.close()
+
+
+def answer(status, value, **headers):
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return lambda path, body: (status, headers, raw)
+
+
+# --- direct -----------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    def status(self, body):
+        return {"seen": body}
+
+    def pause(self, body):
+        raise wire.Refused(409, "not now")
+
+
+def test_a_direct_call_is_answered_and_a_refusal_names_the_worker():
+    sender = DirectSender(Worker(), "worker 7")
+    assert sender.call("status", {"a": 1}) == {"seen": {"a": 1}}
+    with pytest.raises(wire.RemoteError, match=r"worker 7: pause: not now \(status 409\)") as caught:
+        sender.call("pause", {})
+    assert caught.value.status == 409
+
+
+# --- http -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_verb_becomes_its_route_with_the_token_and_json_over_one_connection():
+    with serving(answer(200, {"ok": True})) as server, http_sender(server) as sender:
+        for _ in range(3):
+            assert sender.call("start_weight_update", {"epoch": 1}) == {"ok": True}
+        assert sender.call("status", {"deep": 2}) == {"ok": True}
+        method, path, headers, body, _ = server.seen[0]
+        assert (method, path, body) == ("POST", "/start_weight_update", b'{"epoch": 1}')
+        assert headers["Authorization"] == "Bearer secret" and headers["Content-Type"] == "application/json"
+        assert server.seen[3][:2] == ("GET", "/status?deep=2")
+        assert len({seen[4] for seen in server.seen}) == 1, "one kept-alive connection"
+        assert (sender.bytes_sent, sender.bytes_received) == (3 * len(b'{"epoch": 1}'), 4 * len(b'{"ok": true}'))
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"detail": "it is this"}, "it is this"),
+        ({"error": "it is that"}, "it is that"),
+        ({"error": {"message": "deeper", "code": 400}}, "deeper"),
+        ({"detail": [{"loc": ["body"], "msg": "missing"}]}, "missing"),
+        (b"plain words", "plain words"),
+        (b"", "Conflict"),
+        (b"{}", "{}"),
+        (b"\xff\xfe", "\ufffd"),
+    ],
+)
+def test_an_error_has_the_servers_own_message(value, message):
+    with serving(answer(409, value)) as server, http_sender(server) as sender:
+        with pytest.raises(wire.RemoteError) as caught:
+            sender.call("pause", {})
+        assert caught.value.status == 409 and message in caught.value.reason
+        assert str(caught.value).startswith("worker 0: pause: ")
+
+
+def test_an_empty_answer_or_one_word_is_an_empty_object():
+    with serving(answer(200, b"")) as server, http_sender(server) as sender:
+        assert sender.call("pause", {}) == {}
+    with serving(answer(200, b'"ok"')) as server, http_sender(server) as sender:
+        assert sender.call("pause", {}) == {}
+
+
+def test_an_answer_that_is_not_json_is_an_error():
+    with (
+        serving(answer(200, b"<html>")) as server,
+        http_sender(server) as sender,
+        pytest.raises(wire.RemoteError, match="not JSON"),
+    ):
+        sender.call("pause", {})
+
+
+def test_a_redirect_is_not_followed_and_the_token_stays_here():
+    with serving(answer(200, {})) as other:
+        redirect = answer(307, b"", Location=other.url + "/pause")
+        with serving(redirect) as server, http_sender(server) as sender:
+            with pytest.raises(wire.RemoteError) as caught:
+                sender.call("pause", {})
+            assert caught.value.status == 307 and other.seen == []
+
+
+def test_a_proxy_from_the_environment_is_ignored(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    with serving(answer(200, {"ok": 1})) as server, http_sender(server) as sender:
+        assert sender.call("pause", {}) == {"ok": 1}
+
+
+def test_a_server_that_does_not_answer_is_given_up_at_the_deadline():
+    release = threading.Event()
+
+    def hang(path, body):
+        release.wait(30)
+        return 200, {}, b"{}"
+
+    with serving(hang) as server, http_sender(server, timeout_s=0.2) as sender:
+        with pytest.raises(wire.RemoteError, match=r"pause: no answer within 0.2 s") as caught:
+            sender.call("pause", {})
+        assert caught.value.status == 0
+        with pytest.raises(wire.RemoteError, match=r"no answer within 0\.1 s"):
+            sender.call("pause", {}, timeout_s=0.1)
+        release.set()
+
+
+def test_a_server_that_is_gone_is_an_error_and_cannot_be_taken_for_a_refusal():
+    with serving(answer(200, {})) as server:
+        pass
+    with http_sender(server) as sender, pytest.raises(wire.RemoteError, match="no connection to") as caught:
+        sender.call("status", {})
+    assert caught.value.status == 0
+
+
+def test_calls_from_several_threads_do_not_wait_for_each_other():
+    meeting = threading.Barrier(2, timeout=20)
+
+    def meet(path, body):
+        meeting.wait()  # passes only if both requests are here at once
+        return 200, {}, b'{"met": true}'
+
+    answers = []
+    with serving(meet) as server, http_sender(server) as sender:
+        threads = [threading.Thread(target=lambda: answers.append(sender.call("pause", {}))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert answers == [{"met": True}] * 2
+
+
+def receiver_routes(receiver):
+    """What a worker's app does with the weight-update routes."""
+    verbs = {path: verb for verb, (_, path) in wire.ROUTES.items()}
+
+    def respond(path, body):
+        try:
+            return 200, {}, json.dumps(getattr(receiver, verbs[path])(wire.loads(body))).encode()
+        except wire.Refused as error:
+            return error.status, {}, json.dumps({"detail": error.reason}).encode()
+
+    return respond
+
+
+@pytest.mark.parametrize("config", [IpcConfig(sender=SenderConfig()), DiskConfig(sender=SenderConfig())])
+def test_updates_over_http_arrive(config, tmp_path):
+    module = PlainModel(seed=0)
+    with make_transfer(config, tmp_path) as transfer:
+        receiver = make_receiver(transfer.endpoint, module)
+        with serving(receiver_routes(receiver)) as server, http_sender(server) as sender:
+            transfer.open(PlainModel(1).state_dict(), [sender])
+            for version in range(3):
+                assert transfer.push(PlainModel(version).state_dict()) == version
+                assert fingerprint(module.state_dict()) == fingerprint(PlainModel(version).state_dict())
+            update = [body for _, path, _, body, _ in server.seen if path == "/update_weights"]
+            assert max(map(len, update)) < 200
+        receiver.close()
+
+
+# --- ray --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray")
+    here = os.path.dirname(__file__)
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.getcwd()])}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield ray
+    ray.shutdown()
+
+
+class Actor:
+    """A worker as a Ray actor."""
+
+    def __init__(self, endpoint=None):
+        torch.set_num_threads(1)
+        if endpoint is not None:
+            self.module = PlainModel(seed=99)
+            self.receiver = make_receiver(endpoint, self.module)
+
+    def health(self, body):
+        return {"seen": body}
+
+    def peek(self):
+        return fingerprint(self.module.state_dict())
+
+    def start_weight_update(self, body):
+        return self.receiver.start_weight_update(body)
+
+    def update_weights(self, body):
+        return self.receiver.update_weights(body)
+
+    def finish_weight_update(self, body):
+        return self.receiver.finish_weight_update(body)
+
+    def abort_weight_update(self, body):
+        return self.receiver.abort_weight_update(body)
+
+    def init_weight_transfer_engine(self, body):
+        return self.receiver.init_weight_transfer_engine(body)
+
+    def status(self, body):
+        return self.receiver.status(body)
+
+    def pause(self, body):
+        raise wire.Refused(409, "not now")
+
+    def resume(self, body):
+        raise KeyError("a bug")
+
+    def is_paused(self, body):
+        threading.Event().wait(60)
+
+    def completions(self, body):
+        os._exit(9)
+
+
+def test_a_ray_actor_answers_and_its_refusals_keep_their_status(ray):
+    actor = ray.remote(Actor).options(num_cpus=0).remote()
+    sender = RaySender(actor, "worker 3", 60.0)
+    assert sender.call("health", {"a": 1}) == {"seen": {"a": 1}}
+    with pytest.raises(wire.RemoteError, match=r"worker 3: pause: not now \(status 409\)"):
+        sender.call("pause", {})
+    with pytest.raises(wire.RemoteError, match=r"KeyError: 'a bug' \(status 500\)"):
+        sender.call("resume", {})
+    with pytest.raises(wire.RemoteError, match=r"no answer within 0\.2 s") as caught:
+        sender.call("is_paused", {}, timeout_s=0.2)
+    assert caught.value.status == 0
+    ray.kill(actor)
+
+
+def test_a_ray_actor_that_dies_is_an_error_with_status_0(ray):
+    sender = RaySender(ray.remote(Actor).options(num_cpus=0).remote(), "worker 3", 60.0)
+    sender.call("health", {})
+    with pytest.raises(wire.RemoteError, match="the actor is gone") as caught:
+        sender.call("completions", {})
+    assert caught.value.status == 0
+
+
+def test_updates_through_ray_arrive_in_shared_memory(ray, tmp_path):
+    with make_transfer(IpcConfig(sender=SenderConfig()), tmp_path) as transfer:
+        actors = [ray.remote(Actor).options(num_cpus=0).remote(dict(transfer.endpoint)) for _ in range(2)]
+        senders = [RaySender(actor, f"worker {i}", 60.0) for i, actor in enumerate(actors)]
+        transfer.open(PlainModel(1).state_dict(), senders)
+        for version in range(3):
+            assert transfer.push(PlainModel(version).state_dict()) == version
+            expected = fingerprint(PlainModel(version).state_dict())
+            assert ray.get([actor.peek.remote() for actor in actors]) == [expected, expected]
+        with pytest.raises(wire.RemoteError, match="epoch 0 is an older") as caught:
+            senders[0].call("start_weight_update", {"epoch": 0, "version": 9})
+        assert caught.value.status == 409
+        for actor in actors:
+            ray.kill(actor)

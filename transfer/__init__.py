@@ -1,0 +1,92 @@
+"""Moves the weights of a policy from its trainer to its samplers, between gradient steps.
+
+Two planes: a *backend* moves bytes (`ipc`, `disk`, `local`), a *sender* tells a worker what to do (`http`, `ray`).
+
+    with make_transfer(config, folder) as transfer:      # the backend's sending half, before any worker exists
+        senders = ...                                    # start workers; each gets `transfer.endpoint` privately
+        transfer.open(module.state_dict(), senders)      # agree once on names, dtypes and shapes
+        version = transfer.push(module.state_dict())     # between gradient steps: version 0, 1, 2, ...
+
+In the worker, `make_receiver(endpoint, module)` is the other half (receiver.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from transfer.config import TransferConfig
+    from transfer.engine import WeightTransferEngine as WeightTransferEngine
+    from transfer.engine import WeightTransferInitInfo as WeightTransferInitInfo
+    from transfer.engine import WeightTransferUpdateInfo as WeightTransferUpdateInfo
+    from transfer.ipc import IPCTrainerSendWeightsArgs as IPCTrainerSendWeightsArgs
+    from transfer.ipc import IPCWeightTransferEngine as IPCWeightTransferEngine
+    from transfer.ipc import IPCWeightTransferInitInfo as IPCWeightTransferInitInfo
+    from transfer.ipc import IPCWeightTransferUpdateInfo as IPCWeightTransferUpdateInfo
+    from transfer.receiver import Receiver
+    from transfer.session import PushStats
+
+    Weights = Mapping[str, torch.Tensor]  # as Module.state_dict() gives them; tied weights under each of their names
+
+
+class Sender(Protocol):
+    """The control plane to one worker."""
+
+    name: str  # as errors and logs call the worker: "worker 0 (http://127.0.0.1:40123)"
+
+    def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """Call one of the worker's verbs (wire.ROUTES) and return its answer; RemoteError if it refuses or is gone."""
+
+    def close(self) -> None: ...
+
+
+class Transfer(AbstractContextManager["Transfer"], Protocol):
+    """A session that carries versions of one policy to a fixed set of workers."""
+
+    endpoint: Mapping[str, Any]  # what a worker must be told, privately, when it is launched; JSON
+    last: PushStats  # what the last push took
+
+    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
+        """Agree with every worker on the manifest; ValueError with the first differences, before any byte moves."""
+
+    def push(self, weights: Weights) -> int:
+        """Make `weights` the live ones in every worker, or in none; the new version. TransferError says who failed."""
+
+    def close(self) -> None: ...
+
+
+def make_transfer(config: TransferConfig, folder: Path) -> Transfer:
+    """The session for a configuration; `folder` is where the backend may write (disk)."""
+    from transfer.session import Session, make_publisher
+
+    return Session(make_publisher(config, folder), config.sender.timeout_s)
+
+
+def make_receiver(endpoint: Mapping[str, Any], module: torch.nn.Module) -> Receiver:
+    """The worker's half: takes updates into `module`, by the backend that `endpoint` names."""
+    from transfer.receiver import Receiver
+
+    return Receiver(endpoint, module)
+
+
+ONE_SHOT = {  # the one-shot API, vLLM's names; imported at the first use, which `--help` never makes
+    "WeightTransferEngine": "transfer.engine",
+    "WeightTransferInitInfo": "transfer.engine",
+    "WeightTransferUpdateInfo": "transfer.engine",
+    "IPCTrainerSendWeightsArgs": "transfer.ipc",
+    "IPCWeightTransferEngine": "transfer.ipc",
+    "IPCWeightTransferInitInfo": "transfer.ipc",
+    "IPCWeightTransferUpdateInfo": "transfer.ipc",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ONE_SHOT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(ONE_SHOT[name]), name)

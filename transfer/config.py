@@ -1,0 +1,103 @@
+"""What a transfer can be configured to do; standard library only, so that `--help` and a typo answer at once.
+
+Values have one home, these dataclasses; the YAML files under `conf/transfer/` only name choices.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Staging(enum.Enum):
+    """Where the bytes wait for the workers."""
+
+    arena = "arena"  # slots of aligned memory; the trainer goes on while workers read
+
+
+class Take(enum.Enum):
+    """How a worker takes a staged update."""
+
+    view = "view"  # its parameters are the slot; finishing swaps pointers
+    copy = "copy"  # into memory of its own, whose addresses never move
+
+
+@dataclass(slots=True, kw_only=True)
+class SenderConfig:
+    """The control plane: how the trainer tells a worker what to do."""
+
+    timeout_s: float = 60.0  # deadline of one weight-update message, seconds
+    start_timeout_s: float = 120.0  # deadline for a worker to come up, seconds
+
+    def __post_init__(self) -> None:
+        positive("transfer.sender.timeout_s", self.timeout_s)
+        positive("transfer.sender.start_timeout_s", self.start_timeout_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class HttpSenderConfig(SenderConfig):
+    """HTTP to workers on loopback; each worker binds a free port itself and reports it."""
+
+    url: list[str] = field(default_factory=list)  # workers that already run, to drive instead of starting some;
+    # their bearer token is read from the environment variable RLHF_WORKER_TOKEN
+
+    def __post_init__(self) -> None:
+        SenderConfig.__post_init__(self)
+        for url in self.url:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"transfer.sender.url must be like http://127.0.0.1:8000 (got {url!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class RaySenderConfig(SenderConfig):
+    """Method calls on Ray actors; `address=null` starts a private Ray on this machine, for this run only."""
+
+    address: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class TransferConfig:
+    """The data plane: how the bytes of the weights move."""
+
+    sender: SenderConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class IpcConfig(TransferConfig):
+    """Memory that both processes map: memfd shared memory on CPU, CUDA IPC on GPUs."""
+
+    staging: Staging = Staging.arena
+    take: Take = Take.view
+    slots: int = 2
+
+    def __post_init__(self) -> None:
+        if self.slots < 2:
+            raise ValueError(
+                f"transfer.slots must be at least 2, so that workers can serve one version while the next is written "
+                f"(got {self.slots})"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class DiskConfig(TransferConfig):
+    """safetensors files and a JSON manifest in a folder that both sides see, written atomically."""
+
+    path: str | None = None  # the folder; null: `weights/` in the run's folder
+    keep: int = 2  # finished versions that stay on the disk
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"transfer.keep must be at least 1 (got {self.keep})")
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalConfig(TransferConfig):
+    """No second process: the sampler uses the learner's own module, for debugging and as the reference numbers."""
+
+    sender: SenderConfig = field(default_factory=SenderConfig)
+
+
+def positive(key: str, value: float) -> None:
+    """Raise ValueError unless `value` > 0."""
+    if not value > 0:
+        raise ValueError(f"{key} must be greater than 0 (got {value})")

@@ -1,0 +1,157 @@
+"""Backend `disk`: one safetensors file and one JSON manifest a version, in a folder that both sides see.
+
+    00000007.safetensors    the tensors under their entry names
+    00000007.json           {"version", "bytes", "xxh3_128", "manifest"}; written last: without it there is no version
+
+Each is written under a temporary name, flushed to the disk and renamed. A reader makes the file names from its own
+folder and the version number alone, follows no links, and believes a file only if its hash is the one the trainer sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transfer import wire
+from transfer.config import DiskConfig
+from transfer.manifest import Manifest
+
+MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file
+
+
+class DiskPublisher:
+    """The sending half: writes a version, then removes its own that are neither served nor among the newest."""
+
+    def __init__(self, config: DiskConfig, folder: Path) -> None:
+        self._folder = Path(config.path) if config.path else folder / "weights"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = self._folder.resolve()
+        self._keep = config.keep
+        self._manifest: Manifest | None = None
+        self._written: list[int] = []
+        self.endpoint: dict[str, Any] = {"backend": "disk", "folder": str(self._folder)}
+
+    def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Remember the manifest."""
+        self._manifest = manifest
+        return {}
+
+    @torch.no_grad()
+    def write(self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int]) -> dict[str, Any]:
+        """Write one version; its hash."""
+        from safetensors.torch import save_file
+
+        assert self._manifest is not None
+        data = {e.name: _on_host(weights[e.name], e.torch_dtype) for e in self._manifest.entries}
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=self._folder) as temporary:
+            path = Path(temporary) / "weights"
+            save_file(data, path)
+            digest = _hash(path.read_bytes())
+            self._publish(path, _weights_name(version))
+            record = {"version": version, "bytes": self._manifest.nbytes, "xxh3_128": digest}
+            path.write_text(json.dumps({**record, "manifest": self._manifest.to_json()}))
+            self._publish(path, _record_name(version))
+        self._written = [*(v for v in self._written if v != version), version]
+        self._remove_old({*served, *self._written[-self._keep :]})
+        return {"xxh3_128": digest}
+
+    def close(self) -> None:
+        """The last versions stay, for whoever comes late."""
+
+    def _publish(self, temporary: Path, name: str) -> None:
+        _flush(temporary, os.O_RDONLY)
+        temporary.replace(self._folder / name)
+        _flush(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def _remove_old(self, kept: Collection[int]) -> None:
+        for version in [v for v in self._written if v not in kept]:
+            (self._folder / _record_name(version)).unlink(missing_ok=True)
+            (self._folder / _weights_name(version)).unlink(missing_ok=True)
+            self._written.remove(version)
+
+
+class DiskIntake:
+    """The receiving half: reads a version into memory of its own, on the module's device."""
+
+    in_place = False
+
+    def __init__(self, endpoint: Mapping[str, Any]) -> None:
+        self._folder = str(endpoint["folder"])
+        self._manifest: Manifest | None = None
+        self._device = torch.device("cpu")
+
+    def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
+        """Remember what a version must hold."""
+        wire.only(dict(where), {}, "where")
+        self._manifest, self._device = manifest, device
+
+    def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Read and check one version; ValueError if the files are not the ones that the trainer wrote."""
+        from safetensors.torch import load
+
+        wire.only(dict(where), {"xxh3_128": wire.is_str}, "where")
+        assert self._manifest is not None
+        record = wire.loads(_read(self._folder, _record_name(version)), MAX_RECORD_BYTES)
+        if record.get("version") != version or Manifest.from_json(record.get("manifest")) != self._manifest:
+            raise ValueError(f"{_record_name(version)} describes other weights than were agreed on")
+        raw = _read(self._folder, _weights_name(version))
+        if _hash(raw) != where.get("xxh3_128"):
+            raise ValueError(f"{_weights_name(version)} is damaged: its hash is not the one that the trainer sent")
+        found = load(raw)
+        _check(found, self._manifest)
+        return {name: tensor.to(self._device) for name, tensor in found.items()}
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _weights_name(version: int) -> str:
+    return f"{version:08d}.safetensors"
+
+
+def _record_name(version: int) -> str:
+    return f"{version:08d}.json"
+
+
+def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _hash(raw: bytes) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(raw)
+
+
+def _flush(path: Path, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(folder: str, name: str) -> bytes:
+    """A regular file's bytes; OSError if it, or the folder, is a link."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    finally:
+        os.close(directory)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{name} must be a regular file")
+        return file.read()
+
+
+def _check(found: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+    held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    if held != {entry.name: (entry.torch_dtype, entry.shape) for entry in manifest.entries}:
+        raise ValueError("the file holds other tensors than its manifest says")

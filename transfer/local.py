@@ -1,0 +1,47 @@
+"""Backend `local`: the sampler's module is the learner's own, so there is nothing to move; only the version changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from transfer import wire
+from transfer.manifest import Manifest
+
+
+class LocalPublisher:
+    """The sending half, which writes nothing."""
+
+    def __init__(self) -> None:
+        self.endpoint: dict[str, Any] = {"backend": "local"}
+
+    def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Nothing to prepare."""
+        return {}
+
+    def write(self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int]) -> dict[str, Any]:
+        """Nothing to write."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class LocalIntake:
+    """The receiving half, which stages nothing."""
+
+    in_place = False
+
+    def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
+        """Nothing to prepare."""
+        wire.only(dict(where), {}, "where")
+
+    def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """No tensors: the module has the new weights already."""
+        wire.only(dict(where), {}, "where")
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,287 @@
+"""Memory that two processes see: a memfd on the host, or one cudaMalloc on a GPU. The owner writes, peers read.
+
+A region lives as long as the last tensor that views it: closing it drops the reference only, so that nobody's weights
+ever point at unmapped memory. The kernel frees all of it when the processes end, however they end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import re
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+import warnings
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from transfer.manifest import Manifest, round_up
+
+PAGE = 4096  # bytes; slots begin on page borders
+SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+HANDSHAKE_S = 10.0  # deadline of passing a descriptor
+HANDLE = re.compile(r"[0-9a-f]{128}")  # cudaIpcMemHandle_t, 64 bytes
+
+
+class Region(Protocol):
+    """A block of memory as bytes; `device` is where it lies."""
+
+    bytes: torch.Tensor  # uint8 [nbytes]
+    device: torch.device
+
+    def close(self) -> None: ...
+
+
+def slot_bytes(manifest: Manifest) -> int:
+    """The distance between two slots that each hold the weights of `manifest`, bytes."""
+    return max(PAGE, round_up(manifest.nbytes, PAGE))
+
+
+def tensors(region: Region, manifest: Manifest, slot: int) -> dict[str, torch.Tensor]:
+    """The weights in one slot, by entry name, as views of the region."""
+    start = slot * slot_bytes(manifest)
+    views = {}
+    for entry in manifest.entries:
+        raw = region.bytes[start + entry.offset : start + entry.offset + entry.nbytes]
+        views[entry.name] = raw.view(entry.torch_dtype).view(entry.shape)
+    return views
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+
+class HostRegion:
+    """A memfd without a name anywhere, sealed against resizing and touched once, so that no later write is slow."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, nbytes: int) -> None:
+        self._fd = os.memfd_create("transfer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, nbytes)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
+            self.bytes = _mapped(self._fd, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read_only_fd(self) -> int:
+        """A new descriptor of the same memory that cannot be written through; the caller closes it."""
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Give up the descriptor and this side's view."""
+        os.close(self._fd)
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+class PeerHostRegion:
+    """Another process's host region, mapped read-only; ValueError unless it is sealed and has `nbytes`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        size = os.fstat(fd).st_size
+        if sealed & SEALS != SEALS or size != nbytes:
+            raise ValueError(f"the shared memory must be sealed and have {nbytes} bytes (seals {sealed}, {size} bytes)")
+        self.bytes = _mapped(fd, nbytes, mmap.PROT_READ)
+
+    def close(self) -> None:
+        """Give up this side's view."""
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def _mapped(fd: int, nbytes: int, protection: int) -> torch.Tensor:
+    """The file's bytes as a tensor that keeps the mapping alive; all pages are mapped at once."""
+    import numpy
+
+    mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(numpy.frombuffer(mapping, dtype=numpy.uint8))
+
+
+class DescriptorServer:
+    """Hands a host region's read-only descriptor to whoever of the same user connects to a private Unix socket.
+
+    The socket exists from the start, so that workers can be told its path before there is any memory to share.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="transfer-"))  # mode 0700
+        self.path = str(self._folder / "memory.sock")
+        self._region: HostRegion | None = None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(self.path)
+            self._socket.listen(64)
+        except BaseException:
+            self._socket.close()
+            shutil.rmtree(self._folder)
+            raise
+        self._thread = threading.Thread(target=self._serve, name="transfer-descriptors", daemon=True)
+        self._thread.start()
+
+    def offer(self, region: HostRegion) -> None:
+        """From now on hand out this region."""
+        self._region = region
+
+    def close(self) -> None:
+        """End the thread and remove the socket with its folder."""
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join(HANDSHAKE_S)
+        self._socket.close()
+        shutil.rmtree(self._folder)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            with peer:
+                try:
+                    self._hand_over(peer)
+                except OSError:
+                    continue  # that peer is gone, and sees why on its side
+
+    def _hand_over(self, peer: socket.socket) -> None:
+        region = self._region
+        if _peer_uid(peer) != os.geteuid() or region is None:
+            return
+        peer.settimeout(HANDSHAKE_S)
+        fd = region.read_only_fd()
+        try:
+            socket.send_fds(peer, [b"\0"], [fd])
+        finally:
+            os.close(fd)
+
+
+def receive_region(path: str, nbytes: int) -> PeerHostRegion:
+    """Fetch and map what the DescriptorServer at `path` offers; OSError or ValueError if it is not ours."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(HANDSHAKE_S)
+        connection.connect(path)
+        if _peer_uid(connection) != os.geteuid():
+            raise ConnectionError(f"the socket {path} belongs to another user")
+        _, fds, _, _ = socket.recv_fds(connection, 1, 1)
+    if not fds:
+        raise ConnectionError(f"the socket {path} handed over no memory")
+    try:
+        return PeerHostRegion(fds[0], nbytes)
+    finally:
+        os.close(fds[0])  # the mapping stays
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    size = struct.calcsize("3i")
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return uid
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+class CudaRegion:
+    """One plain cudaMalloc on a GPU, which unlike torch's own pools can be exported as a whole; `handle` opens it."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            pointer = ctypes.c_void_p()
+            _check(_cudart().cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
+            self.bytes = _as_tensor(pointer.value or 0, nbytes, device, "cudaFree")
+            handle = _IpcHandle()
+            _check(_cudart().cudaIpcGetMemHandle(ctypes.byref(handle), pointer))
+        self.handle = bytes(handle.reserved).hex()
+
+    def close(self) -> None:
+        """Give up this side's view; the memory is freed with its last tensor."""
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+class PeerCudaRegion:
+    """Another process's CUDA region on the GPU with this UUID; ValueError if that GPU is not visible here."""
+
+    def __init__(self, uuid: str, handle: str, nbytes: int) -> None:
+        if not HANDLE.fullmatch(handle):
+            raise ValueError("a CUDA memory handle must be 128 hexadecimal digits")
+        self.device = _device_with(uuid)
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # makes sure that the context exists
+            pointer = ctypes.c_void_p()
+            raw = _IpcHandle.from_buffer_copy(bytes.fromhex(handle))
+            _check(_cudart().cudaIpcOpenMemHandle(ctypes.byref(pointer), raw, ctypes.c_uint(1)))  # lazy peer access
+            self.bytes = _as_tensor(pointer.value or 0, nbytes, self.device, "cudaIpcCloseMemHandle")
+
+    def close(self) -> None:
+        """Give up this side's view; the handle is closed with its last tensor."""
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def device_uuid(device: torch.device) -> str:
+    """A GPU's UUID, lower-case and without "GPU-": the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
+    return str(torch.cuda.get_device_properties(device).uuid).lower().removeprefix("gpu-")
+
+
+def _device_with(uuid: str) -> torch.device:
+    visible = {device_uuid(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
+    if uuid not in visible:
+        raise ValueError(f"GPU {uuid} is not visible here; visible: {', '.join(visible) or 'none'}")
+    return torch.device("cuda", visible[uuid])
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * 64),)
+
+
+class _Pointer:
+    """Device memory in the form that torch.as_tensor takes without copying; the tensor keeps this object alive."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _as_tensor(address: int, nbytes: int, device: torch.device, release: str) -> torch.Tensor:
+    holder = _Pointer(address, nbytes)
+    freed = weakref.finalize(holder, _release, release, address, device)
+    freed.atexit = False  # the driver frees it then; torch may be half gone
+    return torch.as_tensor(holder, device=device)
+
+
+def _release(function: str, address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)  # nothing queued may still read it
+        _check(getattr(_cudart(), function)(ctypes.c_void_p(address)))
+
+
+@cache
+def _cudart() -> Any:
+    """The CUDA runtime that torch itself has loaded."""
+    torch.cuda.init()
+    library = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    library.cudaIpcOpenMemHandle.argtypes = [ctypes.c_void_p, _IpcHandle, ctypes.c_uint]
+    return library
+
+
+def _check(status: int) -> None:
+    if status:
+        _cudart().cudaGetLastError()  # so that torch does not report it again
+        raise RuntimeError(f"CUDA: {_cudart().cudaGetErrorString(status).decode()} (error {status})")

@@ -1,0 +1,320 @@
+"""A worker's half of the weight transfer: one method per verb, dict in, dict out, Refused for what it will not do.
+
+What a message means is decided by protocol.py; this file does the work: agree, stage, and replace the module's weights
+while nobody generates. The verbs come one at a time; `status` and `weight_info` answer at any time.
+
+    init_weight_transfer_engine  {"init_info": {"epoch", "manifest", "timeout_s", "where"}}
+    start_weight_update          {"epoch", "version"[, "digest"]}
+    update_weights               {"update_info": {"epoch", "version", "where"}}
+    finish_weight_update         {"epoch", "weight_version"}         the version as a string, vLLM's field
+    abort_weight_update          {"epoch", "version"}
+
+The same verbs without an epoch are vLLM's one-shot form (oneshot.py) until a trainer has taken an epoch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from transfer import protocol, wire
+from transfer.gate import Gate
+from transfer.manifest import Manifest
+from transfer.oneshot import Chunks
+
+TIMEOUT_S = 60.0  # deadline of one message, until a trainer names its own
+MAX_TIMEOUT_S = 3600.0
+
+
+class Intake(Protocol):
+    """The receiving half of a backend."""
+
+    in_place: bool  # copy staged tensors into the module's own memory, rather than put them in its place
+
+    def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None: ...
+    def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]: ...
+    def close(self) -> None: ...
+
+
+def make_intake(endpoint: Mapping[str, Any]) -> Intake:
+    """The receiving half that fits the trainer's endpoint."""
+    match endpoint.get("backend"):
+        case "ipc":
+            from transfer.arena import ArenaIntake
+
+            return ArenaIntake(endpoint)
+        case "disk":
+            from transfer.disk import DiskIntake
+
+            return DiskIntake(endpoint)
+        case "local":
+            from transfer.local import LocalIntake
+
+            return LocalIntake()
+    raise ValueError(f"the endpoint's backend must be ipc, disk or local (got {endpoint.get('backend')!r})")
+
+
+class Receiver:
+    """Takes updates into `module`: its parameters and persistent buffers, by the names of its state_dict."""
+
+    def __init__(self, endpoint: Mapping[str, Any], module: torch.nn.Module) -> None:
+        held = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+        self._manifest = Manifest.of(held)
+        self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in self._manifest.entries}
+        self._device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+        self._intake = make_intake(endpoint)
+        self._chunks = Chunks(self._manifest, self._device, {n for n, t in held.items() if _is_parameter(t)})
+        self._staged: dict[str, torch.Tensor] = {}
+        self._state = protocol.State()
+        self._timeout_s = TIMEOUT_S
+        self._verbs = threading.Lock()  # one verb at a time
+        self._gate = Gate()  # generation shares it, finish has it alone
+
+    @property
+    def version(self) -> int | None:
+        """The version that completions are sampled with; None if nothing may be served."""
+        return self._state.serves
+
+    @contextmanager
+    def serving(self) -> Iterator[int]:
+        """Hold the live weights as they are and yield their version; Refused 503 if there are none to serve."""
+        with self._gate.shared(self._timeout_s):
+            version = self._state.serves
+            if version is None:
+                raise wire.Refused(503, f"no weights to serve: this worker is {self._state.phase.value}")
+            yield version
+
+    def close(self) -> None:
+        """Serve nothing any more and give up what the backend holds."""
+        with self._alone(), self._gate.exclusive(self._timeout_s):
+            self._state = protocol.State(epoch=self._state.epoch)
+            self._staged = {}
+            self._intake.close()
+
+    # --- the verbs ----------------------------------------------------------------------------------------------------
+
+    def status(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Where this worker stands, and the manifest's digest and floating-point dtype that it wants."""
+        state = protocol.expired(self._state, time.monotonic())
+        return {
+            "phase": state.phase.value,
+            "epoch": state.epoch,
+            "version": state.serves,
+            "newest": state.version,
+            "target": state.target,
+            "digest": state.digest,
+            "manifest": self._manifest.digest,
+            "dtype": self._manifest.floating_dtype(),
+        }
+
+    def weight_info(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """vLLM's answer: the live version as a string."""
+        version = self.version
+        return {"weight_version": None if version is None else str(version)}
+
+    def init_weight_transfer_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Agree with a trainer on the manifest and map what the backend shares; 422 lists the differences."""
+        info = _only(body, {"init_info": _is_dict})["init_info"]
+        if "epoch" not in info:
+            wire.only(info, {"packed": lambda value: value is False}, "init_info")
+            return self.status()
+        known = {"epoch": wire.is_int, "manifest": _is_dict, "timeout_s": _is_timeout, "where": _is_dict}
+        _only(info, known, "init_info")
+        with self._alone():
+            state, decision = self._step(protocol.Init(info["epoch"]))
+            assert not isinstance(decision, protocol.Repeat)
+            with _reasons("agreeing on the weights"):
+                self._agree(info)
+            self._state, self._timeout_s = state, float(info["timeout_s"])
+            self._forget()
+            return self.status()
+
+    def start_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin an update; without an epoch, vLLM's form, to the next version."""
+        with self._alone():
+            if "epoch" not in body:
+                wire.only(dict(body), {"is_checkpoint_format": lambda value: value is True})
+                return self._start(protocol.Start(0, self._next()))
+            known = {"epoch": wire.is_int, "version": wire.is_int, "digest": wire.is_str}
+            _only(body, known, optional={"digest"})
+            return self._start(protocol.Start(**body))
+
+    def update_weights(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Stage the bytes; an error leaves the live weights as they were. One-shot, with no start: the whole update."""
+        info = _only(body, {"update_info": _is_dict})["update_info"]
+        with self._alone():
+            if "epoch" in info:
+                _only(info, {"epoch": wire.is_int, "version": wire.is_int, "where": _is_dict}, "update_info")
+                message = protocol.Update(info["epoch"], info["version"])
+                return self._update(message, lambda: self._intake.stage(message.version, info["where"]))
+            alone = protocol.expired(self._state, time.monotonic()).target is None
+            version = self._next()
+            if alone:
+                self._start(protocol.Start(0, version))
+            self._update(protocol.Update(0, version), lambda: self._chunks.stage(info))
+            return self._finish_chunks(version) if alone else self.status()  # with a start, finish is a message, too
+
+    def finish_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the staged version the live one, weights and label at once, while nobody generates."""
+        with self._alone():
+            if "epoch" not in body:
+                wire.only(dict(body), {"weight_version": _is_version})
+                return self._finish_chunks(self._labelled(body.get("weight_version")))
+            _only(body, {"epoch": wire.is_int, "weight_version": _is_version})
+            return self._finish(protocol.Finish(body["epoch"], int(body["weight_version"])))
+
+    def abort_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Drop what was staged; 409 if that version is live already."""
+        _only(body, {"epoch": wire.is_int, "version": wire.is_int})
+        with self._alone():
+            self._state, decision = self._step(protocol.Abort(**body))
+            if isinstance(decision, protocol.Do):
+                self._forget()
+            return self.status()
+
+    # --- the work -----------------------------------------------------------------------------------------------------
+
+    def _agree(self, info: Mapping[str, Any]) -> None:
+        differences = self._manifest.differences(Manifest.from_json(info["manifest"]))
+        if differences:
+            raise ValueError(f"the trainer's weights do not fit this worker's model: {'; '.join(differences)}")
+        self._intake.prepare(self._manifest, info["where"], self._device)
+
+    def _start(self, message: protocol.Start) -> dict[str, Any]:
+        self._state, decision = self._step(message)
+        if isinstance(decision, protocol.Do):
+            self._forget()
+        return self.status()
+
+    def _update(self, message: protocol.Update, stage: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
+        state, decision = self._step(message)
+        if isinstance(decision, protocol.Do):
+            with self._or_failed(f"staging version {message.version}"):
+                staged = stage()
+                _synchronize(self._device)
+            self._state, self._staged = state, staged
+        return self.status()
+
+    def _finish(self, message: protocol.Finish, check: Callable[[], None] | None = None) -> dict[str, Any]:
+        _, decision = self._step(message)
+        if isinstance(decision, protocol.Do):
+            with self._or_failed(f"finishing version {message.version}"):
+                if check is not None:
+                    check()
+                with self._gate.exclusive(self._timeout_s / 2):  # well before the trainer gives up waiting
+                    self._state = protocol.reported(self._state, protocol.Event.WRITING)
+                    self._replace_weights()
+                    self._state = protocol.reported(self._state, protocol.Event.FLIPPED)
+            self._forget()
+        return self.status()
+
+    def _finish_chunks(self, version: int) -> dict[str, Any]:
+        return self._finish(protocol.Finish(0, version), self._chunks.check_complete)
+
+    @torch.no_grad()
+    def _replace_weights(self) -> None:
+        for name, staged in self._staged.items():
+            for tensor in self._tensors[name]:
+                if self._intake.in_place:
+                    tensor.copy_(staged)
+                else:
+                    tensor.data = staged
+        _synchronize(self._device)
+
+    # --- the state ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._verbs.acquire(timeout=self._timeout_s):
+            raise wire.Refused(503, f"another weight-update message has kept this worker for {self._timeout_s:g} s")
+        try:
+            yield
+        finally:
+            self._verbs.release()
+
+    def _step(self, message: protocol.Message) -> tuple[protocol.State, protocol.Decision]:
+        state, decision = protocol.step(self._state, message, time.monotonic(), 2 * self._timeout_s)
+        if isinstance(decision, protocol.Refuse):
+            raise wire.Refused(409, decision.reason)
+        return state, decision
+
+    @contextmanager
+    def _or_failed(self, doing: str) -> Iterator[None]:
+        """Whatever goes wrong inside ends the update under way."""
+        try:
+            with _reasons(doing):
+                yield
+        except wire.Refused:
+            self._state = protocol.reported(self._state, protocol.Event.FAILED)
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        self._staged = {}
+        self._chunks.clear()
+
+    def _next(self) -> int:
+        """The version of a one-shot update: the one under way, or the one after the newest."""
+        state = protocol.expired(self._state, time.monotonic())
+        if state.target is not None:
+            return state.target
+        return 0 if state.version is None else state.version + 1
+
+    def _labelled(self, label: str | None) -> int:
+        """The one-shot update under way, renamed if its trainer numbers the versions itself."""
+        if label is not None:
+            self._state, _ = self._step(protocol.Rename(0, int(label)))
+        return self._next()
+
+
+@contextmanager
+def _reasons(doing: str) -> Iterator[None]:
+    """Any error becomes a Refused that says what was being done."""
+    try:
+        yield
+    except wire.Refused as error:
+        raise wire.Refused(error.status, f"{doing}: {error.reason}") from error
+    except Exception as error:
+        status = 422 if isinstance(error, ValueError) else 500
+        raise wire.Refused(status, f"{doing}: {error or type(error).__name__}") from error
+
+
+def _only(
+    body: Mapping[str, Any],
+    known: Mapping[str, Callable[[Any], bool]],
+    where: str = "body",
+    optional: frozenset[str] | set[str] = frozenset(),
+) -> dict[str, Any]:
+    """The body, with exactly these keys; Refused 422 names the one that is unknown, wrong or missing."""
+    body = dict(body)
+    wire.only(body, dict(known), where)
+    for key in known:
+        if key not in body and key not in optional:
+            raise wire.Refused(422, f"{where}.{key} is missing")
+    return body
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_timeout(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT_S
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

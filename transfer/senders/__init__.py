@@ -1,0 +1,1 @@
+"""The control plane: how the trainer calls a worker's verbs."""

@@ -1,0 +1,36 @@
+"""Sender to a Ray actor, whose methods have the names of the verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transfer import wire
+
+
+class RaySender:
+    """Calls `actor.<verb>.remote(body)` and waits for the answer."""
+
+    def __init__(self, actor: Any, name: str, timeout_s: float) -> None:
+        self._actor = actor
+        self.name = name
+        self._timeout_s = timeout_s
+
+    def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """The actor's answer; RemoteError with its own message, status 0 if it died or did not answer in time."""
+        import ray
+
+        deadline = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            return ray.get(getattr(self._actor, verb).remote(dict(body)), timeout=deadline)
+        except ray.exceptions.GetTimeoutError:
+            raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, wire.Refused):
+                raise wire.RemoteError(self.name, verb, error.cause.status, error.cause.reason) from None
+            raise wire.RemoteError(self.name, verb, 500, f"{type(error.cause).__name__}: {error.cause}") from None
+        except ray.exceptions.RayError as error:
+            raise wire.RemoteError(self.name, verb, 0, f"the actor is gone: {error}") from None
+
+    def close(self) -> None:
+        """The actor belongs to whoever made it."""

@@ -1,0 +1,103 @@
+"""What goes over the control plane: the routes, strict JSON, and the errors both sides know.
+
+A worker has one method per verb, with a JSON object in and a JSON object out; over HTTP the verb is a route (vLLM's,
+where vLLM has it), on a Ray actor it is the method's name. A refusal carries an HTTP status and one clear line.
+
+Who may call: every verb but `health` needs the run's bearer token over HTTP. 401 no or wrong token, 409 conflict with
+the worker's state, 413 body too large, 422 the message is not of the verb's form, 503 nothing to serve yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
+
+ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
+    "health": ("GET", "/health"),
+    "completions": ("POST", "/v1/completions"),
+    "get_world_size": ("GET", "/get_world_size"),
+    "init_weight_transfer_engine": ("POST", "/init_weight_transfer_engine"),
+    "start_weight_update": ("POST", "/start_weight_update"),
+    "update_weights": ("POST", "/update_weights"),
+    "finish_weight_update": ("POST", "/finish_weight_update"),
+    "abort_weight_update": ("POST", "/abort_weight_update"),  # ours: vLLM has no abort
+    "weight_info": ("GET", "/weight_info"),
+    "status": ("GET", "/status"),  # ours: phase, epoch, version, digest
+    "pause": ("POST", "/pause"),
+    "resume": ("POST", "/resume"),
+    "is_paused": ("GET", "/is_paused"),
+}
+
+
+class Refused(Exception):
+    """A worker's answer to a message it will not carry out; `status` is the HTTP status, `str` the reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(status, reason)  # both in args, so that it survives Ray's pickling
+        self.status = status
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class RemoteError(RuntimeError):
+    """A call to a worker that was refused (`status` from the worker), or never answered (`status` 0)."""
+
+    def __init__(self, worker: str, verb: str, status: int, reason: str) -> None:
+        super().__init__(f"{worker}: {verb}: {reason}" + (f" (status {status})" if status else ""))
+        self.worker = worker
+        self.verb = verb
+        self.status = status
+        self.reason = reason
+
+
+class TransferError(RuntimeError):
+    """A weight update that did not happen; no worker serves a mixture. Names worker, phase, version and reason."""
+
+
+def loads(raw: bytes | str, limit: int = MAX_CONTROL_BYTES) -> dict[str, Any]:
+    """Parse one JSON object strictly: Refused 413 over `limit` bytes; 422 on duplicate keys, NaN, or no object."""
+    if len(raw) > limit:
+        raise Refused(413, f"the body has {len(raw)} bytes, at most {limit} are read")
+    if not raw:
+        return {}
+    try:
+        value = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Refused(422, f"the body is not strict JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Refused(422, f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def only(body: dict[str, Any], known: dict[str, Callable[[Any], bool]], where: str = "body") -> None:
+    """Refused 422, naming the field, unless every key of `body` is in `known` and its value passes that check."""
+    for key, value in body.items():
+        if key not in known:
+            raise Refused(422, f"{where}.{key} is not known; known: {', '.join(sorted(known))}")
+        if not known[key](value):
+            raise Refused(422, f"{where}.{key} has a value that is not allowed: {str(value)[:80]!r}")
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an integer >= 0 (and no bool)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_str(value: Any) -> bool:
+    """Whether `value` is a string of at most 4096 characters."""
+    return isinstance(value, str) and len(value) <= 4096
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
