@@ -283,15 +283,14 @@ def _as_remote(error: BaseException | None, name: str) -> wire.RemoteError:
 @torch.no_grad()
 def _not_finite(weights: Weights, manifest: Manifest) -> str | None:
     """The first tensor with a value that is NaN, infinite, or beyond the dtype that travels; None if there is none."""
-    names, peaks, limits = [], [], []
-    for entry in manifest.entries:
-        tensor = weights[entry.name]
-        if tensor.is_floating_point() and tensor.numel():
-            wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-            names.append(entry.name)
-            peaks.append(torch.stack(torch.aminmax(wide)).abs().max().double())  # NaN if any value is
-            limits.append(torch.finfo(entry.torch_dtype).max)
-    if not names:
+    floats = [(e, weights[e.name]) for e in manifest.entries if weights[e.name].is_floating_point()]
+    floats = [(e, t if t.dtype.itemsize > 1 else t.float()) for e, t in floats if t.numel()]
+    if not floats:
         return None
-    fine = (torch.stack(peaks).cpu() <= torch.tensor(limits, dtype=torch.float64)).tolist()
-    return None if all(fine) else names[fine.index(False)]
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm([t for _, t in floats])]).cpu()  # one pass
+    limits = torch.tensor([torch.finfo(e.torch_dtype).max for e, _ in floats], dtype=torch.float64)
+    suspects = [floats[i] for i in (~(norms <= limits)).nonzero().flatten().tolist()]  # no value exceeds its norm
+    for entry, tensor in suspects:  # NaN, infinite, or so large that the norm overflowed
+        if not float(torch.stack(torch.aminmax(tensor)).abs().max()) <= torch.finfo(entry.torch_dtype).max:
+            return entry.name
+    return None

@@ -97,7 +97,6 @@ def our_steps(checkpoint: Path, folder: Path, steps: int) -> tuple[list[float], 
         [
             "model=hf",
             f"model.path={checkpoint}",
-            *("~model.layers", "~model.hidden", "~model.heads", "~model.intermediate"),
             "sft.steps=0",
             f"steps={steps}",
         ],
