@@ -475,6 +475,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 
+def choice(part: Any) -> str:
+    """The name by which a group's choice is chosen: `ipc` of an IpcConfig; "in-process" of no sender at all."""
+    names = (name for choices in SCHEMAS.values() for name, schema in choices.items() if type(part) is schema)
+    return next(names, "in-process")
+
+
 def register() -> None:
     """Make every schema known to Hydra, under `schema/<group>/<choice>`."""
     from hydra.core.config_store import ConfigStore
@@ -511,7 +517,7 @@ def misplaced(overrides: list[str]) -> list[str]:
         path, _, key = override.partition("=")[0].lstrip("+~").rpartition(".")
         group = path.replace(".", "/")
         owners = [name for name, schema in SCHEMAS.get(group, {}).items() if key in _keys(schema)]
-        if owners and key not in _keys(chosen.get(group)):
+        if owners and group in chosen and key not in _keys(chosen[group]):
             kind = group.rpartition("/")[2]
             hints.append(
                 f"that key belongs to the {' or '.join(owners)} {kind}: {path}.{key} needs {group}={owners[0]}"

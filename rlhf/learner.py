@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf import advantages as adv
 from rlhf import losses
 from rlhf.config import AdamWConfig, Advantage, AlgoConfig, KlIn, OptimConfig, PolicyLoss, RunConfig
+from rlhf.ending import RunError
 from rlhf.types import Rollouts
 
 MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
@@ -149,7 +150,7 @@ class Learner:
     def learn(self, batch: Batch, rewards_B: Sequence[float | None]) -> dict[str, float]:
         """Rewards -> advantages -> `updates_per_step` optimiser steps; the means of what happened, by name.
 
-        A reward of None leaves its sample out. Raises RuntimeError after three updates in a row without finite
+        A reward of None leaves its sample out. Raises RunError after three updates in a row without finite
         gradients.
         """
         rewards = torch.tensor([float("nan") if r is None else r for r in rewards_B], device=self.device)
@@ -265,7 +266,7 @@ class Learner:
     def _count_skipped(self, name: str, finite: bool) -> None:
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped >= MAX_SKIPPED:
-            raise RuntimeError(
+            raise RunError(
                 f"loss or {name} was not finite in {MAX_SKIPPED} updates in a row: the last weights are untouched; "
                 f"lower optim.lr ({self.config.optim.lr}) or look at the rewards"
             )

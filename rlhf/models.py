@@ -107,9 +107,11 @@ def _load_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
 
 def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The policy on its device, in eval mode and without dropout; `seed` decides a new model's weights."""
+    import torch
     from transformers import GenerationConfig
 
     device = resolve_device(config.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew, for 0.1 s, for each new length
     match config:
         case TinyModelConfig():
             policy = _new_policy(config, tokenizer, seed)

@@ -73,4 +73,4 @@ class Bars:
     def say(self, text: str) -> None:
         """One line above the bars."""
         if self.on:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)

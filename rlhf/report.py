@@ -89,6 +89,9 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for path in sorted(folder.iterdir()):
         if not path.name.startswith("."):
             console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
+    console.print(
+        "next: look at curves.png and samples.jsonl; change a dial, as in `algo=rloo task=reverse`", highlight=False
+    )
 
 
 def plot_curves(rows: Rows, path: Path, title: str) -> None:

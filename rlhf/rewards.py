@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.ending import RunError
 from rlhf.stages.reward_model import score_texts
 from rlhf.types import Prompt, Task, Tokenizer
 
@@ -49,12 +52,14 @@ class ModelReward:
 
     @torch.no_grad()
     def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        out: list[float] = []
-        for start in range(0, len(answers), self.batch_size):
-            end = start + self.batch_size
-            texts = [prompt.text for prompt in prompts[start:end]]
-            out += score_texts(self.model, self.tokenizer, texts, answers[start:end]).tolist()
-        return out
+        rows = [(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        unique = list(dict.fromkeys(rows))  # samples repeat themselves
+        scores: dict[tuple[str, str], float] = {}
+        for start in range(0, len(unique), self.batch_size):
+            part = unique[start : start + self.batch_size]
+            values_U = score_texts(self.model, self.tokenizer, [text for text, _ in part], [text for _, text in part])
+            scores |= zip(part, values_U.tolist(), strict=True)
+        return [scores[row] for row in rows]
 
 
 class FunctionReward:
@@ -65,10 +70,26 @@ class FunctionReward:
         self.function = _import(name)
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        keys = sorted({key for prompt in prompts for key in prompt.columns})
-        columns = {key: [prompt.columns.get(key) for prompt in prompts] for key in keys}
-        rewards = self.function([prompt.text for prompt in prompts], list(answers), **columns)
+        columns = {key: [prompt.columns.get(key) for prompt in prompts] for key in _columns(prompts)}
+        try:
+            rewards = self.function([prompt.text for prompt in prompts], list(answers), **columns)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise RunError(
+                f"reward.function={self.name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+            ) from error
         return self._checked(rewards, len(answers))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """ValueError if the function does not take (prompts, completions, **columns) with these prompts' columns."""
+        columns = _columns(prompts)
+        try:
+            inspect.signature(self.function).bind([], [], **dict.fromkeys(columns))
+        except TypeError as error:
+            raise ValueError(
+                f"reward.function={self.name} is called as (prompts, completions, **columns), and the task's columns "
+                f"are {', '.join(columns) or 'none'}: {error}; change its arguments, or rename the column in the file"
+            ) from None
 
     def _checked(self, rewards: Any, expected: int) -> list[float | None]:
         if not isinstance(rewards, (list, tuple)) or len(rewards) != expected:
@@ -83,14 +104,18 @@ class FunctionReward:
 
 
 def usable(rewards: Sequence[float | None]) -> Sequence[float | None]:
-    """The rewards, if enough samples have one; RuntimeError above half without."""
+    """The rewards, if enough samples have one; RunError above half without."""
     missing = sum(reward is None for reward in rewards)
     if missing > MAX_FAILED * len(rewards):
-        raise RuntimeError(
+        raise RunError(
             f"{missing} of {len(rewards)} samples have no reward (None), at most {MAX_FAILED:.0%} may: "
             f"check that the task's rows have what the reward needs (an answer column, say), or choose another reward"
         )
     return rewards
+
+
+def _columns(prompts: Sequence[Prompt]) -> list[str]:
+    return sorted({key for prompt in prompts for key in prompt.columns})
 
 
 def _import(name: str) -> Callable[..., Any]:
@@ -99,10 +124,11 @@ def _import(name: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise ValueError(
-            f"reward.function={name} cannot be imported: {error} (it is looked up on the Python path)"
-        ) from None
+            f"reward.function={name} cannot be imported, from the current folder or the Python path: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not callable(function):
         raise ValueError(f"reward.function={name} must name a function (got {type(function).__name__})")
     return function

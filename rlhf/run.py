@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -21,6 +19,7 @@ from rlhf.config import (
     ModelRewardConfig,
     RunConfig,
     VerifierRewardConfig,
+    choice,
 )
 from rlhf.learner import Learner
 from rlhf.loop import Parts, train
@@ -58,7 +57,6 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     start = time.monotonic()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    _terminate_as_interrupt()
     folder.mkdir(parents=True, exist_ok=True)
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     with ExitStack() as stack:
@@ -67,7 +65,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
         train(parts, config, version)
         save_model(parts.learner.policy, tokenizer, folder / "policy")
     summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
-    title = f"{config.algo.name} on {type(config.task).__name__.removesuffix('TaskConfig').lower()}, seed {config.seed}"
+    title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)
     if console:
@@ -83,6 +81,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     task = make_task(raw, tokenizer)
     check(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
+    site.bars.say(_plan(config, policy))
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder))
     spec = worker_spec(policy, config, transfer.endpoint)
     workers = stack.enter_context(Workers(spec, config, site.folder, policy))  # they start while the policy warms up
@@ -104,6 +103,18 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     return Parts(task, sampler, reward, learner, transfer, record), tokenizer, version
 
 
+def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
+    """The run in one line: what its numbers multiply to."""
+    rows = config.prompts_per_step * config.samples_per_prompt
+    by = "/".join(choice(part) for part in (config.transfer, config.transfer.sender))
+    return (
+        f"{choice(config.task)}: {config.steps} steps x {config.prompts_per_step} prompts x "
+        f"{config.samples_per_prompt} samples ({rows} rows a step, {config.updates_per_step} update(s)); "
+        f"{policy.num_parameters():,} parameters on {policy.device}; "
+        f"{config.rollout.workers} worker(s), weights by {by}"
+    )
+
+
 def check(config: RunConfig, task: Task) -> None:
     """Raise ValueError, before anything is trained, where the configuration and the task's data do not fit."""
     if config.sft.steps and not task.demonstrations:
@@ -118,7 +129,7 @@ def check(config: RunConfig, task: Task) -> None:
                 "task has neither: give reward.path, or choose another reward"
             )
         case FunctionRewardConfig(function=function):
-            FunctionReward(function)  # imports it
+            FunctionReward(function).check(task.train)
     prompts = len(task.train)
     if config.prompts_per_step > prompts:
         raise ValueError(
@@ -177,13 +188,3 @@ def _train_reward(site: Site, task: Task, reward: ModelReward, sampler: Sampler)
         site.notes["reward_model_margin"] = float(margins_B.mean())
         site.notes["reward_model_pairs"] = len(training)
     return reward
-
-
-def _terminate_as_interrupt() -> None:
-    """SIGTERM unwinds like Ctrl-C, so that workers and shared memory are released."""
-
-    def stop(*_: object) -> None:
-        raise SystemExit(143)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)

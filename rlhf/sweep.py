@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 
 from rlhf.config import RunConfig
+from rlhf.ending import EXPLAINED, RunError, end_with_parent, terminate_as_interrupt
 from rlhf.report import pyplot, read_summary, series, write_summary
 
 COLUMNS = (
@@ -28,7 +33,7 @@ END_S = 30.0  # how long an interrupted job may take to end by itself
 
 
 def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
-    """Train in a fresh process, unless this folder holds the finished job already; RuntimeError if the job dies."""
+    """Train in a fresh process, unless this folder holds the finished job already; RunError if the job dies."""
     summary = read_summary(folder)
     if summary.get("status") == "finished" and summary.get("overrides") == list(overrides):
         print(f"finished already, skipped: {folder}")
@@ -39,34 +44,44 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
     try:
         process.join()
     finally:
-        if process.is_alive():  # interrupted: the job had the same signal from the terminal, or gets it now
+        if process.is_alive():  # this process was interrupted
             process.terminate()
             process.join(END_S)
             process.kill()
             write_summary(folder, "interrupted", overrides, {})
     if process.exitcode:
-        error = read_summary(folder).get("error") or f"the process died with exit code {process.exitcode}"
-        write_summary(folder, "failed", overrides, {"error": error})
-        raise RuntimeError(f"{' '.join(overrides)}: {error}")
+        raise RunError(read_summary(folder).get("error", f"the process died with exit code {process.exitcode}"))
 
 
 def _child(config: RunConfig, folder: Path, overrides: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which then ends this
+    terminate_as_interrupt()
+    end_with_parent()
     from rlhf.run import run
 
     try:
         run(config, folder, overrides)
+    except EXPLAINED as error:
+        write_summary(folder, "failed", overrides, {"error": str(error)})
+        sys.exit(1)
     except Exception as error:
-        write_summary(folder, "failed", overrides, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        write_summary(folder, "failed", overrides, {"error": f"{type(error).__name__}: {error}"})
         raise
 
 
 class SweepTable(Callback):
     """Rewrites `summary.md`, `summary.csv` and `comparison.png` of a sweep after every job."""
 
-    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
-        """Hydra calls this in single runs, too, which have no table."""
-        if config.hydra.mode.name == "MULTIRUN":
-            write_table(Path(config.hydra.sweep.dir))
+    def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note why the job failed, if it did. Hydra calls this in single runs, too, which have no table."""
+        if config.hydra.mode is not RunMode.MULTIRUN:
+            return
+        if job_return.status is JobStatus.FAILED:
+            error = str(job_return._return_value)
+            print(f"job {config.hydra.job.num} failed: {error}", file=sys.stderr)
+            folder = Path(config.hydra.runtime.output_dir)
+            write_summary(folder, "failed", list(config.hydra.overrides.task), {"error": error})
+        write_table(Path(config.hydra.sweep.dir))
 
 
 def write_table(sweep: Path) -> None:
@@ -98,7 +113,7 @@ def _row(job: Path) -> dict[str, Any]:
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _number(job: Path) -> tuple[int, str]:
@@ -116,8 +131,9 @@ def _plot(jobs: Sequence[Path], path: Path) -> None:
         label = " ".join(read_summary(job).get("overrides", [])) or job.name
         if values:
             curves.plot(steps, values, marker="o", markersize=3, label=f"{job.name}: {label}")
-        bars.bar(job.name, read_summary(job).get("transfer_ms", 0.0))
     curves.set(title="gold reward (held-out)", xlabel="step")
+    milliseconds = [read_summary(job).get("transfer_ms", 0.0) for job in jobs]
+    bars.bar(range(len(jobs)), milliseconds, tick_label=[job.name for job in jobs])
     bars.set(title="weight transfer, milliseconds a step", xlabel="job")
     if curves.get_legend_handles_labels()[0]:
         curves.legend(fontsize=7)

@@ -8,10 +8,11 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
 from rlhf.config import CONF, checked, misplaced, register
+from rlhf.ending import EXPLAINED, INTERRUPTED, TERMINATED, terminate_as_interrupt
 
 register()
 
@@ -37,18 +38,17 @@ def _job(config: Any) -> None:
     run_config = checked(config)
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
-        from rlhf.sweep import run_job
-
-        run_job(run_config, folder, overrides)
-        return
-    from rlhf.run import run
-    from transfer.wire import RemoteError, TransferError
-
     try:
-        run(run_config, folder, overrides)
-    except (ValueError, TransferError, RemoteError) as error:
-        raise CompactHydraException(f"{type(error).__name__}: {error}") from error
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            from rlhf.sweep import run_job
+
+            run_job(run_config, folder, overrides)
+        else:
+            from rlhf.run import run
+
+            run(run_config, folder, overrides)
+    except EXPLAINED as error:
+        raise CompactHydraException(str(error)) from error
 
 
 def main() -> None:
@@ -56,16 +56,23 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help([argument for argument in sys.argv[1:] if "=" in argument])
         return
+    terminate_as_interrupt()
     try:
         _job()
+    except KeyboardInterrupt:
+        _say_stopped("interrupted")
+        sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if end.code:
+        if end.code == TERMINATED:
+            _say_stopped("terminated")
+        elif end.code:
             for hint in misplaced(sys.argv[1:]):
                 print(hint, file=sys.stderr)
         raise
-    except KeyboardInterrupt:
-        print("interrupted: workers and shared memory are released", file=sys.stderr)
-        sys.exit(130)
+
+
+def _say_stopped(how: str) -> None:
+    print(f"{how}: workers and shared memory are released", file=sys.stderr)
 
 
 def print_help(overrides: list[str]) -> None:
@@ -77,7 +84,10 @@ def print_help(overrides: list[str]) -> None:
     choices = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups}
     lines = [f"  {group:<16} {' '.join(names)}" for group, names in choices.items() if not group.startswith("hydra")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        dials = OmegaConf.to_yaml(compose("config", overrides))
+        try:
+            dials = OmegaConf.to_yaml(compose("config", overrides))
+        except HydraException as error:
+            sys.exit(str(error))
     print(HELP.format(choices="\n".join(lines), dials=dials))
 
 

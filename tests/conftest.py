@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -27,3 +31,16 @@ def compose_run():
             return checked(compose("config", overrides=list(overrides)))
 
     return composed
+
+
+@pytest.fixture
+def rlhf_train(tmp_path):
+    """`rlhf_train("algo=ppo", ...)` runs the command line in an empty folder: a CompletedProcess with text output."""
+
+    def run(*arguments: str, timeout: float = 100, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "rlhf.train", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+        options = {"cwd": tmp_path, "capture_output": True, "text": True} | options
+        return subprocess.run(command, env=environment, timeout=timeout, check=False, **options)
+
+    return run

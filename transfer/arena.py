@@ -52,9 +52,10 @@ class ArenaPublisher:
         assert free, f"all slots are served: {self._versions}"
         slot = free[0]
         self._versions[slot] = version
-        for name, view in self._views[slot].items():
-            view.copy_(weights[name])
-        _wait(self._views[slot])
+        views = self._views[slot]
+        if views:
+            torch._foreach_copy_(list(views.values()), [weights[name] for name in views])
+        _wait(views)
         return {"slot": slot}
 
     def close(self) -> None:

@@ -11,15 +11,13 @@ import fcntl
 import mmap
 import os
 import re
-import shutil
+import secrets
 import socket
 import struct
-import tempfile
 import threading
 import warnings
 import weakref
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -112,14 +110,14 @@ def _mapped(fd: int, nbytes: int, protection: int) -> torch.Tensor:
 
 
 class DescriptorServer:
-    """Hands a host region's read-only descriptor to whoever of the same user connects to a private Unix socket.
+    """Hands a host region's read-only descriptor to whoever of the same user connects to an abstract Unix socket.
 
-    The socket exists from the start, so that workers can be told its path before there is any memory to share.
+    Its name is in no folder, so that nothing is left however this process ends; both sides check the other's user.
+    The socket exists from the start, so that workers can be told its name before there is any memory to share.
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="transfer-"))  # mode 0700
-        self.path = str(self._folder / "memory.sock")
+        self.path = f"\0transfer-{secrets.token_hex(16)}"
         self._region: HostRegion | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -127,7 +125,6 @@ class DescriptorServer:
             self._socket.listen(64)
         except BaseException:
             self._socket.close()
-            shutil.rmtree(self._folder)
             raise
         self._thread = threading.Thread(target=self._serve, name="transfer-descriptors", daemon=True)
         self._thread.start()
@@ -137,11 +134,10 @@ class DescriptorServer:
         self._region = region
 
     def close(self) -> None:
-        """End the thread and remove the socket with its folder."""
+        """End the thread and the socket."""
         self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join(HANDSHAKE_S)
         self._socket.close()
-        shutil.rmtree(self._folder)
 
     def _serve(self) -> None:
         while True:
@@ -173,10 +169,10 @@ def receive_region(path: str, nbytes: int) -> PeerHostRegion:
         connection.settimeout(HANDSHAKE_S)
         connection.connect(path)
         if _peer_uid(connection) != os.geteuid():
-            raise ConnectionError(f"the socket {path} belongs to another user")
+            raise ConnectionError(f"the socket {path!r} belongs to another user")
         _, fds, _, _ = socket.recv_fds(connection, 1, 1)
     if not fds:
-        raise ConnectionError(f"the socket {path} handed over no memory")
+        raise ConnectionError(f"the socket {path!r} handed over no memory")
     try:
         return PeerHostRegion(fds[0], nbytes)
     finally:

@@ -287,7 +287,7 @@ def _not_finite(weights: Weights, manifest: Manifest) -> str | None:
     floats = [(e, t if t.dtype.itemsize > 1 else t.float()) for e, t in floats if t.numel()]
     if not floats:
         return None
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm([t for _, t in floats])]).cpu()  # one pass
+    norms = torch.stack(list(torch._foreach_norm([t for _, t in floats]))).double().cpu()  # one pass
     limits = torch.tensor([torch.finfo(e.torch_dtype).max for e, _ in floats], dtype=torch.float64)
     suspects = [floats[i] for i in (~(norms <= limits)).nonzero().flatten().tolist()]  # no value exceeds its norm
     for entry, tensor in suspects:  # NaN, infinite, or so large that the norm overflowed

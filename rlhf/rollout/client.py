@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RolloutConfig
+from rlhf.ending import RunError
 from rlhf.rollout.sampling import seed_of
 from rlhf.types import FINISHED, TRUNCATED, Completion, Prompt, Rollouts, Tokenizer
 
@@ -25,7 +26,7 @@ class RolloutClient:
         self._config = config
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
-        """Draw n answers a prompt, in parallel; RuntimeError names a worker that refuses, dies or answers nonsense."""
+        """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that dies or talks nonsense."""
         seeds = [seed_of(seed, index) for index in range(len(prompts))]
         settings = {
             "n": n,
@@ -40,8 +41,11 @@ class RolloutClient:
             for sender, block in zip(self._senders, blocks(len(prompts), len(self._senders)), strict=True)
             if block.start < block.stop
         ]
-        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+        pool = ThreadPoolExecutor(max(1, len(jobs)))
+        try:
             answers = list(pool.map(lambda job: self._ask(*job), jobs))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after a failure or Ctrl-C, do not wait for slow workers
         completions = [completion for answer in answers for completion in answer]
         texts = self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
         return Rollouts(list(prompts), completions, texts, n)
@@ -54,7 +58,7 @@ class RolloutClient:
                 raise ValueError(f"{len(choices)} choices for {len(body['prompt'])} prompts with n={body['n']}")
             return [_completion(choice, body) for choice in choices]
         except (KeyError, TypeError, ValueError) as error:
-            raise RuntimeError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error
+            raise RunError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error
 
 
 def blocks(count: int, parts: int) -> list[slice]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import HttpSenderConfig, LocalConfig, RaySenderConfig, RunConfig
+from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Workers:
         self._stack.close()
 
     def senders(self) -> list[Sender]:
-        """One sender a worker, once all are up; RuntimeError names a worker that did not come up."""
+        """One sender a worker, once all are up; RunError names a worker that did not come up."""
         if self._senders is None:
             senders = self._connect()
             for sender in senders:
@@ -162,18 +163,18 @@ class WorkerProcess:
         return self
 
     def port(self, deadline: float) -> int:
-        """The port that the worker reports; RuntimeError with its log if it dies or stays silent until `deadline`."""
+        """The port that the worker reports; RunError with its log if it dies or stays silent until `deadline`."""
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             ready = selector.select(max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.name} did not come up within transfer.sender.start_timeout_s; {self._log} ends:\n{self._tail()}"
             )
         report = self._process.stdout.readline()  # the worker writes the line in one piece, or dies
         if not report:
-            raise RuntimeError(f"{self.name} died while it started; {self._log} ends:\n{self._tail()}")
+            raise RunError(f"{self.name} died while it started; {self._log} ends:\n{self._tail()}")
         return int(json.loads(report)["port"])
 
     def __exit__(self, *exception: object) -> None:
@@ -235,10 +236,11 @@ def ray_running(address: str | None, workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else an actor that reserves no GPU sees none
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=RAY_STORE_BYTES, **quiet)
-    else:
-        ray.init(address, **quiet)
+    with keeping_sigterm():
+        if address is None:
+            ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=RAY_STORE_BYTES, **quiet)
+        else:
+            ray.init(address, **quiet)
     try:
         yield
     finally:
@@ -251,6 +253,6 @@ def _await_actor(name: str, actor: Any, deadline: float) -> None:
     try:
         ray.get(actor.health.remote({}), timeout=max(0.0, deadline - time.monotonic()))
     except ray.exceptions.GetTimeoutError:
-        raise RuntimeError(f"{name} (ray) did not come up within transfer.sender.start_timeout_s") from None
+        raise RunError(f"{name} (ray) did not come up within transfer.sender.start_timeout_s") from None
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"{name} (ray) died while it started: {error}") from None
+        raise RunError(f"{name} (ray) died while it started: {error}") from None

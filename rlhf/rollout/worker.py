@@ -77,21 +77,24 @@ def architecture_of(model: Any) -> dict[str, Any]:
 
 
 def build_model(spec: WorkerSpec) -> torch.nn.Module:
-    """A model of the spec's architecture; its weights are random and wait for the first update."""
+    """A model of the spec's architecture; its weights are nothing until the first update."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     settings = dict(spec.architecture)
     model_type = settings.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
-    with torch.device(spec.device):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
+    with no_init_weights():  # on the CPU, where the trainer makes its model: rotary frequencies have the same bits
         model = AutoModelForCausalLM.from_config(
             CONFIG_MAPPING[model_type].from_dict(settings),
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
         )
-    return model.eval().requires_grad_(False)
+    model.tie_weights()
+    return model.to(spec.device).eval().requires_grad_(False)
 
 
 class Worker:

@@ -161,8 +161,9 @@ KILLED = """
 import time, torch
 from transfer.handles import Exporter
 with Exporter() as exporter:
-    print(exporter.add("w", torch.ones(3))[0], flush=True)
+    handle = exporter.add("w", torch.ones(3))[0]
     exporter.ready()
+    print(handle, flush=True)
     time.sleep(60)
 """
 

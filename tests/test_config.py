@@ -1,0 +1,149 @@
+"""The dials: every choice composes, files and schemas agree, and a mistake is answered with what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import CompactHydraException
+
+from rlhf.config import CONF, SCHEMAS, misplaced
+
+NEEDS = {
+    "task=jsonl": "task.path=rows.jsonl",
+    "model=hf": "model.path=a/checkpoint",
+    "reward=function": "reward.function=package.module:name",
+}
+
+
+def files(group: str) -> list[Path]:
+    return sorted((CONF / group).glob("*.yaml"))
+
+
+def schema_of(file: Path) -> tuple[str, str]:
+    """(group, name) of the schema that a file of a config group builds on."""
+    first = yaml.safe_load(file.read_text())["defaults"][0]
+    group, _, name = first.partition("@")[0].removeprefix("/schema/").rpartition("/")
+    return group, name
+
+
+CHOICES = [(group, file.stem) for group in SCHEMAS for file in files(group)]
+EXPERIMENTS = [file.stem for file in files("experiment")]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_composes_into_its_schema(compose_run, group, name):
+    choice = f"{group}={name}"
+    run = compose_run(choice, *([NEEDS[choice]] if choice in NEEDS else []))
+    part = run
+    for attribute in group.split("/"):
+        part = getattr(part, attribute)
+    expected = SCHEMAS[group][schema_of(CONF / group / f"{name}.yaml")[1]]
+    assert type(part[name] if group == "logger" else part) is expected
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(compose_run, name):
+    assert compose_run(f"experiment={name}").steps >= 1
+
+
+@pytest.mark.parametrize("choice", NEEDS)
+def test_a_required_key_without_a_value_is_asked_for_by_name(compose_run, choice):
+    key = NEEDS[choice].partition("=")[0]
+    with pytest.raises(CompactHydraException, match=rf"{key} has no value: add {key}="):
+        compose_run(choice)
+
+
+def test_every_file_builds_on_a_schema_of_its_group_and_every_schema_has_a_file():
+    used = {schema_of(CONF / group / f"{name}.yaml") for group, name in CHOICES}
+    assert used == {(group, name) for group, schemas in SCHEMAS.items() for name in schemas}
+    assert all(schema_of(CONF / group / f"{name}.yaml")[0] == group for group, name in CHOICES)
+
+
+def test_every_folder_of_files_is_a_group_that_the_code_knows():
+    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.glob("**/*.yaml")}
+    assert folders == {".", "experiment", "hydra/callbacks", *SCHEMAS}
+
+
+# --- mistakes on the command line -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "screen"),
+    [
+        (
+            "transfer=ncll",
+            ["Could not find 'transfer/ncll'", "Available options in 'transfer'", "disk", "ipc", "local"],
+        ),
+        ("+transfer.bucket_mb=512", ["'IpcConfig' object has no attribute 'bucket_mb'"]),
+        ("transfer.slots=two", ["Value 'two' of type 'str' could not be converted to Integer"]),
+        ("model.dtype=fp8", ["Invalid value 'fp8', expected one of [float32, bfloat16]"]),
+        (
+            "transfer=ipc transfer/sender=ray transfer.sender.url=[http://127.0.0.1:1]",
+            ["that key belongs to the http sender", "transfer/sender=http"],
+        ),
+        (
+            "algo=grpo samples_per_prompt=1",
+            ["grpo compares samples of one prompt: samples_per_prompt must be at least 2 (got 1)"],
+        ),
+    ],
+)
+def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, screen):
+    done = rlhf_train(*arguments.split())
+    assert done.returncode == 1
+    for words in screen:
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algo=rloo", "samples_per_prompt=1"], "rloo compares samples of one prompt"),
+        (["algo=rloo", "algo.kl_coef=0"], r"algo\.kl_in=reward has no effect with algo\.kl_coef=0"),
+        (["updates_per_step=5", "prompts_per_step=4"], r"at most prompts_per_step \(4; got 5\)"),
+        (["transfer=local", "rollout.workers=2"], r"rollout\.workers must be 1 \(got 2\)"),
+        (["transfer=local", "rollout.dtype=bfloat16"], r"rollout\.dtype must be null \(got bfloat16\)"),
+        (["transfer.sender.url=[http://127.0.0.1:1]"], "use transfer=disk"),
+        (["transfer.sender.url=[127.0.0.1:1]"], r"must be like http://127\.0\.0\.1:8000 \(got '127\.0\.0\.1:1'\)"),
+        (["transfer.slots=1"], r"transfer\.slots must be at least 2"),
+        (["transfer=disk", "transfer.keep=0"], r"transfer\.keep must be at least 1"),
+        (["transfer.sender.timeout_s=0"], r"transfer\.sender\.timeout_s must be greater than 0 \(got 0\.0\)"),
+        (["model.hidden=65"], r"model\.hidden must be a multiple of model\.heads \(got 65 and 4\)"),
+        (["task.max_length=2"], r"task\.max_length must be at least 3 \(got 2\)"),
+        (["task=arithmetic", "task.operators=/"], r"task\.operators must be made of '\+', '-' and '\*' \(got '/'\)"),
+        (["reward=function", "reward.function=name"], r"must be like package\.module:name \(got 'name'\)"),
+        (["steps=0"], r"steps must be at least 1 \(got 0\)"),
+        (["optim.lr=nan"], r"optim\.lr must be greater than 0 \(got nan\)"),
+        (["algo.clip_low=1.5"], r"algo\.clip_low must be between 0\.0 and 1\.0 \(got 1\.5\)"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named_with_what_is_allowed(compose_run, overrides, message):
+    with pytest.raises(CompactHydraException, match=message):
+        compose_run(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["transfer=disk", "transfer.slots=3"], "belongs to the ipc transfer: transfer.slots needs transfer=ipc"),
+        (["experiment=smoke", "reward.steps=3"], "belongs to the model reward: reward.steps needs reward=model"),
+        (["task=arithmetic", "+task.letters=4"], "belongs to the sort or reverse task: task.letters needs task=sort"),
+    ],
+)
+def test_a_key_of_another_choice_is_told_apart_from_a_typo(overrides, hint):
+    assert misplaced(overrides) == [f"that key {hint}"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["transfer.slots=3", "reward.steps=3", "transfer.sender.url=[http://127.0.0.1:1]"],  # the defaults have them
+        ["transfer=disk", "transfer.bucket_mb=3"],  # nobody has it
+        ["task=nothing", "transfer.slots=3"],  # the mistake is another
+        ["seed=1", "steps=3", "--cfg", "job"],
+    ],
+)
+def test_there_is_no_hint_where_no_key_is_misplaced(overrides):
+    assert misplaced(overrides) == []

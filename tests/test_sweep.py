@@ -1,0 +1,107 @@
+"""Sweeps through the command line: a process a job, one table, and a job that dies costs a row."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+TINY = ("experiment=smoke", "transfer=local", "logger=jsonl", "sft.steps=2", "task.held_out=8", "evaluate_every=1")
+REWARDS = """
+import os
+from pathlib import Path
+
+def dies_once(prompts, completions, **columns):
+    if not Path("died").exists():
+        Path("died").touch()
+        os._exit(137)
+    return notes(prompts, completions)
+
+def notes(prompts, completions, **columns):
+    table = Path("sweep/summary.md")
+    Path(f"process-{os.getpid()}").write_text(table.read_text() if table.exists() else "")
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def sweep(rlhf_train, tmp_path):
+    """`sweep("seed=0,1")` runs one into `sweep/` of the test's folder: what it printed, and the folder."""
+    (tmp_path / "mine.py").write_text(REWARDS)
+
+    def run(*overrides: str, timeout: float = 100):
+        done = rlhf_train(*overrides, "hydra.sweep.dir=sweep", timeout=timeout)
+        return done, tmp_path / "sweep"
+
+    return run
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def started(folder: Path) -> dict[str, str]:
+    """The processes that computed rewards -> what the sweep's table was meanwhile."""
+    return {path.name: path.read_text() for path in folder.glob("process-*")}
+
+
+JOBS = ("-m", *TINY, "reward=function", "reward.function=mine:dies_once,mine:notes", "steps=1,0")
+
+
+def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
+    done, folder = sweep(*JOBS)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [row["status"] for row in table(folder)] == ["failed", "failed", "finished", "failed"]
+    errors = [row["error"] for row in table(folder)]
+    assert errors[0] == "the process died with exit code 137"
+    assert errors[1] == errors[3] == "steps must be at least 1 (got 0)"
+    assert "job 0 failed: the process died with exit code 137" in done.stderr
+    (meanwhile,) = started(folder.parent).values()  # job 2 ran when the table had the two before it
+    assert meanwhile.count("failed") == 2 and "finished" not in meanwhile
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "| the process died with exit code 137 |" in (folder / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_starting_a_sweep_again_runs_only_what_did_not_finish(sweep):
+    sweep(*JOBS)
+    done, folder = sweep(*JOBS)
+    assert [row["status"] for row in table(folder)] == ["finished", "failed", "finished", "failed"]
+    assert done.stdout.count("finished already, skipped") == 1
+    assert len(started(folder.parent)) == 2  # one process for each of the two jobs that ran to their end
+
+
+@pytest.mark.slow
+def test_a_job_with_other_overrides_is_no_finished_one(sweep):
+    sweep("-m", *TINY, "seed=0,1", "steps=1")
+    first = table(sweep("-m", *TINY, "seed=0,1", "steps=1")[1])
+    done, folder = sweep("-m", *TINY, "seed=0,1", "steps=2")
+    assert done.returncode == 0 and "skipped" not in done.stdout
+    assert [row["overrides"] for row in table(folder)] != [row["overrides"] for row in first]
+    assert all(row["status"] == "finished" and float(row["seconds"]) > 0 for row in table(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "-m transfer=ipc,disk transfer/sender=http,ray experiment=smoke steps=2",
+        "experiment=compare_transfers steps=2",
+    ],
+)
+def test_backends_and_senders_are_compared_side_by_side(sweep, overrides):
+    done, folder = sweep(*overrides.split(), timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = table(folder)
+    ways = [{word for word in row["overrides"].split() if word.startswith("transfer")} for row in rows]
+    assert ways == [
+        {f"transfer={backend}", f"transfer/sender={sender}"}
+        for backend in ("ipc", "disk")
+        for sender in ("http", "ray")
+    ]
+    assert len({(row["reward_end"], row["gold_end"]) for row in rows}) == 1
+    assert all(row["status"] == "finished" and float(row["transfer_ms"]) > 0 for row in rows)
+    assert (folder / "summary.md").read_text().count("finished") == 4

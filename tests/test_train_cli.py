@@ -1,0 +1,103 @@
+"""`python -m rlhf.train` before it trains: quick answers, exit codes, and an installed copy that finds its dials."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "ray", "transformers", "matplotlib", "fastapi", "numpy", "requests")
+WITHOUT_HEAVY = f"""\
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in {HEAVY!r}:
+            raise AssertionError("imported " + name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.fixture
+def without_heavy(tmp_path):
+    """Environment of a Python in which importing a heavy package fails."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(WITHOUT_HEAVY)
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
+    done = rlhf_train("experiment=smoke", env=without_heavy)
+    assert done.returncode == 1 and "AssertionError: imported torch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "screen"),
+    [
+        ("--help", 0, "transfer         disk ipc local"),
+        ("--help algo=rloo", 0, "advantage: leave_one_out"),
+        ("--help algo=nothing", 1, "Could not find 'algo/nothing'"),
+        ("--help typo=1", 1, "Could not override 'typo'"),
+        ("--cfg job", 0, "samples_per_prompt: 8"),
+        ("experiment=compare_transfers --cfg job", 0, "evaluate_every: 3"),
+        ("steps=3 stepz=4", 1, "Could not override 'stepz'"),
+        ("prompts_per_step=0", 1, "prompts_per_step must be at least 1 (got 0)"),
+        ("-m seed=0,1 typo=1", 1, "Could not override 'typo'"),
+    ],
+)
+def test_what_does_not_train_imports_nothing_heavy(rlhf_train, without_heavy, arguments, code, screen):
+    done = rlhf_train(*arguments.split(), env=without_heavy)
+    assert (done.returncode, screen in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_printed_run_is_the_one_that_the_overrides_compose(rlhf_train):
+    done = rlhf_train("--cfg", "job", "task=reverse", "transfer=disk", "transfer.keep=5", "seed=7")
+    run = yaml.safe_load(done.stdout)
+    assert run["transfer"] == {"sender": run["transfer"]["sender"], "path": None, "keep": 5}
+    assert run["seed"] == 7 and run["algo"]["name"] == "grpo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("task=jsonl task.path=nowhere.jsonl", "task.path: cannot read nowhere.jsonl"),
+        ("reward=function reward.function=nothing:f", "reward.function=nothing:f cannot be imported"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(rlhf_train, arguments, message):
+    done = rlhf_train(*arguments.split(), "model=micro")
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if message in line]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_console_script_is_a_function_that_exists():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["rlhf-train"].partition(":")
+    assert callable(getattr(import_module(module), name))
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_brings_its_dials_along(rlhf_train, tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built, site = tmp_path / "built", tmp_path / "site"
+    subprocess.run([*pip, "wheel", str(ROOT), "--no-deps", "-w", str(built)], check=True, timeout=110)
+    (wheel,) = built.iterdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=60)
+    files = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("**/*.yaml")}
+    assert {path.relative_to(site / "rlhf/conf") for path in (site / "rlhf/conf").glob("**/*.yaml")} == files
+    code = f"import rlhf.train as t; assert t.CONF.is_relative_to({str(site)!r}); t.main()"
+    command = [sys.executable, "-c", code, "--cfg", "job", "experiment=smoke"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "prompts_per_step: 8" in done.stdout, done.stderr
