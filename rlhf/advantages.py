@@ -14,12 +14,15 @@ EPS = 1e-6
 
 
 def group_mean(rewards_Pn: Tensor) -> Tensor:
-    """A = R - mean of the group (Dr.GRPO, arXiv:2503.20783)."""
-    return rewards_Pn - rewards_Pn.nanmean(dim=1, keepdim=True)
+    """A = R - mean of the group (Dr.GRPO, arXiv:2503.20783); exactly 0 where a group's rewards are equal."""
+    mean_P1 = rewards_Pn.double().nanmean(dim=1, keepdim=True)
+    centred_Pn = (rewards_Pn - mean_P1).to(rewards_Pn.dtype)
+    spread_P1 = rewards_Pn.nan_to_num(-torch.inf).amax(1, True) - rewards_Pn.nan_to_num(torch.inf).amin(1, True)
+    return torch.where((spread_P1 == 0) & ~rewards_Pn.isnan(), 0.0, centred_Pn)  # no rounding where all are equal
 
 
 def group_norm(rewards_Pn: Tensor) -> Tensor:
-    """A = (R - mean) / (std + 1e-6), std with n - 1 (GRPO, arXiv:2402.03300); 0 where a group's rewards are equal."""
+    """A = (R - mean) / (std + 1e-6), std with n - 1 (GRPO, arXiv:2402.03300)."""
     centred_Pn = group_mean(rewards_Pn)
     degrees_P1 = (_count(rewards_Pn) - 1).clamp(min=1)
     std_P1 = (centred_Pn.square().nansum(dim=1, keepdim=True) / degrees_P1).sqrt()

@@ -245,31 +245,27 @@ class Learner:
 
     def _step_optimizers(self, loss_is_finite: bool) -> dict[str, float]:
         """Clip, step and clear; an update whose loss or gradient is not finite is skipped and counted."""
-        metrics = {}
-        learning = self.critic is None or self.steps >= self.algo.critic_warmup_steps
-        for name, optimizer, active in (
-            ("grad_norm", self.optimizer, learning),
-            ("critic_grad_norm", self.critic_optimizer, True),
-        ):
-            if optimizer is None:
-                continue
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm)
-            finite = loss_is_finite and bool(norm.isfinite())
-            if finite and active:
+        optimizers = {"grad_norm": self.optimizer}
+        if self.critic_optimizer is not None:
+            optimizers["critic_grad_norm"] = self.critic_optimizer
+        norms = {name: self._clipped_norm(optimizer) for name, optimizer in optimizers.items()}
+        finite = loss_is_finite and all(map(math.isfinite, norms.values()))
+        for name, optimizer in optimizers.items():
+            warm = name != "grad_norm" or self.critic is None or self.steps >= self.algo.critic_warmup_steps
+            if finite and warm:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            self._count_skipped(name, finite)
-            metrics[name] = float(norm) if finite else 0.0
-        return metrics | {"skipped_updates": float(self.skipped > 0)}
-
-    def _count_skipped(self, name: str, finite: bool) -> None:
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped >= MAX_SKIPPED:
             raise RunError(
-                f"loss or {name} was not finite in {MAX_SKIPPED} updates in a row: the last weights are untouched; "
-                f"lower optim.lr ({self.config.optim.lr}) or look at the rewards"
+                f"the loss or a gradient was not finite in {MAX_SKIPPED} updates in a row ({norms}): the last weights "
+                f"are untouched; lower optim.lr ({self.config.optim.lr}) or look at the rewards"
             )
+        return (norms if finite else dict.fromkeys(norms, 0.0)) | {"skipped_updates": float(not finite)}
+
+    def _clipped_norm(self, optimizer: torch.optim.Optimizer) -> float:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm))
 
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return losses.token_logprobs(response_logits(model, batch), batch.ids_BT, self.config.rollout.temperature)

@@ -33,7 +33,6 @@ class Recorder:
         self.folder = folder
         self.bar = bar
         self.transfer = transfer
-        (folder / "samples.jsonl").unlink(missing_ok=True)
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
         self.latest: dict[str, float] = {}

@@ -77,7 +77,7 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
     for phase in PHASES:
         share = summary[f"seconds_{phase}"] / max(1e-9, sum(summary[f"seconds_{p}"] for p in PHASES))
-        table.add_row(f"seconds in {phase}", f"{share:.1%}", f"{summary[f'seconds_{phase}']:.2f}")
+        table.add_row(f"seconds in {phase} ({share:.1%})", "", f"{summary[f'seconds_{phase}']:.2f}")
     console = Console()
     console.print(table)
     console.print(
@@ -89,9 +89,7 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for path in sorted(folder.iterdir()):
         if not path.name.startswith("."):
             console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
-    console.print(
-        "next: look at curves.png and samples.jsonl; change a dial, as in `algo=rloo task=reverse`", highlight=False
-    )
+    console.print("next: look at curves.png; then change a dial: algo=rloo task=reverse", highlight=False)
 
 
 def plot_curves(rows: Rows, path: Path, title: str) -> None:

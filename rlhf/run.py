@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf.compose import choice
 from rlhf.config import (
     Advantage,
     ConsoleLoggerConfig,
@@ -19,7 +21,6 @@ from rlhf.config import (
     ModelRewardConfig,
     RunConfig,
     VerifierRewardConfig,
-    choice,
 )
 from rlhf.learner import Learner
 from rlhf.loop import Parts, train
@@ -31,7 +32,7 @@ from rlhf.rewards import FunctionReward, ModelReward, VerifierReward
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import Workers, worker_spec
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
-from rlhf.stages.sft import sft
+from rlhf.stages.sft import encode, sft
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Reward, Sampler, Task
 from transfer import make_transfer
@@ -58,6 +59,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("summary.json", "metrics.jsonl", "samples.jsonl"):  # of an earlier run in the same folder
+        (folder / name).unlink(missing_ok=True)
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     with ExitStack() as stack:
         site = Site(config, folder, stack.enter_context(Bars(console)), {})
@@ -70,6 +73,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     write_summary(folder, "finished", overrides, summary)
     if console:
         print_table(summary, folder, title)
+    else:
+        print(f"written: {folder}/")
     return summary
 
 
@@ -81,7 +86,11 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     task = make_task(raw, tokenizer)
     check(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
+    check_lengths(config, task, policy)
+    given = _given_reward(config, task)
     site.bars.say(_plan(config, policy))
+    if warning := _cut_answers(config, task, tokenizer):
+        site.bars.say(warning)
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder))
     spec = worker_spec(policy, config, transfer.endpoint)
     workers = stack.enter_context(Workers(spec, config, site.folder, policy))  # they start while the policy warms up
@@ -91,7 +100,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     transfer.open(policy.state_dict(), senders)
     version = transfer.push(policy.state_dict())
     sampler = RolloutClient(senders, tokenizer, config.rollout)
-    reward = _make_reward(site, task, tokenizer, policy, sampler)
+    reward = given or _trained_reward(site, task, tokenizer, policy, sampler)
     learner = Learner(
         policy,
         reference=copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef > 0 else None,
@@ -145,28 +154,47 @@ def _warm_up(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy:
             stage.advance(numbers)
 
 
-def _make_reward(
-    site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, sampler: Sampler
-) -> Reward:
-    config = site.config
+def check_lengths(config: RunConfig, task: Task, policy: PreTrainedModel) -> None:
+    """Raise ValueError unless prompts and answers fit the model's context."""
+    longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
+    limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
+    if longest + new > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "
+            f"of {limit} tokens: lower rollout.max_new_tokens, or take a model with a longer context (model.context)"
+        )
+
+
+def _cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A warning, if rollout.max_new_tokens would cut most answers like the demonstrations; else nothing."""
+    lengths = [len(ids) for ids in encode(tokenizer, [text for _, text in task.demonstrations], end=True)]
+    new = config.rollout.max_new_tokens
+    if not lengths or statistics.median(lengths) <= new:
+        return ""
+    return (
+        f"warning: most answers will be cut: half of the demonstrations have {statistics.median(lengths):.0f} tokens "
+        f"or more, and rollout.max_new_tokens is {new}; rollout.max_new_tokens={max(lengths)} fits them all"
+    )
+
+
+def _given_reward(config: RunConfig, task: Task) -> Reward | None:
+    """The reward where it exists already; None where it has to be trained."""
     match config.reward:
         case VerifierRewardConfig():
             return VerifierReward(task)
-        case FunctionRewardConfig():
-            return FunctionReward(config.reward.function)
-        case ModelRewardConfig(path=None):
-            model = value_model(policy, Head.sequence)
-            reward = _train_reward(site, task, ModelReward(model, tokenizer), sampler)
-            save_model(model, tokenizer, site.folder / "reward_model")
-            return reward
-        case ModelRewardConfig(path=path):
-            return ModelReward(*load_reward_model(str(path), config.model))
-    raise AssertionError(config.reward)
+        case FunctionRewardConfig(function=function):
+            return FunctionReward(function)
+        case ModelRewardConfig(path=str(path)):
+            return ModelReward(*load_reward_model(path, config.model))
+    return None
 
 
-def _train_reward(site: Site, task: Task, reward: ModelReward, sampler: Sampler) -> ModelReward:
+def _trained_reward(
+    site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, sampler: Sampler
+) -> ModelReward:
     """Pairs from the data or from the policy, training, and the held-out accuracy and margin into the notes."""
     config: Any = site.config.reward
+    reward = ModelReward(value_model(policy, Head.sequence), tokenizer)
     seed = site.config.seed + PAIRS_SEED
     pairs = list(task.preferences)
     if not pairs:
@@ -187,4 +215,5 @@ def _train_reward(site: Site, task: Task, reward: ModelReward, sampler: Sampler)
         site.notes["reward_model_accuracy"] = float((margins_B > 0).float().mean())
         site.notes["reward_model_margin"] = float(margins_B.mean())
         site.notes["reward_model_pairs"] = len(training)
+    save_model(reward.model, tokenizer, site.folder / "reward_model")
     return reward

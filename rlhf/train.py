@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
-from rlhf.config import CONF, checked, misplaced, register
+from rlhf.compose import CONF, checked, misplaced, register
 from rlhf.ending import EXPLAINED, INTERRUPTED, TERMINATED, terminate_as_interrupt
 
 register()

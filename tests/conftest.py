@@ -22,7 +22,7 @@ def compose_run():
     """`compose_run("algo=ppo", ...) -> RunConfig`."""
     from hydra import compose, initialize_config_dir
 
-    from rlhf.config import CONF, checked, register
+    from rlhf.compose import CONF, checked, register
 
     register()
 

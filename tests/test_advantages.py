@@ -19,6 +19,12 @@ def test_group_advantages_match_the_golden_numbers_and_are_zero_without_signal(e
 
 
 @pytest.mark.parametrize("estimator", [group_norm, group_mean, leave_one_out])
+@pytest.mark.parametrize("reward", [0.7, 3.3, 12.3, -123.4])
+def test_a_group_of_equal_rewards_has_advantages_of_exactly_zero_whatever_they_are(estimator, reward):
+    assert estimator(torch.full((2, 8), reward)).tolist() == [[0.0] * 8] * 2
+
+
+@pytest.mark.parametrize("estimator", [group_norm, group_mean, leave_one_out])
 def test_a_sample_without_a_reward_leaves_its_group_as_if_it_were_not_there(estimator):
     with_hole = torch.tensor([[1.0, 0.0, float("nan"), 1.0]])
     assert torch.allclose(estimator(with_hole)[0, [0, 1, 3]], estimator(torch.tensor([[1.0, 0.0, 1.0]]))[0])

@@ -125,7 +125,7 @@ def test_several_updates_a_step_move_away_from_the_old_policy(make_learner):
 def test_three_updates_in_a_row_without_finite_gradients_stop_the_run_with_the_weights_untouched(make_learner):
     learner = make_learner("updates_per_step=3")
     before = copy.deepcopy(learner.weights())
-    with pytest.raises(RuntimeError, match=r"grad_norm was not finite in 3 updates in a row.*optim\.lr"):
+    with pytest.raises(RuntimeError, match=r"not finite in 3 updates in a row.*optim\.lr"):
         batch = learner.score(sampled())
         assert batch.old_BT is not None
         batch.old_BT = batch.old_BT * float("nan")
@@ -142,3 +142,14 @@ def test_only_the_critic_learns_while_it_warms_up(make_learner):
     assert any(not torch.equal(critic[name], value) for name, value in learner.critic.state_dict().items())
     learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])
     assert any(not torch.equal(policy[name], value) for name, value in learner.weights().items())
+
+
+def test_a_finite_critic_does_not_hide_a_policy_whose_gradients_are_not(make_learner):
+    learner = make_learner("algo=ppo", "algo.critic_warmup_steps=0")
+    with torch.no_grad():
+        learner.policy.lm_head.weight[0, 0] = float("nan")
+    rewards = [float(b % 2) for b in range(12)]
+    assert learner.learn(learner.score(sampled()), rewards)["skipped_updates"] == 1.0
+    learner.learn(learner.score(sampled()), rewards)
+    with pytest.raises(RuntimeError, match="not finite in 3 updates in a row"):
+        learner.learn(learner.score(sampled()), rewards)

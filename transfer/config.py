@@ -9,12 +9,6 @@ import enum
 from dataclasses import dataclass, field
 
 
-class Staging(enum.Enum):
-    """Where the bytes wait for the workers."""
-
-    arena = "arena"  # slots of aligned memory; the trainer goes on while workers read
-
-
 class Take(enum.Enum):
     """How a worker takes a staged update."""
 
@@ -66,7 +60,6 @@ class TransferConfig:
 class IpcConfig(TransferConfig):
     """Memory that both processes map: memfd shared memory on CPU, CUDA IPC on GPUs."""
 
-    staging: Staging = Staging.arena
     take: Take = Take.view
     slots: int = 2
 

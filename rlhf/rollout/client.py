@@ -41,7 +41,7 @@ class RolloutClient:
             for sender, block in zip(self._senders, blocks(len(prompts), len(self._senders)), strict=True)
             if block.start < block.stop
         ]
-        pool = ThreadPoolExecutor(max(1, len(jobs)))
+        pool = ThreadPoolExecutor(max(1, len(jobs)))  # one worker's parts follow each other
         try:
             answers = list(pool.map(lambda job: self._ask(*job), jobs))
         finally:
@@ -51,6 +51,13 @@ class RolloutClient:
         return Rollouts(list(prompts), completions, texts, n)
 
     def _ask(self, sender: Sender, body: dict[str, Any]) -> list[Completion]:
+        """One worker's share, in requests of at most `rows_per_request` rows."""
+        size = max(1, self._config.rows_per_request // body["n"])
+        starts = range(0, len(body["prompt"]), size)
+        parts = [{**body, **{key: body[key][start : start + size] for key in ("prompt", "seeds")}} for start in starts]
+        return [completion for part in parts for completion in self._ask_once(sender, part)]
+
+    def _ask_once(self, sender: Sender, body: dict[str, Any]) -> list[Completion]:
         answer = sender.call("completions", body, self._config.timeout_s)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])

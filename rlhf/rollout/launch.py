@@ -23,9 +23,10 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import HttpSenderConfig, LocalConfig, RaySenderConfig, RunConfig
+from rlhf.config import RunConfig
 from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
+from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
 
 if TYPE_CHECKING:
     from transfer import Sender
@@ -147,7 +148,7 @@ class WorkerProcess:
     def __enter__(self) -> WorkerProcess:
         path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(self._spec.threads)}
-        with self._log.open("ab") as log:
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rlhf.rollout.worker"],
                 stdin=subprocess.PIPE,

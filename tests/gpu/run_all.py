@@ -87,6 +87,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("skipped: torch sees no CUDA device")
         return 0
+    sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary).resolve()
@@ -155,7 +156,7 @@ def _output(command: list[str], log: Path) -> str:
 def _pushes(folder: Path, take: str) -> str:
     from hydra import compose, initialize_config_dir
 
-    from rlhf.config import CONF, checked, register
+    from rlhf.compose import CONF, checked, register
     from rlhf.models import make_policy, make_tokenizer
     from rlhf.rollout.launch import Workers, worker_spec
     from transfer import make_transfer

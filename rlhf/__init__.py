@@ -1,0 +1,1 @@
+"""RLHF: sample, score, learn, hand the weights over; repeat."""

@@ -1,0 +1,129 @@
+"""Composing a run with Hydra: the choices of each group, and one clear message for whatever is wrong with them.
+
+The only file that knows Hydra's configuration: `register` puts every schema under `schema/`, where the files of `conf/`
+pick it up, and `checked` turns what was composed into plain dataclasses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import (
+    AdamWConfig,
+    AlgoConfig,
+    ArithmeticTaskConfig,
+    ConsoleLoggerConfig,
+    FunctionRewardConfig,
+    HfModelConfig,
+    HfRolloutConfig,
+    JsonlLoggerConfig,
+    JsonlTaskConfig,
+    ModelRewardConfig,
+    ReverseTaskConfig,
+    RunConfig,
+    SortTaskConfig,
+    TensorboardLoggerConfig,
+    TinyModelConfig,
+    VerifierRewardConfig,
+)
+from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
+
+CONF = next(
+    folder
+    for folder in (Path(__file__).resolve().parent / "conf", Path(__file__).resolve().parent.parent / "conf")
+    if folder.is_dir()
+)  # inside the package in a wheel, beside it in a checkout
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "task": {
+        "sort": SortTaskConfig,
+        "reverse": ReverseTaskConfig,
+        "arithmetic": ArithmeticTaskConfig,
+        "jsonl": JsonlTaskConfig,
+    },
+    "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
+    "rollout": {"hf": HfRolloutConfig},
+    "reward": {"verifier": VerifierRewardConfig, "model": ModelRewardConfig, "function": FunctionRewardConfig},
+    "algo": {"base": AlgoConfig},
+    "optim": {"adamw": AdamWConfig},
+    "transfer": {"ipc": IpcConfig, "disk": DiskConfig, "local": LocalConfig},
+    "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
+    "logger": {
+        "console": ConsoleLoggerConfig,
+        "jsonl": JsonlLoggerConfig,
+        "tensorboard": TensorboardLoggerConfig,
+    },
+}
+
+
+def choice(part: Any) -> str:
+    """The name by which a group's choice is chosen: `ipc` of an IpcConfig; "in-process" of no sender at all."""
+    names = (name for choices in SCHEMAS.values() for name, schema in choices.items() if type(part) is schema)
+    return next(names, "in-process")
+
+
+def register() -> None:
+    """Make every schema known to Hydra, under `schema/<group>/<choice>`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=RunConfig)
+    for group, choices in SCHEMAS.items():
+        for name, schema in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def checked(config: Any) -> RunConfig:
+    """Turn a composed DictConfig into plain, validated dataclasses; any mistake becomes one clear message."""
+    from hydra.errors import CompactHydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        run = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise CompactHydraException(f"{error.full_key} has no value: add {error.full_key}=...") from None
+    except (OmegaConfBaseException, AttributeError, ValueError) as error:  # slots: an unknown key is an AttributeError
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        raise CompactHydraException(str(cause)) from None
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def misplaced(overrides: list[str]) -> list[str]:
+    """For `group.key=...` overrides whose key only other choices of that group have: one line each that says so."""
+    hints = []
+    chosen = _chosen(overrides)
+    for override in overrides:
+        path, _, key = override.partition("=")[0].lstrip("+~").rpartition(".")
+        group = path.replace(".", "/")
+        owners = [name for name, schema in SCHEMAS.get(group, {}).items() if key in _keys(schema)]
+        if owners and group in chosen and key not in _keys(chosen[group]):
+            kind = group.rpartition("/")[2]
+            hints.append(
+                f"that key belongs to the {' or '.join(owners)} {kind}: {path}.{key} needs {group}={owners[0]}"
+            )
+    return hints
+
+
+def _chosen(overrides: list[str]) -> dict[str, Any]:
+    """The schema chosen for each group when only the choices among `overrides` are composed."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    choices = [o for o in overrides if o.partition("=")[0] in {*SCHEMAS, "experiment"} and "," not in o]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", choices)
+    except Exception:  # the mistake is in a choice itself, and Hydra has said so already
+        return {}
+    nodes = {group: OmegaConf.select(config, group.replace("/", ".")) for group in SCHEMAS}
+    return {group: OmegaConf.get_type(node) for group, node in nodes.items() if node is not None}
+
+
+def _keys(schema: Any) -> set[str]:
+    return {f.name for f in fields(schema)} if is_dataclass(schema) else set()

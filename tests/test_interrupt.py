@@ -1,0 +1,182 @@
+"""Ctrl-C, SIGTERM and kill -9 in every phase: nothing is left, the exit code tells, and a dead worker is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from run_with_fault import PHASES
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = Path(__file__).with_name("run_with_fault.py")
+MARK = "RLHF_TEST_RUN"  # a variable that every process of a run inherits
+GONE_S = 20.0  # how long what ends by itself may take
+SMALL = ("experiment=smoke", "reward=model", "reward.prompts=64", "reward.steps=20", "hydra.run.dir=run")
+DEADLINES = ("transfer.sender.timeout_s=10", "rollout.timeout_s=20")
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Ended:
+    """A run that was harmed, after its trainer has ended."""
+
+    code: int
+    errors: str
+    survivors: list[str]  # command lines of its processes that are still there; without one, no port listens
+    shared_memory: set[str]  # new entries of /dev/shm
+    temporary: list[str]  # what is left in its folder for temporary files
+
+
+@pytest.fixture
+def temporary():
+    """A folder with a short name, since Ray has sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield folder
+
+
+@pytest.fixture
+def ended(tmp_path, temporary):
+    """`ended(argument...) -> Ended` runs Python with these arguments until it ends."""
+
+    def run(*arguments: str) -> Ended:
+        mark = uuid.uuid4().hex
+        before = set(os.listdir("/dev/shm"))
+        variables = {"PYTHONPATH": str(ROOT), "TMPDIR": temporary, MARK: mark}
+        variables["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "torch")  # torch makes it when it is imported
+        with open(tmp_path / "stderr", "w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=tmp_path,
+                env=os.environ | variables,
+                stderr=errors,
+                start_new_session=True,  # a process group of its own, as a terminal gives it
+            )
+            try:
+                code = process.wait(100)
+            finally:
+                process.kill()
+        deadline = time.monotonic() + GONE_S
+        while (survivors := marked(mark)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        new = set(os.listdir("/dev/shm")) - before
+        return Ended(code, (tmp_path / "stderr").read_text(), survivors, new, os.listdir(temporary))
+
+    return run
+
+
+@pytest.fixture
+def harmed(ended):
+    """`harmed(phase, victim, signal, override...) -> Ended`."""
+    return lambda phase, victim, signum, *overrides: ended(
+        str(SCRIPT), phase, victim, signum, *SMALL, *DEADLINES, *overrides
+    )
+
+
+def marked(mark: str) -> list[str]:
+    """The command lines of all live processes that have the mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+def assert_nothing_is_left(ended: Ended) -> None:
+    left = [name for name in ended.temporary if name != "ray"]  # Ray keeps the logs of its sessions
+    assert (ended.survivors, ended.shared_memory, left) == ([], set(), [])
+
+
+def test_a_process_with_the_mark_is_found():
+    mark = uuid.uuid4().hex
+    with subprocess.Popen(["sleep", "60"], env=os.environ | {MARK: mark}) as process:
+        found = marked(mark)
+        process.kill()
+    assert found == ["sleep 60"] and marked(mark) == []
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("victim", "signum"), [("group", "SIGINT"), ("trainer", "SIGTERM"), ("trainer", "SIGKILL")], ids=EXIT_CODES.keys()
+)
+def test_a_run_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
+    ended = harmed(phase, victim, signum)
+    assert_nothing_is_left(ended)
+    assert ended.code == EXIT_CODES[signum]
+    assert "Traceback" not in ended.errors
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim", "signum"),
+    [
+        ("warm-up", "group", "SIGINT"),
+        ("warm-up", "trainer", "SIGTERM"),
+        ("sampling", "group", "SIGINT"),
+        ("sampling", "trainer", "SIGKILL"),
+        ("finishing", "group", "SIGINT"),
+        ("finishing", "trainer", "SIGTERM"),
+    ],
+)
+def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
+    ended = harmed(phase, victim, signum, "transfer/sender=ray")
+    assert_nothing_is_left(ended)
+    assert ended.code == EXIT_CODES[signum]
+    assert "Traceback" not in ended.errors
+
+
+@pytest.mark.parametrize("sender", ["http", "ray"])
+@pytest.mark.parametrize("phase", ["starting workers", "sampling", "staging", "finishing"])
+def test_a_worker_that_is_killed_is_named_in_the_one_line_that_the_run_ends_with(harmed, phase, sender):
+    ended = harmed(phase, "worker", "SIGKILL", f"transfer/sender={sender}")
+    assert ended.code == 1
+    assert "worker 0" in ended.errors and "Traceback" not in ended.errors
+    assert_nothing_is_left(ended)
+
+
+def test_a_worker_that_hangs_ends_the_run_at_the_deadline_and_is_gone(harmed):
+    ended = harmed("sampling", "worker", "SIGSTOP", "rollout.timeout_s=2")
+    assert ended.code == 1
+    assert "completions: no answer within 2 s" in ended.errors and "Traceback" not in ended.errors
+    assert_nothing_is_left(ended)
+
+
+REWARDS = """
+import os, signal
+
+def interrupts(prompts, completions, **columns):
+    os.killpg(0, signal.SIGINT)
+    return [0.0] * len(prompts)
+
+def terminates(prompts, completions, **columns):
+    os.kill(os.getppid(), signal.SIGTERM)
+    return [0.0] * len(prompts)
+
+def kills(prompts, completions, **columns):
+    os.kill(os.getppid(), signal.SIGKILL)
+    return [0.0] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "signum"), [("interrupts", "SIGINT"), ("terminates", "SIGTERM"), ("kills", "SIGKILL")]
+)
+def test_a_sweep_that_is_stopped_takes_its_job_along(ended, tmp_path, function, signum):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    reward = ("reward=function", f"reward.function=mine:{function}", "steps=100000", "seed=0,1")
+    stopped = ended("-m", "rlhf.train", "-m", "experiment=smoke", *reward, "hydra.sweep.dir=sweep")
+    assert_nothing_is_left(stopped)
+    assert stopped.code == EXIT_CODES[signum]
+    assert "Traceback" not in stopped.errors
+    assert not (tmp_path / "sweep/1").exists()
