@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     with ExitStack() as stack:
         site = Site(config, folder, stack.enter_context(Bars(console)), {})
         parts, tokenizer, version = _build(site, stack)
+        gc.collect()
+        gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
         train(parts, config, version)
         save_model(parts.learner.policy, tokenizer, folder / "policy")
     summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
