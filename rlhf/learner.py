@@ -7,6 +7,7 @@ throughout, so that two passes over the same rows give the same numbers.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rlhf.config import AdamWConfig, Advantage, AlgoConfig, KlIn, OptimConfig, P
 from rlhf.ending import RunError
 from rlhf.types import Rollouts
 
+ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
 MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
 
 
@@ -74,38 +76,85 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
 
 
 def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's outputs [B, T, V] at the positions that predict each response token (V = 1 for a critic)."""
+    """The model's outputs [B, T, V] at the positions that predict each response token (V = 1 for a critic).
+
+    Prompts are computed once for all of their rows, and short rows apart from long ones where that saves padding.
+    """
     device = batch.ids_BT.device
-    lengths_P = torch.tensor([len(prompt) for prompt in batch.prompts], device=device)
-    longest = int(lengths_P.max())
-    ids_PL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in batch.prompts], device=device)
-    padded = bool((lengths_P < longest).any())
+    prompts, cache, first_PV = _prompt_pass(model, batch.prompts, device)
+    prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
+    first_BV = first_PV[prompt_of_B]
+    logits_BTV = first_BV.new_zeros(*batch.ids_BT.shape, first_BV.shape[-1])
+    logits_BTV[:, 0] = first_BV
+    for rows, width in length_groups(batch.mask_BT.sum(dim=1).long().tolist()):
+        of_rows = prompt_of_B[rows]
+        logits_BTV[rows, 1:width] = model(
+            input_ids=batch.ids_BT[rows, : width - 1],
+            attention_mask=prompts.mask(of_rows, width - 1),
+            position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
+            past_key_values=_of_rows(cache, of_rows),
+            use_cache=True,
+        ).logits
+    return logits_BTV
+
+
+@dataclass(slots=True)
+class Prompts:
+    """Left-padded prompts: their lengths [P], and their mask [P, L] where any is padded."""
+
+    lengths_P: Tensor
+    mask_PL: Tensor | None
+
+    def mask(self, prompt_of_rows: Tensor, responses: int) -> Tensor | None:
+        """The attention mask of these rows' prompts and `responses` more tokens; None where nothing is padded."""
+        if self.mask_PL is None:
+            return None
+        return torch.nn.functional.pad(self.mask_PL[prompt_of_rows], (0, responses), value=1)
+
+
+def _prompt_pass(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], device: torch.device
+) -> tuple[Prompts, DynamicCache, Tensor]:
+    """Keys and values of all prompts, and the outputs [P, V] that predict each first response token."""
+    lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = max(len(prompt) for prompt in prompts)
+    ids_PL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask_PL = (torch.arange(longest, device=device) >= longest - lengths_P[:, None]).long()
-    positions_PL = (mask_PL.cumsum(dim=1) - 1).clamp(min=0)
+    padded = min(len(prompt) for prompt in prompts) < longest
     cache = DynamicCache(config=model.config)
     last_only = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
-    first_PV = model(
+    outputs = model(
         **last_only,
         input_ids=ids_PL,
         attention_mask=mask_PL if padded else None,
-        position_ids=positions_PL,
+        position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-    ).logits[:, -1:]
-    prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
-    width = batch.ids_BT.shape[1]
-    if width == 1:
-        return first_PV[prompt_of_B]
-    cache.batch_select_indices(prompt_of_B)
-    mask_BL = mask_PL[prompt_of_B]
-    rest_BTV = model(
-        input_ids=batch.ids_BT[:, :-1],
-        attention_mask=torch.cat([mask_BL, torch.ones_like(batch.ids_BT[:, :-1])], dim=1) if padded else None,
-        position_ids=lengths_P[prompt_of_B][:, None] + torch.arange(width - 1, device=device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    return torch.cat([first_PV[prompt_of_B], rest_BTV], dim=1)
+    )
+    return Prompts(lengths_P, mask_PL if padded else None), cache, outputs.logits[:, -1]
+
+
+def _of_rows(cache: DynamicCache, prompt_of_rows: Tensor) -> DynamicCache:
+    """A cache of its own for these rows; gradients reach the prompts' keys and values."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(prompt_of_rows)
+    return chosen
+
+
+def length_groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """The rows in one group, or the shorter and the longer ones in two, each with its longest length.
+
+    Two where that leaves out at least 64 tokens of padding and an eighth of all; the first a multiple of ROW_STEP rows.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    longest = lengths[order[-1]]
+    saved = {cut: cut * (longest - lengths[order[cut - 1]]) for cut in range(ROW_STEP, len(order), ROW_STEP)}
+    cut = max(saved, key=saved.__getitem__, default=0)
+    if saved.get(cut, 0) < max(64, len(order) * longest // 8):
+        cut = 0
+    groups = [group for group in (order[:cut], order[cut:]) if group]
+    return [(group, lengths[group[-1]]) for group in groups if lengths[group[-1]] > 1]  # one token: the prompt's pass
 
 
 class Learner:
@@ -197,12 +246,12 @@ class Learner:
         weights_B = losses.row_weights(
             self.algo.aggregation.value, batch.mask_BT[rows].sum(dim=1), self.config.rollout.max_new_tokens
         )
-        weight_of = dict(zip(rows, weights_B, strict=True))
+        weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
+        weight_of_B[rows] = weights_B
         tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
         totals: dict[str, float] = {}
         for part in self._microbatches(batch, rows):
-            weights_part = torch.stack([weight_of[row] for row in part])
-            for name, value in self._accumulate(batch.rows(part), weights_part).items():
+            for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
                 totals[name] = totals.get(name, 0.0) + value
         means = {name: value if name == "loss" else value / tokens for name, value in totals.items()}
         return means | self._step_optimizers(math.isfinite(totals["loss"]))

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlhf.learner import Learner, collate, response_logits
+from rlhf.learner import Learner, collate, length_groups, response_logits
 from rlhf.losses import token_logprobs
 from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.types import Completion, Prompt, Rollouts
@@ -87,6 +89,33 @@ def test_gradients_are_the_same_for_any_split_into_micro_batches(make_learner, a
         split = gradients(make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}"), rollouts, rewards)
         assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
     assert whole.abs().max() > 1e-3
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=200))
+def test_length_groups_hold_every_row_of_two_tokens_or_more_once(lengths):
+    groups = length_groups(lengths)
+    held = [row for rows, _ in groups for row in rows]
+    assert len(held) == len(set(held)) and set(held) >= {row for row, length in enumerate(lengths) if length > 1}
+    assert all(width == max(lengths[row] for row in rows) for rows, width in groups)
+    assert len(groups) <= 2
+
+
+def test_short_rows_are_computed_apart_from_long_ones():
+    lengths = [2, 9, 2, 2, 3, 9] * 40
+    (short, width), (rest, longest) = length_groups(lengths)
+    assert (width, longest) == (3, 9) and len(short) % 32 == 0 and len(short) + len(rest) == 240
+
+
+def test_rows_in_two_length_groups_have_the_log_probs_that_they_have_alone(make_learner):
+    learner, rollouts = make_learner(), sampled(n=100)
+    batch = collate(rollouts, torch.device("cpu"))
+    assert len(length_groups(batch.mask_BT.sum(1).long().tolist())) == 2
+    with torch.no_grad():
+        together = learner._logprobs(learner.policy, batch)
+        for row in range(0, 300, 13):
+            length = int(batch.mask_BT[row].sum())
+            alone = learner._logprobs(learner.policy, batch.rows([row]))
+            assert torch.allclose(alone[0, :length], together[row, :length], atol=1e-5)
 
 
 def test_micro_batches_hold_every_row_once_and_stay_within_their_tokens(make_learner):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TRL = "trl==1.16.0"
-WARM_UP = 3  # steps of each round that do not count
+WARM_UP = 5  # steps of each round that do not count
 VARIANTS = {
     "TRL, its defaults": {"model_bf16": False, "attention": "sdpa"},
     "TRL, best tuning (bf16 model, eager attention, no checkpointing)": {
@@ -35,8 +35,8 @@ VARIANTS = {
 def main() -> None:
     """Run all rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--trl-python", type=Path, help="a Python that has TRL; default: an environment made here")
     options = parser.parse_args()
     python = options.trl_python or environment()
