@@ -29,6 +29,10 @@ ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
     "pause": ("POST", "/pause"),
     "resume": ("POST", "/resume"),
     "is_paused": ("GET", "/is_paused"),
+    "sleep": ("POST", "/sleep"),
+    "wake_up": ("POST", "/wake_up"),
+    "is_sleeping": ("GET", "/is_sleeping"),
+    "version": ("GET", "/version"),
 }
 
 

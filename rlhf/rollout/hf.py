@@ -28,6 +28,11 @@ class HfEngine:
     def __init__(self, model: Any) -> None:
         self.model = model
 
+    def release(self) -> None:
+        """Give cached GPU memory back to the device."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def generate(
         self,

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import __version__
 from rlhf.rollout import completions
 from transfer import make_receiver, wire
 from transfer.wire import Refused
@@ -113,6 +114,7 @@ class Worker:
         self._engine = HfEngine(model)
         self._receiver = make_receiver(endpoint, model)
         self._gate = PauseGate()
+        self._asleep = False
 
     @classmethod
     def from_spec(cls, spec: WorkerSpec) -> Worker:
@@ -137,10 +139,41 @@ class Worker:
         return {"status": "paused"}
 
     def resume(self, body: Body) -> Answer:
-        """Let completions start again."""
+        """Let completions start again; 409 while asleep."""
         wire.only(dict(body), {})
+        if self._asleep:
+            raise Refused(409, "the worker is asleep: wake it up first")
         self._gate.resume()
         return {"status": "resumed"}
+
+    def sleep(self, body: Body) -> Answer:
+        """Wait for running completions, serve none until `wake_up`, and give cached GPU memory back.
+
+        Level 1 alone: between completions this engine holds nothing but the weights, which may be the trainer's memory.
+        """
+        wire.only(dict(body), {"level": lambda value: value in (1, "1")})
+        self._gate.pause("wait")
+        self._asleep = True
+        self._engine.release()
+        return {"is_sleeping": True}
+
+    def wake_up(self, body: Body) -> Answer:
+        """Serve again; what `tags` name (vLLM's: weights, kv_cache) is there at once."""
+        wire.only(dict(body), {"tags": lambda value: wire.is_str(value) or isinstance(value, list)})
+        if self._asleep:
+            self._asleep = False
+            self._gate.resume()
+        return {"is_sleeping": False}
+
+    def is_sleeping(self, body: Body) -> Answer:
+        """Whether the worker is asleep."""
+        wire.only(dict(body), {})
+        return {"is_sleeping": self._asleep}
+
+    def version(self, body: Body) -> Answer:
+        """What answers: this package, whose routes are vLLM's, and its version."""
+        wire.only(dict(body), {})
+        return {"version": f"rlhf-transfer {__version__}"}
 
     def is_paused(self, body: Body) -> Answer:
         """Whether completions are refused for now."""

@@ -82,6 +82,28 @@ def test_a_paused_worker_refuses_until_it_is_resumed(worker):
     assert len(worker.completions(ASK)["choices"]) == 2
 
 
+def test_a_sleeping_worker_serves_only_after_it_is_woken_up_and_with_the_same_weights(worker):
+    before = worker.completions({"prompt": [3, 4], "temperature": 0.0})
+    assert worker.sleep({"level": "1"}) == worker.is_sleeping({}) == {"is_sleeping": True}
+    with pytest.raises(Refused, match="paused") as refused:
+        worker.completions({"prompt": [3, 4]})
+    assert refused.value.status == 503
+    with pytest.raises(Refused, match="wake it up first"):
+        worker.resume({})
+    assert worker.wake_up({"tags": "weights"}) == worker.is_sleeping({}) == {"is_sleeping": False}
+    assert worker.completions({"prompt": [3, 4], "temperature": 0.0}) == before
+
+
+def test_a_deeper_sleep_than_the_engine_has_is_refused(worker):
+    with pytest.raises(Refused, match="level"):
+        worker.sleep({"level": 2})
+    assert worker.is_sleeping({}) == {"is_sleeping": False}
+
+
+def test_the_version_says_that_this_is_no_vllm(worker):
+    assert worker.version({})["version"].startswith("rlhf-transfer ")
+
+
 def test_pausing_with_abort_cuts_a_running_completion_short(worker, model):
     with Generating(worker, model) as running:
         pausing = threading.Thread(target=worker.pause, args=({"mode": "abort"},))
