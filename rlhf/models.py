@@ -32,7 +32,7 @@ class Head(Enum):
     """What a value model says about a sequence."""
 
     sequence = "sequence"  # one number for all of it: a reward model, see `scores`
-    token = "token"  # one number a position: a critic, see `values`
+    token = "token"  # one number a position: a critic
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -222,11 +222,6 @@ def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
     last = (positions * mask.to(positions.dtype)).argmax(dim=1)  # by the mask: padding may be the token EOS
     hidden = _hidden(model, ids, mask)[torch.arange(len(ids), device=ids.device), last]
     return _score_layer(model)(hidden).squeeze(-1).float()
-
-
-def values(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A token classifier's number after each position [B, L], float32, 0 on padding; `ids`, `mask` [B, L]."""
-    return _score_layer(model)(_hidden(model, ids, mask)).squeeze(-1).float().masked_fill(mask == 0, 0.0)
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,6 @@ from rlhf.models import (
     save_model,
     scores,
     value_model,
-    values,
 )
 
 LETTERS = "abcdefgh= <>|eos"
@@ -295,6 +294,13 @@ def padded(rows, side, extra, fill):
         place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[b, place], mask[b, place] = torch.tensor(row), 1
     return ids, mask
+
+
+def values(model, ids, mask):
+    """What a critic says after each position [B, L], 0 on padding."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return logits.squeeze(-1).float().masked_fill(mask == 0, 0.0)
 
 
 @given(rows=rows, side=st.sampled_from(["left", "right"]), extra=st.integers(0, 3), fill=st.sampled_from([0, 1, 7]))

@@ -46,13 +46,17 @@ class DiskPublisher:
     @torch.no_grad()
     def write(self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int]) -> dict[str, Any]:
         """Write one version; its hash."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         assert self._manifest is not None
         data = {e.name: _on_host(weights[e.name], e.torch_dtype) for e in self._manifest.entries}
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=self._folder) as temporary:
             path = Path(temporary) / "weights"
-            save_file(data, path)
+            try:
+                save_file(data, path)
+            except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
+                raise OSError(str(error)) from error
             digest = _hash(path.read_bytes())
             self._publish(path, _weights_name(version))
             record = {"version": version, "bytes": self._manifest.nbytes, "xxh3_128": digest}

@@ -1,5 +1,7 @@
+import dataclasses
 import gc
 import os
+import subprocess
 import threading
 from contextlib import contextmanager
 
@@ -334,6 +336,26 @@ def test_a_disk_that_is_full_ends_the_push_before_anybody_is_told(tmp_path, monk
             with pytest.raises(wire.TransferError, match=r"writing version 1 failed: .*No space left"):
                 transfer.push(plain(2))
         assert receiver.status()["phase"] == "ready" and transfer.push(plain(2)) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_file_system_that_is_really_full_ends_the_push_with_the_old_weights_live(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        config = dataclasses.replace(CONFIGS["disk"], path=str(small))
+        with in_process(config, tmp_path, PlainModel(0), plain(1)) as (transfer, receiver):
+            transfer.push(plain(1))
+            (small / "other").write_bytes(b"x" * (os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
+            with pytest.raises(wire.TransferError, match=r"writing version 1 failed: .*No space left"):
+                transfer.push(plain(2))
+            assert receiver.status()["version"] == 0
+            (small / "other").unlink()
+            assert transfer.push(plain(2)) == 1
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 # --- nothing is left --------------------------------------------------------------------------------------------------
