@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 from transfer.config import (
     HttpSenderConfig,
+    InFlight,
     IpcConfig,
     LocalConfig,
+    Staging,
     TransferConfig,
     positive,
 )
@@ -149,6 +151,9 @@ class RolloutConfig:
     """Rollout workers, each a process with a policy of its own."""
 
     workers: int = 1
+    restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
+    in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
+    mismatch_alarm: float = 0.1  # warn when log-probs of worker and trainer differ more, on average; nats a token
     max_new_tokens: int = 16
     temperature: float = 1.0
     dtype: Precision | None = None  # null: the policy's own
@@ -157,6 +162,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         at_least("rollout.workers", self.workers, 1)
+        at_least("rollout.restarts", self.restarts, 0)
+        positive("rollout.mismatch_alarm", self.mismatch_alarm)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         at_least("rollout.rows_per_request", self.rows_per_request, 1)
         positive("rollout.temperature", self.temperature)
@@ -415,6 +422,12 @@ class RunConfig:
             raise ValueError(
                 "transfer=local samples with the learner's own weights: rollout.dtype must be null "
                 f"(got {self.rollout.dtype.name})"  # type: ignore[union-attr]
+            )
+        live = isinstance(self.transfer, IpcConfig) and self.transfer.staging is Staging.live
+        if live and self.rollout.dtype not in (None, self.model.dtype):
+            raise ValueError(
+                "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
+                f"(got {self.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
             )
         sender = self.transfer.sender
         if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(self.transfer, IpcConfig):

@@ -8,6 +8,7 @@ from rlhf.config import RunConfig
 from rlhf.evaluate import evaluate
 from rlhf.learner import Learner
 from rlhf.metrics import Recorder
+from rlhf.probe import Probe
 from rlhf.rewards import usable
 from rlhf.stages.sft import batches
 from rlhf.types import Prompt, Reward, Sampler, Task
@@ -23,6 +24,7 @@ class Parts:
     reward: Reward
     learner: Learner
     transfer: Transfer
+    probe: Probe
     record: Recorder
 
 
@@ -37,13 +39,15 @@ def train(parts: Parts, config: RunConfig, version: int) -> None:
             rollouts = parts.sampler.sample(
                 prompts, n=config.samples_per_prompt, temperature=config.rollout.temperature, seed=config.seed + step
             )
-        assert rollouts.version == version, f"sampled by version {rollouts.version}, {version} is live"
+        record.took(rollouts, version)
         with record.time("reward"):
             rewards_B = usable(reward(rollouts.prompts_B, rollouts.texts))
         with record.time("learn"):
             learned = parts.learner.learn(parts.learner.score(rollouts), rewards_B)
         with record.time("transfer"):
             version = parts.transfer.push(parts.learner.weights())
+        with record.time("verify"):
+            parts.probe(version)
         record.step(step, rollouts, rewards_B, learned, parts.task)
         if step % config.evaluate_every == 0 or step == config.steps:
             evaluate(parts.task, parts.sampler, reward, config, record, step)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
+from rlhf.ending import RunError
 from rlhf.progress import Stage
 from rlhf.types import TRUNCATED, Logger, Rollouts, Task
 from transfer import Transfer
+from transfer.journal import Journal
 
 SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps
 SHOWN = {"train/reward": "reward", "train/gold": "gold", "train/kl": "kl", "eval/greedy_accuracy": "greedy"}
@@ -25,17 +27,27 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-class Recorder:
-    """Collects one step after the other and hands it to the loggers; `rows` keeps them all for the report."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outlets:
+    """Where a run's numbers go."""
 
-    def __init__(self, loggers: Sequence[Logger], folder: Path, bar: Stage, transfer: Transfer) -> None:
-        self.loggers = loggers
-        self.folder = folder
-        self.bar = bar
+    loggers: Sequence[Logger]
+    folder: Path
+    bar: Stage
+    journal: Journal
+
+
+class Recorder:
+    """Collects one step after the other and hands it on; `rows` keeps them all for the report."""
+
+    def __init__(self, outlets: Outlets, transfer: Transfer, mismatch_alarm: float) -> None:
+        self.outlets = outlets
         self.transfer = transfer
+        self.mismatch_alarm = mismatch_alarm
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.lag: dict[str, float] = {}
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -45,6 +57,16 @@ class Recorder:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def took(self, rollouts: Rollouts, version: int) -> None:
+        """These samples are about to be learned from; RunError if an older version than the live one sampled any."""
+        lags = rollouts.lags(version)
+        if max(lags) > 0:
+            raise RunError(
+                f"version {version} is live, and version {rollouts.version} has sampled what is learned from"
+            )
+        self.lag = {"rollout/lag": sum(lags) / len(lags), "rollout/lag_max": float(max(lags))}
+        self.outlets.journal.write("consume", version=version, oldest=rollouts.version, seeds=rollouts.seeds)
 
     def step(
         self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], learned: Mapping[str, float], task: Task
@@ -58,7 +80,9 @@ class Recorder:
             "train/excluded": float(sum(reward is None for reward in rewards_B)),
             "train/tokens_per_row": rollouts.tokens / rows,
             "train/truncated": sum(c.finish_reason == TRUNCATED for c in rollouts.completions) / rows,
+            "train/mismatch_alarm": float(self._mismatches(learned.get("mismatch", 0.0))),
             "rollout/version": float(rollouts.version),
+            **self.lag,
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": float(value) for name, value in dataclasses.asdict(self.transfer.last).items()},
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
@@ -69,7 +93,7 @@ class Recorder:
         self.seconds = {}
         self._log(step, {name: value for name, value in metrics.items() if value is not None})
         self._samples(step, rollouts, rewards_B, gold_B)
-        self.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
+        self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """One evaluation is done; its seconds are part of no step."""
@@ -79,14 +103,24 @@ class Recorder:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         self.latest |= metrics
         self.rows.append({"step": step, **metrics})
-        for logger in self.loggers:
+        for logger in self.outlets.loggers:
             logger.log(step, metrics)
+
+    def _mismatches(self, mismatch: float) -> bool:
+        """Whether workers and trainer disagree on the samples' log-probs beyond the alarm; says so."""
+        if mismatch <= self.mismatch_alarm:
+            return False
+        self.outlets.bar.bars.say(
+            f"warning: log-probs of workers and trainer differ by {mismatch:.3g} nats a token, more than "
+            f"rollout.mismatch_alarm={self.mismatch_alarm:g}"
+        )
+        return True
 
     def _samples(
         self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], gold_B: Sequence[float | None]
     ) -> None:
         stride = max(1, len(rollouts.texts) // SAMPLES_PER_STEP)
-        with open(self.folder / "samples.jsonl", "a") as file:
+        with open(self.outlets.folder / "samples.jsonl", "a") as file:
             for b in range(0, len(rollouts.texts), stride):
                 completion = rollouts.completions[b]
                 row: dict[str, Any] = {
@@ -96,7 +130,7 @@ class Recorder:
                     "reward": rewards_B[b],
                     "gold": gold_B[b],
                     "finish_reason": completion.finish_reason,
-                    "version": completion.version,
+                    "version": completion.versions[0],
                 }
                 file.write(json.dumps(row) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+TRANSFER_LOG = logging.getLogger("transfer")
 LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage
 
 
@@ -40,8 +42,10 @@ class Bars:
         self.on = on
         self.console = Console()
         self.progress: Progress | None = None
+        self._warnings = Warnings(self)
 
     def __enter__(self) -> Bars:
+        TRANSFER_LOG.addHandler(self._warnings)
         if self.on and self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description:<13}"),
@@ -55,6 +59,7 @@ class Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
+        TRANSFER_LOG.removeHandler(self._warnings)
         if self.progress is not None:
             self.progress.stop()
 
@@ -74,3 +79,15 @@ class Bars:
         """One line above the bars."""
         if self.on:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+
+class Warnings(logging.Handler):
+    """What the package `transfer` warns of, as lines above the bars."""
+
+    def __init__(self, bars: Bars) -> None:
+        super().__init__(logging.WARNING)
+        self._bars = bars
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one warning."""
+        self._bars.say(f"warning: {record.getMessage()}")

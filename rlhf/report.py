@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = Sequence[Mapping[str, float]]
-PHASES = ("sample", "reward", "learn", "transfer")
+PHASES = ("sample", "reward", "learn", "transfer", "verify")
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:

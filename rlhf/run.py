@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,18 +26,20 @@ from rlhf.config import (
 )
 from rlhf.learner import Learner
 from rlhf.loop import Parts, train
-from rlhf.metrics import Recorder, make_loggers
+from rlhf.metrics import Outlets, Recorder, make_loggers
 from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, save_model, value_model
+from rlhf.probe import Probe
 from rlhf.progress import Bars
 from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import FunctionReward, ModelReward, VerifierReward
 from rlhf.rollout.client import RolloutClient
-from rlhf.rollout.launch import Workers, worker_spec
+from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Reward, Sampler, Task
 from transfer import make_transfer
+from transfer.journal import Journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +65,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("summary.json", "metrics.jsonl", "samples.jsonl"):  # of an earlier run in the same folder
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / JOURNALS, ignore_errors=True)
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     with ExitStack() as stack:
         site = Site(config, folder, stack.enter_context(Bars(console)), {})
@@ -94,15 +98,18 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     site.bars.say(_plan(config, policy))
     if warning := _cut_answers(config, task, tokenizer):
         site.bars.say(warning)
-    transfer = stack.enter_context(make_transfer(config.transfer, site.folder))
+    journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
+    transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
     spec = worker_spec(policy, config, transfer.endpoint)
     workers = stack.enter_context(Workers(spec, config, site.folder, policy))  # they start while the policy warms up
     _warm_up(site, task, tokenizer, policy)
     with site.bars.waiting("workers"):
         senders = workers.senders()
-    transfer.open(policy.state_dict(), senders)
+    transfer.open(policy.state_dict(keep_vars=True), senders)
     version = transfer.push(policy.state_dict())
-    sampler = RolloutClient(senders, tokenizer, config.rollout)
+    sampler = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+    probe = Probe(policy, list(task.held_out), sampler, config)
+    probe(version)
     reward = given or _trained_reward(site, task, tokenizer, policy, sampler)
     learner = Learner(
         policy,
@@ -111,8 +118,9 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
         config=config,
     )
     loggers = [stack.enter_context(closing(logger)) for logger in make_loggers(config.logger, site.folder)]
-    record = Recorder(loggers, site.folder, site.bars.stage(config.algo.name, config.steps), transfer)
-    return Parts(task, sampler, reward, learner, transfer, record), tokenizer, version
+    outlets = Outlets(loggers, site.folder, site.bars.stage(config.algo.name, config.steps), journal)
+    record = Recorder(outlets, transfer, config.rollout.mismatch_alarm)
+    return Parts(task, sampler, reward, learner, transfer, probe, record), tokenizer, version
 
 
 def _plan(config: RunConfig, policy: PreTrainedModel) -> str:

@@ -36,13 +36,13 @@ class Completion:
     """One sampled answer as a worker returns it.
 
     `ids` end with the EOS token if `finish_reason` is "stop"; `logprobs[t]` is the log-probability of `ids[t]` under
-    the sampling distribution (temperature applied); `version` is that of the weights that sampled it.
+    the sampling distribution (temperature applied), `versions[t]` the version of the weights that sampled it.
     """
 
     ids: list[int]
     logprobs: list[float]
+    versions: list[int]
     finish_reason: str
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Rollouts:
     prompts: list[Prompt]  # P
     completions: list[Completion]  # B
     texts: list[str]  # B, decoded without special tokens
+    seeds: list[int]  # P; no two samples of a run have one seed, unless they are the same sample
     samples_per_prompt: int
 
     @property
@@ -61,8 +62,12 @@ class Rollouts:
 
     @property
     def version(self) -> int:
-        """The oldest version that sampled any row."""
-        return min(completion.version for completion in self.completions)
+        """The oldest version that sampled any token."""
+        return min(min(completion.versions) for completion in self.completions)
+
+    def lags(self, version: int) -> list[int]:
+        """How many versions each sampled token is behind the trainer's `version`."""
+        return [version - sampled for completion in self.completions for sampled in completion.versions]
 
     @property
     def tokens(self) -> int:

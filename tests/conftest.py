@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from history import check
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def histories_hold(request):
+    """Whatever a test did with weights: the journals below its `tmp_path` obey the rules of history.py."""
+    if "tmp_path" not in request.fixturenames:
+        yield
+        return
+    folder = request.getfixturevalue("tmp_path")
+    yield
+    for journals in sorted(folder.rglob("journal")):
+        counts = check(journals)
+        assert counts, f"{journals} holds no event"
+        summary = journals.parent / "summary.json"
+        if summary.exists() and json.loads(summary.read_text())["status"] == "finished":
+            missing = {"open", "publish", "pushed", "init", "finish", "serve", "consume"} - set(counts)
+            assert not missing, f"{journals}: a whole run has no {sorted(missing)} (only {dict(counts)})"
 
 
 @pytest.fixture

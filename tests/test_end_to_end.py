@@ -107,10 +107,19 @@ def test_every_backend_and_sender_gives_the_same_numbers(train, request, backend
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["rollout.workers=2", "transfer.take=copy", "transfer.slots=3"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "rollout.workers=2",
+        "transfer.take=copy",
+        "transfer.slots=3",
+        "transfer.staging=live transfer.take=copy",
+        "transfer.verify=full rollout.in_flight=keep",
+    ],
+)
 def test_the_numbers_do_not_depend_on_how_many_workers_there_are_or_how_they_take_weights(train, way):
     reference = train(*SMOKE, "transfer=local", name="local")
-    folder = train(*SMOKE, way)
+    folder = train(*SMOKE, *way.split())
     assert samples(folder) == samples(reference)
     for row, expected in zip(numbers(folder), numbers(reference), strict=True):
         assert row == pytest.approx(
@@ -141,7 +150,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = train("experiment=smoke", "steps=3", "transfer=disk", name="run")
-    logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "worker-0.log", "tensorboard"}
+    logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "worker-0.log", "tensorboard", "journal"}
     assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {"prompt", "answer", "reward", "gold", "version", "step"} <= set(samples(folder)[0])

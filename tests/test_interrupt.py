@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class Ended:
     """A run that was harmed, after its trainer has ended."""
 
     code: int
+    output: str
     errors: str
     survivors: list[str]  # command lines of its processes that are still there; without one, no port listens
     shared_memory: set[str]  # new entries of /dev/shm
@@ -53,11 +55,12 @@ def ended(tmp_path, temporary):
         before = set(os.listdir("/dev/shm"))
         variables = {"PYTHONPATH": str(ROOT), "TMPDIR": temporary, MARK: mark}
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "torch")  # torch makes it when it is imported
-        with open(tmp_path / "stderr", "w") as errors:
+        with open(tmp_path / "stdout", "w") as output, open(tmp_path / "stderr", "w") as errors:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=tmp_path,
                 env=os.environ | variables,
+                stdout=output,
                 stderr=errors,
                 start_new_session=True,  # a process group of its own, as a terminal gives it
             )
@@ -69,7 +72,8 @@ def ended(tmp_path, temporary):
         while (survivors := marked(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         new = set(os.listdir("/dev/shm")) - before
-        return Ended(code, (tmp_path / "stderr").read_text(), survivors, new, os.listdir(temporary))
+        said = [(tmp_path / name).read_text() for name in ("stdout", "stderr")]
+        return Ended(code, *said, survivors, new, os.listdir(temporary))
 
     return run
 
@@ -138,11 +142,34 @@ def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, phase, victim, si
 
 @pytest.mark.parametrize("sender", ["http", "ray"])
 @pytest.mark.parametrize("phase", ["starting workers", "sampling", "staging", "finishing"])
-def test_a_worker_that_is_killed_is_named_in_the_one_line_that_the_run_ends_with(harmed, phase, sender):
-    ended = harmed(phase, "worker", "SIGKILL", f"transfer/sender={sender}")
+def test_without_restarts_a_worker_that_is_killed_is_named_in_the_one_line_that_the_run_ends_with(
+    harmed, phase, sender
+):
+    ended = harmed(phase, "worker", "SIGKILL", f"transfer/sender={sender}", "rollout.restarts=0")
     assert ended.code == 1
     assert "worker 0" in ended.errors and "Traceback" not in ended.errors
     assert_nothing_is_left(ended)
+
+
+@pytest.mark.parametrize("way", [("ipc", "http"), ("disk", "http"), ("ipc", "ray")], ids=" ".join)
+@pytest.mark.parametrize("phase", ["pairs", "sampling", "staging", "finishing"])
+def test_a_worker_that_is_killed_is_started_again_and_the_run_has_the_numbers_of_one_undisturbed(
+    harmed, ended, tmp_path, phase, way
+):
+    choice = (f"transfer={way[0]}", f"transfer/sender={way[1]}")
+    assert ended("-m", "rlhf.train", *SMALL, *choice, "hydra.run.dir=undisturbed").code == 0
+    disturbed = harmed(phase, "worker", "SIGKILL", *choice)
+    assert disturbed.code == 0, disturbed.errors
+    assert "warning: worker 0" in disturbed.output and "was started again" in disturbed.output
+    assert_nothing_is_left(disturbed)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """What a run measured, but for times, and bytes of messages."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "train/", "eval/", "rollout/")
+    return [{key: value for key, value in row.items() if key.startswith(kept)} for row in rows]
 
 
 def test_a_worker_that_hangs_ends_the_run_at_the_deadline_and_is_gone(harmed):

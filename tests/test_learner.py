@@ -22,9 +22,9 @@ def sampled(seed: int = 0, n: int = 4) -> Rollouts:
     for _ in range(len(PROMPTS) * n):
         length = int(torch.randint(1, 7, (), generator=generator))
         ids = torch.randint(0, 12, (length,), generator=generator).tolist()
-        completions.append(Completion(ids, [-2.0] * length, "stop", 0))
+        completions.append(Completion(ids, [-2.0] * length, [0] * length, "stop"))
     prompts = [Prompt("", ids) for ids in PROMPTS]
-    return Rollouts(prompts, completions, [""] * len(completions), n)
+    return Rollouts(prompts, completions, [""] * len(completions), list(range(len(prompts))), n)
 
 
 @pytest.fixture

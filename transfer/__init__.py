@@ -18,6 +18,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from transfer.config import InFlight
+from transfer.journal import Journal
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,6 +46,12 @@ class Sender(Protocol):
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """Call one of the worker's verbs (wire.ROUTES) and return its answer; RemoteError if it refuses or is gone."""
 
+    def restart(self) -> bool:
+        """If the worker has died, start it anew and wait until it answers; False if it lives, or nobody here can.
+
+        To be called in the thread that started it.
+        """
+
     def close(self) -> None: ...
 
 
@@ -58,21 +67,30 @@ class Transfer(AbstractContextManager["Transfer"], Protocol):
     def push(self, weights: Weights) -> int:
         """Make `weights` the live ones in every worker, or in none; the new version. TransferError says who failed."""
 
+    def recover(self, sender: Sender) -> bool:
+        """Bring a worker that was started again to the newest version; False if that is not what it lacks."""
+
     def close(self) -> None: ...
 
 
-def make_transfer(config: TransferConfig, folder: Path) -> Transfer:
-    """The session for a configuration; `folder` is where the backend may write (disk)."""
+def make_transfer(
+    config: TransferConfig, folder: Path, in_flight: InFlight = InFlight.wait, journal: Journal | None = None
+) -> Transfer:
+    """The session for a configuration.
+
+    `folder` is where the backend may write (disk); `in_flight` says what becomes of completions that are being sampled
+    when an update is finished; `journal` notes what is done.
+    """
     from transfer.session import Session, make_publisher
 
-    return Session(make_publisher(config, folder), config.sender.timeout_s)
+    return Session(make_publisher(config, folder), config, in_flight, journal or Journal())
 
 
-def make_receiver(endpoint: Mapping[str, Any], module: torch.nn.Module) -> Receiver:
-    """The worker's half: takes updates into `module`, by the backend that `endpoint` names."""
+def make_receiver(endpoint: Mapping[str, Any], module: torch.nn.Module, journal: Journal | None = None) -> Receiver:
+    """The worker's half: takes updates into `module`, by the backend that `endpoint` names; `journal` notes them."""
     from transfer.receiver import Receiver
 
-    return Receiver(endpoint, module)
+    return Receiver(endpoint, module, journal or Journal())
 
 
 ONE_SHOT = {  # the one-shot API, vLLM's names; imported at the first use, which `--help` never makes

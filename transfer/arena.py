@@ -1,7 +1,10 @@
-"""Backend `ipc`: slots of shared memory; the trainer writes into one that nobody serves, workers view or copy it.
+"""Backend `ipc`: slots of shared memory, which workers view or copy; an update says only which slot.
 
-At `init` a worker maps the memory, once per run; an update then says only which slot. With `take=view` the slot becomes
-the worker's weights, so a slot may be written again only when no worker serves its version any more.
+    staging=arena   the trainer writes into a slot that nobody serves, and trains on while workers read
+    staging=live    the trainer's own parameters are the only slot: moved there once, at `open`, and copied by workers
+
+At `init` a worker maps the memory, once per run. With `take=view` the slot becomes the worker's weights, so a slot may
+be written again only when no worker serves its version any more.
 """
 
 from __future__ import annotations
@@ -12,62 +15,132 @@ from typing import Any
 import torch
 
 from transfer import memory, wire
-from transfer.config import IpcConfig, Take
+from transfer.config import IpcConfig, Staging, Take
+from transfer.digest import Hasher, digest_of
 from transfer.manifest import Manifest
 
 MAX_SLOTS = 64
 
 
-class ArenaPublisher:
-    """The sending half: allocates when the weights are known, on their device, and fills one slot a version."""
+class Slots:
+    """The trainer's shared memory: on the device of its weights, as many slots as asked for."""
 
-    def __init__(self, config: IpcConfig) -> None:
-        self._slots = config.slots
+    def __init__(self) -> None:
         self._server = memory.DescriptorServer()
         self._region: memory.HostRegion | memory.CudaRegion | None = None
-        self._views: list[dict[str, torch.Tensor]] = []
-        self._versions: list[int | None] = []  # by slot
-        self.endpoint: dict[str, Any] = {"backend": "ipc", "take": config.take.value, "socket": self._server.path}
+        self.socket = self._server.path
+        self.views: list[dict[str, torch.Tensor]] = []
 
-    def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Allocate the slots; what a worker must know to map them."""
+    def allocate(self, manifest: Manifest, weights: Mapping[str, torch.Tensor], count: int) -> dict[str, Any]:
+        """Allocate `count` slots in place of the ones before; what a worker must know to map them."""
         self._drop()
-        nbytes = self._slots * memory.slot_bytes(manifest)
+        nbytes = count * memory.slot_bytes(manifest)
         device = next((w.device for w in weights.values() if w.is_cuda), memory.HostRegion.device)
-        where: dict[str, Any] = {"slots": self._slots}
+        where: dict[str, Any] = {"slots": count}
         if device.type == "cuda":
             self._region = memory.CudaRegion(nbytes, device)
             where |= {"device": memory.device_uuid(device), "handle": self._region.handle}
         else:
             self._region = memory.HostRegion(nbytes)
             self._server.offer(self._region)
-        self._views = [memory.tensors(self._region, manifest, slot) for slot in range(self._slots)]
-        self._versions = [None] * self._slots
+        self.views = [memory.tensors(self._region, manifest, slot) for slot in range(count)]
         return where
 
-    @torch.no_grad()
-    def write(self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int]) -> dict[str, Any]:
-        """Copy, and cast, the weights into a slot whose version is not in `served`; which slot it is."""
-        free = [slot for slot, held in enumerate(self._versions) if held is None or held not in served]
-        assert free, f"all slots are served: {self._versions}"
-        slot = free[0]
-        self._versions[slot] = version
-        views = self._views[slot]
-        if views:
-            torch._foreach_copy_(list(views.values()), [weights[name] for name in views])
-        _wait(views)
-        return {"slot": slot}
-
     def close(self) -> None:
-        """Stop sharing; workers keep what they have mapped."""
+        """Stop sharing; workers, and whoever holds a tensor of it, keep what they have."""
         self._server.close()
         self._drop()
 
     def _drop(self) -> None:
-        self._views.clear()
+        self.views = []
         if self._region is not None:
             self._region.close()
             self._region = None
+
+
+class ArenaPublisher:
+    """The sending half with `staging=arena`: fills one slot a version."""
+
+    casts = True
+    keeps = True
+
+    def __init__(self, config: IpcConfig) -> None:
+        self._count = config.slots
+        self._slots = Slots()
+        self._versions: list[int | None] = []  # by slot
+        self.endpoint = _endpoint(config, self._slots)
+
+    def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Allocate the slots; what a worker must know to map them."""
+        self._versions = [None] * self._count
+        return self._slots.allocate(manifest, weights, self._count)
+
+    @torch.no_grad()
+    def write(
+        self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
+    ) -> tuple[dict[str, Any], str | None]:
+        """Copy, and cast, the weights into a slot whose version is not in `served`; which slot, and the digest."""
+        free = [slot for slot, held in enumerate(self._versions) if held is None or held not in served]
+        assert free, f"all slots are served: {self._versions}"
+        slot = free[0]
+        self._versions[slot] = version
+        views = self._slots.views[slot]
+        digest = _copy(views, weights, with_digest)
+        _wait(views)
+        return {"slot": slot}, digest
+
+    def close(self) -> None:
+        """Stop sharing; workers keep what they have mapped."""
+        self._slots.close()
+
+
+class LivePublisher:
+    """The sending half with `staging=live`: moves the parameters into shared memory at `open`, and writes nothing."""
+
+    casts = False
+    keeps = False
+
+    def __init__(self, config: IpcConfig) -> None:
+        self._slots = Slots()
+        self.endpoint = _endpoint(config, self._slots)
+
+    @torch.no_grad()
+    def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Give the tensors themselves new memory, with the same values; what a worker must know to map it."""
+        where = self._slots.allocate(manifest, weights, 1)
+        for entry in manifest.entries:
+            view = self._slots.views[0][entry.name]
+            view.copy_(weights[entry.name])
+            for name in entry.names:
+                weights[name].data = view
+        return where
+
+    def write(
+        self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
+    ) -> tuple[dict[str, Any], str | None]:
+        """Only look: ValueError if a tensor is no longer where workers look for it; the digest."""
+        views = self._slots.views[0]
+        for name, view in views.items():
+            if weights[name].data_ptr() != view.data_ptr():
+                raise ValueError(
+                    f"transfer.staging=live: {name} is not in the memory shared with the workers; give open() the "
+                    "tensors themselves, module.state_dict(keep_vars=True), and do not replace them"
+                )
+        _wait(views)
+        return {"slot": 0}, digest_of(views.values()) if with_digest else None
+
+    def close(self) -> None:
+        """Stop sharing; the parameters stay where they are."""
+        self._slots.close()
+
+
+def _endpoint(config: IpcConfig, slots: Slots) -> dict[str, Any]:
+    return {
+        "backend": "ipc",
+        "staging": config.staging.value,
+        "take": config.take.value,
+        "socket": slots.socket,
+    }
 
 
 class ArenaIntake:
@@ -76,6 +149,7 @@ class ArenaIntake:
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._socket = str(endpoint["socket"])
         self.in_place = Take(endpoint["take"]) is Take.copy
+        self.settled = Staging(endpoint["staging"]) is Staging.arena
         self._region: memory.Region | None = None
         self._views: list[dict[str, torch.Tensor]] = []
 
@@ -114,7 +188,22 @@ class ArenaIntake:
 
 
 def _is_slots(value: Any) -> bool:
-    return wire.is_int(value) and 2 <= value <= MAX_SLOTS
+    return wire.is_int(value) and 1 <= value <= MAX_SLOTS
+
+
+def _copy(views: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], with_digest: bool) -> str | None:
+    """Fill the slot; on the host each tensor is hashed right after it was copied, while it is in the cache."""
+    if not views:
+        return digest_of([]) if with_digest else None
+    targets, sources = list(views.values()), [weights[name] for name in views]
+    if not with_digest or targets[0].is_cuda:
+        torch._foreach_copy_(targets, sources)
+        return digest_of(targets) if with_digest else None
+    hasher = Hasher()
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+        hasher.add(target)
+    return hasher.digest()
 
 
 def _wait(views: Mapping[str, torch.Tensor]) -> None:

@@ -9,11 +9,34 @@ import enum
 from dataclasses import dataclass, field
 
 
+class Staging(enum.Enum):
+    """Where the bytes of an update wait for the workers."""
+
+    arena = "arena"  # in a slot of memory of their own: the trainer trains on while workers read or serve them
+    live = "live"  # in the trainer's own parameters: no extra memory, and no byte is written
+
+
 class Take(enum.Enum):
     """How a worker takes a staged update."""
 
     view = "view"  # its parameters are the slot; finishing swaps pointers
     copy = "copy"  # into memory of its own, whose addresses never move
+
+
+class Verify(enum.Enum):
+    """What a worker compares with the trainer's digest of the weights, before it serves them."""
+
+    off = "off"
+    digest = "digest"  # the bytes that it has staged
+    full = "full"  # and once more its model's, after they were replaced
+
+
+class InFlight(enum.Enum):
+    """What becomes of completions that are being sampled when new weights arrive."""
+
+    wait = "wait"  # they end on the old weights first
+    abort = "abort"  # they are dropped, and sampled again on the new ones
+    keep = "keep"  # they go on with the new weights; every token says which version sampled it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,20 +77,37 @@ class TransferConfig:
     """The data plane: how the bytes of the weights move."""
 
     sender: SenderConfig
+    verify: Verify = Verify.digest
+    verify_every: int = 10  # pushes between two probes, in which workers' log-probs are compared with the trainer's;
+    # the first push has one always. 0: no other
+    verify_tolerance: float | None = None  # largest difference allowed, nats; null: by the dtypes
+
+    def __post_init__(self) -> None:
+        if self.verify_every < 0:
+            raise ValueError(f"transfer.verify_every must be at least 0 (got {self.verify_every})")
+        if self.verify_tolerance is not None:
+            positive("transfer.verify_tolerance", self.verify_tolerance)
 
 
 @dataclass(slots=True, kw_only=True)
 class IpcConfig(TransferConfig):
     """Memory that both processes map: memfd shared memory on CPU, CUDA IPC on GPUs."""
 
+    staging: Staging = Staging.arena
     take: Take = Take.view
-    slots: int = 2
+    slots: int = 2  # of the arena
 
     def __post_init__(self) -> None:
+        TransferConfig.__post_init__(self)
         if self.slots < 2:
             raise ValueError(
                 f"transfer.slots must be at least 2, so that workers can serve one version while the next is written "
                 f"(got {self.slots})"
+            )
+        if self.staging is Staging.live and self.take is Take.view:
+            raise ValueError(
+                "transfer.staging=live shares the parameters that the next gradient step changes, so that no worker "
+                "can serve from them: set transfer.take=copy (got view), or transfer.staging=arena"
             )
 
 
@@ -79,6 +119,7 @@ class DiskConfig(TransferConfig):
     keep: int = 2  # finished versions that stay on the disk
 
     def __post_init__(self) -> None:
+        TransferConfig.__post_init__(self)
         if self.keep < 1:
             raise ValueError(f"transfer.keep must be at least 1 (got {self.keep})")
 
@@ -88,6 +129,12 @@ class LocalConfig(TransferConfig):
     """No second process: the sampler uses the learner's own module, for debugging and as the reference numbers."""
 
     sender: SenderConfig = field(default_factory=SenderConfig)
+    verify: Verify = Verify.off
+
+    def __post_init__(self) -> None:
+        TransferConfig.__post_init__(self)
+        if self.verify is not Verify.off:
+            raise ValueError(f"transfer=local moves nothing: transfer.verify must be off (got {self.verify.value})")
 
 
 def positive(key: str, value: float) -> None:

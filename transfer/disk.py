@@ -21,6 +21,7 @@ import torch
 
 from transfer import wire
 from transfer.config import DiskConfig
+from transfer.digest import digest_of
 from transfer.manifest import Manifest
 
 MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file
@@ -28,6 +29,9 @@ MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file
 
 class DiskPublisher:
     """The sending half: writes a version, then removes its own that are neither served nor among the newest."""
+
+    casts = True
+    keeps = True
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
         self._folder = Path(config.path) if config.path else folder / "weights"
@@ -44,8 +48,10 @@ class DiskPublisher:
         return {}
 
     @torch.no_grad()
-    def write(self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int]) -> dict[str, Any]:
-        """Write one version; its hash."""
+    def write(
+        self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
+    ) -> tuple[dict[str, Any], str | None]:
+        """Write one version; the file's hash, and the digest of the tensors."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -57,14 +63,14 @@ class DiskPublisher:
                 save_file(data, path)
             except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
                 raise OSError(str(error)) from error
-            digest = _hash(path.read_bytes())
+            file_hash = _hash(path.read_bytes())
             self._publish(path, _weights_name(version))
-            record = {"version": version, "bytes": self._manifest.nbytes, "xxh3_128": digest}
+            record = {"version": version, "bytes": self._manifest.nbytes, "xxh3_128": file_hash}
             path.write_text(json.dumps({**record, "manifest": self._manifest.to_json()}))
             self._publish(path, _record_name(version))
         self._written = [*(v for v in self._written if v != version), version]
         self._remove_old({*served, *self._written[-self._keep :]})
-        return {"xxh3_128": digest}
+        return {"xxh3_128": file_hash}, digest_of(data.values()) if with_digest else None
 
     def close(self) -> None:
         """The last versions stay, for whoever comes late."""
@@ -85,6 +91,7 @@ class DiskIntake:
     """The receiving half: reads a version into memory of its own, on the module's device."""
 
     in_place = False
+    settled = True
 
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._folder = str(endpoint["folder"])
@@ -110,7 +117,7 @@ class DiskIntake:
             raise ValueError(f"{_weights_name(version)} is damaged: its hash is not the one that the trainer sent")
         found = load(raw)
         _check(found, self._manifest)
-        return {name: tensor.to(self._device) for name, tensor in found.items()}
+        return {entry.name: found[entry.name].to(self._device) for entry in self._manifest.entries}
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -19,6 +19,11 @@ class Gate:
         self._exclusive = 0  # inside or waiting: new sharers wait behind it
         self._held = False
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits to be alone."""
+        return self._exclusive > 0
+
     @contextmanager
     def shared(self, timeout_s: float) -> Iterator[None]:
         """Wait until nobody has, or wants, the gate alone."""
@@ -31,6 +36,16 @@ class Gate:
             with self._changed:
                 self._sharing -= 1
                 self._changed.notify_all()
+
+    def give_way(self, timeout_s: float) -> None:
+        """Inside `shared`: let whoever waits be alone, then go on; to be left with Refused 503 if that takes longer."""
+        with self._changed:
+            self._sharing -= 1
+            self._changed.notify_all()
+            try:
+                self._wait(lambda: not self._exclusive, timeout_s, "the weights are being replaced")
+            finally:
+                self._sharing += 1
 
     @contextmanager
     def exclusive(self, timeout_s: float) -> Iterator[None]:

@@ -17,6 +17,7 @@ from typing import Any
 MAX_BYTES = 8 * 2**20
 MAX_STEPS = 2**20  # instructions; bounds the memory that small instructions can ask for
 MAX_ENCODED = 4096  # characters of one protocol-2 bytes; each call makes a copy, so its size is bounded, too
+MAX_CONTAINERS = 2**17  # lists, dicts and tuples; a tensor's handle has 5 or 6, and a byte of input can make one
 MAX_DEPTH = 8  # containers inside containers; a list of dicts of (function, fields with a size) has 5
 
 DTYPE_BYTES = {
@@ -85,6 +86,8 @@ class _Reader:
             if step is None:
                 raise ValueError(f"instruction {code!r} is not allowed")
             step(self)
+            if len(self.depth) > MAX_CONTAINERS:
+                raise ValueError(f"more than {MAX_CONTAINERS} lists, dicts and tuples")
         raise ValueError(f"more than {MAX_STEPS} instructions")
 
     def result(self) -> Any:

@@ -14,6 +14,9 @@ from transfer.manifest import Manifest
 class LocalPublisher:
     """The sending half, which writes nothing."""
 
+    casts = True
+    keeps = False
+
     def __init__(self) -> None:
         self.endpoint: dict[str, Any] = {"backend": "local"}
 
@@ -21,9 +24,11 @@ class LocalPublisher:
         """Nothing to prepare."""
         return {}
 
-    def write(self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int]) -> dict[str, Any]:
+    def write(
+        self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
+    ) -> tuple[dict[str, Any], str | None]:
         """Nothing to write."""
-        return {}
+        return {}, None
 
     def close(self) -> None:
         """Nothing to close."""
@@ -33,6 +38,7 @@ class LocalIntake:
     """The receiving half, which stages nothing."""
 
     in_place = False
+    settled = True
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Nothing to prepare."""

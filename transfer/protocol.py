@@ -197,8 +197,9 @@ def _start(state: State, message: Start) -> tuple[State, Decision]:
         return state, _repeat_if(message.digest == state.target_digest, message.version)
     if state.version is not None and message.version < state.version:
         return state, Refuse(f"version {message.version} is older than {state.version}, which is here already")
-    if _is_live(state, message.version):
-        return state, _repeat_if(message.digest == state.digest, message.version)
+    same = message.digest == state.digest
+    if message.version == state.version and not (same and state.torn):  # torn weights may come again, but no others
+        return state, _repeat_if(same, message.version)
     return replace(state, target=message.version, target_digest=message.digest), Do()
 
 

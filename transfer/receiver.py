@@ -3,27 +3,34 @@
 What a message means is decided by protocol.py; this file does the work: agree, stage, and replace the module's weights
 while nobody generates. The verbs come one at a time; `status` and `weight_info` answer at any time.
 
-    init_weight_transfer_engine  {"init_info": {"epoch", "manifest", "timeout_s", "where"}}
+    init_weight_transfer_engine  {"init_info": {"epoch", "manifest", "timeout_s", "where"[, "verify"][, "in_flight"]}}
     start_weight_update          {"epoch", "version"[, "digest"]}
     update_weights               {"update_info": {"epoch", "version", "where"}}
     finish_weight_update         {"epoch", "weight_version"}         the version as a string, vLLM's field
     abort_weight_update          {"epoch", "version"}
+
+Agreed once: `verify` (off, digest, full) says what is compared with the digest that `start` brings, `in_flight` (wait,
+abort, keep) what becomes of completions that run when `finish` comes.
 
 The same verbs without an epoch are vLLM's one-shot form (oneshot.py) until a trainer has taken an epoch.
 """
 
 from __future__ import annotations
 
+import enum
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from transfer import protocol, wire
+from transfer.config import InFlight, Verify
+from transfer.digest import digest_of
 from transfer.gate import Gate
+from transfer.journal import Journal
 from transfer.manifest import Manifest
 from transfer.oneshot import Chunks
 
@@ -35,6 +42,7 @@ class Intake(Protocol):
     """The receiving half of a backend."""
 
     in_place: bool  # copy staged tensors into the module's own memory, rather than put them in its place
+    settled: bool  # staged bytes stay as they are until `finish`; else only what was copied can be verified
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None: ...
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]: ...
@@ -59,10 +67,25 @@ def make_intake(endpoint: Mapping[str, Any]) -> Intake:
     raise ValueError(f"the endpoint's backend must be ipc, disk or local (got {endpoint.get('backend')!r})")
 
 
+class Turns:
+    """Asked before each token of a completion; `versions` are those that it was told, each once."""
+
+    def __init__(self, turn: Callable[[], int | None]) -> None:
+        self._turn = turn
+        self.versions: list[int] = []
+
+    def __call__(self) -> int | None:
+        """The version of the weights that the next token is sampled with; None if the completion is to end here."""
+        version = self._turn()
+        if version is not None and version not in self.versions[-1:]:
+            self.versions.append(version)
+        return version
+
+
 class Receiver:
     """Takes updates into `module`: its parameters and persistent buffers, by the names of its state_dict."""
 
-    def __init__(self, endpoint: Mapping[str, Any], module: torch.nn.Module) -> None:
+    def __init__(self, endpoint: Mapping[str, Any], module: torch.nn.Module, journal: Journal) -> None:
         held = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
         self._manifest = Manifest.of(held)
         self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in self._manifest.entries}
@@ -72,6 +95,9 @@ class Receiver:
         self._staged: dict[str, torch.Tensor] = {}
         self._state = protocol.State()
         self._timeout_s = TIMEOUT_S
+        self._verify = Verify.off
+        self._in_flight = InFlight.wait
+        self._journal = journal
         self._verbs = threading.Lock()  # one verb at a time
         self._gate = Gate()  # generation shares it, finish has it alone
 
@@ -80,14 +106,35 @@ class Receiver:
         """The version that completions are sampled with; None if nothing may be served."""
         return self._state.serves
 
+    @property
+    def phase(self) -> protocol.Phase:
+        """Where this worker stands."""
+        return protocol.expired(self._state, time.monotonic()).phase
+
     @contextmanager
-    def serving(self) -> Iterator[int]:
-        """Hold the live weights as they are and yield their version; Refused 503 if there are none to serve."""
+    def serving(self) -> Iterator[Turns]:
+        """Hold the live weights as they are, but for `Turns`; Refused 503 if there are none to serve."""
         with self._gate.shared(self._timeout_s):
-            version = self._state.serves
-            if version is None:
-                raise wire.Refused(503, f"no weights to serve: this worker is {self._state.phase.value}")
-            yield version
+            self._serves()
+            turns, began = Turns(self._turn), time.monotonic()
+            try:
+                yield turns
+            finally:
+                self._journal.write("serve", versions=turns.versions, digest=self._state.digest, began=began)
+
+    def _turn(self) -> int | None:
+        """The version that the next token is sampled with, after a flip that waits; None: end the completion."""
+        if self._gate.wanted and self._in_flight is InFlight.abort:
+            return None
+        if self._gate.wanted and self._in_flight is InFlight.keep:
+            self._gate.give_way(self._timeout_s)
+        return self._serves()
+
+    def _serves(self) -> int:
+        version = self._state.serves
+        if version is None:
+            raise wire.Refused(503, f"no weights to serve: this worker is {self._state.phase.value}")
+        return version
 
     def close(self) -> None:
         """Serve nothing any more and give up what the backend holds."""
@@ -95,6 +142,7 @@ class Receiver:
             self._state = protocol.State(epoch=self._state.epoch)
             self._staged = {}
             self._intake.close()
+            self._journal.close()
 
     # --- the verbs ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +160,10 @@ class Receiver:
             "dtype": self._manifest.floating_dtype(),
         }
 
+    def _standing(self) -> dict[str, Any]:
+        """The short answer to a message of an update."""
+        return {"phase": self._state.phase.value, "version": self._state.serves}
+
     def weight_info(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """vLLM's answer: the live version as a string."""
         version = self.version
@@ -123,16 +175,18 @@ class Receiver:
         if "epoch" not in info:
             wire.only(info, {"packed": lambda value: value is False}, "init_info")
             return self.status()
-        known = {"epoch": wire.is_int, "manifest": _is_dict, "timeout_s": _is_timeout, "where": _is_dict}
-        _only(info, known, "init_info")
+        _only(info, INIT_INFO, "init_info", optional={"verify", "in_flight"})
         with self._alone():
             state, decision = self._step(protocol.Init(info["epoch"]))
             assert not isinstance(decision, protocol.Repeat)
             with _reasons("agreeing on the weights"):
                 self._agree(info)
             self._state, self._timeout_s = state, float(info["timeout_s"])
+            self._verify = Verify(info.get("verify", "off"))
+            self._in_flight = InFlight(info.get("in_flight", "wait"))
             self._forget()
-            return self.status()
+            self._journal.write("init", epoch=state.epoch)
+            return self._standing()
 
     def start_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Begin an update; without an epoch, vLLM's form, to the next version."""
@@ -157,7 +211,7 @@ class Receiver:
             if alone:
                 self._start(protocol.Start(0, version))
             self._update(protocol.Update(0, version), lambda: self._chunks.stage(info))
-            return self._finish_chunks(version) if alone else self.status()  # with a start, finish is a message, too
+            return self._finish_chunks(version) if alone else self._standing()  # with a start, finish is a message, too
 
     def finish_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Make the staged version the live one, weights and label at once, while nobody generates."""
@@ -175,7 +229,8 @@ class Receiver:
             self._state, decision = self._step(protocol.Abort(**body))
             if isinstance(decision, protocol.Do):
                 self._forget()
-            return self.status()
+            self._journal.write("abort", **body)
+            return self._standing()
 
     # --- the work -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +244,8 @@ class Receiver:
         self._state, decision = self._step(message)
         if isinstance(decision, protocol.Do):
             self._forget()
-        return self.status()
+        self._noted("start", message, decision)
+        return self._standing()
 
     def _update(self, message: protocol.Update, stage: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
         state, decision = self._step(message)
@@ -197,8 +253,11 @@ class Receiver:
             with self._or_failed(f"staging version {message.version}"):
                 staged = stage()
                 _synchronize(self._device)
+                if self._intake.settled:
+                    self._compare(state, staged.values(), "staged")
             self._state, self._staged = state, staged
-        return self.status()
+        self._noted("update", message, decision)
+        return self._standing()
 
     def _finish(self, message: protocol.Finish, check: Callable[[], None] | None = None) -> dict[str, Any]:
         _, decision = self._step(message)
@@ -207,17 +266,37 @@ class Receiver:
                 if check is not None:
                     check()
                 with self._gate.exclusive(self._timeout_s / 2):  # well before the trainer gives up waiting
-                    self._state = protocol.reported(self._state, protocol.Event.WRITING)
                     self._replace_weights()
-                    self._state = protocol.reported(self._state, protocol.Event.FLIPPED)
             self._forget()
-        return self.status()
+        self._noted("finish", message, decision)
+        return self._standing()
+
+    def _replace_weights(self) -> None:
+        """Weights and label change together; what is not verified afterwards is not served."""
+        self._state = protocol.reported(self._state, protocol.Event.WRITING)
+        self._write_weights()
+        if self._verify is Verify.full or not self._intake.settled:
+            self._compare(self._state, [self._tensors[name][0] for name in self._staged], "live")
+        self._state = protocol.reported(self._state, protocol.Event.FLIPPED)
+
+    def _compare(self, state: protocol.State, tensors: Iterable[torch.Tensor], which: str) -> None:
+        expected = state.target_digest
+        if self._verify is Verify.off or expected is None:
+            return
+        found = digest_of(tensors, like=expected)
+        if found != expected:
+            raise ValueError(f"the {which} weights have the digest {found}, and the trainer's have {expected}")
+
+    def _noted(self, op: str, message: protocol.Start | protocol.Update | protocol.Finish, decision: Any) -> None:
+        result = "done" if isinstance(decision, protocol.Do) else "repeat"
+        digest = self._state.digest if op == "finish" else self._state.target_digest
+        self._journal.write(op, epoch=message.epoch, version=message.version, digest=digest, result=result)
 
     def _finish_chunks(self, version: int) -> dict[str, Any]:
         return self._finish(protocol.Finish(0, version), self._chunks.check_complete)
 
     @torch.no_grad()
-    def _replace_weights(self) -> None:
+    def _write_weights(self) -> None:
         for name, staged in self._staged.items():
             for tensor in self._tensors[name]:
                 if self._intake.in_place:
@@ -249,7 +328,8 @@ class Receiver:
         try:
             with _reasons(doing):
                 yield
-        except wire.Refused:
+        except wire.Refused as refusal:
+            self._journal.write("failed", epoch=self._state.epoch, version=self._state.target, result=refusal.reason)
             self._state = protocol.reported(self._state, protocol.Event.FAILED)
             self._forget()
             raise
@@ -307,6 +387,10 @@ def _is_timeout(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT_S
 
 
+def _is_one_of(kind: type[enum.Enum]) -> Callable[[Any], bool]:
+    return tuple(member.value for member in kind).__contains__
+
+
 def _is_version(value: Any) -> bool:
     return isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18
 
@@ -318,3 +402,13 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+INIT_INFO: dict[str, Callable[[Any], bool]] = {  # of a session
+    "epoch": wire.is_int,
+    "manifest": _is_dict,
+    "timeout_s": _is_timeout,
+    "where": _is_dict,
+    "verify": _is_one_of(Verify),
+    "in_flight": _is_one_of(InFlight),
+}

@@ -4,38 +4,53 @@
     stage      start and update, to all workers at once
     finish     only when all have staged; else abort to all, and the live weights are the old ones everywhere
 
-A version number is used up once any worker may have finished it; a push that fails earlier leaves it to the next one.
+After a failure the next push takes a new epoch first: then no late message of the failed one counts, and what each
+worker serves is known. A version that no worker serves may be given again, to other weights.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from transfer import Sender, wire
-from transfer.config import DiskConfig, IpcConfig, LocalConfig, TransferConfig
+from transfer.config import DiskConfig, InFlight, IpcConfig, LocalConfig, Staging, TransferConfig, Verify
+from transfer.fleet import Answers, Failures, Fleet, Member
+from transfer.journal import Journal
 from transfer.manifest import DTYPES, Manifest
 
+LOG = logging.getLogger(__name__)
 Weights = Mapping[str, torch.Tensor]
 CLEAN_UP_S = 5.0  # deadline of abort and of questions after a failure: the worker may be gone
-GRACE_S = 5.0  # a sender that outlasts its own deadline by this is given up
 
 
 class Publisher(Protocol):
     """The sending half of a backend."""
 
     endpoint: dict[str, Any]  # what its receiving half is made from; JSON
+    casts: bool  # whether it writes the workers' dtype, whatever the trainer's
+    keeps: bool  # whether the bytes of a version stay until the next is written
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]: ...
-    def write(self, version: int, weights: Weights, served: Collection[int]) -> dict[str, Any]: ...
+    def write(
+        self, version: int, weights: Weights, served: Collection[int], with_digest: bool
+    ) -> tuple[dict[str, Any], str | None]: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One version and where its bytes wait."""
+
+    version: int
+    where: dict[str, Any]  # the backend's words
+    digest: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +61,16 @@ class PushStats:
     seconds: float
     write_seconds: float
     control_bytes: int
-
-
-@dataclass(eq=False)
-class _Worker:
-    sender: Sender
-    may_serve: set[int] = field(default_factory=set)  # versions; several while nobody knows
-
-
-Failures = dict[_Worker, wire.RemoteError]
+    restarts: int  # workers that were started again meanwhile
 
 
 def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
     """The sending half of the configured backend; `folder` is where it may write."""
     match config:
-        case IpcConfig():
-            from transfer.arena import ArenaPublisher
+        case IpcConfig(staging=staging):
+            from transfer.arena import ArenaPublisher, LivePublisher
 
-            return ArenaPublisher(config)
+            return LivePublisher(config) if staging is Staging.live else ArenaPublisher(config)
         case DiskConfig():
             from transfer.disk import DiskPublisher
 
@@ -78,18 +85,25 @@ def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
 class Session:
     """Carries versions of one policy to a fixed set of workers; all serve the new one, or all go on with the old."""
 
-    def __init__(self, publisher: Publisher, timeout_s: float) -> None:
+    def __init__(self, publisher: Publisher, config: TransferConfig, in_flight: InFlight, journal: Journal) -> None:
         self._publisher = publisher
-        self._timeout_s = timeout_s
-        self._workers: list[_Worker] = []
-        self._pool: ThreadPoolExecutor | None = None
+        self._timeout_s = config.sender.timeout_s
+        self._agreed: dict[str, Any] = {
+            "timeout_s": self._timeout_s,
+            "verify": config.verify.value,
+            "in_flight": in_flight.value,
+        }
+        self._with_digest = config.verify is not Verify.off
+        self._journal = journal
+        self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
-        self._epoch = 0
-        self._version: int | None = None  # the newest that any worker may serve
-        self._where: dict[str, Any] = {}  # its bytes
-        self._control_bytes = 0
+        self._epoch = 0  # the highest that this session has taken
+        self._unsure = True  # an update has ended, nobody knows how, in some worker
+        self._newest: int | None = None  # version that any worker has finished
+        self._writes: dict[int, Written] = {}  # versions whose bytes are still there
+        self._restarts = 0
         self.endpoint: Mapping[str, Any] = publisher.endpoint  # what a worker is told, privately, at its launch; JSON
-        self.last = PushStats(0, 0.0, 0.0, 0)
+        self.last = PushStats(0, 0.0, 0.0, 0, 0)
 
     def __enter__(self) -> Session:
         return self
@@ -101,109 +115,177 @@ class Session:
         """Take the next epoch and agree with every worker; ValueError with the first differences, or TransferError."""
         if not senders:
             raise ValueError("a transfer needs at least one worker (got no senders)")
-        self._shut_pool()
-        self._pool = ThreadPoolExecutor(len(senders), thread_name_prefix="transfer")
-        self._workers = [_Worker(sender) for sender in senders]
-        status, failures = self._ask(self._workers, "status", {})
+        self._fleet.close()
+        self._fleet = Fleet(senders, self._timeout_s)
+        status, failures = self._fleet.ask(self._fleet.members, "status", {})
         self._raise("asking for the status", failures)
-        self._manifest = Manifest.of(weights, _agreed_dtype(status))
-        self._epoch = 1 + max(int(answer["epoch"]) for answer in status.values())
-        newest = [answer["newest"] for answer in status.values() if answer["newest"] is not None]
-        self._version = max(newest, default=None)
-        self._where = {}
-        info = {
-            "epoch": self._epoch,
+        self._manifest = Manifest.of(weights, _agreed_dtype(status) if self._publisher.casts else None)
+        self._agreed |= {
             "manifest": self._manifest.to_json(),
-            "timeout_s": self._timeout_s,
             "where": self._publisher.prepare(self._manifest, weights),
         }
-        _, failures = self._ask(self._workers, "init_weight_transfer_engine", {"init_info": info})
-        for failure in failures.values():
-            if failure.status == 422:
-                raise ValueError(str(failure)) from failure
-        self._raise("agreeing on the weights", failures)
+        self._epoch = max(int(answer["epoch"]) for answer in status.values())
+        self._writes = {}
+        self._take_over()
+        self._journal.write("open", epoch=self._epoch, manifest=self._manifest.digest)
 
     def push(self, weights: Weights) -> int:
         """Make `weights` the live ones in every worker, or in none; the new version. TransferError: who failed, why."""
         began = time.monotonic()
-        self._control_bytes = 0
-        if not self._workers:
+        self._restarts, self._fleet.control_bytes = 0, 0
+        if not self._fleet.members:
             raise ValueError("open the transfer before the first push")
-        version = 0 if self._version is None else self._version + 1
+        if self._unsure:
+            self._take_over()
+        version = 0 if self._newest is None else self._newest + 1
         self._check(weights, version)
-        self._catch_up()
         writing = time.monotonic()
-        served = {live for worker in self._workers for live in worker.may_serve}
-        try:
-            where = self._publisher.write(version, weights, served)
-        except OSError as error:
-            raise wire.TransferError(f"writing version {version} failed: {error}") from error
-        written = time.monotonic()
-        self._update(self._workers, version, where)
-        nbytes = self._manifest.nbytes if where else 0  # a backend that says no place has moved nothing
-        self.last = PushStats(nbytes, time.monotonic() - began, written - writing, self._control_bytes)
+        written = self._write(weights, version)
+        wrote = time.monotonic()
+        self._update(self._fleet.members, written)
+        self._newest = version
+        nbytes = self._manifest.nbytes if written.where else 0  # a backend that says no place has moved nothing
+        said = self._fleet.control_bytes
+        self.last = PushStats(nbytes, time.monotonic() - began, wrote - writing, said, self._restarts)
+        self._journal.write("pushed", epoch=self._epoch, version=version, digest=written.digest)
         return version
+
+    def recover(self, sender: Sender) -> bool:
+        """Bring a worker that has lost its weights, because it was started again, to the newest version.
+
+        False if it has lost nothing, or cannot be helped: whatever failed there has another reason. To be called in the
+        thread that started the workers.
+        """
+        if self._unsure:
+            self._take_over()
+        (member,) = [member for member in self._fleet.members if member.sender is sender]
+        written = None if self._newest is None else self._writes.get(self._newest)
+        if written is None or not self._publisher.keeps or not self._rejoined([member]):
+            return False
+        self._update([member], written)
+        return True
 
     def close(self) -> None:
         """Give up what the backend holds; workers keep the version that they have."""
-        self._shut_pool()
-        self._workers = []
+        self._fleet.close()
+        self._fleet = Fleet([], self._timeout_s)
         self._publisher.close()
 
-    # --- one update ---------------------------------------------------------------------------------------------------
+    # --- who trains these workers, and what they serve ----------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Take the next epoch in all workers, so that no earlier message counts any more, and learn what they serve.
+
+        For a session that opens, and for one of which an update has failed: its own messages may still be on their way.
+        """
+        members = self._fleet.members
+        status, _ = self._fleet.ask(members, "status", {}, CLEAN_UP_S)
+        if taken := [answer["epoch"] for answer in status.values() if answer["epoch"] > self._epoch]:
+            raise wire.TransferError(
+                f"another trainer has taken over these workers (its epoch is {max(taken)}, ours {self._epoch}): "
+                "open the transfer again to take them back"
+            )
+        self._epoch += 1
+        failures = self._agree(members)
+        for failure in failures.values():
+            if failure.status == 422:
+                raise ValueError(str(failure)) from failure
+        again = self._rejoined(list(failures))
+        self._raise("agreeing on the weights", {m: f for m, f in failures.items() if m not in again})
+        self._newest = max((m.newest for m in members if m.newest is not None), default=None)
+        self._unsure = False
+        self._catch_up()
+
+    def _agree(self, members: Sequence[Member]) -> Failures:
+        """Tell them what is to be agreed on, then ask what they serve: nobody else can change that any more."""
+        info = {"init_info": {"epoch": self._epoch, **self._agreed}}
+        _, failures = self._fleet.ask(members, "init_weight_transfer_engine", info)
+        status, silent = self._fleet.ask([member for member in members if member not in failures], "status", {})
+        for member, answer in status.items():
+            member.serves, member.newest = answer["version"], answer["newest"]
+        return failures | silent
+
+    def _rejoined(self, members: Sequence[Member]) -> list[Member]:
+        """Those that were started again meanwhile, or are now, and have agreed on the weights."""
+        if not members:
+            return []
+        status, silent = self._fleet.ask(self._fleet.members, "status", {}, CLEAN_UP_S)
+        if any(answer["epoch"] > self._epoch for answer in status.values()):
+            return []  # another trainer's workers
+        revived = [member for member in members if member in silent and member.sender.restart()]
+        status |= self._fleet.ask(revived, "status", {}, CLEAN_UP_S)[0]
+        lost = [member for member in members if member in status and status[member]["epoch"] < self._epoch]
+        failures = self._agree(lost)
+        back = [member for member in lost if member not in failures]
+        for member in back:
+            self._restarts += 1
+            self._journal.write("rejoin", worker=member.sender.name, epoch=self._epoch)
+            LOG.warning("%s was started again and gets the weights anew", member.sender.name)
+        return back
 
     def _catch_up(self) -> None:
         """Bring workers that missed the end of the last update to its version: then no slot but that one is served."""
-        behind = [worker for worker in self._workers if worker.may_serve not in ({self._version}, set())]
-        if behind and self._version is not None:
-            self._abort(behind, self._version)
-            self._update(behind, self._version, self._where)
+        behind = [m for m in self._fleet.members if m.serves is not None and m.serves != self._newest]
+        written = None if self._newest is None else self._writes.get(self._newest)
+        if behind and written is not None and self._publisher.keeps:
+            self._update(behind, written)
 
-    def _update(self, workers: list[_Worker], version: int, where: Mapping[str, Any]) -> None:
-        failures = self._stage(workers, version, where)
+    # --- one update ---------------------------------------------------------------------------------------------------
+
+    def _write(self, weights: Weights, version: int) -> Written:
+        served = {member.serves for member in self._fleet.members if member.serves is not None}
+        self._writes = {live: self._writes[live] for live in served if live in self._writes}
+        try:
+            where, digest = self._publisher.write(version, weights, served, self._with_digest)
+        except OSError as error:
+            raise wire.TransferError(f"writing version {version} failed: {error}") from error
+        written = self._writes[version] = Written(version, where, digest)
+        self._journal.write("publish", epoch=self._epoch, version=version, digest=digest)
+        return written
+
+    def _update(self, members: Sequence[Member], written: Written) -> None:
+        """Let these workers take one version: all, or none as far as that can be undone."""
+        self._unsure = True
+        failures = self._stage(members, written)
+        if again := self._rejoined(list(failures)):
+            failures = {m: f for m, f in failures.items() if m not in again} | self._stage(again, written)
         if failures:
-            self._abort(workers, version)
-            self._raise(f"staging version {version}", failures)
-        failures = self._finish(workers, version)
-        if any(version in worker.may_serve for worker in workers):
-            self._version, self._where = version, dict(where)
-        self._raise(f"finishing version {version}", failures)
+            self._abort(members, written.version)
+            self._raise(f"staging version {written.version}", failures)
+        failures = self._finish(members, written.version)
+        if again := self._rejoined(list(failures)):
+            later = self._stage(again, written)
+            later |= self._finish([member for member in again if member not in later], written.version)
+            failures = {m: f for m, f in failures.items() if m not in again} | later
+        self._raise(f"finishing version {written.version}", failures)
+        self._unsure = False
 
-    def _stage(self, workers: list[_Worker], version: int, where: Mapping[str, Any]) -> Failures:
-        named = {"epoch": self._epoch, "version": version}
+    def _stage(self, members: Sequence[Member], written: Written) -> Failures:
+        named = {"epoch": self._epoch, "version": written.version}
+        digest = {} if written.digest is None else {"digest": written.digest}
+        messages: list[tuple[str, dict[str, Any]]] = [
+            ("start_weight_update", named | digest),
+            ("update_weights", {"update_info": {**named, "where": written.where}}),
+        ]
+        return self._fleet.converse(members, messages)[1]
 
-        def stage(worker: _Worker) -> int:
-            said = self._say(worker, "start_weight_update", named)[1]
-            return said + self._say(worker, "update_weights", {"update_info": {**named, "where": where}})[1]
-
-        sizes, failures = self._each(workers, stage, 2 * self._timeout_s)
-        self._control_bytes += sum(sizes.values())
-        return failures
-
-    def _finish(self, workers: list[_Worker], version: int) -> Failures:
+    def _finish(self, members: Sequence[Member], version: int) -> Failures:
         body = {"epoch": self._epoch, "weight_version": str(version)}
-        answers, failures = self._ask(workers, "finish_weight_update", body)
-        for worker in answers:
-            worker.may_serve = {version}
-        for worker in failures:
-            worker.may_serve = worker.may_serve | {version}
-        for worker in self._finished_unheard(list(failures), version):
-            worker.may_serve = {version}
-            del failures[worker]
+        answers, failures = self._fleet.ask(members, "finish_weight_update", body)
+        for member in [*answers, *self._finished_unheard(list(failures), version)]:
+            member.serves = version
+            failures.pop(member, None)
         self._abort(list(failures), version)
         return failures
 
-    def _finished_unheard(self, workers: list[_Worker], version: int) -> list[_Worker]:
+    def _finished_unheard(self, members: Sequence[Member], version: int) -> list[Member]:
         """Which of these workers serve `version`, although their answer was lost."""
-        answers, _ = self._ask(workers, "status", {}, CLEAN_UP_S)
-        return [w for w, a in answers.items() if a["version"] == version and a["epoch"] == self._epoch]
+        status, _ = self._fleet.ask(members, "status", {}, CLEAN_UP_S)
+        return [m for m, answer in status.items() if (answer["version"], answer["epoch"]) == (version, self._epoch)]
 
-    def _abort(self, workers: list[_Worker], version: int) -> None:
-        """Give the update up; a worker that confirms it will not serve it."""
-        body = {"epoch": self._epoch, "version": version}
-        confirmed, _ = self._ask(workers, "abort_weight_update", body, CLEAN_UP_S)
-        for worker in confirmed:
-            worker.may_serve = worker.may_serve - {version}
+    def _abort(self, members: Sequence[Member], version: int) -> None:
+        """Give the update up, so that nobody holds a stage until its lease ends; who does not hear it does."""
+        self._fleet.ask(members, "abort_weight_update", {"epoch": self._epoch, "version": version}, CLEAN_UP_S)
 
     def _check(self, weights: Weights, version: int) -> None:
         """TransferError unless the tensors are those agreed on, and finite also in the dtype that travels."""
@@ -220,64 +302,19 @@ class Session:
         if bad is not None:
             raise wire.TransferError(f"version {version}: {bad} has values that are not finite; nothing was sent")
 
-    # --- talking to several workers -----------------------------------------------------------------------------------
-
-    def _ask(
-        self, workers: list[_Worker], verb: str, body: Mapping[str, Any], timeout_s: float | None = None
-    ) -> tuple[dict[_Worker, dict[str, Any]], Failures]:
-        """One verb to all workers at once: their answers, and who gave none."""
-        deadline = min(self._timeout_s, timeout_s or self._timeout_s)
-        said, failures = self._each(workers, lambda worker: self._say(worker, verb, body, deadline), deadline)
-        self._control_bytes += sum(size for _, size in said.values())
-        return {worker: answer for worker, (answer, _) in said.items()}, failures
-
-    def _say(
-        self, worker: _Worker, verb: str, body: Mapping[str, Any], timeout_s: float | None = None
-    ) -> tuple[dict[str, Any], int]:
-        answer = worker.sender.call(verb, body, timeout_s or self._timeout_s)
-        return answer, len(json.dumps(body)) + len(json.dumps(answer))
-
-    def _each(
-        self, workers: list[_Worker], talk: Callable[[_Worker], Any], timeout_s: float
-    ) -> tuple[dict[_Worker, Any], Failures]:
-        assert self._pool is not None
-        jobs = {worker: self._pool.submit(talk, worker) for worker in workers}
-        wait(jobs.values(), timeout=timeout_s + GRACE_S)
-        answers: dict[_Worker, Any] = {}
-        failures: Failures = {}
-        for worker, job in jobs.items():
-            if not job.done():
-                failures[worker] = wire.RemoteError(worker.sender.name, "call", 0, "its sender does not come back")
-            elif job.exception() is None:
-                answers[worker] = job.result()
-            else:
-                failures[worker] = _as_remote(job.exception(), worker.sender.name)
-        return answers, failures
-
     def _raise(self, phase: str, failures: Failures) -> None:
         if failures:
             reasons = "; ".join(str(failure) for failure in failures.values())
             raise wire.TransferError(f"{phase} failed: {reasons}") from next(iter(failures.values()))
 
-    def _shut_pool(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
 
-
-def _agreed_dtype(status: Mapping[_Worker, Mapping[str, Any]]) -> torch.dtype | None:
+def _agreed_dtype(status: Answers) -> torch.dtype | None:
     """The one floating-point dtype of all workers, to cast to; None where their models mix several."""
-    wanted = {worker.sender.name: answer["dtype"] for worker, answer in status.items()}
+    wanted = {member.sender.name: answer["dtype"] for member, answer in status.items()}
     if len(set(wanted.values())) > 1:
         raise ValueError(f"all workers must have one dtype, so that the weights can be written once (got {wanted})")
     name = next(iter(wanted.values()))
     return None if name is None else DTYPES[name]
-
-
-def _as_remote(error: BaseException | None, name: str) -> wire.RemoteError:
-    if isinstance(error, wire.RemoteError):
-        return error
-    return wire.RemoteError(name, "call", 0, f"{type(error).__name__}: {error}")
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
+MAX_INT = 2**64 - 1  # any number in a message: no arithmetic on it becomes too long to print
 
 ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
     "health": ("GET", "/health"),
@@ -66,11 +67,12 @@ class TransferError(RuntimeError):
 def loads(raw: bytes | str, limit: int = MAX_CONTROL_BYTES) -> dict[str, Any]:
     """Parse one JSON object strictly: Refused 413 over `limit` bytes; 422 on duplicate keys, NaN, or no object."""
     if len(raw) > limit:
-        raise Refused(413, f"the body has {len(raw)} bytes, at most {limit} are read")
+        raise Refused(413, f"the body has more than {limit} bytes")
     if not raw:
         return {}
     try:
-        value = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+        text = raw if isinstance(raw, str) else raw.decode()  # else json guesses UTF-16 and others
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(422, f"the body is not strict JSON: {error}") from None
     if not isinstance(value, dict):
@@ -82,14 +84,14 @@ def only(body: dict[str, Any], known: dict[str, Callable[[Any], bool]], where: s
     """Refused 422, naming the field, unless every key of `body` is in `known` and its value passes that check."""
     for key, value in body.items():
         if key not in known:
-            raise Refused(422, f"{where}.{key} is not known; known: {', '.join(sorted(known))}")
+            raise Refused(422, f"{where}.{key[:80]} is not known; known: {', '.join(sorted(known))}")
         if not known[key](value):
             raise Refused(422, f"{where}.{key} has a value that is not allowed: {str(value)[:80]!r}")
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer >= 0 (and no bool)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Whether `value` is an integer from 0 to MAX_INT (and no bool)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
 
 
 def is_str(value: Any) -> bool:

@@ -1,32 +1,47 @@
-"""The trainer's side of sampling: prompts out to the workers, checked answers back."""
+"""The trainer's side of sampling: prompts out to the workers, checked answers back, each sample taken once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RolloutConfig
 from rlhf.ending import RunError
-from rlhf.rollout.sampling import seed_of
+from rlhf.rollout.sampling import ABORTED, seed_of
 from rlhf.types import FINISHED, TRUNCATED, Completion, Prompt, Rollouts, Tokenizer
+from transfer.wire import RemoteError
 
 if TYPE_CHECKING:
     from transfer import Sender
 
+Body = dict[str, Any]
+
 
 class RolloutClient:
-    """Samples from the workers behind `senders`; a `rlhf.types.Sampler`."""
+    """Samples from the workers behind `senders`; a `rlhf.types.Sampler`.
 
-    def __init__(self, senders: Sequence[Sender], tokenizer: Tokenizer, config: RolloutConfig) -> None:
+    `recover` is asked when a worker fails: True if it has been started again and given its weights, so that its share
+    can be sampled once more. Samples depend on seeds alone, so nobody sees a difference.
+    """
+
+    def __init__(
+        self,
+        senders: Sequence[Sender],
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        recover: Callable[[Sender], bool] = lambda sender: False,
+    ) -> None:
         self._senders = senders
         self._tokenizer = tokenizer
         self._config = config
+        self._recover = recover
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
-        """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that dies or talks nonsense."""
+        """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
         seeds = [seed_of(seed, index) for index in range(len(prompts))]
         settings = {
             "n": n,
@@ -43,29 +58,59 @@ class RolloutClient:
         ]
         pool = ThreadPoolExecutor(max(1, len(jobs)))  # one worker's parts follow each other
         try:
-            answers = list(pool.map(lambda job: self._ask(*job), jobs))
+            asked = [pool.submit(self._ask, *job) for job in jobs]
+            answers = [self._answer(pool, *job, future) for job, future in zip(jobs, asked, strict=True)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure or Ctrl-C, do not wait for slow workers
         completions = [completion for answer in answers for completion in answer]
         texts = self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        return Rollouts(list(prompts), completions, texts, n)
+        return Rollouts(list(prompts), completions, texts, seeds, n)
 
-    def _ask(self, sender: Sender, body: dict[str, Any]) -> list[Completion]:
+    def _answer(
+        self, pool: ThreadPoolExecutor, sender: Sender, body: Body, future: Future[list[Completion]]
+    ) -> list[Completion]:
+        """One worker's share, asked for again for as long as the worker can be recovered."""
+        while True:
+            try:
+                return future.result()
+            except RemoteError:
+                if not self._recover(sender):  # in this thread, which outlives the worker
+                    raise
+                future = pool.submit(self._ask, sender, body)
+
+    def _ask(self, sender: Sender, body: Body) -> list[Completion]:
         """One worker's share, in requests of at most `rows_per_request` rows."""
         size = max(1, self._config.rows_per_request // body["n"])
-        starts = range(0, len(body["prompt"]), size)
-        parts = [{**body, **{key: body[key][start : start + size] for key in ("prompt", "seeds")}} for start in starts]
-        return [completion for part in parts for completion in self._ask_once(sender, part)]
+        rows = range(len(body["prompt"]))
+        parts = [_part(body, rows[start : start + size]) for start in rows[::size]]
+        return [completion for part in parts for completion in self._ask_until_whole(sender, part)]
 
-    def _ask_once(self, sender: Sender, body: dict[str, Any]) -> list[Completion]:
+    def _ask_until_whole(self, sender: Sender, body: Body) -> list[Completion]:
+        """One request; prompts of which new weights cut a sample short are sampled again, all n samples."""
+        deadline = time.monotonic() + self._config.timeout_s
+        n, groups = body["n"], self._ask_once(sender, body)
+        while cut := [index for index, group in enumerate(groups) if any(c.finish_reason == ABORTED for c in group)]:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{sender.name}: {len(cut) * n} samples were cut short again and again for "
+                    f"{self._config.timeout_s:g} s (rollout.timeout_s): is the worker paused, or updated all the time?"
+                )
+            for index, group in zip(cut, self._ask_once(sender, _part(body, cut)), strict=True):
+                groups[index] = group
+        return [completion for group in groups for completion in group]
+
+    def _ask_once(self, sender: Sender, body: Body) -> list[list[Completion]]:
+        """The n completions of each prompt."""
+        n = body["n"]
         answer = sender.call("completions", body, self._config.timeout_s)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(len(body["prompt"]) * body["n"])):
-                raise ValueError(f"{len(choices)} choices for {len(body['prompt'])} prompts with n={body['n']}")
-            return [_completion(choice, body) for choice in choices]
+            if [choice["index"] for choice in choices] != list(range(len(body["prompt"]) * n)):
+                raise ValueError(f"{len(choices)} choices for {len(body['prompt'])} prompts with n={n}")
+            completions = [_completion(choice, body) for choice in choices]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error
+        return [completions[start : start + n] for start in range(0, len(completions), n)]
 
 
 def blocks(count: int, parts: int) -> list[slice]:
@@ -74,17 +119,25 @@ def blocks(count: int, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _completion(choice: dict[str, Any], body: dict[str, Any]) -> Completion:
-    ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    reason, version = choice["finish_reason"], int(choice["weight_version"])
-    if not 1 <= len(ids) <= body["max_tokens"] or len(logprobs) != len(ids):
+def _part(body: Body, rows: Sequence[int]) -> Body:
+    """The same request for these of its prompts."""
+    return {**body, **{key: [body[key][row] for row in rows] for key in ("prompt", "seeds")}}
+
+
+def _completion(choice: dict[str, Any], body: Body) -> Completion:
+    ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
+    versions = [int(version) for version, tokens in choice["weight_versions"] for _ in range(tokens)]
+    if len(ids) > body["max_tokens"] or len(logprobs) != len(ids) or len(versions) != len(ids):
         raise ValueError(
-            f"{len(ids)} tokens and {len(logprobs)} log-probs where 1 to {body['max_tokens']} were asked for"
+            f"{len(ids)} tokens, {len(logprobs)} log-probs and {len(versions)} versions where up to "
+            f"{body['max_tokens']} were asked for"
         )
-    if reason not in (FINISHED, TRUNCATED):
-        raise ValueError(f"finish_reason is {reason!r}")
-    if (reason == FINISHED) != (ids[-1] in body["stop_token_ids"]):
-        raise ValueError(f"finish_reason is {reason!r} and the last token {ids[-1]}")
     if not all(math.isfinite(logprob) for logprob in logprobs):
         raise ValueError("a log-prob is not finite")
-    return Completion(ids, logprobs, reason, version)
+    if reason == ABORTED:
+        return Completion(ids, logprobs, versions, reason)
+    if reason not in (FINISHED, TRUNCATED) or not ids:
+        raise ValueError(f"finish_reason is {reason!r} after {len(ids)} tokens")
+    if (reason == FINISHED) != (ids[-1] in body["stop_token_ids"]):
+        raise ValueError(f"finish_reason is {reason!r} and the last token {ids[-1]}")
+    return Completion(ids, logprobs, versions, reason)

@@ -3,11 +3,14 @@
     {"prompt": [[1, 5, 9], [1, 7]], "n": 2, "max_tokens": 8, "temperature": 1.0, "seeds": [3, 4], "stop_token_ids": [2],
      "logprobs": 0}
     {"choices": [{"index": 0, "token_ids": [5, 2], "logprobs": {"token_logprobs": [-0.7, -0.1]}, "text": "",
-     "finish_reason": "stop", "weight_version": 3}, ...], "usage": {"prompt_tokens": 5, "completion_tokens": 9}}
+     "finish_reason": "stop", "weight_version": 3, "weight_versions": [[3, 2]]}, ...],
+     "usage": {"prompt_tokens": 5, "completion_tokens": 9}}
 
 Choice i*n + j is sample j of prompt i. Without `stop_token_ids` rows stop at the end-of-sequence tokens of the model's
 config. Ours, not vLLM's: `seeds` (one a prompt; `seed` gives prompt i its own seed, made of `seed` and i) and
-`weight_version`. There is no tokenizer here, so `text` is empty and a prompt of text is refused.
+`weight_versions`, [version, tokens] for each run of tokens that one version sampled, the first in `weight_version`. An
+answer with finish_reason "abort" was cut short by new weights or by a pause. There is no tokenizer here, so `text` is
+empty and a prompt of text is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rlhf.rollout.sampling import Sample, Sampling, seed_of
@@ -57,8 +61,8 @@ def parse(body: Mapping[str, Any], limits: Limits) -> Request:
     return Request(prompts, _seeds(body, len(prompts)), sampling, body.get("logprobs") is not None)
 
 
-def answer(request: Request, samples: Sequence[Sample], version: int) -> dict[str, Any]:
-    """The samples as vLLM's choices, each with the version of the weights that sampled it."""
+def answer(request: Request, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The samples as vLLM's choices, each with the versions of the weights that sampled it."""
     choices = [
         {
             "index": index,
@@ -66,7 +70,8 @@ def answer(request: Request, samples: Sequence[Sample], version: int) -> dict[st
             "token_ids": sample.ids,
             "logprobs": {"token_logprobs": sample.logprobs} if request.with_logprobs else None,
             "finish_reason": sample.finish_reason,
-            "weight_version": version,
+            "weight_version": sample.versions[0] if sample.versions else None,
+            "weight_versions": [[version, len(list(run))] for version, run in groupby(sample.versions)],
         }
         for index, sample in enumerate(samples)
     ]

@@ -39,20 +39,23 @@ class HfEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: Sampling,
-        stop: Callable[[], bool] | None = None,
+        turn: Callable[[], int | None],
     ) -> list[Sample]:
-        """Sample row j of prompt i at index i*n + j; once `stop()` is true, unfinished rows end with reason "abort".
+        """Sample row j of prompt i at index i*n + j; `seeds` has one integer a prompt.
 
-        `seeds` has one integer a prompt. FloatingPointError when the model's logits are not finite.
+        Before each token `turn` tells the version of the weights, and may change them; on None unfinished rows end with
+        reason "abort". FloatingPointError when the model's logits are not finite.
         """
         rows = Rows(len(prompts) * sampling.n, sampling)
         keys = streams(seeds, sampling.n)
         with evaluating(self.model):
+            if (version := turn()) is None:
+                return rows.samples()
             decoder = Decoder(self.model, prompts, sampling)
             for position in range(sampling.max_tokens):
                 ids, logprobs = draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
-                rows.record(position, ids, logprobs)
-                if rows.finished or position + 1 == sampling.max_tokens or (stop is not None and stop()):
+                rows.record(version, ids, logprobs)
+                if rows.finished or position + 1 == sampling.max_tokens or (version := turn()) is None:
                     break
                 if (kept := rows.drop()) is not None:
                     ids = ids[torch.from_numpy(kept).to(ids.device)]
@@ -69,11 +72,14 @@ class Rows:
         self._stop_ids = np.array(sampling.stop_ids, np.int64)
         self._ids = np.zeros((count, sampling.max_tokens), np.int64)
         self._logprobs = np.zeros((count, sampling.max_tokens), np.float32)
+        self._versions: list[int] = []  # by position
         self._lengths = np.zeros(count, np.int64)
         self._stopped = np.zeros(count, bool)
 
-    def record(self, position: int, ids: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Take the token [R] of each live row; a row that has stopped keeps its length and its tokens."""
+    def record(self, version: int, ids: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Take the next token [R] of each live row; a row that has stopped keeps its length and its tokens."""
+        position = len(self._versions)
+        self._versions.append(version)
         going = self.live[~self._stopped[self.live]]
         self._ids[self.live, position] = ids.cpu().numpy()
         self._logprobs[self.live, position] = logprobs.cpu().numpy()
@@ -105,7 +111,7 @@ class Rows:
         reasons = np.where(self._lengths == self._ids.shape[1], TRUNCATED, ABORTED)
         reasons[self._stopped] = FINISHED
         return [
-            Sample(ids[:length].tolist(), logprobs[:length].tolist(), str(reason))
+            Sample(ids[:length].tolist(), logprobs[:length].tolist(), self._versions[:length], str(reason))
             for ids, logprobs, length, reason in zip(self._ids, self._logprobs, self._lengths, reasons, strict=True)
         ]
 

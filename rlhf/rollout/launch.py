@@ -10,23 +10,21 @@ transfer=local it is the trainer itself, around the learner's own module.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
-import selectors
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import RunConfig
+from rlhf.config import RolloutConfig, RunConfig
 from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
+from transfer.process import SOURCE, WorkerProcess
 
 if TYPE_CHECKING:
     from transfer import Sender
@@ -34,11 +32,9 @@ if TYPE_CHECKING:
     Connect = Callable[[], list[Sender]]  # waits until the workers are up
 
 TOKEN_VARIABLE = "RLHF_WORKER_TOKEN"
-STOP_S = 5.0  # how long a worker process may take to end before it is killed
-LOG_TAIL = 20  # lines of a dead worker's log that its error shows
+JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
-SOURCE = Path(__file__).resolve().parents[2]  # where `rlhf` and `transfer` are imported from
 
 
 def worker_spec(policy: Any, config: RunConfig, endpoint: Mapping[str, Any]) -> WorkerSpec:
@@ -72,7 +68,7 @@ class Workers:
         self._stack.close()
 
     def senders(self) -> list[Sender]:
-        """One sender a worker, once all are up; RunError names a worker that did not come up."""
+        """One sender a worker, once all are up; an error names a worker that did not come up."""
         if self._senders is None:
             senders = self._connect()
             for sender in senders:
@@ -81,16 +77,17 @@ class Workers:
         return self._senders
 
     def _start(self) -> AbstractContextManager[Connect]:
-        transfer, count = self._config.transfer, self._config.rollout.workers
+        transfer, rollout = self._config.transfer, self._config.rollout
         match transfer, transfer.sender:
             case LocalConfig(), _:
-                return in_process(self._policy, self._spec)
+                (told,) = specs(self._spec, 1, self._folder)
+                return in_process(self._policy, told)
             case _, HttpSenderConfig(url=[]) as sender:
-                return processes(self._spec, count, sender, self._folder)
+                return processes(self._spec, rollout, sender, self._folder)
             case _, HttpSenderConfig() as sender:
-                return running(count, sender)
+                return running(rollout.workers, sender)
             case _, RaySenderConfig() as sender:
-                return ray_actors(self._spec, count, sender)
+                return ray_actors(self._spec, rollout, sender, self._folder)
         raise AssertionError(transfer)
 
 
@@ -99,7 +96,7 @@ def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
     """One worker around the learner's own module."""
     from transfer.senders.direct import DirectSender
 
-    worker = Worker(policy, spec.endpoint)
+    worker = Worker(policy, spec.endpoint, spec.journal)
     yield lambda: [DirectSender(worker, "worker 0 (local)")]
 
 
@@ -119,75 +116,36 @@ def running(count: int, config: HttpSenderConfig) -> Iterator[Connect]:
 
 
 @contextmanager
-def processes(spec: WorkerSpec, count: int, config: HttpSenderConfig, folder: Path) -> Iterator[Connect]:
-    """Worker processes behind HTTP, started all at once."""
+def processes(spec: WorkerSpec, config: RolloutConfig, sender: HttpSenderConfig, folder: Path) -> Iterator[Connect]:
+    """Worker processes behind HTTP, started all at once; one that dies is started again, `config.restarts` times."""
     from transfer.senders.http import HttpSender
 
+    def url(worker: WorkerProcess, deadline: float) -> str:
+        return f"http://127.0.0.1:{worker.port(deadline)}"
+
+    def connected(worker: WorkerProcess, deadline: float) -> Sender:
+        def restart() -> str | None:
+            return url(worker, time.monotonic() + sender.start_timeout_s) if worker.restarted() else None
+
+        return HttpSender(url(worker, deadline), spec.token, worker.name, sender.timeout_s, restart)
+
     with ExitStack() as stack:
-        workers = [stack.enter_context(WorkerProcess(index, spec, folder)) for index in range(count)]
+        workers = []
+        for index, told in enumerate(specs(spec, config.workers, folder)):
+            name, log = f"worker {index}", folder / f"worker-{index}.log"
+            process = WorkerProcess(name, "rlhf.rollout.worker", told.to_json(), log, config.restarts)
+            workers.append(stack.enter_context(process))
 
         def connect() -> list[Sender]:
-            deadline = time.monotonic() + config.start_timeout_s
-            urls = [f"http://127.0.0.1:{worker.port(deadline)}" for worker in workers]
-            return [
-                HttpSender(url, spec.token, f"worker {index} ({url})", config.timeout_s)
-                for index, url in enumerate(urls)
-            ]
+            deadline = time.monotonic() + sender.start_timeout_s
+            return [connected(worker, deadline) for worker in workers]
 
         yield connect
 
 
-class WorkerProcess:
-    """One worker process; it ends with this context, and with this process however that ends."""
-
-    def __init__(self, index: int, spec: WorkerSpec, folder: Path) -> None:
-        self.name = f"worker {index}"
-        self._spec = spec
-        self._log = folder / f"worker-{index}.log"
-
-    def __enter__(self) -> WorkerProcess:
-        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(self._spec.threads)}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf.rollout.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=os.environ | variables,
-                start_new_session=True,  # Ctrl-C in the terminal is for the trainer
-            )
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # dead already: port() will say so
-            self._process.stdin.write(self._spec.to_json().encode() + b"\n")
-            self._process.stdin.flush()
-        return self
-
-    def port(self, deadline: float) -> int:
-        """The port that the worker reports; RunError with its log if it dies or stays silent until `deadline`."""
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RunError(
-                f"{self.name} did not come up within transfer.sender.start_timeout_s; {self._log} ends:\n{self._tail()}"
-            )
-        report = self._process.stdout.readline()  # the worker writes the line in one piece, or dies
-        if not report:
-            raise RunError(f"{self.name} died while it started; {self._log} ends:\n{self._tail()}")
-        return int(json.loads(report)["port"])
-
-    def __exit__(self, *exception: object) -> None:
-        with self._process:  # closes the pipes, then waits for a process that is gone
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-
-    def _tail(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
+    """What each of `count` workers is told: the same, and a journal of its own in `folder`."""
+    return [replace(spec, journal=str(folder / JOURNALS / f"worker-{index}.jsonl")) for index in range(count)]
 
 
 class RayWorker(Worker):
@@ -197,31 +155,38 @@ class RayWorker(Worker):
         import torch
 
         torch.set_num_threads(spec.threads)
-        super().__init__(build_model(spec), spec.endpoint)
+        super().__init__(build_model(spec), spec.endpoint, spec.journal)
 
 
 @contextmanager
-def ray_actors(spec: WorkerSpec, count: int, config: RaySenderConfig) -> Iterator[Connect]:
-    """Workers as Ray actors, in a private Ray unless `config.address` names one or this process is in one already."""
+def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig, folder: Path) -> Iterator[Connect]:
+    """Workers as Ray actors, in a private Ray unless `sender.address` names one or this process is in one already.
+
+    An actor that dies is started again, `config.restarts` times.
+    """
     import ray
 
     from transfer.senders.ray import RaySender
 
     variables = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": str(spec.threads)}
     actor_class = ray.remote(RayWorker).options(
-        num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}
+        num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
     )
-    with ray_running(config.address, count), ExitStack() as stack:
+    told = specs(spec, config.workers, folder) if sender.address is None else [spec] * config.workers
+    with ray_running(sender.address, config.workers), ExitStack() as stack:
         actors: list[Any] = []
-        for _ in range(count):
-            actors.append(actor_class.remote(spec))
+        for worker_spec in told:
+            actors.append(actor_class.remote(worker_spec))
             stack.callback(ray.kill, actors[-1])
 
+        def connected(index: int, deadline: float) -> Sender:
+            name = f"worker {index} (ray)"
+            _await_actor(name, actors[index], deadline)
+            return RaySender(actors[index], name, sender.timeout_s, sender.start_timeout_s)
+
         def connect() -> list[Sender]:
-            deadline = time.monotonic() + config.start_timeout_s
-            for index, actor in enumerate(actors):
-                _await_actor(f"worker {index}", actor, deadline)
-            return [RaySender(actor, f"worker {index} (ray)", config.timeout_s) for index, actor in enumerate(actors)]
+            deadline = time.monotonic() + sender.start_timeout_s
+            return [connected(index, deadline) for index in range(len(actors))]
 
         yield connect
 

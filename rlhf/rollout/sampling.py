@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-ABORTED = "abort"  # finish reason of a row that a pause cut short; vLLM's word
+ABORTED = "abort"  # finish reason of a row that new weights or a pause cut short; vLLM's word
 
 Keys = npt.NDArray[np.uint64]
 
@@ -31,10 +31,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row as sampled: `ids` with the stop token, if any, and the log-probability of each at the temperature."""
+    """One row as sampled: `ids` with the stop token, if any; of each its log-probability and its weights' version."""
 
     ids: list[int]
     logprobs: list[float]
+    versions: list[int]
     finish_reason: str
 
 

@@ -1,7 +1,7 @@
 """A rollout worker: a policy of its own that samples completions and takes weight updates.
 
 `Worker` has one method per verb of `transfer.wire.ROUTES`, a JSON object in and a JSON object out. It runs in a process
-of its own behind HTTP (app.py, serve.py), as a Ray actor, or in the trainer's process around the learner's own module.
+of its own behind HTTP (transfer/serve.py), as a Ray actor, or in the trainer's process around the learner's own module.
 
     python -m rlhf.rollout.worker              the spec is one JSON line on stdin; ends when stdin does
     python -m rlhf.rollout.worker spec.json    a worker that stands alone, for transfer.sender.url
@@ -10,6 +10,7 @@ of its own behind HTTP (app.py, serve.py), as a Ray actor, or in the trainer's p
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf import __version__
 from rlhf.rollout import completions
 from transfer import make_receiver, wire
+from transfer.journal import Journal
+from transfer.protocol import Phase
 from transfer.wire import Refused
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ class WorkerSpec:
     token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
+    journal: str = ""  # file in which the worker notes what it did with weights; empty: nowhere
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -101,7 +105,7 @@ def build_model(spec: WorkerSpec) -> torch.nn.Module:
 class Worker:
     """One rollout worker around a transformers causal LM; a method per verb, Refused if it will not."""
 
-    def __init__(self, model: Any, endpoint: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, endpoint: Mapping[str, Any], journal: str = "") -> None:
         from rlhf.rollout.hf import HfEngine
 
         text = model.config.get_text_config()
@@ -112,7 +116,7 @@ class Worker:
             stop_ids=tuple(stop if isinstance(stop, list) else [] if stop is None else [stop]),
         )
         self._engine = HfEngine(model)
-        self._receiver = make_receiver(endpoint, model)
+        self._receiver = make_receiver(endpoint, model, Journal(Path(journal) if journal else None))
         self._gate = PauseGate()
         self._asleep = False
 
@@ -122,14 +126,15 @@ class Worker:
         import torch
 
         torch.set_num_threads(spec.threads)
-        return cls(build_model(spec), spec.endpoint)
+        return cls(build_model(spec), spec.endpoint, spec.journal)
 
     def completions(self, body: Body) -> Answer:
-        """Answer the message of completions.py, all with one version; 503 while paused or without weights."""
+        """Answer the message of completions.py; 503 while paused or without weights."""
         request = completions.parse(body, self._limits)
-        with self._gate.generating(), self._receiver.serving() as version:
-            samples = self._engine.generate(request.prompts, request.seeds, request.sampling, self._gate.aborting)
-        return completions.answer(request, samples, version)
+        with self._gate.generating(), self._receiver.serving() as weights:
+            turn = lambda: None if self._gate.aborting() else weights()  # noqa: E731
+            samples = self._engine.generate(request.prompts, request.seeds, request.sampling, turn)
+        return completions.answer(request, samples)
 
     def pause(self, body: Body) -> Answer:
         """Let no new completion start until `resume`; by `mode`, running ones are cut short (abort, the default), or
@@ -139,8 +144,10 @@ class Worker:
         return {"status": "paused"}
 
     def resume(self, body: Body) -> Answer:
-        """Let completions start again; 409 while asleep."""
+        """Let completions start again; 409 while asleep, or while the weights are not whole."""
         wire.only(dict(body), {})
+        if self._receiver.phase is Phase.QUARANTINED:
+            raise Refused(409, "an update broke off while weights were replaced: finish one before resuming")
         if self._asleep:
             raise Refused(409, "the worker is asleep: wake it up first")
         self._gate.resume()
@@ -265,12 +272,12 @@ class PauseGate:
 
 def main(arguments: list[str]) -> None:
     """Serve over HTTP, by a spec from the file named in `arguments` or from the first line of stdin."""
-    from rlhf.rollout.serve import serve_alone, serve_parent
+    from transfer.serve import serve_alone, serve_parent
 
-    if arguments:
-        serve_alone(WorkerSpec.from_json(Path(arguments[0]).read_bytes()), Worker.from_spec)
-    else:
-        serve_parent(WorkerSpec.from_json(sys.stdin.buffer.readline()), Worker.from_spec)
+    spec = WorkerSpec.from_json(Path(arguments[0]).read_bytes() if arguments else sys.stdin.buffer.readline())
+    os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))  # before torch is imported
+    serve = serve_alone if arguments else serve_parent
+    serve(spec, lambda: Worker.from_spec(spec))
 
 
 if __name__ == "__main__":

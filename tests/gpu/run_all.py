@@ -27,7 +27,8 @@ BACKENDS = {
     "local": ("transfer=local",),
     "disk": ("transfer=disk",),
     "view": ("transfer=ipc", "transfer.take=view"),
-    "copy": ("transfer=ipc", "transfer.take=copy"),
+    "copy": ("transfer=ipc", "transfer.take=copy", "transfer.verify=full"),
+    "live": ("transfer=ipc", "transfer.staging=live", "transfer.take=copy"),
 }
 HALF_BILLION = (  # parameters, of Qwen3's shape
     *("model.layers=30", "model.hidden=1024", "model.heads=16", "model.intermediate=4096", "model.dtype=bfloat16"),

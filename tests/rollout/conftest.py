@@ -20,7 +20,7 @@ from rlhf.config import (
 from rlhf.rollout.launch import Workers, worker_spec
 from rlhf.rollout.worker import Worker
 from transfer import make_transfer
-from transfer.config import HttpSenderConfig, IpcConfig, LocalConfig
+from transfer.config import HttpSenderConfig, InFlight, IpcConfig, LocalConfig
 
 EOS = 1
 VOCABULARY = 12
@@ -96,9 +96,9 @@ class Fleet:
 
 
 @contextmanager
-def launched(model, transfer_config, folder, workers=1):
+def launched(model, transfer_config, folder, workers=1, in_flight=InFlight.wait):
     config = run_config(transfer_config, workers)
-    with make_transfer(config.transfer, folder) as transfer:
+    with make_transfer(config.transfer, folder, in_flight) as transfer:
         spec = worker_spec(model, config, transfer.endpoint)
         with Workers(spec, config, folder, model) as started:
             yield Fleet(transfer, started, spec)

@@ -28,7 +28,7 @@ class FakeSender:
                 "token_ids": [3, 1],
                 "logprobs": {"token_logprobs": [-0.5, -0.1]},
                 "finish_reason": "stop",
-                "weight_version": self._version,
+                "weight_versions": [[self._version, 2]],
             }
             for index in range(len(body["prompt"]) * body["n"])
         ]
@@ -69,14 +69,15 @@ def test_blocks_cover_everything_once_and_evenly():
     ("field", "value", "message"),
     [
         ("index", 7, "choices"),
-        ("token_ids", [], "0 tokens"),
-        ("token_ids", [3, 2, 1], "3 tokens and 2 log-probs"),
+        ("token_ids", [], "0 tokens, 2 log-probs"),
+        ("token_ids", [3, 2, 1], "3 tokens, 2 log-probs and 2 versions"),
         ("token_ids", [1, 3], "finish_reason is 'stop'"),
         ("logprobs", None, "TypeError"),
         ("logprobs", {"token_logprobs": [-0.5, float("nan")]}, "not finite"),
-        ("finish_reason", "abort", "'abort'"),
+        ("finish_reason", "gone", "'gone'"),
         ("finish_reason", "length", "'length'"),
-        ("weight_version", None, "TypeError"),
+        ("weight_versions", None, "TypeError"),
+        ("weight_versions", [[0, 1]], "2 tokens, 2 log-probs and 1 versions"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_an_error_that_names_the_worker(tokenizer, field, value, message):
@@ -115,7 +116,7 @@ def test_two_worker_processes_sample_what_one_in_process_samples(launch, model, 
     assert remote.texts == local.texts
     for there, here in zip(remote.completions, local.completions, strict=True):
         assert there.logprobs == pytest.approx(here.logprobs, abs=1e-5)
-        assert there.version == here.version == 0
+        assert there.versions == here.versions == [0] * len(here.ids)
 
 
 def test_the_same_worker_gives_the_same_numbers_to_the_last_bit(http_fleet, tokenizer):
@@ -129,3 +130,56 @@ def test_a_refusal_reaches_the_trainer_in_the_workers_words(http_fleet, tokenize
     client = RolloutClient(http_fleet.workers.senders(), tokenizer, HfRolloutConfig(max_new_tokens=64))
     with pytest.raises(RemoteError, match=r"worker 0 .*body\.max_tokens must be between 1 and 59"):
         client.sample(PROMPTS, n=1, temperature=1.0, seed=0)
+
+
+def cut_short(indices):
+    """Spoils the first answer: these samples were cut short by new weights after their first token."""
+
+    def spoil(answer):
+        for index in indices if indices else ():
+            choice = answer["choices"][index]
+            choice["token_ids"], choice["logprobs"] = [3], {"token_logprobs": [-0.5]}
+            choice["weight_versions"], choice["finish_reason"] = [[3, 1]], "abort"
+        indices.clear()
+        return answer
+
+    return spoil
+
+
+def test_prompts_whose_samples_were_cut_short_are_sampled_again_with_their_seeds(tokenizer):
+    sender = FakeSender(cut_short([2, 3, 9]))
+    rollouts = RolloutClient([sender], tokenizer, CONFIG).sample(PROMPTS, n=2, temperature=0.5, seed=9)
+    first, second = [body for _, body, _ in sender.asked]
+    assert second["prompt"] == [first["prompt"][1], first["prompt"][4]]
+    assert second["seeds"] == [first["seeds"][1], first["seeds"][4]] and second["n"] == 2
+    assert rollouts.texts == ["b"] * 10 and {c.finish_reason for c in rollouts.completions} == {"stop"}
+
+
+def test_samples_that_are_cut_short_for_ever_end_with_the_key_to_change(tokenizer):
+    def always(answer):
+        return cut_short([0])(answer)
+
+    client = RolloutClient([FakeSender(always)], tokenizer, HfRolloutConfig(max_new_tokens=10, timeout_s=0.2))
+    with pytest.raises(RuntimeError, match=r"worker 5: 2 samples were cut short .*rollout\.timeout_s"):
+        client.sample(PROMPTS, n=2, temperature=0.5, seed=9)
+
+
+def test_the_share_of_a_worker_that_was_recovered_is_asked_for_again_and_only_that(tokenizer):
+    def dies_once(answer):
+        senders[1]._spoil = lambda answer: answer
+        raise RemoteError("worker 5", "completions", 0, "the worker is gone")
+
+    senders, recovered = [FakeSender(), FakeSender(dies_once)], []
+    client = RolloutClient(senders, tokenizer, CONFIG, lambda sender: not recovered.append(sender))
+    assert client.sample(PROMPTS, n=2, temperature=0.5, seed=9).texts == ["b"] * 10
+    assert recovered == [senders[1]]
+    assert [len(sender.asked) for sender in senders] == [1, 2]
+    assert senders[1].asked[0] == senders[1].asked[1]
+
+
+def test_a_worker_that_cannot_be_recovered_ends_sampling_with_its_error(tokenizer):
+    def dies(answer):
+        raise RemoteError("worker 5", "completions", 0, "the worker is gone")
+
+    with pytest.raises(RemoteError, match="the worker is gone"):
+        RolloutClient([FakeSender(dies)], tokenizer, CONFIG).sample(PROMPTS, n=2, temperature=0.5, seed=9)

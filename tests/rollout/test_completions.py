@@ -86,8 +86,8 @@ def test_whatever_the_message_it_is_answered_or_refused(change, mostly_good):
 
 def test_the_answer_has_vllms_form():
     request = parse({"prompt": [[3, 4]], "n": 2, "logprobs": 0}, LIMITS)
-    samples = [Sample([5, 1], [-0.5, -0.25], "stop"), Sample([6], [-1.0], "length")]
-    got = json.loads(json.dumps(answer(request, samples, 7)))
+    samples = [Sample([5, 1], [-0.5, -0.25], [7, 8], "stop"), Sample([6], [-1.0], [8], "length")]
+    got = json.loads(json.dumps(answer(request, samples)))
     assert [choice["index"] for choice in got["choices"]] == [0, 1]
     assert got["choices"][0] == {
         "index": 0,
@@ -96,5 +96,7 @@ def test_the_answer_has_vllms_form():
         "logprobs": {"token_logprobs": [-0.5, -0.25]},
         "finish_reason": "stop",
         "weight_version": 7,
+        "weight_versions": [[7, 1], [8, 1]],
     }
+    assert got["choices"][1]["weight_versions"] == [[8, 1]]
     assert got["usage"] == {"prompt_tokens": 2, "completion_tokens": 3}

@@ -11,7 +11,13 @@ from rlhf.rollout.sampling import Sampling
 EOS = 1
 MIXED = [[3, 4, 5, 6, 7], [8], [9, 2, 10], [4, 4], [11, 3, 5, 2, 6]]
 EQUAL = [[3, 4, 5], [8, 2, 2], [9, 2, 10]]
+VOCABULARY = 12
 SAMPLING = Sampling(n=3, max_tokens=10, temperature=0.6, stop_ids=(EOS,))
+
+
+def TURN():
+    """The weights stay at version 0."""
+    return 0
 
 
 def recomputed(model, prompt, sample, temperature):
@@ -28,7 +34,7 @@ def recomputed(model, prompt, sample, temperature):
 @pytest.mark.parametrize("temperature", [0.6, 0.0])
 def test_logprobs_are_those_of_a_recomputation_token_by_token(model, prompts, temperature):
     sampling = replace(SAMPLING, temperature=temperature)
-    samples = HfEngine(model).generate(prompts, range(len(prompts)), sampling)
+    samples = HfEngine(model).generate(prompts, range(len(prompts)), sampling, TURN)
     assert len({len(sample.ids) for sample in samples}) > 1, "rows must end at different lengths to test the dropping"
     for index, sample in enumerate(samples):
         assert sample.logprobs == pytest.approx(recomputed(model, prompts[index // 3], sample, temperature), abs=1e-5)
@@ -37,7 +43,7 @@ def test_logprobs_are_those_of_a_recomputation_token_by_token(model, prompts, te
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bloom", "sliding"])
 def test_any_causal_lm_samples_with_the_right_logprobs(architecture):
     model = ARCHITECTURES[architecture]()
-    samples = HfEngine(model).generate(MIXED, range(len(MIXED)), SAMPLING)
+    samples = HfEngine(model).generate(MIXED, range(len(MIXED)), SAMPLING, TURN)
     for index, sample in enumerate(samples):
         assert sample.logprobs == pytest.approx(recomputed(model, MIXED[index // 3], sample, 0.6), abs=1e-5)
 
@@ -73,16 +79,16 @@ ARCHITECTURES = {
 
 def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(model):
     engine = HfEngine(model)
-    together = engine.generate(MIXED, [10, 11, 12, 13, 14], SAMPLING)
-    alone = [sample for i, prompt in enumerate(MIXED) for sample in engine.generate([prompt], [10 + i], SAMPLING)]
-    backwards = engine.generate(MIXED[::-1], [14, 13, 12, 11, 10], SAMPLING)
+    together = engine.generate(MIXED, [10, 11, 12, 13, 14], SAMPLING, TURN)
+    alone = [sample for i, prompt in enumerate(MIXED) for sample in engine.generate([prompt], [10 + i], SAMPLING, TURN)]
+    backwards = engine.generate(MIXED[::-1], [14, 13, 12, 11, 10], SAMPLING, TURN)
     assert [s.ids for s in together] == [s.ids for s in alone]
     assert [s.ids for s in together[:3]] == [s.ids for s in backwards[-3:]]
     assert len({tuple(s.ids) for s in together}) > 5
 
 
 def test_a_row_ends_with_its_eos_or_at_the_limit_without_one(model):
-    samples = HfEngine(model).generate(MIXED * 4, range(20), SAMPLING)
+    samples = HfEngine(model).generate(MIXED * 4, range(20), SAMPLING, TURN)
     reasons = {sample.finish_reason for sample in samples}
     assert reasons == {"stop", "length"}
     for sample in samples:
@@ -92,21 +98,41 @@ def test_a_row_ends_with_its_eos_or_at_the_limit_without_one(model):
 
 
 def test_without_stop_ids_every_row_runs_to_the_limit(model):
-    samples = HfEngine(model).generate(MIXED, range(5), replace(SAMPLING, stop_ids=()))
+    samples = HfEngine(model).generate(MIXED, range(5), replace(SAMPLING, stop_ids=()), TURN)
     assert {(len(sample.ids), sample.finish_reason) for sample in samples} == {(10, "length")}
 
 
 def test_stopping_cuts_unfinished_rows_and_leaves_finished_ones(model):
-    whole = HfEngine(model).generate(MIXED, range(5), SAMPLING)
-    polls = iter([False, True])
-    cut = HfEngine(model).generate(MIXED, range(5), SAMPLING, lambda: next(polls))
+    whole = HfEngine(model).generate(MIXED, range(5), SAMPLING, TURN)
+    turns = iter([4, 4, None])
+    cut = HfEngine(model).generate(MIXED, range(5), SAMPLING, lambda: next(turns))
     assert {sample.finish_reason for sample in cut} == {"abort", "stop"}
     assert [sample.ids for sample in cut] == [sample.ids[:2] for sample in whole]
+    none = HfEngine(model).generate(MIXED, range(5), SAMPLING, lambda: None)
+    assert {(len(sample.ids), sample.finish_reason) for sample in none} == {(0, "abort")}
+
+
+def test_every_token_has_the_version_of_the_weights_that_sampled_it(model):
+    changing = copy.deepcopy(model)
+    whole = [s.ids for s in HfEngine(changing).generate(MIXED, range(5), replace(SAMPLING, stop_ids=()), TURN)]
+    turns = iter([7, 7, 8, 8, 8, 8, 8, 8, 8, 8])
+
+    def turn():
+        version = next(turns)
+        if version == 8:
+            changing.lm_head.weight.data.fill_(0.0)  # from here on all tokens are equally likely
+        return version
+
+    samples = HfEngine(changing).generate(MIXED, range(5), replace(SAMPLING, stop_ids=()), turn)
+    assert {tuple(sample.versions) for sample in samples} == {(7, 7, *[8] * 8)}
+    assert [sample.ids[:2] for sample in samples] == [ids[:2] for ids in whole]
+    for sample in samples:
+        assert sample.logprobs[2:] == pytest.approx([-np.log(VOCABULARY)] * 8, abs=1e-5)
 
 
 def test_samples_follow_the_models_distribution(model):
     prompt = [3, 4, 5]
-    samples = HfEngine(model).generate([prompt], [5], Sampling(20000, 1, 1.3, ()))
+    samples = HfEngine(model).generate([prompt], [5], Sampling(20000, 1, 1.3, ()), TURN)
     with torch.no_grad():
         expected = (model(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1).numpy() * 20000
     counts = np.bincount([sample.ids[0] for sample in samples], minlength=12)
@@ -128,29 +154,29 @@ def test_a_model_with_broken_weights_is_an_error_not_a_sample(temperature):
     model = ARCHITECTURES["llama"]()
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        HfEngine(model).generate(MIXED, range(5), replace(SAMPLING, temperature=temperature))
+        HfEngine(model).generate(MIXED, range(5), replace(SAMPLING, temperature=temperature), TURN)
 
 
 def test_a_learners_model_and_a_workers_sample_the_same_bits(model):
     prompts = [[3, 4, 5 + i % 4] for i in range(16)]
     frozen = copy.deepcopy(model).requires_grad_(False)
     sampling = replace(SAMPLING, n=8)
-    learning = HfEngine(copy.deepcopy(model).requires_grad_(True)).generate(prompts, range(16), sampling)
-    assert learning == HfEngine(frozen).generate(prompts, range(16), sampling)
+    learning = HfEngine(copy.deepcopy(model).requires_grad_(True)).generate(prompts, range(16), sampling, TURN)
+    assert learning == HfEngine(frozen).generate(prompts, range(16), sampling, TURN)
 
 
 def test_dropout_is_off_while_sampling_and_back_afterwards():
     model = ARCHITECTURES["gpt2"]().train()
     model.transformer.wte.eval()
     engine = HfEngine(model)
-    first = engine.generate(MIXED, range(5), SAMPLING)
-    assert first == engine.generate(MIXED, range(5), SAMPLING)
+    first = engine.generate(MIXED, range(5), SAMPLING, TURN)
+    assert first == engine.generate(MIXED, range(5), SAMPLING, TURN)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert [module.training for module in model.modules()].count(False) == 1
 
 
 def test_a_learner_can_train_the_model_after_sampling_from_it():
     model = ARCHITECTURES["dynamic_rope"]().train()
-    HfEngine(model).generate(MIXED, range(5), SAMPLING)
+    HfEngine(model).generate(MIXED, range(5), SAMPLING, TURN)
     model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
     assert model.lm_head.weight.grad is not None

@@ -14,15 +14,20 @@ import requests
 
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient
-from rlhf.rollout.launch import SOURCE, TOKEN_VARIABLE, WorkerProcess
-from rlhf.rollout.serve import listening
+from rlhf.rollout.launch import TOKEN_VARIABLE
 from rlhf.rollout.worker import WorkerSpec
 from rlhf.types import Prompt
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
+from transfer.process import SOURCE, WorkerProcess
+from transfer.serve import listening
 from transfer.wire import RemoteError
 
 PROMPTS = [Prompt("x", (3, 4, 5)), Prompt("y", (8,))]
 QWEN = {"architecture": {"model_type": "qwen3"}, "endpoint": {"backend": "local"}}
+
+
+def process_of(spec, folder, index=0):
+    return WorkerProcess(f"worker {index}", "rlhf.rollout.worker", spec.to_json(), folder / f"worker-{index}.log")
 
 
 def gone(process, within_s=20):
@@ -66,7 +71,7 @@ def test_workers_serve_once_fed_are_named_when_they_die_and_are_gone_afterwards(
 def test_a_worker_that_cannot_start_is_named_with_the_end_of_its_log(tmp_path):
     spec = replace(WorkerSpec(**QWEN), architecture={"model_type": "no_such_model"})
     with (
-        WorkerProcess(3, spec, tmp_path) as process,
+        process_of(spec, tmp_path, 3) as process,
         pytest.raises(RuntimeError, match=r"worker 3 died while it started(?s:.*)no_such_model"),
     ):
         process.port(time.monotonic() + 60)
@@ -74,7 +79,7 @@ def test_a_worker_that_cannot_start_is_named_with_the_end_of_its_log(tmp_path):
 
 def test_a_worker_that_is_too_slow_to_start_is_named_with_the_key_to_change(tmp_path):
     with (
-        WorkerProcess(0, WorkerSpec(**QWEN), tmp_path) as process,
+        process_of(WorkerSpec(**QWEN), tmp_path) as process,
         pytest.raises(RuntimeError, match=r"worker 0 did not come up within transfer\.sender\.start_timeout_s"),
     ):
         process.port(time.monotonic())
@@ -83,14 +88,14 @@ def test_a_worker_that_is_too_slow_to_start_is_named_with_the_key_to_change(tmp_
 PARENT = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
-    from rlhf.rollout.launch import WorkerProcess
     from rlhf.rollout.worker import WorkerSpec
+    from transfer.process import WorkerProcess
 
     def main():
         settings = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
         spec = WorkerSpec(architecture={"model_type": "qwen3", **settings}, endpoint={"backend": "local"}, token="t")
-        with WorkerProcess(0, spec, Path(sys.argv[1])) as worker:
+        with WorkerProcess("worker 0", "rlhf.rollout.worker", spec.to_json(), Path(sys.argv[1]) / "log") as worker:
             port = worker.port(time.monotonic() + 60)
             if sys.argv[2] == "with a child that holds the pipes" and os.fork() == 0:
                 time.sleep(60)

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from transfer.senders.direct import DirectSender
-from transfer.wire import ROUTES, Refused
+from transfer.wire import ROUTES, Refused, TransferError
 
 ASK = {"prompt": [[3, 4, 5]], "n": 2, "max_tokens": 50, "seeds": [1], "stop_token_ids": [], "logprobs": 0}
 
@@ -80,6 +80,22 @@ def test_a_paused_worker_refuses_until_it_is_resumed(worker):
     worker.resume({})
     assert worker.is_paused({}) == {"is_paused": False}
     assert len(worker.completions(ASK)["choices"]) == 2
+
+
+def test_a_paused_worker_is_resumed_only_with_whole_weights(worker, local_worker, model, monkeypatch):
+    _, transfer = local_worker
+    worker.pause({})
+    with monkeypatch.context() as broken:
+        broken.setattr(worker._receiver, "_write_weights", lambda: 1 / 0)
+        with pytest.raises(TransferError, match="division by zero"):
+            transfer.push(model.state_dict())
+    assert worker.status({})["phase"] == "quarantined"
+    with pytest.raises(Refused, match="finish one before resuming") as refused:
+        worker.resume({})
+    assert refused.value.status == 409
+    transfer.push(model.state_dict())
+    worker.resume({})
+    assert [choice["weight_version"] for choice in worker.completions(ASK)["choices"]] == [1, 1]
 
 
 def test_a_sleeping_worker_serves_only_after_it_is_woken_up_and_with_the_same_weights(worker):

@@ -26,7 +26,7 @@ def pair(tmp_path, weights, keep=2):
 def test_every_kind_of_tensor_comes_back_byte_for_byte(model, tmp_path):
     weights = model(seed=3).state_dict()
     publisher, intake, _ = pair(tmp_path, weights)
-    staged = intake.stage(0, publisher.write(0, weights, ()))
+    staged = intake.stage(0, publisher.write(0, weights, (), False)[0])
     assert fingerprint(staged) == {name: print_ for name, print_ in fingerprint(weights).items() if name in staged}
     assert set(staged) == {entry.name for entry in Manifest.of(weights).entries}
 
@@ -37,14 +37,14 @@ def test_weights_are_written_in_the_dtype_that_was_agreed_on(tmp_path):
     manifest = Manifest.of(weights, torch.bfloat16)
     intake = DiskIntake(publisher.endpoint)
     intake.prepare(manifest, publisher.prepare(manifest, weights), CPU)
-    assert torch.equal(intake.stage(0, publisher.write(0, weights, ()))["w"], weights["w"].bfloat16())
+    assert torch.equal(intake.stage(0, publisher.write(0, weights, (), False)[0])["w"], weights["w"].bfloat16())
 
 
 def test_only_the_newest_and_the_served_versions_stay(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, _, folder = pair(tmp_path, weights)
     for version in range(5):
-        publisher.write(version, weights, {1})
+        publisher.write(version, weights, {1}, False)
     assert sorted(os.listdir(folder)) == [
         f"{version:08d}.{kind}" for version in (1, 3, 4) for kind in ("json", "safetensors")
     ]
@@ -53,10 +53,10 @@ def test_only_the_newest_and_the_served_versions_stay(tmp_path):
 def test_versions_of_an_earlier_run_in_the_same_folder_are_left_alone(tmp_path):
     weights = {"w": torch.zeros(2)}
     earlier, _, folder = pair(tmp_path, weights)
-    earlier.write(57, weights, ())
+    earlier.write(57, weights, (), False)
     publisher, intake, _ = pair(tmp_path, weights, keep=1)
     for version in range(3):
-        where = publisher.write(version, weights, ())
+        where = publisher.write(version, weights, (), False)[0]
         intake.stage(version, where)
     assert {name.partition(".")[0] for name in os.listdir(folder)} == {"00000057", "00000002"}
 
@@ -64,7 +64,7 @@ def test_versions_of_an_earlier_run_in_the_same_folder_are_left_alone(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
-    where = publisher.write(0, weights, ())
+    where = publisher.write(0, weights, (), False)[0]
     raw = bytearray((folder / "00000000.safetensors").read_bytes())
     raw[-1] ^= 1
     (folder / "00000000.safetensors").write_bytes(raw)
@@ -75,7 +75,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 def test_a_file_of_another_version_or_of_other_weights_is_refused(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
-    where = publisher.write(0, weights, ())
+    where = publisher.write(0, weights, (), False)[0]
     record = json.loads((folder / "00000000.json").read_text())
     (folder / "00000000.json").write_text(json.dumps({**record, "version": 1}))
     with pytest.raises(ValueError, match="describes other weights"):
@@ -93,7 +93,7 @@ def test_tensors_other_than_the_manifest_says_are_refused(tmp_path):
 
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
-    publisher.write(0, weights, ())
+    publisher.write(0, weights, (), False)[0]
     raw = save({"w": torch.zeros(2, dtype=torch.int32)})
     (folder / "00000000.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="other tensors than its manifest says"):
@@ -104,7 +104,7 @@ def test_tensors_other_than_the_manifest_says_are_refused(tmp_path):
 def test_a_link_is_never_followed(name, tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
-    where = publisher.write(0, weights, ())
+    where = publisher.write(0, weights, (), False)[0]
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
     with pytest.raises(OSError, match="symbolic link"):
@@ -114,7 +114,7 @@ def test_a_link_is_never_followed(name, tmp_path):
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
-    where = publisher.write(0, weights, ())
+    where = publisher.write(0, weights, (), False)[0]
     (folder / "00000000.json").unlink()
     os.mkfifo(folder / "00000000.json")
     with pytest.raises(ValueError, match="must be a regular file"):
@@ -124,7 +124,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
 def test_no_path_comes_from_a_message(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, _ = pair(tmp_path, weights)
-    where = publisher.write(0, weights, ())
+    where = publisher.write(0, weights, (), False)[0]
     with pytest.raises(wire.Refused, match=r"where\.path is not known"):
         intake.stage(0, {**where, "path": "/etc/passwd"})
 
@@ -132,10 +132,10 @@ def test_no_path_comes_from_a_message(tmp_path):
 def test_a_write_that_fails_leaves_the_earlier_version_and_no_rest(tmp_path, monkeypatch):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
-    where = publisher.write(0, weights, ())
+    where = publisher.write(0, weights, (), False)[0]
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
-            publisher.write(1, weights, ())
+            publisher.write(1, weights, (), False)[0]
     assert sorted(os.listdir(folder)) == ["00000000.json", "00000000.safetensors"]
     assert torch.equal(intake.stage(0, where)["w"], weights["w"])

@@ -41,20 +41,20 @@ def test_an_error_while_weights_are_replaced_quarantines_until_the_next_push(tmp
     module = PlainModel(seed=0)
     with in_process(COPY, tmp_path, module, plain(1)) as (transfer, receiver):
         transfer.push(plain(1))
-        replace = receiver._replace_weights
+        replace = receiver._write_weights
 
         def torn():
             receiver._staged = {"first.bias": receiver._staged["first.bias"]}
             replace()
             raise RuntimeError("the device fell off")
 
-        receiver._replace_weights = torn
+        receiver._write_weights = torn
         with pytest.raises(wire.TransferError, match="finishing version 1: the device fell off"):
             transfer.push(plain(2))
         with pytest.raises(wire.Refused, match="quarantined") as caught, receiver.serving():
             pass
         assert caught.value.status == 503
-        receiver._replace_weights = replace
+        receiver._write_weights = replace
         transfer.push(plain(3))
         with receiver.serving():
             assert fingerprint(module.state_dict()) == fingerprint(plain(3))
@@ -62,14 +62,16 @@ def test_an_error_while_weights_are_replaced_quarantines_until_the_next_push(tmp
 
 def test_generation_never_sees_weights_of_one_version_under_the_label_of_another(tmp_path):
     module = PlainModel(seed=0)
-    wrong, done = [], threading.Event()
+    seen, wrong, done = set(), [], threading.Event()
     with in_process(COPY, tmp_path, module, plain(0)) as (transfer, receiver):
         expected = [fingerprint(plain(version)) for version in range(20)]
         transfer.push(plain(0))
 
         def generate():
             while not done.is_set():
-                with receiver.serving() as version:
+                with receiver.serving() as turn:
+                    version = turn()
+                    seen.add(version)
                     if fingerprint(module.state_dict()) != expected[version]:
                         wrong.append(version)
 
@@ -83,7 +85,7 @@ def test_generation_never_sees_weights_of_one_version_under_the_label_of_another
             done.set()
             for thread in threads:
                 thread.join(20)
-    assert wrong == []
+    assert wrong == [] and len(seen) > 3
 
 
 def test_the_gate_lets_the_waiting_flip_go_before_new_generation():

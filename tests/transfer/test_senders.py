@@ -131,7 +131,7 @@ def test_an_error_has_the_servers_own_message(value, message):
         with pytest.raises(wire.RemoteError) as caught:
             sender.call("pause", {})
         assert caught.value.status == 409 and message in caught.value.reason
-        assert str(caught.value).startswith("worker 0: pause: ")
+        assert str(caught.value).startswith(f"worker 0 ({server.url}): pause: ")
 
 
 def test_an_empty_answer_or_one_word_is_an_empty_object():

@@ -10,7 +10,9 @@ import torch
 from worker_process import Float8Model, OddModel, PlainModel, fingerprint, in_process, on_gpu, plain, worker_processes
 
 from transfer import make_receiver, make_transfer, wire
-from transfer.config import DiskConfig, IpcConfig, LocalConfig, SenderConfig, Take
+from transfer.config import DiskConfig, IpcConfig, LocalConfig, SenderConfig, Staging, Take, Verify
+from transfer.journal import Journal
+from transfer.protocol import Phase
 from transfer.senders.direct import DirectSender
 
 SENDER = SenderConfig(timeout_s=20.0)
@@ -19,6 +21,7 @@ CONFIGS = {
     "ipc copy": IpcConfig(sender=SENDER, take=Take.copy),
     "disk": DiskConfig(sender=SENDER),
 }
+LIVE = IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy)
 QUICK = IpcConfig(sender=SenderConfig(timeout_s=1.0))
 
 
@@ -113,9 +116,9 @@ def test_a_push_reports_what_it_moved_and_says_little(tmp_path):
         assert 0 < transfer.last.write_seconds <= transfer.last.seconds
         assert 0 < transfer.last.control_bytes < 2 * 3 * 400
         said = [verb for verb, _ in workers[0].log]
-        assert said[:2] == ["status", "init_weight_transfer_engine"]
-        assert said[2:] == ["start_weight_update", "update_weights", "finish_weight_update"] * 3
-        assert "first.weight" not in str(workers[0].log[2:]), "names travel once"
+        assert said[:4] == ["status", "status", "init_weight_transfer_engine", "status"]
+        assert said[4:] == ["start_weight_update", "update_weights", "finish_weight_update"] * 3
+        assert "first.weight" not in str(workers[0].log[4:]), "names travel once"
 
 
 # --- agreeing ---------------------------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ def test_a_worker_that_dies_in_finish_ends_the_push_with_an_error(tmp_path):
         with pytest.raises(wire.TransferError, match="finishing version 1 failed: worker 0"):
             transfer.push(plain(2))
         assert workers[1].peek()["weights"] == fingerprint(plain(2)), "whole, whichever it is"
-        with pytest.raises(wire.TransferError, match="version 1 failed: worker 0"):
+        with pytest.raises(wire.TransferError, match="agreeing on the weights failed: worker 0"):
             transfer.push(plain(3))
 
 
@@ -274,15 +277,15 @@ def test_a_slot_that_a_silent_worker_may_serve_is_not_overwritten(tmp_path):
         worker.faults |= {verb: "mute" for verb in ("finish_weight_update", "status", "abort_weight_update")}
         with pytest.raises(wire.TransferError, match="finishing version 1 failed"):
             transfer.push(plain(2))
-        worker.faults["start_weight_update"] = "die"
-        with pytest.raises(wire.TransferError, match="staging version 1 failed"):
+        worker.faults["init_weight_transfer_engine"] = "die"
+        with pytest.raises(wire.TransferError, match="agreeing on the weights failed"):
             transfer.push(plain(3))
-        slots = [fingerprint({"first.bias": slot["first.bias"]}) for slot in transfer._publisher._views]
+        slots = [fingerprint({"first.bias": slot["first.bias"]}) for slot in transfer._publisher._slots.views]
         assert slots == [fingerprint({"first.bias": plain(seed)["first.bias"]}) for seed in (1, 2)]
 
 
 def test_a_sender_that_never_comes_back_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("transfer.session.GRACE_S", 0.1)
+    monkeypatch.setattr("transfer.fleet.GRACE_S", 0.1)
     released = threading.Event()
 
     class Stuck(DirectSender):
@@ -315,10 +318,10 @@ def test_a_worker_that_missed_finish_catches_up_and_no_served_slot_is_overwritte
         receivers = [make_receiver(transfer.endpoint, module) for module in modules]
         transfer.open(plain(1), [DirectSender(r, f"worker {i}") for i, r in enumerate(receivers)])
         transfer.push(plain(1))
-        with receivers[1].serving() as version:  # a completion that takes longer than finish waits
+        with receivers[1].serving() as turn:  # a completion that takes longer than finish waits
             with pytest.raises(wire.TransferError, match=r"worker 1: .*completions are being generated"):
                 transfer.push(plain(2))
-            assert version == 0 and fingerprint(modules[1].state_dict()) == fingerprint(plain(1))
+            assert turn() == 0 and fingerprint(modules[1].state_dict()) == fingerprint(plain(1))
             with pytest.raises(wire.TransferError, match="worker 1"):
                 transfer.push(plain(3))
             assert fingerprint(modules[1].state_dict()) == fingerprint(plain(1))
@@ -386,3 +389,228 @@ def test_a_session_that_opens_again_serves_its_workers_anew(tmp_path):
             version = transfer.push(plain(2))
             assert [w.peek()["version"] for w in (*workers, *fresh)] == [version] * 2
             assert all(w.peek()["weights"] == fingerprint(plain(2)) for w in (*workers, *fresh))
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+
+
+class Meddler(DirectSender):
+    """Changes the staged bytes of a receiver in this process before the verb named `when`."""
+
+    def __init__(self, receiver, transfer, when):
+        super().__init__(receiver, "worker 0")
+        self._transfer, self._when = transfer, when
+
+    def call(self, verb, body, timeout_s=None):
+        if verb == self._when:
+            for slot in self._transfer._publisher._slots.views:
+                slot["first.bias"][3] += 1
+        return super().call(verb, body, timeout_s)
+
+
+def meddled(tmp_path, when, **dials):
+    """Whether a change of the shared bytes before `when` is seen: the error's text, or None; and the phase after it."""
+    module, policy = PlainModel(0), PlainModel(1)
+    with make_transfer(IpcConfig(sender=SENDER, **dials), tmp_path) as transfer:
+        receiver = make_receiver(transfer.endpoint, module)
+        transfer.open(policy.state_dict(keep_vars=True), [Meddler(receiver, transfer, when)])
+        try:
+            transfer.push(policy.state_dict())
+        except wire.TransferError as error:
+            return str(error), receiver.phase.value
+        return None, receiver.phase.value
+
+
+@pytest.mark.parametrize("take", Take)
+def test_bytes_that_change_on_the_way_are_seen_before_they_go_live(take, tmp_path):
+    error, phase = meddled(tmp_path, "update_weights", take=take)
+    assert "staging version 0: the staged weights have the digest xxh3:" in error and phase == "empty"
+    assert meddled(tmp_path, "update_weights", take=take, verify=Verify.off) == (None, "ready")
+
+
+@pytest.mark.parametrize("take", Take)
+def test_only_verify_full_sees_bytes_that_change_after_staging(take, tmp_path):
+    assert meddled(tmp_path, "finish_weight_update", take=take) == (None, "ready")
+    error, phase = meddled(tmp_path, "finish_weight_update", take=take, verify=Verify.full)
+    assert "finishing version 0: the live weights have the digest" in error and phase == "quarantined"
+
+
+@pytest.mark.parametrize("verify", [Verify.digest, Verify.full])
+def test_with_staging_live_what_was_copied_is_verified_as_the_trainer_may_have_gone_on(verify, tmp_path):
+    error, phase = meddled(tmp_path, "finish_weight_update", staging=Staging.live, take=Take.copy, verify=verify)
+    assert "finishing version 0: the live weights have the digest" in error and phase == "quarantined"
+
+
+# --- staging=live -----------------------------------------------------------------------------------------------------
+
+
+def test_with_staging_live_training_writes_into_the_memory_that_workers_read(tmp_path):
+    policy = PlainModel(1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+    with opened(LIVE, tmp_path, weights=policy.state_dict(keep_vars=True)) as (transfer, [worker]):
+        for version in range(4):
+            assert transfer.push(policy.state_dict()) == version
+            assert worker.peek()["weights"] == fingerprint(policy.state_dict())
+            policy.second(policy.first(torch.ones(5))).sum().backward()
+            optimizer.step()
+        assert worker.peek()["weights"] != fingerprint(policy.state_dict())
+        values = fingerprint(policy.state_dict())
+    assert fingerprint(policy.state_dict()) == values, "the parameters outlive the session"
+
+
+def test_with_staging_live_weights_that_are_not_the_shared_ones_are_refused(tmp_path):
+    policy = PlainModel(1)
+    with (
+        opened(LIVE, tmp_path, weights=policy.state_dict()) as (transfer, _),
+        pytest.raises(ValueError, match=r"state_dict\(keep_vars=True\)"),
+    ):
+        transfer.push(policy.state_dict())
+
+
+def test_with_staging_live_another_dtype_than_the_trainers_is_a_difference_of_the_manifests(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"dtype: first\.bias is float32, not bfloat16"),
+        opened(LIVE, tmp_path, dtype=torch.bfloat16),
+    ):
+        pass
+
+
+# --- workers that are started again -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_restarted_worker_serves_nothing_until_it_has_the_newest_version_again(name, tmp_path):
+    with opened(CONFIGS[name], tmp_path, count=2) as (transfer, workers):
+        transfer.push(plain(1))
+        transfer.push(plain(2))
+        workers[0].may_restart = True
+        workers[0].process.kill()
+        workers[0].process.join(20)
+        assert workers[0].restart() and workers[0].peek()["version"] is None
+        assert transfer.recover(workers[0])
+        seen = workers[0].peek()
+        assert seen["version"] == 1 and seen["weights"] == fingerprint(plain(2))
+        assert not transfer.recover(workers[0]) and not transfer.recover(workers[1]), "nothing is lost"
+        assert transfer.push(plain(3)) == 2
+        assert all(worker.peek()["weights"] == fingerprint(plain(3)) for worker in workers)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LIVE], ids=[*CONFIGS, "ipc live"])
+@pytest.mark.parametrize("fault", ["die", "die after"])
+@pytest.mark.parametrize("verb", ["start_weight_update", "update_weights", "finish_weight_update"])
+def test_a_worker_that_dies_in_a_push_and_is_started_again_ends_it_with_the_others(verb, fault, config, tmp_path):
+    policy = PlainModel(1)
+    with opened(config, tmp_path, count=2, weights=policy.state_dict(keep_vars=True)) as (transfer, workers):
+        transfer.push(policy.state_dict())
+        workers[1].may_restart = True
+        workers[1].faults[verb] = fault
+        with torch.no_grad():
+            policy.first.bias.add_(1)
+        assert transfer.push(policy.state_dict()) == 1
+        assert transfer.last.restarts == 1
+        for worker in workers:
+            assert worker.peek()["version"] == 1 and worker.peek()["weights"] == fingerprint(policy.state_dict())
+
+
+def test_with_staging_live_a_worker_that_lost_its_weights_cannot_get_the_old_version_again(tmp_path):
+    policy = PlainModel(1)
+    with opened(LIVE, tmp_path, weights=policy.state_dict(keep_vars=True)) as (transfer, [worker]):
+        transfer.push(policy.state_dict())
+        worker.may_restart = True
+        worker.process.kill()
+        worker.process.join(20)
+        assert not transfer.recover(worker), "the parameters may be those of the next version already"
+        assert transfer.push(policy.state_dict()) == 1 and worker.peek()["version"] == 1
+
+
+# --- messages that come late, and trainers that come back -------------------------------------------------------------
+
+
+class Late(DirectSender):
+    """Instead of a verb named in `instead`, once, calls what stands there; a refusal arrives as from any sender."""
+
+    def __init__(self, receiver, name):
+        super().__init__(receiver, name)
+        self.instead = {}
+
+    def call(self, verb, body, timeout_s=None):
+        instead = self.instead.pop(verb, None)
+        return super().call(verb, body, timeout_s) if instead is None else instead(verb, body)
+
+    def lost(self, verb, body):
+        raise wire.RemoteError(self.name, verb, 0, "no answer")
+
+
+def test_a_finish_of_a_failed_push_that_comes_during_the_next_one_changes_nothing(tmp_path):
+    with make_transfer(CONFIGS["ipc view"], tmp_path) as transfer:
+        modules = [PlainModel(seed=9), PlainModel(seed=9)]
+        receivers = [make_receiver(transfer.endpoint, module) for module in modules]
+        senders = [Late(receiver, f"worker {index}") for index, receiver in enumerate(receivers)]
+        transfer.open(plain(0), senders)
+        transfer.push(plain(0))
+        held = []
+
+        def hold(verb, body):
+            held.append(dict(body))
+            senders[0].lost(verb, body)
+
+        senders[0].instead["finish_weight_update"] = hold
+        senders[1].instead["finish_weight_update"] = senders[1].lost
+        with pytest.raises(wire.TransferError, match="finishing version 1 failed"):
+            transfer.push(plain(1))
+
+        def then_the_late_one(verb, body):
+            answer = receivers[0].update_weights(body)
+            with pytest.raises(wire.Refused, match="an older trainer's"):
+                receivers[0].finish_weight_update(held.pop())
+            return answer
+
+        senders[0].instead["update_weights"] = then_the_late_one
+        senders[1].instead["update_weights"] = senders[1].lost
+        with pytest.raises(wire.TransferError, match="staging version 1 failed"):
+            transfer.push(plain(2))
+        assert [receiver.version for receiver in receivers] == [0, 0] and held == []
+        for version in (1, 2):
+            assert transfer.push(plain(version + 2)) == version
+            assert all(fingerprint(module.state_dict()) == fingerprint(plain(version + 2)) for module in modules)
+
+
+@pytest.mark.parametrize("verify", [Verify.off, Verify.digest])
+def test_an_update_that_the_old_trainer_finishes_while_a_new_one_takes_over_is_counted(verify, tmp_path):
+    config = DiskConfig(sender=SENDER, path=str(tmp_path), verify=verify)
+    with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
+        module = PlainModel(seed=9)
+        receiver = make_receiver(old.endpoint, module)
+        old.open(plain(0), [DirectSender(receiver, "worker 0")])
+        old.push(plain(0))
+        sender = Late(receiver, "worker 0")
+
+        def first_the_old(verb, body):
+            old.push(plain(1))
+            return sender.call(verb, body)
+
+        sender.instead["init_weight_transfer_engine"] = first_the_old
+        new.open(plain(0), [sender])
+        for version in (2, 3):
+            assert new.push(plain(version + 5)) == version
+            assert fingerprint(module.state_dict()) == fingerprint(plain(version + 5))
+
+
+def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(tmp_path):
+    config = DiskConfig(sender=SENDER, path=str(tmp_path))
+    with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
+        receivers = [make_receiver(old.endpoint, PlainModel(seed=9)) for _ in range(2)]
+        senders = [DirectSender(receiver, f"worker {index}") for index, receiver in enumerate(receivers)]
+        old.open(plain(0), senders)
+        old.push(plain(0))
+        new.open(plain(0), senders)
+        new.push(plain(1))
+        receivers[1].__init__(old.endpoint, PlainModel(seed=9), Journal())  # as if it had been started again
+        assert not old.recover(senders[1])
+        assert receivers[1].phase is Phase.EMPTY
+        for _ in range(3):
+            with pytest.raises(wire.TransferError, match=r"an older trainer's|another trainer has taken over .*open"):
+                old.push(plain(2))
+        assert new.push(plain(3)) == 2 and [receiver.version for receiver in receivers] == [2, 2]
+        old.open(plain(0), senders)
+        assert old.push(plain(4)) == 3

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,13 @@ def _answer(receiver: Any, module: torch.nn.Module, verb: str, body: Any) -> Any
 class PipeSender:
     """A Sender over the pipe; `faults[verb]` is what the worker does at its next call of that verb."""
 
-    def __init__(self, connection: Any, name: str) -> None:
+    def __init__(self, start: Callable[[], tuple[Any, Any]], name: str) -> None:
         self.name = name
+        self.may_restart = False
+        self._start = start
+        self._connection, self.process = start()
         self.faults: dict[str, str] = {}
         self.log: list[tuple[str, dict[str, Any]]] = []
-        self._connection = connection
         self._number = 0
 
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
@@ -155,8 +157,21 @@ class PipeSender:
     def peek(self) -> dict[str, Any]:
         return self.call("peek", {})
 
+    def restart(self) -> bool:
+        if self.may_restart:
+            self.process.join(1)
+        if not self.may_restart or self.process.is_alive():
+            return False
+        self.close()
+        self._connection, self.process = self._start()
+        return True
+
     def close(self) -> None:
         self._connection.close()
+        self.process.join(20)
+        self.process.kill()
+        self.process.join()
+        self.process.close()
 
 
 @contextlib.contextmanager
@@ -164,21 +179,13 @@ def worker_processes(
     endpoint: Mapping[str, Any], model: str, count: int = 1, **dials: Any
 ) -> Iterator[list[PipeSender]]:
     """Senders to `count` worker processes, whose models are made from `dials`."""
-    senders, processes = [], []
-    try:
-        for index in range(count):
-            ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(theirs, dict(endpoint), (model, dials)), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            senders.append(PipeSender(ours, f"worker {index}"))
-        yield senders
-    finally:
-        for sender in senders:
-            sender.close()
-        for process in processes:
-            process.join(20)
-            process.kill()
-            process.join()
-            process.close()
+
+    def start() -> tuple[Any, Any]:
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_serve, args=(theirs, dict(endpoint), (model, dials)), daemon=True)
+        process.start()
+        theirs.close()
+        return ours, process
+
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(PipeSender(start, f"worker {i}"))) for i in range(count)]

@@ -22,5 +22,9 @@ class DirectSender:
         except wire.Refused as error:
             raise wire.RemoteError(self.name, verb, error.status, error.reason) from error
 
+    def restart(self) -> bool:
+        """A worker in this process lives as long as it."""
+        return False
+
     def close(self) -> None:
         """The worker belongs to whoever made it."""

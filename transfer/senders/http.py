@@ -4,65 +4,88 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
-from http.cookiejar import DefaultCookiePolicy
+from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlencode
+
+from urllib3 import connection_from_url
+from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import TimeoutError as NoAnswer
+from urllib3.util import SKIP_HEADER, parse_url
 
 from transfer import wire
+
+Relaunch = Callable[[], str | None]  # starts a dead worker again and gives its URL; None if it lives, or cannot be
 
 
 class HttpSender:
     """POSTs (or GETs) `wire.ROUTES` at `url` with a bearer token; may be called from several threads at once.
 
-    urllib3, below requests, sets TCP_NODELAY on every connection and repeats nothing by itself.
+    urllib3 sets TCP_NODELAY on every connection and is told to repeat nothing; no proxy, no cookies, no redirects: the
+    token goes to the worker alone.
     """
 
-    def __init__(self, url: str, token: str | None, name: str, timeout_s: float) -> None:
-        import requests
-
-        self.name = name
+    def __init__(
+        self, url: str, token: str | None, worker: str, timeout_s: float, relaunch: Relaunch | None = None
+    ) -> None:
         self.bytes_sent = 0  # bodies only
         self.bytes_received = 0
-        self._url = url.rstrip("/")
+        self._worker = worker
+        self._relaunch = relaunch
         self._timeout_s = timeout_s
         self._lock = threading.Lock()  # of the two counters
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy, no netrc: the token goes to the worker alone
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._headers = {"Content-Type": "application/json", "User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
         if token is not None:
-            self._session.headers["Authorization"] = f"Bearer {token}"
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._move(url)
 
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """The worker's JSON answer; RemoteError with the worker's own message, status 0 if none came in time."""
-        import requests
-
         method, path = wire.ROUTES[verb]
         deadline = self._timeout_s if timeout_s is None else timeout_s
         payload = json.dumps(body).encode() if method == "POST" else b""
+        if method == "GET" and body:
+            path += "?" + urlencode(body)
         try:
-            answer = self._session.request(
+            answer = self._pool.urlopen(
                 method,
-                self._url + path,
-                params=dict(body) if method == "GET" else None,
-                data=payload or None,
-                headers={"Content-Type": "application/json"},
+                self._prefix + path,
+                body=payload or None,
+                headers=self._headers,
                 timeout=deadline,
-                allow_redirects=False,
+                retries=False,
+                redirect=False,
             )
-        except requests.Timeout:
-            raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
-        except requests.RequestException as error:
+        except NewConnectionError as error:  # urllib3 counts it among the time-outs
             raise wire.RemoteError(self.name, verb, 0, f"no connection to {self._url}: {error}") from None
+        except NoAnswer:
+            raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
+        except HTTPError as error:
+            raise wire.RemoteError(self.name, verb, 0, f"the connection to {self._url} broke: {error}") from None
         with self._lock:
             self.bytes_sent += len(payload)
-            self.bytes_received += len(answer.content)
-        if answer.status_code != 200:
-            raise wire.RemoteError(self.name, verb, answer.status_code, _message(answer.content, answer.reason))
-        return _parsed(answer.content, self.name, verb)
+            self.bytes_received += len(answer.data)
+        if answer.status != 200:
+            raise wire.RemoteError(self.name, verb, answer.status, _message(answer.data, str(answer.reason)))
+        return _parsed(answer.data, self.name, verb)
+
+    def restart(self) -> bool:
+        """Start a worker anew that has died, if this sender was told how: it may then be at another address."""
+        url = None if self._relaunch is None else self._relaunch()
+        if url is not None:
+            self._pool.close()
+            self._move(url)
+        return url is not None
+
+    def _move(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self.name = f"{self._worker} ({self._url})"
+        self._prefix = parse_url(self._url).path or ""
+        self._pool = connection_from_url(self._url, maxsize=4)
 
     def close(self) -> None:
         """Close the connections."""
-        self._session.close()
+        self._pool.close()
 
 
 def _parsed(raw: bytes, name: str, verb: str) -> dict[str, Any]:

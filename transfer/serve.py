@@ -11,27 +11,31 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from rlhf.rollout.worker import Worker, WorkerSpec
-
-    Build = Callable[[WorkerSpec], Worker]
-
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def serve_alone(spec: WorkerSpec, build: Build) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+class Address(Protocol):
+    """Where a worker is to listen, and who may call."""
+
+    host: str
+    port: int  # 0: a free one
+    token: str  # bearer token; empty: whoever reaches the loopback port may call
+
+
+def serve_alone(spec: Address, build: Callable[[], Any]) -> None:
+    """Serve the worker that `build` makes, until SIGTERM or Ctrl-C."""
     with listening(spec) as listener:
-        server = _server(build(spec), spec.token)
+        server = _server(build(), spec.token)
         print(f"rollout worker on http://{spec.host}:{listener.getsockname()[1]}", flush=True)
         server.run(sockets=[listener])
 
 
-def serve_parent(spec: WorkerSpec, build: Build) -> None:
+def serve_parent(spec: Address, build: Callable[[], Any]) -> None:
     """Serve the process that started this one: report `{"port": N}` as a line of stdout, and end when stdin ends.
 
     The parent holds the other end of stdin and writes no more to it: the end comes when the parent closes it or dies,
@@ -42,7 +46,7 @@ def serve_parent(spec: WorkerSpec, build: Build) -> None:
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes to the log
     with listening(spec) as listener:
-        server = _server(build(spec), spec.token)
+        server = _server(build(), spec.token)
         threading.Thread(target=_run, args=(server, listener), daemon=True).start()
         with report:
             print(json.dumps({"port": listener.getsockname()[1]}), file=report)
@@ -51,7 +55,7 @@ def serve_parent(spec: WorkerSpec, build: Build) -> None:
     os._exit(0)  # at once: threads may be sampling, and nothing here outlives the process
 
 
-def listening(spec: WorkerSpec) -> socket.socket:
+def listening(spec: Address) -> socket.socket:
     """A listening socket on the spec's address; ValueError for one beyond loopback without a token."""
     if not spec.token and not _is_loopback(spec.host):
         raise ValueError(
@@ -70,19 +74,22 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _server(worker: Worker, token: str) -> uvicorn.Server:
+def _server(worker: Any, token: str) -> uvicorn.Server:
     import uvicorn
 
-    from rlhf.rollout.app import make_app
+    from transfer.app import make_app
+    from transfer.bounded_http import BoundedHttp
 
     config = uvicorn.Config(
         make_app(worker, token),
         loop="asyncio",
+        http=BoundedHttp,
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,
+        date_header=False,
         timeout_keep_alive=3600,  # a trainer's connection stays between two steps, however long the step
     )
     return uvicorn.Server(config)

@@ -1,0 +1,65 @@
+"""A thousand updates to a worker process: memory, descriptors and /dev/shm stay as they are."""
+
+import os
+import secrets
+import time
+from contextlib import closing
+
+import psutil
+import pytest
+import torch
+
+from transfer import make_transfer
+from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig, Staging, Take
+from transfer.digest import digest_of
+from transfer.manifest import Manifest
+from transfer.plain_worker import PlainSpec
+from transfer.process import WorkerProcess
+from transfer.senders.http import HttpSender
+
+SENDER = HttpSenderConfig()
+CONFIGS = {
+    "arena view": IpcConfig(sender=SENDER),
+    "arena copy": IpcConfig(sender=SENDER, take=Take.copy),
+    "live copy": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy),
+    "disk": DiskConfig(sender=SENDER),
+}
+UPDATES = 1000
+WARM_UP = 100
+FEW = UPDATES // 50  # memory maps: a thread of the worker's pool more or less has a few
+GROWTH = 2 * 2**20  # bytes; one update moves half of that, so a single leaked copy in two would be seen at once
+
+
+def held(process):
+    """What a process holds: resident bytes, descriptors, memory maps."""
+    with process.oneshot():
+        return process.memory_info().rss, process.num_fds(), len(process.memory_maps(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_thousand_updates_leave_memory_descriptors_and_shared_memory_flat(name, tmp_path):
+    weights = {f"w{i}": torch.nn.Parameter(torch.randn(6400)) for i in range(40)}
+    before = set(os.listdir("/dev/shm"))
+    with make_transfer(CONFIGS[name], tmp_path) as transfer:
+        spec = PlainSpec(
+            manifest=Manifest.of(weights).to_json(), endpoint=dict(transfer.endpoint), token=secrets.token_hex(32)
+        )
+        with WorkerProcess("worker 0", "transfer.plain_worker", spec.to_json(), tmp_path / "log") as worker:
+            url = f"http://127.0.0.1:{worker.port(time.monotonic() + 60)}"
+            with closing(HttpSender(url, spec.token, "worker 0", 20.0)) as sender:
+                transfer.open(weights, [sender])
+                processes = [psutil.Process(), psutil.Process(worker.pid)]
+                for update in range(UPDATES + WARM_UP):
+                    if update == WARM_UP:
+                        at_first = [held(process) for process in processes]
+                    with torch.no_grad():
+                        weights["w7"].add_(1)
+                    assert transfer.push(weights) == update
+                at_last = [held(process) for process in processes]
+                assert sender.call("completions", {})["digest"] == digest_of(weights[name] for name in sorted(weights))
+                assert set(os.listdir("/dev/shm")) == before
+    for (rss, fds, maps), (rss_then, fds_then, maps_then) in zip(at_first, at_last, strict=True):
+        assert fds_then == fds
+        assert maps_then - maps <= FEW
+        assert rss_then - rss <= GROWTH, f"{UPDATES} updates took {(rss_then - rss) / 2**20:.1f} MiB"
