@@ -29,7 +29,6 @@ def histories_hold(request):
     yield
     for journals in sorted(folder.rglob("journal")):
         counts = check(journals)
-        assert counts, f"{journals} holds no event"
         summary = journals.parent / "summary.json"
         if summary.exists() and json.loads(summary.read_text())["status"] == "finished":
             missing = {"open", "publish", "pushed", "init", "finish", "serve", "consume"} - set(counts)

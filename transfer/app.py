@@ -89,13 +89,13 @@ class Verb:
         if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
             await _send(send, 411, _error(411, "send the body with a Content-Length, not in chunks"), [CLOSE])
             return
-        body = await _body(receive, self._limit) if scope["method"] == "POST" else b""
+        body = await _body(receive, self._limit) if scope["method"] == "POST" else bytearray()
         if body is not None:
             loop = asyncio.get_running_loop()
             status, answer = await loop.run_in_executor(self._pool, self._answer, body, scope["query_string"])
             await _send(send, status, answer)
 
-    def _answer(self, body: bytes, query: bytes) -> tuple[int, bytes]:
+    def _answer(self, body: bytearray, query: bytes) -> tuple[int, bytes]:
         """The status and the JSON of the worker's answer; never raises."""
         try:
             message = _shallow(wire.loads(body, self._limit))  # 413 if over the limit
@@ -109,7 +109,7 @@ class Verb:
             return 500, _error(500, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-async def _body(receive: Receive, limit: int) -> bytes | None:
+async def _body(receive: Receive, limit: int) -> bytearray | None:
     """The body, read no further than one chunk beyond the limit; None if the client is gone."""
     body = bytearray()
     more = True
@@ -119,7 +119,7 @@ async def _body(receive: Receive, limit: int) -> bytes | None:
             return None
         body += event.get("body", b"")
         more = event.get("more_body", False)
-    return bytes(body)
+    return body
 
 
 def _shallow(message: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class ArenaPublisher:
         free = [slot for slot, held in enumerate(self._versions) if held is None or held not in served]
         assert free, f"all slots are served: {self._versions}"
         slot = free[0]
+        self._versions = [None if held == version else held for held in self._versions]
         self._versions[slot] = version
         views = self._slots.views[slot]
         digest = _copy(views, weights, with_digest)

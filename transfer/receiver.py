@@ -194,7 +194,7 @@ class Receiver:
             if "epoch" not in body:
                 wire.only(dict(body), {"is_checkpoint_format": lambda value: value is True})
                 return self._start(protocol.Start(0, self._next()))
-            known = {"epoch": wire.is_int, "version": wire.is_int, "digest": wire.is_str}
+            known = {"epoch": _is_epoch, "version": wire.is_int, "digest": wire.is_str}
             _only(body, known, optional={"digest"})
             return self._start(protocol.Start(**body))
 
@@ -203,7 +203,7 @@ class Receiver:
         info = _only(body, {"update_info": _is_dict})["update_info"]
         with self._alone():
             if "epoch" in info:
-                _only(info, {"epoch": wire.is_int, "version": wire.is_int, "where": _is_dict}, "update_info")
+                _only(info, {"epoch": _is_epoch, "version": wire.is_int, "where": _is_dict}, "update_info")
                 message = protocol.Update(info["epoch"], info["version"])
                 return self._update(message, lambda: self._intake.stage(message.version, info["where"]))
             alone = protocol.expired(self._state, time.monotonic()).target is None
@@ -219,7 +219,7 @@ class Receiver:
             if "epoch" not in body:
                 wire.only(dict(body), {"weight_version": _is_version})
                 return self._finish_chunks(self._labelled(body.get("weight_version")))
-            _only(body, {"epoch": wire.is_int, "weight_version": _is_version})
+            _only(body, {"epoch": _is_epoch, "weight_version": _is_version})
             return self._finish(protocol.Finish(body["epoch"], int(body["weight_version"])))
 
     def abort_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,8 +360,8 @@ def _reasons(doing: str) -> Iterator[None]:
     except wire.Refused as error:
         raise wire.Refused(error.status, f"{doing}: {error.reason}") from error
     except Exception as error:
-        status = 422 if isinstance(error, ValueError) else 500
-        raise wire.Refused(status, f"{doing}: {error or type(error).__name__}") from error
+        status = 422 if isinstance(error, ValueError | OSError) else 500  # OSError: there is no such file or memory
+        raise wire.Refused(status, f"{doing}: {str(error) or type(error).__name__}") from error
 
 
 def _only(
@@ -391,6 +391,10 @@ def _is_one_of(kind: type[enum.Enum]) -> Callable[[Any], bool]:
     return tuple(member.value for member in kind).__contains__
 
 
+def _is_epoch(value: Any) -> bool:
+    return wire.is_int(value) and value > 0  # 0 is one-shot's
+
+
 def _is_version(value: Any) -> bool:
     return isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18
 
@@ -405,7 +409,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 INIT_INFO: dict[str, Callable[[Any], bool]] = {  # of a session
-    "epoch": wire.is_int,
+    "epoch": _is_epoch,
     "manifest": _is_dict,
     "timeout_s": _is_timeout,
     "where": _is_dict,

@@ -5,7 +5,7 @@
     finish     only when all have staged; else abort to all, and the live weights are the old ones everywhere
 
 After a failure the next push takes a new epoch first: then no late message of the failed one counts, and what each
-worker serves is known. A version that no worker serves may be given again, to other weights.
+worker serves is known. A version's number is used up once any worker was told to finish it.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class Session:
         self._epoch = 0  # the highest that this session has taken
         self._unsure = True  # an update has ended, nobody knows how, in some worker
         self._newest: int | None = None  # version that any worker has finished
+        self._named = -1  # the highest version that any worker was told to finish, and may have served
         self._writes: dict[int, Written] = {}  # versions whose bytes are still there
         self._restarts = 0
         self.endpoint: Mapping[str, Any] = publisher.endpoint  # what a worker is told, privately, at its launch; JSON
@@ -137,7 +138,7 @@ class Session:
             raise ValueError("open the transfer before the first push")
         if self._unsure:
             self._take_over()
-        version = 0 if self._newest is None else self._newest + 1
+        version = 1 + max(self._named, -1 if self._newest is None else self._newest)
         self._check(weights, version)
         writing = time.monotonic()
         written = self._write(weights, version)
@@ -270,6 +271,7 @@ class Session:
         return self._fleet.converse(members, messages)[1]
 
     def _finish(self, members: Sequence[Member], version: int) -> Failures:
+        self._named = max(self._named, version)
         body = {"epoch": self._epoch, "weight_version": str(version)}
         answers, failures = self._fleet.ask(members, "finish_weight_update", body)
         for member in [*answers, *self._finished_unheard(list(failures), version)]:

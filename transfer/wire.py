@@ -64,7 +64,7 @@ class TransferError(RuntimeError):
     """A weight update that did not happen; no worker serves a mixture. Names worker, phase, version and reason."""
 
 
-def loads(raw: bytes | str, limit: int = MAX_CONTROL_BYTES) -> dict[str, Any]:
+def loads(raw: bytes | bytearray | str, limit: int = MAX_CONTROL_BYTES) -> dict[str, Any]:
     """Parse one JSON object strictly: Refused 413 over `limit` bytes; 422 on duplicate keys, NaN, or no object."""
     if len(raw) > limit:
         raise Refused(413, f"the body has more than {limit} bytes")

@@ -48,7 +48,7 @@ def worker_spec(policy: Any, config: RunConfig, endpoint: Mapping[str, Any]) -> 
         device=parameter.device.type,
         attention=config.model.attention,
         threads=config.threads,
-        token=secrets.token_hex(32),
+        token=secrets.token_urlsafe(32),
     )
 
 

@@ -158,7 +158,7 @@ class Worker:
 
         Level 1 alone: between completions this engine holds nothing but the weights, which may be the trainer's memory.
         """
-        wire.only(dict(body), {"level": lambda value: value in (1, "1")})
+        wire.only(dict(body), {"level": lambda value: value in ("1", 1) and type(value) in (int, str)})
         self._gate.pause("wait")
         self._asleep = True
         self._engine.release()
@@ -166,7 +166,9 @@ class Worker:
 
     def wake_up(self, body: Body) -> Answer:
         """Serve again; what `tags` name (vLLM's: weights, kv_cache) is there at once."""
-        wire.only(dict(body), {"tags": lambda value: wire.is_str(value) or isinstance(value, list)})
+        wire.only(
+            dict(body), {"tags": lambda value: all(map(wire.is_str, value if isinstance(value, list) else [value]))}
+        )
         if self._asleep:
             self._asleep = False
             self._gate.resume()

@@ -42,7 +42,7 @@ Row = dict[str, float]
 
 def tests(folder: Path) -> str:
     """The tests that are marked gpu."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--ignore", "tests/fuzz", "tests"]
     return _output(command, folder / "tests.log").splitlines()[-1]
 
 

@@ -95,7 +95,7 @@ def test_a_paused_worker_is_resumed_only_with_whole_weights(worker, local_worker
     assert refused.value.status == 409
     transfer.push(model.state_dict())
     worker.resume({})
-    assert [choice["weight_version"] for choice in worker.completions(ASK)["choices"]] == [1, 1]
+    assert [choice["weight_version"] for choice in worker.completions(ASK)["choices"]] == [2, 2]
 
 
 def test_a_sleeping_worker_serves_only_after_it_is_woken_up_and_with_the_same_weights(worker):

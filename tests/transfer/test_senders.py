@@ -106,11 +106,11 @@ def test_a_verb_becomes_its_route_with_the_token_and_json_over_one_connection():
             assert sender.call("start_weight_update", {"epoch": 1}) == {"ok": True}
         assert sender.call("status", {"deep": 2}) == {"ok": True}
         method, path, headers, body, _ = server.seen[0]
-        assert (method, path, body) == ("POST", "/start_weight_update", b'{"epoch": 1}')
+        assert (method, path, body) == ("POST", "/start_weight_update", b'{"epoch":1}')
         assert headers["Authorization"] == "Bearer secret" and headers["Content-Type"] == "application/json"
         assert server.seen[3][:2] == ("GET", "/status?deep=2")
         assert len({seen[4] for seen in server.seen}) == 1, "one kept-alive connection"
-        assert (sender.bytes_sent, sender.bytes_received) == (3 * len(b'{"epoch": 1}'), 4 * len(b'{"ok": true}'))
+        assert (sender.bytes_sent, sender.bytes_received) == (3 * len(b'{"epoch":1}'), 4 * len(b'{"ok": true}'))
 
 
 @pytest.mark.parametrize(
@@ -325,8 +325,8 @@ def test_updates_through_ray_arrive_in_shared_memory(ray, tmp_path):
             assert transfer.push(PlainModel(version).state_dict()) == version
             expected = fingerprint(PlainModel(version).state_dict())
             assert ray.get([actor.peek.remote() for actor in actors]) == [expected, expected]
-        with pytest.raises(wire.RemoteError, match="epoch 0 is an older") as caught:
-            senders[0].call("start_weight_update", {"epoch": 0, "version": 9})
+        with pytest.raises(wire.RemoteError, match="epoch 2 is not initialised here") as caught:
+            senders[0].call("start_weight_update", {"epoch": 2, "version": 9})
         assert caught.value.status == 409
         for actor in actors:
             ray.kill(actor)

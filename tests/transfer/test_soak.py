@@ -43,7 +43,7 @@ def test_a_thousand_updates_leave_memory_descriptors_and_shared_memory_flat(name
     before = set(os.listdir("/dev/shm"))
     with make_transfer(CONFIGS[name], tmp_path) as transfer:
         spec = PlainSpec(
-            manifest=Manifest.of(weights).to_json(), endpoint=dict(transfer.endpoint), token=secrets.token_hex(32)
+            manifest=Manifest.of(weights).to_json(), endpoint=dict(transfer.endpoint), token=secrets.token_urlsafe(32)
         )
         with WorkerProcess("worker 0", "transfer.plain_worker", spec.to_json(), tmp_path / "log") as worker:
             url = f"http://127.0.0.1:{worker.port(time.monotonic() + 60)}"

@@ -166,7 +166,7 @@ def _train(weights: Mapping[str, torch.Tensor]) -> None:
 def _spec(manifest: dict[str, Any], endpoint: Mapping[str, Any], device: str) -> PlainSpec:
     from transfer.plain_worker import PlainSpec
 
-    return PlainSpec(manifest=manifest, endpoint=dict(endpoint), device=device, token=secrets.token_hex(32))
+    return PlainSpec(manifest=manifest, endpoint=dict(endpoint), device=device, token=secrets.token_urlsafe(32))
 
 
 def _compare(served: Mapping[str, Any], version: int, weights: list[torch.Tensor]) -> None:

@@ -43,7 +43,7 @@ class HttpSender:
         """The worker's JSON answer; RemoteError with the worker's own message, status 0 if none came in time."""
         method, path = wire.ROUTES[verb]
         deadline = self._timeout_s if timeout_s is None else timeout_s
-        payload = json.dumps(body).encode() if method == "POST" else b""
+        payload = json.dumps(body, separators=(",", ":")).encode() if method == "POST" else b""
         if method == "GET" and body:
             path += "?" + urlencode(body)
         try:

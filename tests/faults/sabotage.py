@@ -1,0 +1,143 @@
+"""Faults that are planted on purpose, to prove that the harness sees what it is there to see."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transfer import arena, protocol, session
+from transfer.gate import Gate
+from transfer.receiver import Receiver
+
+
+def plant(name: str) -> None:
+    """Make this process, trainer or worker, faulty; "" leaves it as it is."""
+    if name:
+        PLANTED[name]()
+
+
+def label_before_flip() -> None:
+    """The worker goes by the new version first, then replaces one tensor after the other while it serves."""
+
+    @contextmanager
+    def nobody_waits(self: Gate, timeout_s: float) -> Iterator[None]:
+        yield
+
+    def replace_weights(self: Receiver) -> None:
+        torn = protocol.reported(self._state, protocol.Event.WRITING)
+        self._state = protocol.reported(torn, protocol.Event.FLIPPED)
+        for name, staged in self._staged.items():
+            for tensor in self._tensors[name]:
+                tensor.data = staged
+                time.sleep(0.0005)
+
+    Gate.exclusive = nobody_waits
+    Receiver._replace_weights = replace_weights
+
+
+def serves_when_empty() -> None:
+    """A worker without weights serves what it was built with, as version 0."""
+    Receiver._serves = lambda self: self._state.version or 0
+
+
+def writes_what_is_served() -> None:
+    """The trainer writes into the first slot whoever serves it."""
+    write = arena.ArenaPublisher.write
+
+    def careless(self: Any, version: int, weights: Any, served: Collection[int], with_digest: bool) -> Any:
+        return write(self, version, weights, (), with_digest)
+
+    arena.ArenaPublisher.write = careless
+
+
+def takes_replays() -> None:
+    """The worker applies a version, also an older one, as often as it comes."""
+
+    def start(state: protocol.State, message: protocol.Start) -> tuple[protocol.State, protocol.Decision]:
+        staging = dataclasses.replace(
+            state, target=message.version, target_digest=message.digest, staged=state.target == message.version
+        )
+        return staging, protocol.Do()
+
+    protocol._start = start
+
+
+def obeys_anybody() -> None:
+    """The worker does what the messages of any trainer say."""
+    step = protocol.step
+
+    def unfenced(state: protocol.State, message: protocol.Message, now: float, lease_s: float) -> Any:
+        if not isinstance(message, protocol.Init):
+            message = dataclasses.replace(message, epoch=state.epoch)
+        return step(state, message, now, lease_s)
+
+    protocol.step = unfenced
+
+
+def remembers() -> None:
+    """A worker that is started again serves the weights that it had before its end."""
+    made, replace_weights = Receiver.__init__, Receiver._replace_weights
+
+    def place(self: Receiver) -> Path:
+        return Path(self._journal._file.name).with_suffix(".remembered")
+
+    def replaced(self: Receiver) -> None:
+        replace_weights(self)
+        tensors = {name: tensors[0].clone() for name, tensors in self._tensors.items()}
+        new = place(self).with_suffix(".new")
+        torch.save((self._state.version, self._state.digest, tensors), new)
+        new.replace(place(self))
+
+    def remembering(self: Receiver, *arguments: Any) -> None:
+        made(self, *arguments)
+        if place(self).exists():
+            version, digest, tensors = torch.load(place(self))
+            self._state = protocol.State(version=version, digest=digest)
+            for name, tensor in tensors.items():
+                self._tensors[name][0].data = tensor
+
+    Receiver.__init__ = remembering
+    Receiver._replace_weights = replaced
+
+
+def leaks_descriptors() -> None:
+    """The worker forgets to close a file whenever a trainer comes."""
+    agree = Receiver._agree
+
+    def leaking(self: Receiver, info: Any) -> None:
+        os.open("/dev/null", os.O_RDONLY)
+        agree(self, info)
+
+    Receiver._agree = leaking
+
+
+def leaks_shared_memory() -> None:
+    """The trainer has a name in /dev/shm, which a kill leaves there."""
+    opened = session.Session.open
+
+    def leaking(self: Any, *arguments: Any) -> None:
+        Path(f"/dev/shm/{LEAKED}{secrets.token_hex(4)}").write_bytes(b"weights")
+        opened(self, *arguments)
+
+    session.Session.open = leaking
+
+
+LEAKED = "planted-by-tests-faults-"
+PLANTED: dict[str, Callable[[], None]] = {
+    "label-before-flip": label_before_flip,
+    "serves-when-empty": serves_when_empty,
+    "writes-what-is-served": writes_what_is_served,
+    "takes-replays": takes_replays,
+    "obeys-anybody": obeys_anybody,
+    "remembers": remembers,
+    "leaks-descriptors": leaks_descriptors,
+    "leaks-shared-memory": leaks_shared_memory,
+}

@@ -1,0 +1,69 @@
+"""The kill harness itself: it finds nothing wrong with the transfer, and each fault that is planted."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOUND = {  # what is planted: what of it may be seen first
+    "label-before-flip": {"torn or mislabelled"},
+    "serves-when-empty": {"torn or mislabelled"},
+    "writes-what-is-served": {"torn or mislabelled"},
+    "takes-replays": {"torn or mislabelled", "stale", "history"},
+    "obeys-anybody": {"torn or mislabelled", "stale", "history"},
+    "remembers": {"stale", "history"},
+    "leaks-descriptors": {"descriptors"},
+    "leaks-shared-memory": {"left in /dev/shm"},
+}
+
+
+def faults(*arguments: str, limit_s: int) -> tuple[int, str]:
+    """The exit code of `python -m tests.faults`, and what it prints."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        command = [sys.executable, "-m", "tests.faults", "--folder", folder, "--limit", str(limit_s), *arguments]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s + 30, check=False)
+    print(ended.stdout, ended.stderr, sep="\n")
+    return ended.returncode, ended.stdout
+
+
+def zeros(output: str) -> dict[str, int]:
+    """The numbers that must be zero."""
+    rows = re.findall(r"^  \S.*?  +[\d,]+  (\S.*?)  +(\d+)$", output, re.MULTILINE)
+    return {name: int(number) for name, number in rows}
+
+
+def test_a_few_kills_tear_nothing():
+    code, output = faults("--kills", "8", "--over", "http", "--case", "arena view digest", limit_s=60)
+    assert code == 0 and output.startswith("8 of 8 kills")
+    assert len(zeros(output)) == 9 and not any(zeros(output).values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(930)
+def test_a_thousand_kills_tear_nothing():
+    code, output = faults("--kills", "1000", limit_s=900)
+    assert code == 0 and output.startswith("1,000 of 1,000 kills")
+    assert len(zeros(output)) == 9 and not any(zeros(output).values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("planted", FOUND)
+def test_a_planted_fault_is_found_within_a_few_kills(planted):
+    code, output = faults("--kills", "60", "--round", "15", "--over", "http", "--plant", planted, limit_s=150)
+    assert code == 1
+    assert {name for name, number in zeros(output).items() if number} <= FOUND[planted]
+    assert any(zeros(output).values())
+
+
+def test_every_fault_that_can_be_planted_is_looked_for():
+    command = [sys.executable, "-m", "tests.faults", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    choices = re.search(r"--plant \{,(.*?)\}", text, re.DOTALL)
+    assert choices is not None and set(re.sub(r"\s", "", choices[1]).split(",")) == set(FOUND)

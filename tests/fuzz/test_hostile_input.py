@@ -1,0 +1,78 @@
+"""Mutated control messages and legacy payloads against a real worker in a process of its own, under an audit hook."""
+
+import subprocess
+import sys
+
+import pytest
+from attack import HERE, SESSION, WARM, attack
+from traffic import VERBS
+
+from transfer import inert_pickle
+from transfer.wire import ROUTES
+
+SECONDS = 280
+
+
+def assert_reached(outcome):
+    """The messages were no noise: every verb was met, refused, and taken; weights were replaced."""
+    statuses = {verb: {status for _, v, status in outcome.table if v == verb} for verb in VERBS}
+    assert all(200 in seen for seen in statuses.values())
+    assert all(422 in statuses[verb] for verb, (method, _) in ROUTES.items() if method == "POST")
+    assert all({200, 409, 422} <= statuses[verb] for verb in SESSION)
+    assert {f"valid {verb}" for verb in VERBS} <= set(outcome.done)
+    assert outcome.done["flips"] > 30
+
+
+def test_five_thousand_hostile_messages_change_nothing_but_what_a_trainer_may_change():
+    outcome = attack("arena view", seed=1, count=4700, over_http=300)
+    assert outcome.violations == [], "\n".join(outcome.violations)
+    assert outcome.messages == 5000
+    assert_reached(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+def test_a_hundred_thousand_hostile_messages_to_workers_of_every_kind(capsys):
+    command = [sys.executable, "-m", "tests.fuzz", "--count", "100000", "--seed", "0"]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=SECONDS, check=False)
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "\n100000 messages, 5000 of them over HTTP" in done.stdout
+    assert "\nviolations 0;" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_seed_brings_back_its_messages():
+    first, second = (attack("arena copy", seed=7, count=1500) for _ in range(2))
+    assert first.violations == second.violations == []
+    assert first.table == second.table and first.done == second.done
+
+
+HOLES = {  # of holes.py, and what the fuzz says of each
+    "a real unpickler": "pickle.find_class",
+    "an unchecked message": "status 500 is not documented",
+    "a memory leak": "MiB of memory",
+    "a descriptor leak": "descriptors more than",
+    "torn weights": "the live weights are not those of version",
+    "a refusal without a reason": "409 without a reason",
+    "a file named by a message": "open('/tmp/fuzz-hole",
+    "a connection that a message asks for": "socket.connect",
+    "strings that cannot be encoded": "the app raised UnicodeEncodeError",
+    "incomplete one-shot weights": "the live weights are not those of version",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hole", HOLES)
+def test_the_fuzz_sees_what_is_planted(hole):
+    outcome = attack("arena view", seed=2, count=2 * WARM + 2000, hole=hole)
+    assert any(HOLES[hole] in violation for violation in outcome.violations), outcome.violations
+    if "MiB" not in HOLES[hole] and "descriptors" not in HOLES[hole]:
+        assert "seed 2, message " in outcome.violations[0]
+
+
+@pytest.mark.parametrize("instruction", [b"]", b"}", b"N\x85", b"](e"])
+def test_a_small_pickle_does_not_become_many_containers(instruction):
+    with pytest.raises(ValueError, match="more than 131072 lists, dicts and tuples"):
+        inert_pickle.loads(b"\x80\x04" + instruction * (2**18) + b".")

@@ -1,0 +1,488 @@
+"""`python -m transfer.bench`: real runs on a tiny model, and what it refuses, reports and leaves behind."""
+
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from transfer.bench import measure, peers, table
+from transfer.bench.cli import main
+from transfer.bench.relay import Relay
+from transfer.bench.shapes import Model, model_named
+from transfer.bench.source import STATES, Source
+from transfer.bench.ways import PEERS, Control, Parts, Unit, our_names, selected
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "odd": [13],
+    "after odd": {"dtype": "F32", "shape": [3, 5]},
+    "bool": {"dtype": "BOOL", "shape": [7]},
+    "fp8": {"dtype": "F8_E4M3", "shape": [9]},
+    "int64": {"dtype": "I64", "shape": [2]},
+    "scalar": [],
+    "large": [300, 70],
+}
+TINY_MODEL = Model(
+    "tiny",
+    {
+        "odd": ("bfloat16", (13,)),
+        "after odd": ("float32", (3, 5)),
+        "bool": ("bool", (7,)),
+        "fp8": ("float8_e4m3fn", (9,)),
+        "int64": ("int64", (2,)),
+        "scalar": ("bfloat16", ()),
+        "large": ("bfloat16", (300, 70)),
+    },
+)
+MARK = "TRANSFER_BENCH_TEST"  # an environment variable that all processes of one run have
+DEADLINE_S = 90.0
+
+
+class Run:
+    """One bench in processes of its own, with its own folder for temporary files."""
+
+    def __init__(self, folder, *arguments):
+        self.mark = secrets.token_hex(8)
+        self.temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a short name, for the sockets of Ray
+        variables = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), MARK: self.mark}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "transfer.bench", *arguments],
+            cwd=folder,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.process:
+            self.process.kill()
+        shutil.rmtree(self.temporary)
+
+    def ended(self, timeout=DEADLINE_S):
+        """(exit code, stdout, stderr), and nothing is left of it."""
+        out, err = self.process.communicate(timeout=timeout)
+        wait_until(lambda: not self.processes(), "processes are left")
+        assert self.files() == []
+        return self.process.returncode, out, err
+
+    def processes(self):
+        """The command lines of all processes of this run."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+            except OSError:
+                continue  # gone meanwhile, or not ours to read
+        return [line for line in found if line]  # a zombie has none
+
+    def files(self):
+        """What it has in the temporary folder and in /dev/shm."""
+        return [*self.temporary.iterdir(), *Path("/dev/shm").glob(f"transfer-bench-{self.process.pid}-*")]
+
+
+def wait_until(condition, what, timeout=30.0):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def shapes_file(folder):
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def bench(folder, *arguments):
+    folder.mkdir(exist_ok=True)
+    with Run(folder, "--shapes", shapes_file(folder), *arguments) as run:
+        return run.ended()
+
+
+def main_here(*arguments):
+    """The command line in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def over_http(tmp_path_factory):
+    """A run of everything that needs no Ray: its JSON and its table."""
+    folder = tmp_path_factory.mktemp("bench")
+    code, out, err = bench(folder, "--senders", "http", "--repeats", "3", "--json", "report.json")
+    assert code == 0, err
+    return json.loads((folder / "report.json").read_text()), out
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_is_timed_and_leaves_the_right_bytes_with_the_receiver(over_http):
+    (model,) = over_http[0]["models"]
+    rows = {row["way"]: row for row in model["rows"]}
+    assert model["bytes"] == TINY_MODEL.nbytes
+    assert list(rows) == ["memcpy", "memcpy-by-tensor", *selected(["http"], [], [])]
+    assert len(rows) == 2 + 8 + 7
+    assert [row["failed"] for row in rows.values() if "failed" in row] == []
+    assert all(row["verified"] for way, row in rows.items() if not way.startswith("memcpy"))
+    for way, row in rows.items():
+        assert row["n"] == 3 or way == "memcpy"
+        assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
+        assert row["gb_per_s"] == pytest.approx(TINY_MODEL.nbytes / row["ms"]["median"] / 1e6)
+        assert row["times_memcpy"] == pytest.approx(row["ms"]["median"] / row["memcpy_ms"])
+
+
+def test_ours_also_tell_their_parts_and_the_bytes_of_their_messages(over_http):
+    rows = {row["way"]: row for row in over_http[0]["models"][0]["rows"]}
+    for way in our_names(["http"]):
+        parts = [rows[way][name] for name in ("write_ms", "flip_ms", "control_ms")]
+        assert all(part > 0 for part in parts) and sum(parts) < rows[way]["ms"]["max"]
+        assert 100 < rows[way]["control_bytes_bodies"] < rows[way]["control_bytes_wire"] < 5000
+    digest, without = rows["ipc-arena-view-digest-http"], rows["ipc-arena-view-off-http"]
+    assert digest["control_bytes_bodies"] > without["control_bytes_bodies"] + 32  # 128 bits in hex
+    assert rows["one-shot-http"]["control_bytes_wire"] > digest["control_bytes_wire"]
+    assert rows["one-shot-http"]["flip_ms"] > 0
+
+
+def test_the_table_has_a_line_for_every_way_and_for_every_bar(over_http):
+    report, out = over_http
+    (model,) = report["models"]
+    lines = out.splitlines()
+    for row in model["rows"]:
+        (line,) = [line for line in lines[: len(model["rows"]) + 3] if line.split()[:1] == [row["way"]]]
+        assert line.endswith("-" if row["way"].startswith("memcpy") else "right")
+    assert len(model["bars"]) == 2 * 5
+    assert sum(line.startswith(("OK ", "missed ")) for line in lines) == len(model["bars"])
+
+
+def test_json_alone_is_all_that_goes_to_stdout(tmp_path, capsys):
+    main_here("--shapes", shapes_file(tmp_path), "--only", "raw-http", "--repeats", "1", "--json")
+    rows = json.loads(capsys.readouterr().out)["models"][0]["rows"]
+    assert [row["way"] for row in rows] == ["memcpy", "memcpy-by-tensor", "raw-http"]
+
+
+@pytest.mark.slow
+def test_over_ray_every_way_is_timed_and_right(tmp_path):
+    code, out, err = bench(tmp_path, "--senders", "ray", "--repeats", "2", "--json")
+    assert code == 0, err
+    rows = {row["way"]: row for row in json.loads(out)["models"][0]["rows"]}
+    assert {"ipc-arena-view-digest-ray", "ipc-live-copy-off-ray", "disk-digest-ray", "one-shot-ray", "ray-store"} < set(
+        rows
+    )
+    assert [row["failed"] for row in rows.values() if "failed" in row] == []
+    assert all(row["verified"] for way, row in rows.items() if not way.startswith("memcpy"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_half_a_gigabyte_arrives_by_every_way_with_a_flip_below_a_millisecond(tmp_path):
+    with Run(tmp_path, "--shapes", "512mb", "--repeats", "3", "--json") as run:
+        code, out, err = run.ended(280)
+    assert code == 0, err
+    (model,) = json.loads(out)["models"]
+    assert [row for row in model["rows"] if "failed" in row] == []
+    assert [bar for bar in model["bars"] if bar["what"].startswith("flip") and not bar["met"]] == []
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+OVER_HTTP = "raw-http,safetensors-shm,ipc-arena-view-off-http,disk-digest-http"
+
+
+@pytest.mark.parametrize(
+    ("ways", "number", "code"),
+    [
+        (OVER_HTTP, signal.SIGINT, 130),
+        pytest.param(OVER_HTTP, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("safetensors-shm,ipc-arena-view-off-ray,ray-store", signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_interrupted_leaves_nothing_behind(tmp_path, ways, number, code):
+    with Run(tmp_path, "--shapes", shapes_file(tmp_path), "--only", ways, "--repeats", "1000000") as run:
+        for line in run.process.stderr:
+            if "round" in line:
+                break
+        assert len(run.processes()) >= 4  # trainer, receivers, and multiprocessing's own
+        assert any(path.is_relative_to("/dev/shm") for path in run.files())
+        os.killpg(run.process.pid, number)  # as a terminal does
+        assert run.ended()[0] == code
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_no_process_behind(tmp_path):
+    ways = "ipc-arena-view-off-http,ipc-arena-copy-off-http,gloo"
+    with Run(tmp_path, "--shapes", shapes_file(tmp_path), "--only", ways, "--repeats", "1000000") as run:
+        for line in run.process.stderr:
+            if "round" in line:
+                break
+        run.process.kill()
+        run.process.communicate(timeout=DEADLINE_S)
+        wait_until(lambda: not run.processes(), "processes are left")
+
+
+# --- what cannot be done ----------------------------------------------------------------------------------------------
+
+
+def called(folder, *arguments):
+    command = [sys.executable, "-m", "transfer.bench", *arguments]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_help_answers_within_a_second_and_imports_neither_torch_nor_ray(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "transfer.bench", "--help"]
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+        seconds.append(time.monotonic() - began)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in answer.stderr.splitlines()}
+    assert "--shapes" in answer.stdout and "argparse" in imported
+    assert not imported & {"torch", "ray", "numpy", "requests", "fastapi"}
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--shapes", "7b"], "qwen2.5-7b"),
+        (["--shapes", ""], "--shapes"),
+        (["--shapes", "broken.json"], "broken.json"),
+        (["--shapes", "list.json"], "JSON object"),
+        (["--shapes", "negative.json"], "'w'"),
+        (["--shapes", "dtype.json"], "'F4'"),
+        (["--shapes", "empty.json"], "any bytes"),
+        (["--shapes", "short.safetensors"], "safetensors"),
+        (["--repeats", "0"], "--repeats"),
+        (["--repeats", "many"], "--repeats"),
+        (["--only", "nccl"], "nccl"),
+        (["--skip", "nccl"], "nccl"),
+        (["--only", "ray-store", "--senders", "http"], "no way"),
+        (["--senders", "grpc"], "grpc"),
+        (["--device", "cuda"], "cpu"),
+        (["--json", "nowhere/report.json"], "nowhere"),
+        (["--rounds", "3"], "--rounds"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(tmp_path, arguments, word, capsys, monkeypatch):
+    files = {
+        "broken.json": "{",
+        "list.json": "[]",
+        "negative.json": '{"w": [-1]}',
+        "dtype.json": '{"w": {"dtype": "F4", "shape": [1]}}',
+        "empty.json": '{"w": [0]}',
+        "short.safetensors": "abc",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main_here(*arguments)
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("error: ") and word in line
+
+
+def test_from_the_shell_it_is_the_same_line_and_exit_code(tmp_path):
+    answer = called(tmp_path, "--shapes", "7b")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert len(answer.stderr.splitlines()) == 1
+
+
+def test_weights_that_do_not_fit_into_the_memory_are_refused_before_anything_is_timed(tmp_path, capsys):
+    (tmp_path / "huge.json").write_text(json.dumps({"w": [2**50]}))
+    with pytest.raises(SystemExit) as ended:
+        main_here("--shapes", f"1mb,{tmp_path}/huge.json")
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out) == (2, "")
+    assert re.fullmatch(r"error: huge needs \d+\.\d GB of memory .*can be used here\n", told.err)
+
+
+# --- the ways ---------------------------------------------------------------------------------------------------------
+
+
+def timed(folder, *names):
+    return {row.way: row for row in measure.timed_model(TINY_MODEL, names, 1, folder, None, measure.Progress())}
+
+
+def test_a_way_that_cannot_run_is_a_row_with_the_reason_beside_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "SHM", str(tmp_path / "missing"))
+    rows = timed(tmp_path, "safetensors-shm", "raw-http", "ray-store")
+    assert "No such file" in rows["safetensors-shm"].failed
+    assert rows["ray-store"].failed == "no Ray was started"
+    assert rows["raw-http"].verified and len(rows["raw-http"].samples) == 1
+    text = table.table_text(TINY_MODEL, [table.row_json(row, TINY_MODEL) for row in rows.values()], [])
+    assert "safetensors-shm   no figures: FileNotFoundError" in text
+
+
+def test_a_receiver_that_holds_other_bytes_than_the_trainer_is_found_out(tmp_path, monkeypatch):
+    honest = peers._pieces
+
+    def one_byte_off(source):
+        first, *others = honest(source)
+        yield bytes([first[0] ^ 1]) + bytes(first[1:])
+        yield from others
+
+    monkeypatch.setattr(peers, "_pieces", one_byte_off)
+    row = timed(tmp_path, "raw-http")["raw-http"]
+    assert row.failed.startswith("the receiver holds xxh3:") and not row.verified and row.samples == []
+
+
+def test_a_process_that_dies_takes_only_its_own_ways_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "_pickled", lambda weights: os.kill(peer_pid(), signal.SIGKILL))
+
+    def peer_pid():
+        (pid,) = [child.pid for child in made]
+        return pid
+
+    made = []
+    honest = peers.Peer.__init__
+
+    def noted(self, lab):
+        honest(self, lab)
+        made.append(self._process)
+
+    monkeypatch.setattr(peers.Peer, "__init__", noted)
+    rows = timed(tmp_path, "pickle-http", "raw-http", "ipc-arena-view-off-http")
+    assert rows["pickle-http"].failed and rows["raw-http"].failed
+    assert rows["ipc-arena-view-off-http"].verified
+
+
+def test_ways_are_chosen_by_parts_of_their_names_and_by_sender():
+    assert selected(["http", "ray"], ["arena-view"], ["off"]) == [
+        "ipc-arena-view-digest-http",
+        "ipc-arena-view-full-http",
+        "ipc-arena-view-digest-ray",
+    ]
+    assert not [name for name in selected(["http"], [], []) if "ray" in name]
+    assert not [name for name in selected(["ray"], [], []) if "http" in name]
+    assert set(selected(["http", "ray"], [], [])) == {*our_names(), *PEERS}
+
+
+def test_receivers_are_opened_together_as_far_as_the_memory_goes():
+    units = [
+        Unit([name], holds, peak, None) for name, holds, peak in (("a", 2, 0), ("b", 3, 1), ("c", 1, 6), ("d", 9, 9))
+    ]
+    processes = 3 * measure.PROCESS_BYTES
+    nbytes = 10**9
+
+    def grouped(copies):
+        groups, too_big = measure._grouped(units, nbytes, copies * nbytes + processes)
+        return [[unit.names[0] for unit in group] for group in groups], [unit.names[0] for unit in too_big]
+
+    assert grouped(12) == ([["a", "b", "c"]], ["d"])
+    assert grouped(11) == ([["a", "b"], ["c"]], ["d"])
+    assert grouped(2) == ([["a"]], ["b", "c", "d"])
+
+
+# --- the models, the weights and the relay ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "nbytes"),
+    [
+        ("1mb", 40, 1_000_000),
+        ("512mb", 300, 512_025_600),
+        ("qwen2.5-0.5b", 290, 2 * 494_032_768),
+        ("qwen2.5-7b", 339, 2 * 7_615_616_512),
+    ],
+)
+def test_named_models_have_the_tensors_and_the_bytes_of_their_checkpoints(name, tensors, nbytes):
+    model = model_named(name)
+    assert (len(model.tensors), model.nbytes) == (tensors, nbytes)
+    assert nbytes == sum(2 * math.prod(shape) for _, shape in model.tensors.values())
+
+
+def test_a_model_is_read_from_json_and_from_a_safetensors_file(tmp_path):
+    assert model_named(shapes_file(tmp_path)) == TINY_MODEL
+    path = tmp_path / "tiny.safetensors"
+    save_file({n: t.contiguous() for n, t in Source(TINY_MODEL).weights.items()}, path)
+    assert model_named(str(path)) == TINY_MODEL
+
+
+def test_a_change_changes_every_tensor_and_leaves_all_values_finite():
+    source = Source(TINY_MODEL)
+    other = source.copy()
+    digests = set()
+    for _ in range(STATES):
+        before = {name: tensor.clone() for name, tensor in source.weights.items()}
+        source.change()
+        digests.add(source.digest())
+        for name, tensor in source.weights.items():
+            assert not torch.equal(tensor.view(torch.uint8) if tensor.dim() else tensor, as_before(before[name]))
+            assert tensor.float().isfinite().all()
+    assert len(digests) == STATES
+    assert other.digest() == source.digest()  # after a full circle
+
+
+def as_before(tensor):
+    return tensor.view(torch.uint8) if tensor.dim() else tensor
+
+
+def test_the_relay_counts_every_byte_of_both_directions_and_passes_on_the_end():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def echo_twice():
+            peer, _ = listener.accept()
+            with peer:
+                while data := peer.recv(2**16):
+                    peer.sendall(data + data)
+
+        server = threading.Thread(target=echo_twice)
+        server.start()
+        with Relay(f"http://127.0.0.1:{listener.getsockname()[1]}") as relay:
+            host, port = relay.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), 10) as connection:
+                connection.settimeout(10)
+                connection.sendall(bytes(100_000))
+                connection.shutdown(socket.SHUT_WR)
+                received = 0
+                while data := connection.recv(2**16):
+                    received += len(data)
+        server.join(10)
+        assert not server.is_alive()
+        assert (received, relay.bytes) == (200_000, 300_000)
+
+
+# --- the bars ---------------------------------------------------------------------------------------------------------
+
+
+def row_of(way, seconds, write, flip, wire):
+    row = measure.Row(way, [seconds] * 3, [0.01] * 3, [Parts(write, flip, 0.001)] * 3, Control(300, wire), True)
+    return table.row_json(row, Model("1mb", {"w": ("bfloat16", (500_000,))}))
+
+
+def test_a_bar_is_met_or_missed_by_the_figure_that_was_measured():
+    small = Model("1mb", {"w": ("bfloat16", (500_000,))})
+    good = table.bars_json([row_of("ipc-arena-view-digest-http", 0.005, 0.0111, 0.001, 1023)], small)
+    bad = table.bars_json([row_of("ipc-arena-view-digest-http", 0.0051, 0.0112, 0.0011, 1024)], small)
+    assert [bar["met"] for bar in good] == [True] * 5
+    assert [bar["met"] for bar in bad] == [False, False, False, True, False]
+    assert [round(bar["figure"], 1) for bar in bad] == [89.3, 1.1, 5.1, 300, 1024]
+    assert table.bars_json([row_of("ipc-arena-copy-digest-http", 1, 1, 1, 9999)], small) == []

@@ -1,0 +1,137 @@
+"""The measured rows as a table, as JSON, and against the bars; milliseconds, and GB = 1e9 bytes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transfer.bench.measure import Row
+from transfer.bench.shapes import Model
+from transfer.bench.ways import LIMITS, PEERS
+
+WRITE_PERCENT = 90.0  # of memcpy's speed
+FLIP_MS = 1.0
+SMALL_UPDATE_MS = 5.0
+SMALL_BYTES = 2 * 10**6  # what is meant by the model of 1 MB
+CONTROL_BYTES = 1024  # of one worker's update
+HEADER = (
+    *("way", "n", "MB", "median", "min", "max", "GB/s", "x memcpy"),
+    *("write", "flip", "control", "bodies", "wire", "bytes"),
+)
+LEGEND = """\
+Milliseconds of a whole update, from the trainer's weights to the receiver's module; GB = 1e9 bytes. Rounds run every
+way once, in any order, beside a memcpy of the same bytes; "x memcpy" compares the medians. n: how often it was timed,
+less where that takes seconds; small models warm.
+
+write    until the bytes wait where the receiver finds them
+flip     the time in which the receiver cannot serve, taken there
+control  the messages, without the work that they are about
+bodies   bytes of one update's messages, both directions
+wire     the same with HTTP's headers, counted by a TCP relay in an update that is not timed
+bytes    whether the receiver's digest was the trainer's, asked once after the weights had changed
+"""
+
+
+def row_json(row: Row, model: Model) -> dict[str, Any]:
+    """One way's figures; None for what is not known."""
+    told: dict[str, Any] = {"way": row.way, "about": LIMITS.get(row.way) or PEERS.get(row.way), "bytes": model.nbytes}
+    if row.failed or not row.samples:
+        return told | {"failed": row.failed or "not run"}
+    median = statistics.median(row.samples)
+    limit = statistics.median(row.limits)
+    return told | {
+        "n": len(row.samples),
+        "ms": {"median": 1e3 * median, "min": 1e3 * min(row.samples), "max": 1e3 * max(row.samples)},
+        "gb_per_s": model.nbytes / median / 1e9,
+        "memcpy_ms": 1e3 * limit,
+        "times_memcpy": median / limit,
+        "write_ms": _median_ms(parts.write for parts in row.parts),
+        "flip_ms": _median_ms(parts.flip for parts in row.parts),
+        "control_ms": _median_ms(parts.control for parts in row.parts),
+        "control_bytes_bodies": row.control.bodies,
+        "control_bytes_wire": row.control.wire,
+        "verified": row.verified,
+    }
+
+
+def _median_ms(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return 1e3 * statistics.median(known) if known else None
+
+
+def bars_json(rows: Sequence[dict[str, Any]], model: Model) -> list[dict[str, Any]]:
+    """What arena and view are held against: what, the figure, the bar, and whether it is met."""
+    timed = [row for row in rows if "n" in row]
+    ours = [row for row in timed if row["way"].startswith("ipc-arena-view-") and "-full-" not in row["way"]]
+    over_http = [row for row in ours if row["way"].endswith("-http")]
+    return [bar for row in over_http or ours for bar in _bars_of(row, model)]
+
+
+def _bars_of(row: dict[str, Any], model: Model) -> list[dict[str, Any]]:
+    share = 100 * row["memcpy_ms"] / row["write_ms"]
+    bars = [
+        _bar(row, "write, % of memcpy's speed", share, ">=", WRITE_PERCENT),
+        _bar(row, "flip, ms", row["flip_ms"], "<=", FLIP_MS),
+    ]
+    if model.nbytes <= SMALL_BYTES and row["way"].endswith("-http"):
+        bars.append(_bar(row, "whole update, ms", row["ms"]["median"], "<=", SMALL_UPDATE_MS))
+    for kind, what in (("bodies", "the bodies alone"), ("wire", "on the wire, headers included")):
+        if row[f"control_bytes_{kind}"] is not None:
+            bars.append(_bar(row, f"control, bytes {what}", row[f"control_bytes_{kind}"], "<", CONTROL_BYTES))
+    return bars
+
+
+def _bar(row: dict[str, Any], what: str, figure: float, relation: str, bar: float) -> dict[str, Any]:
+    met = {">=": figure >= bar, "<=": figure <= bar, "<": figure < bar}[relation]
+    return {"way": row["way"], "what": what, "figure": figure, "relation": relation, "bar": bar, "met": met}
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def table_text(model: Model, rows: Sequence[dict[str, Any]], bars: Sequence[dict[str, Any]]) -> str:
+    """The table of one model with its bars below."""
+    dtypes = ", ".join(sorted({dtype for dtype, _ in model.tensors.values()}))
+    lines = [f"{model.name}: {model.nbytes:,} bytes in {len(model.tensors)} tensors, {dtypes}", ""]
+    cells = [list(HEADER)] + [_cells(row) for row in rows if "n" in row]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    for first, *others in cells:
+        padded = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *padded]))
+    lines += [f"{row['way'].ljust(widths[0])}  no figures: {row['failed']}" for row in rows if "failed" in row]
+    lines += ["", *(_bar_text(bar) for bar in bars)] if bars else []
+    return "\n".join(lines)
+
+
+def legend() -> str:
+    """What the columns and the ways are."""
+    ways = {**LIMITS, "ipc-..., disk-...": "ours: backend, staging and take, verify, sender", **PEERS}
+    return "\n".join([LEGEND, *(f"{name:18}  {about}" for name, about in ways.items())])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ms = row["ms"]
+    return [
+        row["way"],
+        str(row["n"]),
+        f"{row['bytes'] / 1e6:.1f}",
+        *(_number(ms[which]) for which in ("median", "min", "max")),
+        f"{row['gb_per_s']:.2f}",
+        f"{row['times_memcpy']:.2f}",
+        *(_number(row[part]) for part in ("write_ms", "flip_ms", "control_ms")),
+        *("-" if row[key] is None else str(row[key]) for key in ("control_bytes_bodies", "control_bytes_wire")),
+        "-" if row["way"] in LIMITS else "right" if row["verified"] else "not checked",
+    ]
+
+
+def _number(milliseconds: float | None) -> str:
+    """Three figures or so."""
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds:.{3 if milliseconds < 1 else 2 if milliseconds < 100 else 0}f}"
+
+
+def _bar_text(bar: dict[str, Any]) -> str:
+    verdict = "OK" if bar["met"] else "missed"
+    return f"{verdict:6}  {bar['figure']:8.2f}  (bar: {bar['relation']} {bar['bar']:g})  {bar['what']}: {bar['way']}"

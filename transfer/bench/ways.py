@@ -1,0 +1,121 @@
+"""What there is to be timed, by name; no torch in here, so that a wrong name is refused at once.
+
+Ours are called `<backend>-[<staging>-<take>-]<verify>-<sender>`, the peers' by what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from transfer.bench.shapes import BenchError
+
+SENDERS = ("http", "ray")
+CHANNELS = ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "disk")
+DEFAULT = "ipc-arena-view-digest-http"  # what `transfer=ipc` is on a CPU
+FLAT, BY_TENSOR = "memcpy", "memcpy-by-tensor"
+LIMITS = {
+    FLAT: "all bytes in one piece, into memory touched before: the limit",
+    BY_TENSOR: "a piece a tensor",
+}
+
+PEERS = {
+    "one-shot-http": "trainer_send_weights, over HTTP: a copy in fresh shared memory, handles of all tensors",
+    "one-shot-ray": "trainer_send_weights, over Ray",
+    "torch-shared": "torch.multiprocessing: the trainer's tensors stay in shared memory, handles are sent anew",
+    "torch-shared-fresh": "torch.multiprocessing: copies in fresh shared memory",
+    "ray-store": "ray.put, ray.get in the actor, a copy into the module",
+    "raw-http": "the bytes as the body of a POST, read into the module's memory",
+    "pickle-http": "torch.save and base64 of each tensor in JSON, a POST each 64 MB",
+    "gloo": "torch.distributed.broadcast a tensor, TCP over loopback",
+    "safetensors-shm": "save_file to /dev/shm, load_file, a copy into the module",
+}
+
+
+def our_names(senders: Collection[str] = SENDERS) -> list[str]:
+    """Our own ways with these senders; `verify=full` only for the default."""
+    names = []
+    for sender in senders:
+        for channel in CHANNELS:
+            if channel != "disk":  # which compares the file's hash in any case
+                names.append(f"{channel}-off-{sender}")
+            names.append(f"{channel}-digest-{sender}")
+            if (channel, sender) == (CHANNELS[0], "http"):
+                names.append(f"{channel}-full-{sender}")
+    return names
+
+
+def selected(senders: Collection[str], only: Sequence[str], skip: Sequence[str]) -> list[str]:
+    """The ways whose name contains one of `only`, if there are any, and none of `skip`; BenchError if that is none."""
+    every = [*our_names(), *PEERS]
+    for option, texts in (("--only", only), ("--skip", skip)):
+        for text in texts:
+            if not any(text in name for name in every):
+                raise BenchError(f"{option} {text!r} is part of no way's name: {', '.join(every)}")
+    names = [name for name in every if "http" in senders or not name.endswith("-http")]
+    names = [name for name in names if "ray" in senders or "ray" not in name.split("-")]
+    names = [name for name in names if not only or any(text in name for text in only)]
+    names = [name for name in names if not any(text in name for text in skip)]
+    if not names:
+        raise BenchError("--only, --skip and --senders leave no way to be timed")
+    return names
+
+
+def needs_ray(name: str) -> bool:
+    """Whether the way needs a Ray."""
+    return "ray" in name.split("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is known of the last update, seconds each."""
+
+    write: float | None = None  # until the bytes wait where the receiver finds them
+    flip: float | None = None  # in which the receiver could not serve
+    control: float | None = None  # the messages, without the work that they are about
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The bytes of one update's messages, both directions, that are not weights."""
+
+    bodies: int | None = None
+    wire: int | None = None  # with HTTP's headers, as they went through a TCP connection
+
+
+class Way(Protocol):
+    """One way to move the weights, between two processes that are up."""
+
+    name: str
+
+    def change(self) -> str:
+        """Change the weights that this way sends, in place; their digest."""
+
+    def prepare(self, counted: bool) -> None:
+        """Get ready for `send`, untimed; `counted`: through a relay that counts the bytes, where there is one."""
+
+    def send(self) -> None:
+        """One whole update: on return the receiver's module has the weights."""
+
+    def held(self) -> str:
+        """The digest of what the receiver's module holds."""
+
+    def parts(self) -> Parts: ...
+
+    def control(self) -> Control:
+        """Of the last update; on the wire only if it was counted."""
+
+
+Connect = Callable[[], list[Way]]  # waits for the receiving process
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Ways that share one receiving process, and the memory that both processes need, in bytes of the model."""
+
+    names: list[str]
+    holds: float  # while it is open
+    peak: float  # more while it sends
+    start: Callable[[], AbstractContextManager[Connect]]
