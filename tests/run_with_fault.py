@@ -21,8 +21,8 @@ PHASES = {  # -> (module, function, at which call)
     "reward model": ("rlhf.stages.reward_model", "margins", 3),
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
     "learning": ("rlhf.learner", "Learner.learn", 2),
-    "staging": ("transfer.session", "Session._say", 6),  # status, init, and start, update, finish of version 0
-    "finishing": ("transfer.session", "Session._say", 8),
+    "staging": ("transfer.session", "Session._stage", 2),  # of version 1
+    "finishing": ("transfer.session", "Session._finish", 2),
 }
 
 

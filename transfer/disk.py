@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Mapping
@@ -43,7 +44,9 @@ class DiskPublisher:
         self.endpoint: dict[str, Any] = {"backend": "disk", "folder": str(self._folder)}
 
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Remember the manifest."""
+        """Remember the manifest, and remove what trainers that were killed have left half-written."""
+        for folder in self._folder.glob(".writing-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         self._manifest = manifest
         return {}
 

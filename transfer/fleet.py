@@ -10,6 +10,7 @@ from typing import Any
 
 from transfer import Sender, wire
 
+ADDRESSED = ("init_weight_transfer_engine", "start_weight_update")  # what all else of an update depends on
 GRACE_S = 5.0  # a sender that outlasts its own deadline by this is given up
 
 
@@ -19,6 +20,7 @@ class Member:
 
     sender: Sender
     serves: int | None = None  # the version, as it was told last; None: nothing
+    boot: str = ""  # which start of the worker answered last: what is meant for it must not reach another
     newest: int | None = None  # the version that it finished last; is served unless it was torn since
 
 
@@ -52,9 +54,15 @@ class Fleet:
         deadline = min(self._timeout_s, timeout_s or self._timeout_s)
 
         def talk(member: Member) -> list[dict[str, Any]]:
-            return [member.sender.call(verb, body, deadline) for verb, body in messages]
+            boot = {"boot": member.boot} if member.boot else {}
+            return [
+                member.sender.call(verb, {**body, **(boot if verb in ADDRESSED else {})}, deadline)
+                for verb, body in messages
+            ]
 
         answers, failures = self._each(members, talk, len(messages) * deadline)
+        for member, (*_, answer) in answers.items():
+            member.boot = answer.get("boot", member.boot)
         said = sum(len(json.dumps(body)) for _, body in messages) * len(answers)
         self.control_bytes += said + sum(len(json.dumps(answer)) for heard in answers.values() for answer in heard)
         return answers, failures

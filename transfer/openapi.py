@@ -99,10 +99,12 @@ _COMPLETIONS = _object(
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 _PHASE = _one_of(phase.value for phase in Phase)
-_STANDING = _object({"phase": _PHASE, "version": _or_null(INT)})
+_STANDING = _object({"phase": _PHASE})
+_BOOT = {"boot": TEXT | {"description": "the start of the worker that this is meant for, from status"}}
 _STATUS = _object(
     {
         "phase": _PHASE,
+        "boot": STRING | {"description": "one start of this worker"},
         "epoch": INT,
         "version": _or_null(INT) | {"description": "what completions are sampled with"},
         "newest": _or_null(INT) | {"description": "the newest finished version"},
@@ -145,6 +147,7 @@ class Operation:
 
 
 _UPDATE = (409, 503)
+_ADDRESSED = (*_UPDATE, 412)
 
 OPERATIONS: dict[str, Operation] = {
     "health": Operation("Whether the process answers; the only route without a token", _object({"status": STRING})),
@@ -155,19 +158,19 @@ OPERATIONS: dict[str, Operation] = {
     "init_weight_transfer_engine": Operation(
         "Agree with a trainer on the weights; without an epoch, vLLM's form: nothing to agree on",
         {"anyOf": [_STANDING, _STATUS]},
-        _object({"init_info": {"anyOf": [_SESSION_INIT, _object({}, {"packed": {"const": False}})]}}),
-        refusals=_UPDATE,
+        _object({"init_info": {"anyOf": [_SESSION_INIT, _object({}, {"packed": {"const": False}})]}}, _BOOT),
+        refusals=_ADDRESSED,
     ),
     "start_weight_update": Operation(
         "Begin an update; without an epoch, vLLM's form: to the next version",
         _STANDING,
         {
             "anyOf": [
-                _object({"epoch": EPOCH, "version": INT}, {"digest": TEXT}),
+                _object({"epoch": EPOCH, "version": INT}, {"digest": TEXT, **_BOOT}),
                 _object({}, {"is_checkpoint_format": {"const": True}}),
             ]
         },
-        refusals=_UPDATE,
+        refusals=_ADDRESSED,
     ),
     "update_weights": Operation(
         "Stage weights; without an epoch, vLLM's form: handles of tensors, one message or several",
@@ -213,6 +216,7 @@ REASONS = {
     400: "the bytes are not HTTP/1.1, or the address and headers have more than 64 KiB",
     401: "no bearer token, or a wrong one",
     409: "conflict with the worker's state",
+    412: "meant for another start of the worker",
     411: "a body without a Content-Length",
     413: "the body is too large",
     422: "the message is not of this form, or names what cannot be; the field is named",

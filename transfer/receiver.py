@@ -3,14 +3,16 @@
 What a message means is decided by protocol.py; this file does the work: agree, stage, and replace the module's weights
 while nobody generates. The verbs come one at a time; `status` and `weight_info` answer at any time.
 
-    init_weight_transfer_engine  {"init_info": {"epoch", "manifest", "timeout_s", "where"[, "verify"][, "in_flight"]}}
-    start_weight_update          {"epoch", "version"[, "digest"]}
+    init_weight_transfer_engine  {"init_info": {"epoch", "manifest", "timeout_s", "where"[, "verify"][, "in_flight"]}
+                                  [, "boot"]}
+    start_weight_update          {"epoch", "version"[, "digest"][, "boot"]}
     update_weights               {"update_info": {"epoch", "version", "where"}}
     finish_weight_update         {"epoch", "weight_version"}         the version as a string, vLLM's field
     abort_weight_update          {"epoch", "version"}
 
 Agreed once: `verify` (off, digest, full) says what is compared with the digest that `start` brings, `in_flight` (wait,
-abort, keep) what becomes of completions that run when `finish` comes.
+abort, keep) what becomes of completions that run when `finish` comes. `boot`, from `status`, names one start of this
+worker: what was meant for another is refused, as a worker that was started again does not know what it has seen.
 
 The same verbs without an epoch are vLLM's one-shot form (oneshot.py) until a trainer has taken an epoch.
 """
@@ -18,6 +20,7 @@ The same verbs without an epoch are vLLM's one-shot form (oneshot.py) until a tr
 from __future__ import annotations
 
 import enum
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -94,6 +97,7 @@ class Receiver:
         self._chunks = Chunks(self._manifest, self._device, {n for n, t in held.items() if _is_parameter(t)})
         self._staged: dict[str, torch.Tensor] = {}
         self._state = protocol.State()
+        self._boot = secrets.token_hex(4)
         self._timeout_s = TIMEOUT_S
         self._verify = Verify.off
         self._in_flight = InFlight.wait
@@ -151,6 +155,7 @@ class Receiver:
         state = protocol.expired(self._state, time.monotonic())
         return {
             "phase": state.phase.value,
+            "boot": self._boot,
             "epoch": state.epoch,
             "version": state.serves,
             "newest": state.version,
@@ -162,7 +167,7 @@ class Receiver:
 
     def _standing(self) -> dict[str, Any]:
         """The short answer to a message of an update."""
-        return {"phase": self._state.phase.value, "version": self._state.serves}
+        return {"phase": self._state.phase.value}
 
     def weight_info(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """vLLM's answer: the live version as a string."""
@@ -171,7 +176,9 @@ class Receiver:
 
     def init_weight_transfer_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Agree with a trainer on the manifest and map what the backend shares; 422 lists the differences."""
-        info = _only(body, {"init_info": _is_dict})["init_info"]
+        body = _only(body, {"init_info": _is_dict, "boot": wire.is_str}, optional={"boot"})
+        self._check_boot(body)
+        info = body["init_info"]
         if "epoch" not in info:
             wire.only(info, {"packed": lambda value: value is False}, "init_info")
             return self.status()
@@ -194,9 +201,10 @@ class Receiver:
             if "epoch" not in body:
                 wire.only(dict(body), {"is_checkpoint_format": lambda value: value is True})
                 return self._start(protocol.Start(0, self._next()))
-            known = {"epoch": _is_epoch, "version": wire.is_int, "digest": wire.is_str}
-            _only(body, known, optional={"digest"})
-            return self._start(protocol.Start(**body))
+            known = {"epoch": _is_epoch, "version": wire.is_int, "digest": wire.is_str, "boot": wire.is_str}
+            _only(body, known, optional={"digest", "boot"})
+            self._check_boot(body)
+            return self._start(protocol.Start(body["epoch"], body["version"], body.get("digest")))
 
     def update_weights(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Stage the bytes; an error leaves the live weights as they were. One-shot, with no start: the whole update."""
@@ -231,6 +239,11 @@ class Receiver:
                 self._forget()
             self._journal.write("abort", **body)
             return self._standing()
+
+    def _check_boot(self, body: Mapping[str, Any]) -> None:
+        """Refused 412 for a message that was meant for another start of this worker, which may have known more."""
+        if body.get("boot", self._boot) != self._boot:
+            raise wire.Refused(412, "this message was meant for another start of this worker: ask for its status")
 
     # --- the work -----------------------------------------------------------------------------------------------------
 
@@ -347,9 +360,10 @@ class Receiver:
 
     def _labelled(self, label: str | None) -> int:
         """The one-shot update under way, renamed if its trainer numbers the versions itself."""
-        if label is not None:
-            self._state, _ = self._step(protocol.Rename(0, int(label)))
-        return self._next()
+        if label is None:
+            return self._next()
+        self._state, _ = self._step(protocol.Rename(0, int(label)))
+        return int(label)
 
 
 @contextmanager

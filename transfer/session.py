@@ -157,9 +157,10 @@ class Session:
         False if it has lost nothing, or cannot be helped: whatever failed there has another reason. To be called in the
         thread that started the workers.
         """
+        (member,) = [member for member in self._fleet.members if member.sender is sender]
         if self._unsure:
             self._take_over()
-        (member,) = [member for member in self._fleet.members if member.sender is sender]
+            return member.serves is not None and member.serves == self._newest
         written = None if self._newest is None else self._writes.get(self._newest)
         if written is None or not self._publisher.keeps or not self._rejoined([member]):
             return False
@@ -191,6 +192,8 @@ class Session:
         for failure in failures.values():
             if failure.status == 422:
                 raise ValueError(str(failure)) from failure
+        if any(failure.status == 409 for failure in failures.values()):
+            self._epoch -= 1  # it is another trainer's, who is ahead of us then, until we open again
         again = self._rejoined(list(failures))
         self._raise("agreeing on the weights", {m: f for m, f in failures.items() if m not in again})
         self._newest = max((m.newest for m in members if m.newest is not None), default=None)
@@ -226,7 +229,7 @@ class Session:
 
     def _catch_up(self) -> None:
         """Bring workers that missed the end of the last update to its version: then no slot but that one is served."""
-        behind = [m for m in self._fleet.members if m.serves is not None and m.serves != self._newest]
+        behind = [member for member in self._fleet.members if member.serves != self._newest]
         written = None if self._newest is None else self._writes.get(self._newest)
         if behind and written is not None and self._publisher.keeps:
             self._update(behind, written)
@@ -264,11 +267,16 @@ class Session:
     def _stage(self, members: Sequence[Member], written: Written) -> Failures:
         named = {"epoch": self._epoch, "version": written.version}
         digest = {} if written.digest is None else {"digest": written.digest}
+        ahead = {  # only a worker that was started again, and got this number from somebody else
+            member: wire.RemoteError(member.sender.name, "status", 409, f"serves version {member.serves}, not from us")
+            for member in members
+            if member.serves is not None and member.serves >= written.version
+        }
         messages: list[tuple[str, dict[str, Any]]] = [
             ("start_weight_update", named | digest),
             ("update_weights", {"update_info": {**named, "where": written.where}}),
         ]
-        return self._fleet.converse(members, messages)[1]
+        return ahead | self._fleet.converse([member for member in members if member not in ahead], messages)[1]
 
     def _finish(self, members: Sequence[Member], version: int) -> Failures:
         self._named = max(self._named, version)

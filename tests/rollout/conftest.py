@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ from rlhf.config import (
     TinyModelConfig,
     VerifierRewardConfig,
 )
-from rlhf.rollout.launch import Workers, worker_spec
+from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.worker import Worker
 from transfer import make_transfer
 from transfer.config import HttpSenderConfig, InFlight, IpcConfig, LocalConfig
+from transfer.journal import Journal
 
 EOS = 1
 VOCABULARY = 12
@@ -98,7 +99,10 @@ class Fleet:
 @contextmanager
 def launched(model, transfer_config, folder, workers=1, in_flight=InFlight.wait):
     config = run_config(transfer_config, workers)
-    with make_transfer(config.transfer, folder, in_flight) as transfer:
+    with (
+        closing(Journal(folder / JOURNALS / "trainer.jsonl")) as journal,
+        make_transfer(config.transfer, folder, in_flight, journal) as transfer,
+    ):
         spec = worker_spec(model, config, transfer.endpoint)
         with Workers(spec, config, folder, model) as started:
             yield Fleet(transfer, started, spec)

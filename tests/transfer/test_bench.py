@@ -486,3 +486,14 @@ def test_a_bar_is_met_or_missed_by_the_figure_that_was_measured():
     assert [bar["met"] for bar in bad] == [False, False, False, True, False]
     assert [round(bar["figure"], 1) for bar in bad] == [89.3, 1.1, 5.1, 300, 1024]
     assert table.bars_json([row_of("ipc-arena-copy-digest-http", 1, 1, 1, 9999)], small) == []
+
+
+def test_the_table_says_when_other_work_disturbed_the_run():
+    model = model_named("512mb")
+
+    def text(*seconds):
+        row = table.row_json(measure.Row("memcpy", list(seconds), list(seconds)), model)
+        return table.table_text(model, [row], []).splitlines()[-1]
+
+    assert text(0.030, 0.031, 0.032).endswith("a quiet run")
+    assert text(0.030, 0.036, 0.090).endswith("do not rely on it")
