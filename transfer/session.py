@@ -192,8 +192,6 @@ class Session:
         for failure in failures.values():
             if failure.status == 422:
                 raise ValueError(str(failure)) from failure
-        if any(failure.status == 409 for failure in failures.values()):
-            self._epoch -= 1  # it is another trainer's, who is ahead of us then, until we open again
         again = self._rejoined(list(failures))
         self._raise("agreeing on the weights", {m: f for m, f in failures.items() if m not in again})
         self._newest = max((m.newest for m in members if m.newest is not None), default=None)

@@ -45,10 +45,11 @@ def test_a_few_kills_tear_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(930)
-def test_a_thousand_kills_tear_nothing():
-    code, output = faults("--kills", "1000", limit_s=900)
-    assert code == 0 and output.startswith("1,000 of 1,000 kills")
+@pytest.mark.timeout(630)
+def test_hundreds_of_kills_tear_nothing():
+    """As `python -m tests.faults --kills 1000`, which takes 6 to 9 minutes."""
+    code, output = faults("--kills", "300", limit_s=600)
+    assert code == 0 and output.startswith("300 of 300 kills")
     assert len(zeros(output)) == 9 and not any(zeros(output).values())
 
 

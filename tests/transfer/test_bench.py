@@ -495,5 +495,5 @@ def test_the_table_says_when_other_work_disturbed_the_run():
         row = table.row_json(measure.Row("memcpy", list(seconds), list(seconds)), model)
         return table.table_text(model, [row], []).splitlines()[-1]
 
-    assert text(0.030, 0.031, 0.032).endswith("a quiet run")
+    assert text(0.030, 0.031, 0.032).endswith("steady")
     assert text(0.030, 0.036, 0.090).endswith("do not rely on it")

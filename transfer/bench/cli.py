@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     shapes = f"models: {', '.join(NAMED)}, a JSON file " + '{"name": [2, 3]} (bf16), or a .safetensors file'
     add("--shapes", type=_list, default=["1mb", "512mb"], metavar="A,B", help=f"{shapes}; default: 1mb,512mb")
-    add("--repeats", type=int, metavar="N", help="rounds a model; default: 20 for small models, 5 for others")
+    add("--repeats", type=int, metavar="N", help="rounds a model; default: 15 for small models, 5 for others")
     add("--only", type=_list, default=[], metavar="A,B", help="time only ways whose name contains one of these texts")
     add("--skip", type=_list, default=[], metavar="A,B", help="leave out ways whose name contains one of these texts")
     add("--senders", type=_list, default=list(SENDERS), metavar="A,B", help="http, ray; default: both. http: no Ray")

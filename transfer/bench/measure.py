@@ -21,10 +21,10 @@ from transfer.bench.shapes import BenchError, Model
 from transfer.bench.source import Limit, Source
 from transfer.bench.ways import BY_TENSOR, FLAT, PEERS, Control, Parts, Unit, Way, needs_ray
 
-ENOUGH_S = 2.0  # once a way's samples have taken this long together, it is not run again
+ENOUGH_S = 1.5  # once a way's samples have taken this long together, it is not run again
 SLOW_S = 1.0  # of a way that takes longer, the first run counts
 SMALL_BYTES = 16 * 2**20
-ROUNDS_SMALL, ROUNDS_LARGE = 20, 5
+ROUNDS_SMALL, ROUNDS_LARGE = 15, 5
 LIMIT_COPIES = 3  # of the weights, besides what the ways need: the trainer's, and two for memcpy
 PROCESS_BYTES = 200 * 10**6  # of a receiving process, besides weights
 MEMORY_SHARE = 0.9  # of what is free that may be used

@@ -143,7 +143,7 @@ def _noise(row: dict[str, Any]) -> str:
     """How far the limit itself can be trusted."""
     ms = row["ms"]
     spread = ms["median"] / ms["min"]
-    verdict = "other work disturbs this run: do not rely on it" if spread > NOISY else "a quiet run"
+    verdict = "other work disturbs this run: do not rely on it" if spread > NOISY else "steady"
     return f"{'noise':6}  {spread:8.2f}  memcpy's median / its fastest in {row['n']}: {verdict}"
 
 
