@@ -10,12 +10,16 @@ restarted worker is another one. Lines are written at once, so that a killed pro
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+LOG = logging.getLogger(__name__)
 
 
 class Journal:
@@ -28,25 +32,32 @@ class Journal:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torn = _ends_within_a_line(path)
+            self._before = "\n" if _ends_within_a_line(path) else ""
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
-            if torn:
-                self._file.write("\n")
 
     def write(self, op: str, **fields: Any) -> None:
         """Note one event."""
-        if self._file is None:
-            return
         line = json.dumps({"t": time.monotonic(), "who": self._who, "boot": self._boot, "op": op, **fields}) + "\n"
         with self._lock:
-            if not self._file.closed:
-                self._file.write(line)
+            if self._file is None:
+                return
+            try:
+                self._file.write(self._before + line)
+                self._before = ""
+            except OSError as error:  # a full disk, say: what is noted is not worth what is done
+                LOG.warning("the journal %s ends here: %s", self._file.name, error)
+                self._end()
 
     def close(self) -> None:
         """Close the file; later events are dropped."""
         with self._lock:
-            if self._file is not None:
+            self._end()
+
+    def _end(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what is still buffered finds no room either
                 self._file.close()
+        self._file = None
 
 
 def _ends_within_a_line(path: Path) -> bool:

@@ -96,6 +96,7 @@ class Receiver:
         self._intake = make_intake(endpoint)
         self._chunks = Chunks(self._manifest, self._device, {n for n, t in held.items() if _is_parameter(t)})
         self._staged: dict[str, torch.Tensor] = {}
+        self._replaced: list[torch.Tensor] = []
         self._state = protocol.State()
         self._boot = secrets.token_hex(4)
         self._timeout_s = TIMEOUT_S
@@ -315,6 +316,7 @@ class Receiver:
                 if self._intake.in_place:
                     tensor.copy_(staged)
                 else:
+                    self._replaced.append(tensor.data)  # freed when completions go on: that takes milliseconds
                     tensor.data = staged
         _synchronize(self._device)
 
@@ -349,6 +351,7 @@ class Receiver:
 
     def _forget(self) -> None:
         self._staged = {}
+        self._replaced = []
         self._chunks.clear()
 
     def _next(self) -> int:
