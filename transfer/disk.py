@@ -14,7 +14,9 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transfer.config import DiskConfig
 from transfer.digest import digest_of
 from transfer.manifest import Manifest
 
+ABANDONED_S = 3600.0  # the write of a version takes less
 MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file
 
 
@@ -44,9 +47,11 @@ class DiskPublisher:
         self.endpoint: dict[str, Any] = {"backend": "disk", "folder": str(self._folder)}
 
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Remember the manifest, and remove what trainers that were killed have left half-written."""
+        """Remember the manifest, and remove what trainers that were killed long ago have left half-written."""
         for folder in self._folder.glob(".writing-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # its trainer lives, and has ended the write meanwhile
+                if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(folder)
         self._manifest = manifest
         return {}
 

@@ -54,17 +54,13 @@ class Fleet:
         deadline = min(self._timeout_s, timeout_s or self._timeout_s)
 
         def talk(member: Member) -> list[dict[str, Any]]:
-            boot = {"boot": member.boot} if member.boot else {}
-            return [
-                member.sender.call(verb, {**body, **(boot if verb in ADDRESSED else {})}, deadline)
-                for verb, body in messages
-            ]
+            return [member.sender.call(verb, _addressed(verb, body, member), deadline) for verb, body in messages]
 
         answers, failures = self._each(members, talk, len(messages) * deadline)
-        for member, (*_, answer) in answers.items():
-            member.boot = answer.get("boot", member.boot)
-        said = sum(len(json.dumps(body)) for _, body in messages) * len(answers)
-        self.control_bytes += said + sum(len(json.dumps(answer)) for heard in answers.values() for answer in heard)
+        for member, heard in answers.items():
+            said = [_addressed(verb, body, member) for verb, body in messages]
+            self.control_bytes += sum(len(json.dumps(each, separators=(",", ":"))) for each in (*said, *heard))
+            member.boot = heard[-1].get("boot", member.boot)
         return answers, failures
 
     def close(self) -> None:
@@ -86,6 +82,11 @@ class Fleet:
             else:
                 failures[member] = _as_remote(job.exception(), member.sender.name)
         return answers, failures
+
+
+def _addressed(verb: str, body: Mapping[str, Any], member: Member) -> Mapping[str, Any]:
+    """The message, for this start of the worker alone where that counts."""
+    return {**body, "boot": member.boot} if member.boot and verb in ADDRESSED else body
 
 
 def _as_remote(error: BaseException | None, name: str) -> wire.RemoteError:

@@ -23,6 +23,7 @@ from transfer import inert_pickle
 from transfer.engine import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo, parsed
 from transfer.handle_check import check
 from transfer.handles import Exporter, Importer
+from transfer.wire import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 TIMEOUT_S = 300.0  # for the receivers to acknowledge one update, seconds
 CONNECT_TIMEOUT_S = 10.0
 MAX_ERROR_BYTES = 64 * 1024  # of a server's answer that says what went wrong
-TOKEN_VARIABLE = "RLHF_WORKER_TOKEN"  # the environment variable with the worker's bearer token, where it needs one
 
 
 @dataclass

@@ -13,6 +13,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+TOKEN_VARIABLE = (
+    "RLHF_WORKER_TOKEN"  # the environment variable with a worker's bearer token, where nobody hands it over
+)
 MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
 MAX_INT = 2**64 - 1  # any number in a message: no arithmetic on it becomes too long to print
 

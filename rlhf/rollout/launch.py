@@ -25,13 +25,13 @@ from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
 from transfer.process import SOURCE, WorkerProcess
+from transfer.wire import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from transfer import Sender
 
     Connect = Callable[[], list[Sender]]  # waits until the workers are up
 
-TOKEN_VARIABLE = "RLHF_WORKER_TOKEN"
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
 RAY_THREADS = 8  # so that `status` is answered while the actor samples

@@ -51,7 +51,6 @@ from transfer.wire import ROUTES  # noqa: E402
 
 TOKEN = "f" * 64
 LIFE = 400  # messages to one worker; then another, so that both of update_weights' forms are met in every state
-SLOWEST_S = 10.0  # one message
 STOP = 5  # violations
 VOCABULARY = 12
 WAYS = {

@@ -14,13 +14,12 @@ import requests
 
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient
-from rlhf.rollout.launch import TOKEN_VARIABLE
 from rlhf.rollout.worker import WorkerSpec
 from rlhf.types import Prompt
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
 from transfer.process import SOURCE, WorkerProcess
 from transfer.serve import listening
-from transfer.wire import RemoteError
+from transfer.wire import TOKEN_VARIABLE, RemoteError
 
 PROMPTS = [Prompt("x", (3, 4, 5)), Prompt("y", (8,))]
 QWEN = {"architecture": {"model_type": "qwen3"}, "endpoint": {"backend": "local"}}

@@ -1,5 +1,6 @@
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_only_the_newest_and_the_served_versions_stay(tmp_path):
     assert sorted(os.listdir(folder)) == [
         f"{version:08d}.{kind}" for version in (1, 3, 4) for kind in ("json", "safetensors")
     ]
+
+
+def test_only_what_was_left_half_written_long_ago_is_removed(tmp_path):
+    for name, age_s in ((".writing-old", 7200), (".writing-new", 10)):
+        (tmp_path / "weights" / name).mkdir(parents=True)
+        (tmp_path / "weights" / name / "weights").touch()
+        os.utime(tmp_path / "weights" / name, (time.time() - age_s,) * 2)
+    pair(tmp_path, {"w": torch.ones(3)})
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [".writing-new"]
 
 
 def test_versions_of_an_earlier_run_in_the_same_folder_are_left_alone(tmp_path):

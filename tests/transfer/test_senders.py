@@ -110,7 +110,6 @@ def test_a_verb_becomes_its_route_with_the_token_and_json_over_one_connection():
         assert headers["Authorization"] == "Bearer secret" and headers["Content-Type"] == "application/json"
         assert server.seen[3][:2] == ("GET", "/status?deep=2")
         assert len({seen[4] for seen in server.seen}) == 1, "one kept-alive connection"
-        assert (sender.bytes_sent, sender.bytes_received) == (3 * len(b'{"epoch":1}'), 4 * len(b'{"ok": true}'))
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from transfer.bench.relay import Relay
 from transfer.bench.source import Source
 from transfer.bench.ways import Connect, Control, Parts, Unit, Way
 from transfer.digest import as_bytes
-from transfer.ipc import TOKEN_VARIABLE, IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
+from transfer.ipc import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 from transfer.senders.http import HttpSender
 from transfer.senders.ray import RaySender
+from transfer.wire import TOKEN_VARIABLE
 
 SHM = "/dev/shm"
 ALONE = {"backend": "local"}  # the endpoint of a worker that no session feeds

@@ -100,8 +100,8 @@ def one_shot(sender: str = "http", device: str = "cpu") -> Finding:
     """Send PUSHES times with the one-shot API, and each time ask the worker for the digest of what it serves then."""
     _require("one-shot", sender)
     from transfer import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
-    from transfer.ipc import TOKEN_VARIABLE
     from transfer.manifest import Manifest
+    from transfer.wire import TOKEN_VARIABLE
 
     weights = _weights(device)
     manifest = Manifest.of(weights)

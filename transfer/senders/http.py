@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
@@ -28,12 +27,9 @@ class HttpSender:
     def __init__(
         self, url: str, token: str | None, worker: str, timeout_s: float, relaunch: Relaunch | None = None
     ) -> None:
-        self.bytes_sent = 0  # bodies only
-        self.bytes_received = 0
         self._worker = worker
         self._relaunch = relaunch
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()  # of the two counters
         self._headers = {"Content-Type": "application/json", "User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -62,9 +58,6 @@ class HttpSender:
             raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
         except HTTPError as error:
             raise wire.RemoteError(self.name, verb, 0, f"the connection to {self._url} broke: {error}") from None
-        with self._lock:
-            self.bytes_sent += len(payload)
-            self.bytes_received += len(answer.data)
         if answer.status != 200:
             raise wire.RemoteError(self.name, verb, answer.status, _message(answer.data, str(answer.reason)))
         return _parsed(answer.data, self.name, verb)
