@@ -20,6 +20,11 @@ class Gate:
         self._held = False
 
     @property
+    def sharing(self) -> int:
+        """How many are inside through `shared`."""
+        return self._sharing
+
+    @property
     def wanted(self) -> bool:
         """Whether somebody waits to be alone."""
         return self._exclusive > 0

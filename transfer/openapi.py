@@ -65,6 +65,7 @@ _MANIFEST = _object({"entries": _list(_ROW)}) | {"description": "ordered by name
 _SESSION_INIT = _object(
     {
         "epoch": EPOCH,
+        "trainer": TEXT | {"description": "this trainer's own name for itself: who comes with the same epoch again"},
         "manifest": _MANIFEST,
         "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 3600},
         "where": ANY | {"description": "what the backend must know to find the trainer's memory"},
@@ -106,12 +107,14 @@ _STATUS = _object(
         "phase": _PHASE,
         "boot": STRING | {"description": "one start of this worker"},
         "epoch": INT,
+        "trainer": TEXT | {"description": "who has taken that epoch"},
         "version": _or_null(INT) | {"description": "what completions are sampled with"},
         "newest": _or_null(INT) | {"description": "the newest finished version"},
         "target": _or_null(INT) | {"description": "the version that is being staged"},
         "digest": _or_null(TEXT),
         "manifest": STRING,
         "dtype": _or_null(STRING),
+        "serving": INT | {"description": "completions that run now"},
     }
 )
 _CHOICE = _object(

@@ -5,8 +5,9 @@
     finish(w) --writing--> QUARANTINED --flipped--> READY(w); an error in between: stays QUARANTINED, serves nothing
     QUARANTINED --start(w), update(w), finish(w)--> READY(w)
 
-- Epochs fence trainers. `init` must take a higher epoch than any before (409 otherwise, also for the same one: two
-  trainers that start together must not both win); every other message must carry the epoch of the last `init` (409).
+- Epochs fence trainers. `init` must take a higher epoch than any before (409 otherwise, also for the same one from
+  another trainer: two that start together must not both win; from the same trainer it is a repeat); every other message
+  must carry the epoch of the last `init` (409).
 - Versions are monotonic: `start` below the newest finished version is refused (409). A message about the newest version
   is a repeat if its digest is the same: answered, and nothing happens; with another digest it is a conflict (409).
 - Only `finish` changes what is served, and only if that very version was staged.
@@ -36,6 +37,7 @@ class State:
     """What a worker knows; `version` is the newest finished one, and still there unless `torn`."""
 
     epoch: int = 0
+    trainer: str = ""  # who has taken that epoch
     version: int | None = None
     digest: str | None = None  # of `version`, as its trainer gave it
     torn: bool = False
@@ -64,6 +66,7 @@ class Init:
     """A trainer takes over."""
 
     epoch: int
+    trainer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,7 @@ def reported(state: State, event: Event) -> State:
             return replace(state, torn=True)
         case Event.FLIPPED:
             assert state.torn and state.staged
-            return State(epoch=state.epoch, version=state.target, digest=state.target_digest)
+            return State(epoch=state.epoch, trainer=state.trainer, version=state.target, digest=state.target_digest)
         case Event.FAILED:
             return _dropped(state)
 
@@ -185,9 +188,11 @@ def _dropped(state: State) -> State:
 
 
 def _init(state: State, message: Init) -> tuple[State, Decision]:
+    if (message.epoch, message.trainer) == (state.epoch, state.trainer):
+        return state, Repeat()
     if message.epoch <= state.epoch:
         return state, Refuse(f"epoch {message.epoch} is taken; the next trainer's is at least {state.epoch + 1}")
-    return replace(_dropped(state), epoch=message.epoch), Do()
+    return replace(_dropped(state), epoch=message.epoch, trainer=message.trainer), Do()
 
 
 def _start(state: State, message: Start) -> tuple[State, Decision]:

@@ -3,8 +3,8 @@
 What a message means is decided by protocol.py; this file does the work: agree, stage, and replace the module's weights
 while nobody generates. The verbs come one at a time; `status` and `weight_info` answer at any time.
 
-    init_weight_transfer_engine  {"init_info": {"epoch", "manifest", "timeout_s", "where"[, "verify"][, "in_flight"]}
-                                  [, "boot"]}
+    init_weight_transfer_engine  {"init_info": {"epoch", "trainer", "manifest", "timeout_s", "where"[, "verify"]
+                                  [, "in_flight"]}[, "boot"]}
     start_weight_update          {"epoch", "version"[, "digest"][, "boot"]}
     update_weights               {"update_info": {"epoch", "version", "where"}}
     finish_weight_update         {"epoch", "weight_version"}         the version as a string, vLLM's field
@@ -152,18 +152,20 @@ class Receiver:
     # --- the verbs ----------------------------------------------------------------------------------------------------
 
     def status(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Where this worker stands, and the manifest's digest and floating-point dtype that it wants."""
+        """Where this worker stands, how many completions it is busy with, and the manifest that it wants."""
         state = protocol.expired(self._state, time.monotonic())
         return {
             "phase": state.phase.value,
             "boot": self._boot,
             "epoch": state.epoch,
+            "trainer": state.trainer,
             "version": state.serves,
             "newest": state.version,
             "target": state.target,
             "digest": state.digest,
             "manifest": self._manifest.digest,
             "dtype": self._manifest.floating_dtype(),
+            "serving": self._gate.sharing,
         }
 
     def _standing(self) -> dict[str, Any]:
@@ -185,8 +187,9 @@ class Receiver:
             return self.status()
         _only(info, INIT_INFO, "init_info", optional={"verify", "in_flight"})
         with self._alone():
-            state, decision = self._step(protocol.Init(info["epoch"]))
-            assert not isinstance(decision, protocol.Repeat)
+            state, decision = self._step(protocol.Init(info["epoch"], info["trainer"]))
+            if isinstance(decision, protocol.Repeat):
+                return self._standing()
             with _reasons("agreeing on the weights"):
                 self._agree(info)
             self._state, self._timeout_s = state, float(info["timeout_s"])
@@ -427,6 +430,7 @@ def _synchronize(device: torch.device) -> None:
 
 INIT_INFO: dict[str, Callable[[Any], bool]] = {  # of a session
     "epoch": _is_epoch,
+    "trainer": wire.is_str,
     "manifest": _is_dict,
     "timeout_s": _is_timeout,
     "where": _is_dict,

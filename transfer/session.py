@@ -11,6 +11,7 @@ worker serves is known. A version's number is used up once any worker was told t
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ class Session:
     def __init__(self, publisher: Publisher, config: TransferConfig, in_flight: InFlight, journal: Journal) -> None:
         self._publisher = publisher
         self._timeout_s = config.sender.timeout_s
+        self._trainer = secrets.token_hex(8)
         self._agreed: dict[str, Any] = {
+            "trainer": self._trainer,
             "timeout_s": self._timeout_s,
             "verify": config.verify.value,
             "in_flight": in_flight.value,
@@ -98,6 +101,7 @@ class Session:
         self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
         self._epoch = 0  # the highest that this session has taken
+        self._replaced = False  # by a later trainer, or one that was faster
         self._unsure = True  # an update has ended, nobody knows how, in some worker
         self._newest: int | None = None  # version that any worker has finished
         self._named = -1  # the highest version that any worker was told to finish, and may have served
@@ -127,7 +131,7 @@ class Session:
         }
         self._epoch = max(int(answer["epoch"]) for answer in status.values())
         self._writes = {}
-        self._take_over()
+        self._take_over(opening=True)
         self._journal.write("open", epoch=self._epoch, manifest=self._manifest.digest)
 
     def push(self, weights: Weights) -> int:
@@ -175,20 +179,22 @@ class Session:
 
     # --- who trains these workers, and what they serve ----------------------------------------------------------------
 
-    def _take_over(self) -> None:
+    def _take_over(self, opening: bool = False) -> None:
         """Take the next epoch in all workers, so that no earlier message counts any more, and learn what they serve.
 
         For a session that opens, and for one of which an update has failed: its own messages may still be on their way.
         """
         members = self._fleet.members
         status, _ = self._fleet.ask(members, "status", {}, CLEAN_UP_S)
-        if taken := [answer["epoch"] for answer in status.values() if answer["epoch"] > self._epoch]:
+        self._replaced = not opening and (self._replaced or any(map(self._is_anothers, status.values())))
+        if not self._replaced:
+            self._epoch += 1
+            failures = self._agree(members)
+        if self._replaced:
             raise wire.TransferError(
-                f"another trainer has taken over these workers (its epoch is {max(taken)}, ours {self._epoch}): "
+                f"another trainer has taken over these workers (our epoch was {self._epoch}): "
                 "open the transfer again to take them back"
             )
-        self._epoch += 1
-        failures = self._agree(members)
         for failure in failures.values():
             if failure.status == 422:
                 raise ValueError(str(failure)) from failure
@@ -198,10 +204,15 @@ class Session:
         self._unsure = False
         self._catch_up()
 
+    def _is_anothers(self, status: Mapping[str, Any]) -> bool:
+        """Whether the worker obeys a trainer that came after us, or at the same time and was faster."""
+        return status["epoch"] > self._epoch or (status["epoch"] == self._epoch and status["trainer"] != self._trainer)
+
     def _agree(self, members: Sequence[Member]) -> Failures:
         """Tell them what is to be agreed on, then ask what they serve: nobody else can change that any more."""
         info = {"init_info": {"epoch": self._epoch, **self._agreed}}
         _, failures = self._fleet.ask(members, "init_weight_transfer_engine", info)
+        self._replaced |= any(failure.status == 409 for failure in failures.values())  # since they told their status
         status, silent = self._fleet.ask([member for member in members if member not in failures], "status", {})
         for member, answer in status.items():
             member.serves, member.newest = answer["version"], answer["newest"]
@@ -212,13 +223,13 @@ class Session:
         if not members:
             return []
         status, silent = self._fleet.ask(self._fleet.members, "status", {}, CLEAN_UP_S)
-        if any(answer["epoch"] > self._epoch for answer in status.values()):
-            return []  # another trainer's workers
+        if any(self._is_anothers(answer) for answer in status.values()):
+            return []
         revived = [member for member in members if member in silent and member.sender.restart()]
         status |= self._fleet.ask(revived, "status", {}, CLEAN_UP_S)[0]
         lost = [member for member in members if member in status and status[member]["epoch"] < self._epoch]
         failures = self._agree(lost)
-        back = [member for member in lost if member not in failures]
+        back = [member for member in lost if member not in failures and not self._replaced]
         for member in back:
             self._restarts += 1
             self._journal.write("rejoin", worker=member.sender.name, epoch=self._epoch)
@@ -289,7 +300,8 @@ class Session:
     def _finished_unheard(self, members: Sequence[Member], version: int) -> list[Member]:
         """Which of these workers serve `version`, although their answer was lost."""
         status, _ = self._fleet.ask(members, "status", {}, CLEAN_UP_S)
-        return [m for m, answer in status.items() if (answer["version"], answer["epoch"]) == (version, self._epoch)]
+        ours = [member for member, answer in status.items() if not self._is_anothers(answer)]
+        return [m for m in ours if (status[m]["version"], status[m]["epoch"]) == (version, self._epoch)]
 
     def _abort(self, members: Sequence[Member], version: int) -> None:
         """Give the update up, so that nobody holds a stage until its lease ends; who does not hear it does."""

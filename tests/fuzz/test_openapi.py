@@ -34,7 +34,15 @@ def worker():
 
 
 SESSION = {"epoch": 1, "version": 0}
-INIT = {"epoch": 1, "manifest": {"entries": []}, "timeout_s": 5.0, "where": {}, "verify": "off", "in_flight": "wait"}
+INIT = {
+    "epoch": 1,
+    "trainer": "t",
+    "manifest": {"entries": []},
+    "timeout_s": 5.0,
+    "where": {},
+    "verify": "off",
+    "in_flight": "wait",
+}
 ONE_SHOT = {"names": [], "dtype_names": [], "shapes": [], "ipc_handles": []}
 SAMPLING = {"model": "m", "n": 1, "max_tokens": 2, "temperature": 0.5, "stop_token_ids": [1], "logprobs": 0}
 FORMS = [  # every form of every message: verb, message, and where its fields are
@@ -147,7 +155,7 @@ def test_the_document_allows_a_value_if_and_only_if_the_check_does(verb, message
         except UnicodeEncodeError:
             continue  # nor can it read half a surrogate pair
         refused = asked(worker, verb, changed)
-        refused = None if refused and field not in refused else refused  # it has another reason
+        refused = None if refused and not re.search(rf"\b{field}\b(?!')", refused) else refused  # it has another reason
         assert schema.is_valid(changed) == (refused is None), (value, refused)
         compared += 1
     assert compared > 50
@@ -178,8 +186,8 @@ async def get(served, path):
 
 
 def settings(token):
-    accepted = ["2xx", "401", "409", "503"]
-    refused = ["400", "401", "405", "409", "411", "413", "422", "503"]
+    accepted = ["2xx", "401", "409", "412", "503"]
+    refused = ["400", "401", "405", "409", "411", "412", "413", "422", "503"]
     fitting = {"checks": {"positive_data_acceptance": {"expected-statuses": [*accepted, "422"]}}}
     return SchemathesisConfig.from_dict(
         {

@@ -86,7 +86,7 @@ class Traffic:
         named = {"epoch": status["epoch"], "version": version}
         match verb:
             case "init_weight_transfer_engine":
-                return self._init(status["epoch"] + 1)
+                return self._init(max(1, status["epoch"] + (self.random.random() < 0.9)))  # or too late
             case "start_weight_update":
                 return named | ({} if digest is None else {"digest": digest})
             case "update_weights":
@@ -101,6 +101,7 @@ class Traffic:
         pick = self.random.choice
         info = {
             "epoch": epoch,
+            "trainer": pick(["this", "that"]),
             "manifest": self.material["manifest"],
             "timeout_s": 20.0,
             "where": self.material["init"],

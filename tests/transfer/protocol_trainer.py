@@ -55,8 +55,10 @@ class Trainer:
 
     @property
     def gives_up(self) -> bool:
-        """Whether workers know of a later trainer."""
-        return any(worker.facts.epoch > self._session._epoch for worker in self._world.workers)
+        """Whether workers obey a later trainer, or one that was faster to take the same epoch."""
+        ours = self._session._epoch
+        taken = {(worker.facts.epoch, worker.facts.trainer) for worker in self._world.workers}
+        return self.replaced or any(epoch >= ours and who != self._session._trainer for epoch, who in taken)
 
     def speak(self, which: int, fate: int, fault: int) -> None:
         """Say the next thing to one of the workers that it is talking to."""
@@ -96,7 +98,7 @@ class Trainer:
         place = None
         match verb:
             case "init_weight_transfer_engine":
-                message: Message = Init(body["init_info"]["epoch"])
+                message: Message = Init(body["init_info"]["epoch"], body["init_info"]["trainer"])
             case "start_weight_update":
                 message = Start(**body)
             case "update_weights":
@@ -106,13 +108,13 @@ class Trainer:
                 message = Finish(body["epoch"], int(body["weight_version"]))
             case "abort_weight_update":
                 message = Abort(**body)
-        holders, again = self._world.holders, message == self._last.get(worker)  # again: a worker that may have died
         self._last[worker] = message
         answer = self._world.send(self, Parcel(self.name, worker, worker.facts, message, place), fate, fault)
         if isinstance(message, Finish) and not isinstance(answer, int):
             del self._last[worker]
-        if isinstance(message, Init) and answer == 409 and message.epoch not in holders and not again:
-            self.replaced |= holders.get(worker.facts.epoch, self.name) != self.name
+        if isinstance(message, Init) and answer == 409:
+            must(worker.facts.trainer != self._session._trainer, "a trainer was refused by its own worker")
+            self.replaced = True
         return answer
 
     def _wait(self) -> None:

@@ -72,6 +72,7 @@ class Facts:
     """What has happened to a worker's process since it started."""
 
     epoch: int = 0  # of the last trainer that was let in
+    trainer: str = ""  # that one
     stage: Stage | None = None
     version: int | None = None  # finished last
     digest: str | None = None  # of `version`, as it was told
@@ -97,7 +98,8 @@ def must(holds: bool, sentence: str) -> None:
 def allowed(facts: Facts, message: Message) -> tuple[type[Decision], ...]:
     """The decisions that are right, after what has happened."""
     if isinstance(message, Init):
-        return (Do,) if message.epoch > facts.epoch else (Refuse,)
+        again = (message.epoch, message.trainer) == (facts.epoch, facts.trainer)
+        return (Repeat,) if again else (Do,) if message.epoch > facts.epoch else (Refuse,)
     if message.epoch != facts.epoch:
         return (Refuse,)
     if facts.stage is None:
@@ -152,10 +154,10 @@ class Worker:
         self.facts = Facts()
         self.check()
 
-    def status(self) -> dict[str, int | None]:
+    def status(self) -> dict[str, int | str | None]:
         """What it says about itself."""
         state = protocol.expired(self.state, self.world.now)
-        return {"epoch": state.epoch, "version": state.serves, "newest": state.version}
+        return {"epoch": state.epoch, "trainer": state.trainer, "version": state.serves, "newest": state.version}
 
     def receive(self, parcel: Parcel, fault: str = "") -> int:
         """Carry a message out, with a fault in the work; the answer's HTTP status, 0 if there is nobody to give one."""
@@ -236,7 +238,7 @@ class Worker:
             case Init():
                 if fault == "before":
                     return False  # could not agree: nothing has happened
-                facts.epoch, facts.stage = message.epoch, None
+                facts.epoch, facts.trainer, facts.stage = message.epoch, message.trainer, None
             case Start():
                 facts.stage = Stage(message.version, message.digest, 0.0)
             case Update():

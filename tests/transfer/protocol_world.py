@@ -202,7 +202,7 @@ class World:
         if kind is Start:
             message: Message = Start(epoch, version, digest)
         else:
-            message = Init(epoch) if kind is Init else kind(epoch, version)
+            message = Init(epoch, "faulty") if kind is Init else kind(epoch, version)
         place = ([self.publish("faulty trainer", version if epoch else None)], 0)
         self._deliver(Parcel("faulty trainer", worker, facts, message, place), FAULTS[how], "")
 

@@ -50,12 +50,12 @@ def repeated(state, message):
     assert decision == Repeat() and then == state
 
 
-READY = after(Init(1), *update(1, 0, "x"))
+READY = after(Init(1, "t"), *update(1, 0, "x"))
 STAGED = after(Start(1, 1, "y"), Update(1, 1), state=READY)
 
 
 def test_a_new_worker_serves_nothing_until_its_first_finish():
-    state = after(Init(1), Start(1, 0), Update(1, 0))
+    state = after(Init(1, "t"), Start(1, 0), Update(1, 0))
     assert (State().phase, state.phase, state.serves) == (Phase.EMPTY, Phase.STAGING, None)
     assert (READY.phase, READY.serves) == (Phase.READY, 0)
 
@@ -73,10 +73,10 @@ def test_finish_of_another_version_than_the_staged_one_is_refused():
 
 
 @pytest.mark.parametrize(
-    "message", [Start(1, 1), Update(1, 1), Finish(1, 1), Abort(1, 1), Rename(1, 5), Init(1), Init(2)]
+    "message", [Start(1, 1), Update(1, 1), Finish(1, 1), Abort(1, 1), Rename(1, 5), Init(1, "t"), Init(2, "u")]
 )
 def test_an_older_trainer_is_refused_whatever_it_says(message):
-    refused(after(Init(2), state=STAGED), message, "epoch")
+    refused(after(Init(2, "t"), state=STAGED), message, "epoch")
 
 
 @pytest.mark.parametrize("message", [Start(2, 1), Update(2, 1), Finish(2, 1), Abort(2, 1)])
@@ -85,11 +85,15 @@ def test_a_trainer_that_did_not_initialise_is_refused(message):
 
 
 def test_two_trainers_cannot_take_the_same_epoch():
-    refused(READY, Init(1), "epoch 1 is taken; the next trainer's is at least 2")
+    refused(READY, Init(1, "u"), "epoch 1 is taken; the next trainer's is at least 2")
+
+
+def test_a_trainer_that_says_twice_that_it_takes_over_is_answered_twice():
+    repeated(STAGED, Init(1, "t"))
 
 
 def test_a_new_trainer_drops_the_stage_of_the_old_one():
-    state = after(Init(2), state=STAGED)
+    state = after(Init(2, "t"), state=STAGED)
     assert (state.phase, state.serves, state.target) == (Phase.READY, 0, None)
 
 
@@ -182,9 +186,16 @@ def test_a_one_shot_update_may_be_named_when_it_finishes():
 # --- any history: protocol_world.py -----------------------------------------------------------------------------------
 
 ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
-    "empty": {Init: [Do, Refuse], Start: [Do], Update: [Refuse], Finish: [Refuse], Abort: [Repeat], Rename: [Refuse]},
+    "empty": {
+        Init: [Do, Repeat, Refuse],
+        Start: [Do],
+        Update: [Refuse],
+        Finish: [Refuse],
+        Abort: [Repeat],
+        Rename: [Refuse],
+    },
     "staging": {
-        Init: [Do, Refuse],
+        Init: [Do, Repeat, Refuse],
         Start: [Repeat, Refuse],
         Update: [Do, Refuse],
         Finish: [Do, Refuse],
@@ -192,7 +203,7 @@ ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
         Rename: [Do, Refuse],
     },
     "ready": {
-        Init: [Do, Refuse],
+        Init: [Do, Repeat, Refuse],
         Start: [Do, Repeat, Refuse],
         Update: [Repeat, Refuse],
         Finish: [Repeat, Refuse],
@@ -200,7 +211,7 @@ ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
         Rename: [Repeat, Refuse],
     },
     "quarantined": {
-        Init: [Do, Refuse],
+        Init: [Do, Repeat, Refuse],
         Start: [Do, Repeat, Refuse],
         Update: [Do, Refuse],
         Finish: [Do, Refuse],

@@ -308,10 +308,21 @@ def a_torn_version_is_forgotten(genuine, session, members):
 
 
 @in_place_of("_take_over", Session)
-def a_replaced_trainer_takes_its_workers_back(genuine, session):
+def a_replaced_trainer_takes_its_workers_back(genuine, session, opening=False):
     status, _ = session._fleet.ask(session._fleet.members, "status", {})
     session._epoch = max([session._epoch, *(answer["epoch"] for answer in status.values())])
-    genuine(session)
+    genuine(session, opening=True)
+
+
+@in_place_of("_take_over", Session)
+def a_trainer_that_lost_the_race_for_an_epoch_takes_the_next(genuine, session, opening=False):
+    session._replaced = False
+    genuine(session, opening)
+
+
+@in_place_of("_init")
+def any_trainer_is_let_in_with_an_equal_epoch(genuine, state, message):
+    return (state, Repeat()) if message.epoch == state.epoch else genuine(state, message)
 
 
 @in_place_of("_finished_unheard", Session)

@@ -124,14 +124,21 @@ def test_the_gate_opens_again_after_a_flip_that_waited_in_vain():
 
 
 def good_init(module):
-    return {"epoch": 1, "manifest": Manifest.of(module.state_dict()).to_json(), "timeout_s": 5.0, "where": {}}
+    manifest = Manifest.of(module.state_dict()).to_json()
+    return {"epoch": 1, "trainer": "t", "manifest": manifest, "timeout_s": 5.0, "where": {}}
 
 
 BAD_BODIES = [
     ("init_weight_transfer_engine", {}),
     ("init_weight_transfer_engine", {"init_info": {"epoch": 1}}),
-    ("init_weight_transfer_engine", {"init_info": {"epoch": 1, "manifest": {}, "timeout_s": 1, "where": {}}}),
-    ("init_weight_transfer_engine", {"init_info": {"epoch": -1, "manifest": {}, "timeout_s": 1, "where": {}}}),
+    (
+        "init_weight_transfer_engine",
+        {"init_info": {"epoch": 1, "trainer": "t", "manifest": {}, "timeout_s": 1, "where": {}}},
+    ),
+    (
+        "init_weight_transfer_engine",
+        {"init_info": {"epoch": -1, "trainer": "t", "manifest": {}, "timeout_s": 1, "where": {}}},
+    ),
     ("init_weight_transfer_engine", {"init_info": {"packed": True}}),
     ("start_weight_update", {"epoch": 1}),
     ("start_weight_update", {"epoch": 1, "version": "0"}),

@@ -596,6 +596,27 @@ def test_an_update_that_the_old_trainer_finishes_while_a_new_one_takes_over_is_c
             assert fingerprint(module.state_dict()) == fingerprint(plain(version + 5))
 
 
+def test_a_trainer_that_is_replaced_between_its_question_and_its_claim_takes_no_worker_back(tmp_path):
+    config = DiskConfig(sender=SENDER, path=str(tmp_path))
+    with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
+        receiver = make_receiver(old.endpoint, PlainModel(seed=9))
+        sender = Late(receiver, "worker 0")
+        old.open(plain(0), [sender])
+
+        def first_the_new(verb, body):
+            new.open(plain(0), [DirectSender(receiver, "worker 0")])
+            return sender.call(verb, body)
+
+        sender.instead["finish_weight_update"] = sender.lost
+        with pytest.raises(wire.TransferError, match="finishing version 0 failed"):
+            old.push(plain(0))
+        sender.instead["init_weight_transfer_engine"] = first_the_new
+        for _ in range(3):
+            with pytest.raises(wire.TransferError, match=r"another trainer has taken over .*open"):
+                old.push(plain(1))
+        assert new.push(plain(2)) == 0 and receiver.version == 0
+
+
 def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(tmp_path):
     config = DiskConfig(sender=SENDER, path=str(tmp_path))
     with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
