@@ -11,10 +11,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from history import check
 
+# On a busy machine, or at its first run, drawing an example takes long; pytest's own timeout ends what hangs.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 

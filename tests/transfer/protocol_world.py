@@ -235,7 +235,7 @@ def run_worlds(count: int, tally: Counter[Any], **options: Any) -> None:
     """Run `count` worlds and add up what happened in `tally`; `options` are settings of hypothesis."""
     size = 1 + BYTES_A_MOVE * MOVES_A_WORLD
 
-    @settings(max_examples=count, deadline=None, database=None, report_multiple_bugs=False, **options)
+    @settings(max_examples=count, database=None, report_multiple_bugs=False, **options)
     @given(st.binary(min_size=size, max_size=size))
     def run(choices: bytes) -> None:
         World(choices, tally).run()

@@ -139,7 +139,7 @@ VALID = [pickle.dumps([{"GPU-a": (rebuild_cuda_tensor, FIELDS)}], protocol) for 
 change = st.tuples(st.integers(0, 2000), st.binary(max_size=4), st.integers(0, 4))  # where, what, instead of how much
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(VALID), st.lists(change, min_size=1, max_size=4))
 def test_a_damaged_payload_is_read_as_plain_values_or_refused_with_a_value_error(payload, changes):
     for where, what, length in changes:
@@ -153,7 +153,7 @@ def test_a_damaged_payload_is_read_as_plain_values_or_refused_with_a_value_error
         assert_inert(value)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from([bytes([code]) for code in range(256)] + [b"K\x01", b"\x8c\x01a", b"h\x00"])))
 def test_random_instructions_are_read_as_plain_values_or_refused_with_a_value_error(instructions):
     try:
