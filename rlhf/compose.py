@@ -28,7 +28,7 @@ from rlhf.config import (
     TinyModelConfig,
     VerifierRewardConfig,
 )
-from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
+from transfer.config import CollectiveConfig, DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
 
 CONF = next(
     folder
@@ -48,7 +48,13 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "reward": {"verifier": VerifierRewardConfig, "model": ModelRewardConfig, "function": FunctionRewardConfig},
     "algo": {"base": AlgoConfig},
     "optim": {"adamw": AdamWConfig},
-    "transfer": {"ipc": IpcConfig, "disk": DiskConfig, "local": LocalConfig},
+    "transfer": {
+        "ipc": IpcConfig,
+        "gloo": CollectiveConfig,
+        "nccl": CollectiveConfig,
+        "disk": DiskConfig,
+        "local": LocalConfig,
+    },
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
     "logger": {
         "console": ConsoleLoggerConfig,
@@ -60,6 +66,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 def choice(part: Any) -> str:
     """The name by which a group's choice is chosen: `ipc` of an IpcConfig; "in-process" of no sender at all."""
+    if isinstance(part, CollectiveConfig):
+        return part.library.value
     names = (name for choices in SCHEMAS.values() for name, schema in choices.items() if type(part) is schema)
     return next(names, "in-process")
 

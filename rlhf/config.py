@@ -10,9 +10,11 @@ import enum
 from dataclasses import dataclass, field
 
 from transfer.config import (
+    CollectiveConfig,
     HttpSenderConfig,
     InFlight,
     IpcConfig,
+    Library,
     LocalConfig,
     Staging,
     TransferConfig,
@@ -428,6 +430,11 @@ class RunConfig:
             raise ValueError(
                 "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
                 f"(got {self.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
+            )
+        nccl = isinstance(self.transfer, CollectiveConfig) and self.transfer.library is Library.nccl
+        if nccl and self.model.device is Device.cpu:
+            raise ValueError(
+                "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
             )
         sender = self.transfer.sender
         if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(self.transfer, IpcConfig):

@@ -89,8 +89,10 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     ("backend", "sender"),
     [
         ("ipc", "http"),
+        ("gloo", "http"),
         ("disk", "http"),
         pytest.param("ipc", "ray", marks=pytest.mark.slow),
+        pytest.param("gloo", "ray", marks=pytest.mark.slow),
         pytest.param("disk", "ray", marks=pytest.mark.slow),
     ],
 )

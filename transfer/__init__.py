@@ -1,6 +1,7 @@
 """Moves the weights of a policy from its trainer to its samplers, between gradient steps.
 
-Two planes: a *backend* moves bytes (`ipc`, `disk`, `local`), a *sender* tells a worker what to do (`http`, `ray`).
+Two planes: a *backend* moves bytes (`ipc`, `gloo`, `nccl`, `disk`, `local`), a *sender* tells a worker what to do
+(`http`, `ray`).
 
     with make_transfer(config, folder) as transfer:      # the backend's sending half, before any worker exists
         senders = ...                                    # start workers; each gets `transfer.endpoint` privately

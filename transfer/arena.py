@@ -9,7 +9,7 @@ be written again only when no worker serves its version any more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ import torch
 from transfer import memory, wire
 from transfer.config import IpcConfig, Staging, Take
 from transfer.digest import Hasher, digest_of
+from transfer.finite import NotFinite
 from transfer.manifest import Manifest
+from transfer.one_pass import OnePass, addresses, available
 
 MAX_SLOTS = 64
 
@@ -28,6 +30,7 @@ class Slots:
     def __init__(self) -> None:
         self._server = memory.DescriptorServer()
         self._region: memory.HostRegion | memory.CudaRegion | None = None
+        self.device = memory.HostRegion.device
         self.socket = self._server.path
         self.views: list[dict[str, torch.Tensor]] = []
 
@@ -43,6 +46,7 @@ class Slots:
         else:
             self._region = memory.HostRegion(nbytes)
             self._server.offer(self._region)
+        self.device = device
         self.views = [memory.tensors(self._region, manifest, slot) for slot in range(count)]
         return where
 
@@ -68,27 +72,48 @@ class ArenaPublisher:
         self._count = config.slots
         self._slots = Slots()
         self._versions: list[int | None] = []  # by slot
+        self._passes: dict[int, OnePass] = {}  # by slot
+        self.finds_nonfinite = False
         self.endpoint = _endpoint(config, self._slots)
 
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Allocate the slots; what a worker must know to map them."""
-        self._versions = [None] * self._count
-        return self._slots.allocate(manifest, weights, self._count)
+        self._versions, self._passes = [None] * self._count, {}
+        where = self._slots.allocate(manifest, weights, self._count)
+        self.finds_nonfinite = available(self._slots.device)
+        return where
 
     @torch.no_grad()
     def write(
         self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
-        """Copy, and cast, the weights into a slot whose version is not in `served`; which slot, and the digest."""
+        """Copy, and cast, the weights into a slot whose version is not in `served`; which slot, and the digest.
+
+        NotFinite for weights in which `finds_nonfinite` has found such values.
+        """
         free = [slot for slot, held in enumerate(self._versions) if held is None or held not in served]
         assert free, f"all slots are served: {self._versions}"
         slot = free[0]
         self._versions = [None if held == version else held for held in self._versions]
         self._versions[slot] = version
         views = self._slots.views[slot]
-        digest = _copy(views, weights, with_digest)
+        digest: str | None
+        if self.finds_nonfinite:
+            digest = self._in_one_pass(slot, [weights[name] for name in views])
+        else:
+            digest = _copy(views, weights, with_digest)
         _wait(views)
-        return {"slot": slot}, digest
+        return {"slot": slot}, digest if with_digest else None
+
+    def _in_one_pass(self, slot: int, sources: list[torch.Tensor]) -> str | None:
+        if slot not in self._passes or not self._passes[slot].fits(sources):
+            self._passes[slot] = OnePass(sources, list(self._slots.views[slot].values()), self._slots.device)
+            self._passes[slot].choose(told=True)
+        torch.cuda.synchronize(self._slots.device)  # other streams may have changed the weights
+        digest, finite = self._passes[slot].run()
+        if not finite:
+            raise NotFinite
+        return digest
 
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""
@@ -103,6 +128,8 @@ class LivePublisher:
 
     def __init__(self, config: IpcConfig) -> None:
         self._slots = Slots()
+        self._pass: OnePass | None = None
+        self.finds_nonfinite = False
         self.endpoint = _endpoint(config, self._slots)
 
     @torch.no_grad()
@@ -114,21 +141,34 @@ class LivePublisher:
             view.copy_(weights[entry.name])
             for name in entry.names:
                 weights[name].data = view
+        self.finds_nonfinite = available(self._slots.device)
+        if self.finds_nonfinite:
+            self._pass = OnePass(list(self._slots.views[0].values()), None, self._slots.device, padded=True)
         return where
 
     def write(
         self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
-        """Only look: ValueError if a tensor is no longer where workers look for it; the digest."""
+        """Only look: ValueError if a tensor is no longer where workers look for it; the digest.
+
+        With a digest NotFinite for values that the same pass has found; without, workers find them as they copy.
+        """
         views = self._slots.views[0]
-        for name, view in views.items():
-            if weights[name].data_ptr() != view.data_ptr():
-                raise ValueError(
-                    f"transfer.staging=live: {name} is not in the memory shared with the workers; give open() the "
-                    "tensors themselves, module.state_dict(keep_vars=True), and do not replace them"
-                )
+        if addresses(weights[name] for name in views) != addresses(views.values()):
+            name = next(name for name, view in views.items() if weights[name].data_ptr() != view.data_ptr())
+            raise ValueError(
+                f"transfer.staging=live: {name} is not in the memory shared with the workers; give open() the tensors "
+                "themselves, module.state_dict(keep_vars=True), and do not replace them"
+            )
         _wait(views)
-        return {"slot": 0}, digest_of(views.values()) if with_digest else None
+        if not with_digest:
+            return {"slot": 0}, None
+        if self._pass is None:
+            return {"slot": 0}, digest_of(views.values())
+        digest, finite = self._pass.run()
+        if not finite:
+            raise NotFinite
+        return {"slot": 0}, digest
 
     def close(self) -> None:
         """Stop sharing; the parameters stay where they are."""
@@ -151,8 +191,9 @@ class ArenaIntake:
         self._socket = str(endpoint["socket"])
         self.in_place = Take(endpoint["take"]) is Take.copy
         self.settled = Staging(endpoint["staging"]) is Staging.arena
+        self.unchecked = False
         self._region: memory.Region | None = None
-        self._views: list[dict[str, torch.Tensor]] = []
+        self.slots: Sequence[dict[str, torch.Tensor]] = ()
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Map the trainer's slots; ValueError if `take=view` cannot put them under a module on `device`."""
@@ -161,7 +202,7 @@ class ArenaIntake:
         nbytes = slots * memory.slot_bytes(manifest)
         region: memory.Region
         if "handle" in where:
-            region = memory.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes)
+            region = memory.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes, device)
         else:
             region = memory.receive_region(self._socket, nbytes)
         if not self.in_place and region.device != device:
@@ -171,18 +212,19 @@ class ArenaIntake:
             )
         self.close()
         self._region = region
-        self._views = [memory.tensors(region, manifest, slot) for slot in range(slots)]
+        self.unchecked = not self.settled and "handle" in where
+        self.slots = [memory.tensors(region, manifest, slot) for slot in range(slots)]
 
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of the slot that `where` names, by entry name."""
         wire.only(dict(where), {"slot": wire.is_int}, "where")
-        if where.get("slot", -1) not in range(len(self._views)):
-            raise ValueError(f"where.slot must be below {len(self._views)} (got {where.get('slot')})")
-        return self._views[where["slot"]]
+        if where.get("slot", -1) not in range(len(self.slots)):
+            raise ValueError(f"where.slot must be below {len(self.slots)} (got {where.get('slot')})")
+        return self.slots[where["slot"]]
 
     def close(self) -> None:
         """Give up the mapping; weights that view it keep it."""
-        self._views = []
+        self.slots = ()
         if self._region is not None:
             self._region.close()
             self._region = None
@@ -193,7 +235,7 @@ def _is_slots(value: Any) -> bool:
 
 
 def _copy(views: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], with_digest: bool) -> str | None:
-    """Fill the slot; on the host each tensor is hashed right after it was copied, while it is in the cache."""
+    """Fill the slot by torch; on the host each tensor is hashed right after it was copied, while it is in the cache."""
     if not views:
         return digest_of([]) if with_digest else None
     targets, sources = list(views.values()), [weights[name] for name in views]

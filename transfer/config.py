@@ -23,6 +23,13 @@ class Take(enum.Enum):
     copy = "copy"  # into memory of its own, whose addresses never move
 
 
+class Library(enum.Enum):
+    """What carries a broadcast."""
+
+    gloo = "gloo"  # TCP between hosts' memory
+    nccl = "nccl"  # NVLink, PCIe or the network between GPUs
+
+
 class Verify(enum.Enum):
     """What a worker compares with the trainer's digest of the weights, before it serves them."""
 
@@ -122,6 +129,28 @@ class DiskConfig(TransferConfig):
         TransferConfig.__post_init__(self)
         if self.keep < 1:
             raise ValueError(f"transfer.keep must be at least 1 (got {self.keep})")
+
+
+@dataclass(slots=True, kw_only=True)
+class CollectiveConfig(TransferConfig):
+    """A torch.distributed broadcast from the trainer to all workers, packed in buckets."""
+
+    library: Library = Library.gloo  # transfer=gloo or transfer=nccl sets it
+    take: Take = Take.view
+    bucket_mib: int | None = None  # MiB packed at a time, of which two are held; null: 64 for gloo, 256 for nccl
+    host: str = "127.0.0.1"  # the trainer's address that workers connect to; nobody is authenticated there
+
+    def __post_init__(self) -> None:
+        TransferConfig.__post_init__(self)
+        if self.bucket_mib is not None and not 1 <= self.bucket_mib <= 65536:
+            raise ValueError(f"transfer.bucket_mib must be between 1 and 65536 (got {self.bucket_mib})")
+        if self.host in ("", "0.0.0.0", "::"):
+            raise ValueError(f"transfer.host must be the one address that workers connect to (got {self.host!r})")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """The size of a bucket."""
+        return (self.bucket_mib or {Library.gloo: 64, Library.nccl: 256}[self.library]) * 2**20
 
 
 @dataclass(slots=True, kw_only=True)

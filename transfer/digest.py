@@ -1,24 +1,26 @@
 """A digest of the weights' bytes, computed where they lie: 128 bits, fast, and no protection against a forger.
 
     xxh3:<hex>   on the host: XXH3 (xxhash.com, 128 bits) of all tensors' bytes in the manifest's order, without padding
-    sums:<hex>   on a GPU: two sums modulo 2**64 over the 8-byte words of the same bytes, each word multiplied by an odd
-                 number that depends on its place, so that any change of one word changes both
+    sums:<hex>   on a GPU: two sums modulo 2**64 over the 8-byte words of a slot with these tensors, little-endian, zero
+                 in gaps: word w at index i adds w * (i * GOLDEN | 1) to the first, (w ^ w >> 29) * (i * ODD | 1) to the
+                 second, so that any change of one word changes both
 
 Who compares takes the kind that the other side took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable
 
 import torch
+
+from transfer.manifest import ALIGNMENT, round_up
 
 XXH3, SUMS = "xxh3:", "sums:"
 PIECE = 2**24  # bytes
 GOLDEN = -7046029254386353131  # 2**64 / phi as a signed integer
 ODD = -4417276706812531889  # XXH64's second prime as a signed integer
-PRIME = 2**61 - 1
+LOW = 2**35 - 1  # what a word has left after >> 29, without its sign
 
 
 def digest_of(tensors: Iterable[torch.Tensor], like: str | None = None) -> str:
@@ -26,7 +28,7 @@ def digest_of(tensors: Iterable[torch.Tensor], like: str | None = None) -> str:
     tensors = list(tensors)
     on_gpu = any(tensor.is_cuda for tensor in tensors) if like is None else like.startswith(SUMS)
     if on_gpu:
-        return SUMS + _sums(tensors)
+        return _sums_on_gpu(tensors) or _sums(tensors)
     hasher = Hasher()
     for tensor in tensors:
         hasher.add(tensor.cpu())
@@ -56,39 +58,39 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+def sums_digest(first: int, second: int) -> str:
+    """The digest with these two sums."""
+    return f"{SUMS}{first % 2**64:016x}{second % 2**64:016x}"
+
+
+def offsets_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Where each tensor begins in a slot, in the manifest's order: aligned to ALIGNMENT bytes."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(round_up(end, ALIGNMENT))
+        end = offsets[-1] + tensor.nbytes
+    return offsets
+
+
+def _sums_on_gpu(tensors: list[torch.Tensor]) -> str | None:
+    """In one pass of one kernel; None where not all are on a GPU for which it can be compiled."""
+    from transfer.one_pass import OnePass, available
+
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or not available(device := devices.pop()):
+        return None
+    return OnePass([tensor.detach().contiguous() for tensor in tensors], None, device).run()[0]
+
+
 @torch.no_grad()
 def _sums(tensors: list[torch.Tensor]) -> str:
-    """Sums over pieces that are small enough for a GPU's cache, then a polynomial of the pieces' sums."""
-    device = next((tensor.device for tensor in tensors if tensor.is_cuda), torch.device("cpu"))
-    first, second = _factors(device)
-    sums = []
-    for piece in _pieces([as_bytes(tensor.to(device)) for tensor in tensors]):
-        words = piece.view(torch.int64)
-        mixed = words ^ (words >> 29)  # so that highest bits, a float's sign, do not cancel each other
-        sums += [(words * first[: len(words)]).sum(), (mixed * second[: len(words)]).sum()]
-    values = torch.stack(sums).tolist() if sums else []
-    digest = [len(values), len(values)]
-    for index, value in enumerate(values):
-        digest[index % 2] = (digest[index % 2] * PRIME + value) % 2**64
-    return f"{digest[0]:016x}{digest[1]:016x}"
-
-
-def _pieces(streams: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The bytes of all, one after the other, as new tensors of PIECE bytes; the last is filled with zeros to words."""
-    waiting: list[torch.Tensor] = []
-    missing = PIECE
-    for stream in streams:
-        while len(stream) >= missing:
-            yield torch.cat([*waiting, stream[:missing]])
-            stream, waiting, missing = stream[missing:], [], PIECE
-        waiting.append(stream)
-        missing -= len(stream)
-    if missing < PIECE:
-        yield torch.cat([*waiting, torch.zeros(missing % 8, dtype=torch.uint8, device=waiting[0].device)])
-
-
-@cache
-def _factors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two different odd numbers for each word of a piece."""
-    place = torch.arange(1, PIECE // 8 + 1, device=device)
-    return (place * GOLDEN) | 1, (place * ODD) | 1
+    """The sums by torch's own operations, a piece at a time; one_pass.py is many times faster."""
+    first = second = 0
+    for tensor, offset in zip(tensors, offsets_of(tensors), strict=True):
+        for start, piece in enumerate(as_bytes(tensor).split(PIECE)):
+            words = torch.nn.functional.pad(piece, (0, -len(piece) % 8)).view(torch.int64)
+            place = torch.arange(len(words), device=tensor.device) + (offset + start * PIECE) // 8
+            mixed = words ^ ((words >> 29) & LOW)
+            first += int((words * ((place * GOLDEN) | 1)).sum())
+            second += int((mixed * ((place * ODD) | 1)).sum())
+    return sums_digest(first, second)

@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class DiskPublisher:
 
     casts = True
     keeps = True
+    finds_nonfinite = False
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
         self._folder = Path(config.path) if config.path else folder / "weights"
@@ -100,6 +101,8 @@ class DiskIntake:
 
     in_place = False
     settled = True
+    unchecked = False
+    slots: Sequence[dict[str, torch.Tensor]] = ()
 
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._folder = str(endpoint["folder"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transfer import Sender, wire
 
 ADDRESSED = ("init_weight_transfer_engine", "start_weight_update")  # what all else of an update depends on
-GRACE_S = 5.0  # a sender that outlasts its own deadline by this is given up
+GRACE_S = 5.0  # a sender that outlasts its own deadline by this is given up, unless it says that it never does
 
 
 @dataclass(eq=False)
@@ -28,6 +28,13 @@ Answers = dict[Member, dict[str, Any]]
 Failures = dict[Member, wire.RemoteError]
 
 
+class Alongside(Protocol):
+    """What the trainer has to do itself while workers carry out its messages."""
+
+    def run(self, timeout_s: float) -> None: ...
+    def give_up(self) -> None: ...
+
+
 class Fleet:
     """The workers behind `senders`; `control_bytes` counts the messages' JSON, both ways."""
 
@@ -35,7 +42,7 @@ class Fleet:
         self.members = [Member(sender) for sender in senders]
         self.control_bytes = 0
         self._timeout_s = timeout_s
-        self._pool = ThreadPoolExecutor(max(1, len(senders)), thread_name_prefix="transfer")
+        self._pool = ThreadPoolExecutor(len(senders) + 1, thread_name_prefix="transfer")
 
     def ask(
         self, members: Sequence[Member], verb: str, body: Mapping[str, Any], timeout_s: float | None = None
@@ -49,14 +56,26 @@ class Fleet:
         members: Sequence[Member],
         messages: Sequence[tuple[str, Mapping[str, Any]]],
         timeout_s: float | None = None,
+        alongside: Alongside | None = None,
     ) -> tuple[dict[Member, list[dict[str, Any]]], Failures]:
-        """Several messages, one after the other, to each of these members; the first failure ends that member's."""
+        """Several messages, one after the other, to each of these members; the first failure ends that member's.
+
+        `alongside` runs meanwhile: if it fails all members have, and it is given up as soon as one of them fails.
+        """
         deadline = min(self._timeout_s, timeout_s or self._timeout_s)
 
         def talk(member: Member) -> list[dict[str, Any]]:
-            return [member.sender.call(verb, _addressed(verb, body, member), deadline) for verb, body in messages]
+            try:
+                return [member.sender.call(verb, _addressed(verb, body, member), deadline) for verb, body in messages]
+            except BaseException:
+                if alongside is not None:
+                    alongside.give_up()
+                raise
 
+        ours = None if alongside is None else self._pool.submit(alongside.run, deadline)
         answers, failures = self._each(members, talk, len(messages) * deadline)
+        if ours is not None:
+            failures |= _with_ours(ours, answers, failures, messages[-1][0])
         for member, heard in answers.items():
             said = [_addressed(verb, body, member) for verb, body in messages]
             self.control_bytes += sum(len(json.dumps(each, separators=(",", ":"))) for each in (*said, *heard))
@@ -70,7 +89,8 @@ class Fleet:
     def _each(
         self, members: Sequence[Member], talk: Callable[[Member], list[dict[str, Any]]], timeout_s: float
     ) -> tuple[dict[Member, list[dict[str, Any]]], Failures]:
-        jobs = {member: self._pool.submit(talk, member) for member in members}
+        here = len(members) == 1 and is_remote(members[0])
+        jobs = {member: _done(talk, member) if here else self._pool.submit(talk, member) for member in members}
         wait(jobs.values(), timeout=timeout_s + GRACE_S)
         answers: dict[Member, list[dict[str, Any]]] = {}
         failures: Failures = {}
@@ -82,6 +102,35 @@ class Fleet:
             else:
                 failures[member] = _as_remote(job.exception(), member.sender.name)
         return answers, failures
+
+
+def is_remote(member: Member) -> bool:
+    """Whether a message to this worker takes time, and its sender returns by the deadline."""
+    return getattr(member.sender, "remote", False)
+
+
+def _done(talk: Callable[[Member], Any], member: Member) -> Future[Any]:
+    """The talk, held in this thread: waking another takes as long as a message."""
+    job: Future[Any] = Future()
+    try:
+        job.set_result(talk(member))
+    except Exception as error:
+        job.set_exception(error)
+    return job
+
+
+def _with_ours(ours: Future[None], answers: dict[Member, Any], failures: Failures, verb: str) -> Failures:
+    """What becomes a failure, or another one, as the trainer's own part has failed for a reason of its own."""
+    wait([ours], timeout=GRACE_S)
+    error = ours.exception() if ours.done() else TimeoutError("it does not come back")
+    if error is None or (failures and isinstance(error, ConnectionAbortedError)):  # given up, because others failed
+        return {}
+    why = f"the trainer's part failed: {error}"
+    left = {member: wire.RemoteError(member.sender.name, verb, 0, why) for member in answers}
+    answers.clear()
+    for member, failure in list(failures.items())[:1]:
+        left[member] = wire.RemoteError(failure.worker, failure.verb, failure.status, f"{failure.reason} [{why}]")
+    return left
 
 
 def _addressed(verb: str, body: Mapping[str, Any], member: Member) -> Mapping[str, Any]:

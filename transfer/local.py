@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ class LocalPublisher:
 
     casts = True
     keeps = False
+    finds_nonfinite = False
 
     def __init__(self) -> None:
         self.endpoint: dict[str, Any] = {"backend": "local"}
@@ -39,6 +40,8 @@ class LocalIntake:
 
     in_place = False
     settled = True
+    unchecked = False
+    slots: Sequence[dict[str, torch.Tensor]] = ()
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Nothing to prepare."""

@@ -46,12 +46,14 @@ def slot_bytes(manifest: Manifest) -> int:
 
 def tensors(region: Region, manifest: Manifest, slot: int) -> dict[str, torch.Tensor]:
     """The weights in one slot, by entry name, as views of the region."""
-    start = slot * slot_bytes(manifest)
-    views = {}
-    for entry in manifest.entries:
-        raw = region.bytes[start + entry.offset : start + entry.offset + entry.nbytes]
-        views[entry.name] = raw.view(entry.torch_dtype).view(entry.shape)
-    return views
+    size = slot_bytes(manifest)
+    return views_of(region.bytes[slot * size : (slot + 1) * size], manifest)
+
+
+def views_of(block: torch.Tensor, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The weights in a block of bytes, by entry name, where the manifest's offsets say."""
+    raw = {entry: block[entry.offset : entry.offset + entry.nbytes] for entry in manifest.entries}
+    return {entry.name: part.view(entry.torch_dtype).view(entry.shape) for entry, part in raw.items()}
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -195,10 +197,10 @@ class CudaRegion:
         self.device = device
         with torch.cuda.device(device):
             pointer = ctypes.c_void_p()
-            _check(_cudart().cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
-            self.bytes = _as_tensor(pointer.value or 0, nbytes, device, "cudaFree")
+            _check(cuda_runtime().cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
+            self.bytes = _as_tensor(pointer.value or 0, nbytes, device, "cudaFree").zero_()  # also the gaps
             handle = _IpcHandle()
-            _check(_cudart().cudaIpcGetMemHandle(ctypes.byref(handle), pointer))
+            _check(cuda_runtime().cudaIpcGetMemHandle(ctypes.byref(handle), pointer))
         self.handle = bytes(handle.reserved).hex()
 
     def close(self) -> None:
@@ -207,18 +209,27 @@ class CudaRegion:
 
 
 class PeerCudaRegion:
-    """Another process's CUDA region on the GPU with this UUID; ValueError if that GPU is not visible here."""
+    """Another process's CUDA region on the GPU with this UUID, opened by `reader`, the GPU that will read it.
 
-    def __init__(self, uuid: str, handle: str, nbytes: int) -> None:
+    ValueError if that is another GPU, which cannot see the first or has no peer access to it.
+    """
+
+    def __init__(self, uuid: str, handle: str, nbytes: int, reader: torch.device) -> None:
         if not HANDLE.fullmatch(handle):
             raise ValueError("a CUDA memory handle must be 128 hexadecimal digits")
-        self.device = _device_with(uuid)
-        with torch.cuda.device(self.device):
+        owner = _device_with(uuid)
+        if reader.type != "cuda":
+            reader = owner
+        if reader != owner and not torch.cuda.can_device_access_peer(reader, owner):
+            raise ValueError(f"{reader} cannot read the memory of {owner} (no peer access): use transfer=nccl or gloo")
+        self.device = owner
+        with torch.cuda.device(reader):
             torch.cuda.current_stream().synchronize()  # makes sure that the context exists
             pointer = ctypes.c_void_p()
             raw = _IpcHandle.from_buffer_copy(bytes.fromhex(handle))
-            _check(_cudart().cudaIpcOpenMemHandle(ctypes.byref(pointer), raw, ctypes.c_uint(1)))  # lazy peer access
-            self.bytes = _as_tensor(pointer.value or 0, nbytes, self.device, "cudaIpcCloseMemHandle")
+            lazy_peer_access = ctypes.c_uint(1)
+            _check(cuda_runtime().cudaIpcOpenMemHandle(ctypes.byref(pointer), raw, lazy_peer_access))
+            self.bytes = _as_tensor(pointer.value or 0, nbytes, reader, "cudaIpcCloseMemHandle")
 
     def close(self) -> None:
         """Give up this side's view; the handle is closed with its last tensor."""
@@ -255,20 +266,23 @@ class _Pointer:
 
 
 def _as_tensor(address: int, nbytes: int, device: torch.device, release: str) -> torch.Tensor:
+    """The bytes there as a tensor, on whatever device torch takes them for; `device` releases them in the end."""
     holder = _Pointer(address, nbytes)
     freed = weakref.finalize(holder, _release, release, address, device)
     freed.atexit = False  # the driver frees it then; torch may be half gone
-    return torch.as_tensor(holder, device=device)
+    devices = [device, *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    where = next(d for d in devices if torch.as_tensor(_Pointer(address, 1), device=d).data_ptr() == address)
+    return torch.as_tensor(holder, device=where)  # asked for another device, torch would copy
 
 
 def _release(function: str, address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # nothing queued may still read it
-        _check(getattr(_cudart(), function)(ctypes.c_void_p(address)))
+        _check(getattr(cuda_runtime(), function)(ctypes.c_void_p(address)))
 
 
 @cache
-def _cudart() -> Any:
+def cuda_runtime() -> Any:
     """The CUDA runtime that torch itself has loaded."""
     torch.cuda.init()
     library = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
@@ -279,5 +293,5 @@ def _cudart() -> Any:
 
 def _check(status: int) -> None:
     if status:
-        _cudart().cudaGetLastError()  # so that torch does not report it again
-        raise RuntimeError(f"CUDA: {_cudart().cudaGetErrorString(status).decode()} (error {status})")
+        cuda_runtime().cudaGetLastError()  # so that torch does not report it again
+        raise RuntimeError(f"CUDA: {cuda_runtime().cudaGetErrorString(status).decode()} (error {status})")

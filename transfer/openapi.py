@@ -115,6 +115,8 @@ _STATUS = _object(
         "manifest": STRING,
         "dtype": _or_null(STRING),
         "serving": INT | {"description": "completions that run now"},
+        "copying": {"type": "object", "additionalProperties": {"type": "number"}}
+        | {"description": "milliseconds of each way to copy or read an update on this GPU, measured to choose"},
     }
 )
 _CHOICE = _object(
@@ -169,7 +171,8 @@ OPERATIONS: dict[str, Operation] = {
         _STANDING,
         {
             "anyOf": [
-                _object({"epoch": EPOCH, "version": INT}, {"digest": TEXT, **_BOOT}),
+                _object({"epoch": EPOCH, "version": INT}, {"digest": TEXT, **_BOOT, "where": ANY, "finish": BOOL})
+                | {"dependentRequired": {"finish": ["where"]}},
                 _object({}, {"is_checkpoint_format": {"const": True}}),
             ]
         },

@@ -5,10 +5,12 @@ while nobody generates. The verbs come one at a time; `status` and `weight_info`
 
     init_weight_transfer_engine  {"init_info": {"epoch", "trainer", "manifest", "timeout_s", "where"[, "verify"]
                                   [, "in_flight"]}[, "boot"]}
-    start_weight_update          {"epoch", "version"[, "digest"][, "boot"]}
+    start_weight_update          {"epoch", "version"[, "digest"][, "boot"][, "where"[, "finish"]]}
     update_weights               {"update_info": {"epoch", "version", "where"}}
     finish_weight_update         {"epoch", "weight_version"}         the version as a string, vLLM's field
     abort_weight_update          {"epoch", "version"}
+
+A `start` with `where` is an `update`, too, and with `finish` true all three.
 
 Agreed once: `verify` (off, digest, full) says what is compared with the digest that `start` brings, `in_flight` (wait,
 abort, keep) what becomes of completions that run when `finish` comes. `boot`, from `status`, names one start of this
@@ -23,7 +25,7 @@ import enum
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -34,6 +36,7 @@ from transfer.config import InFlight, Verify
 from transfer.digest import digest_of
 from transfer.gate import Gate
 from transfer.journal import Journal
+from transfer.landing import Landing
 from transfer.manifest import Manifest
 from transfer.oneshot import Chunks
 
@@ -46,6 +49,8 @@ class Intake(Protocol):
 
     in_place: bool  # copy staged tensors into the module's own memory, rather than put them in its place
     settled: bool  # staged bytes stay as they are until `finish`; else only what was copied can be verified
+    unchecked: bool  # nobody has looked yet for values that are not finite
+    slots: Sequence[dict[str, torch.Tensor]]  # memory from which updates come again and again, as `stage` returns it
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None: ...
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]: ...
@@ -63,11 +68,15 @@ def make_intake(endpoint: Mapping[str, Any]) -> Intake:
             from transfer.disk import DiskIntake
 
             return DiskIntake(endpoint)
+        case "gloo" | "nccl":
+            from transfer.collective import CollectiveIntake
+
+            return CollectiveIntake(endpoint)
         case "local":
             from transfer.local import LocalIntake
 
             return LocalIntake()
-    raise ValueError(f"the endpoint's backend must be ipc, disk or local (got {endpoint.get('backend')!r})")
+    raise ValueError(f"the endpoint's backend must be ipc, gloo, nccl, disk or local (got {endpoint.get('backend')!r})")
 
 
 class Turns:
@@ -91,12 +100,11 @@ class Receiver:
     def __init__(self, endpoint: Mapping[str, Any], module: torch.nn.Module, journal: Journal) -> None:
         held = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
         self._manifest = Manifest.of(held)
-        self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in self._manifest.entries}
-        self._device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+        self._landing = Landing(self._manifest, held)
+        self._device = self._landing.device
         self._intake = make_intake(endpoint)
         self._chunks = Chunks(self._manifest, self._device, {n for n, t in held.items() if _is_parameter(t)})
         self._staged: dict[str, torch.Tensor] = {}
-        self._replaced: list[torch.Tensor] = []
         self._state = protocol.State()
         self._boot = secrets.token_hex(4)
         self._timeout_s = TIMEOUT_S
@@ -166,6 +174,7 @@ class Receiver:
             "manifest": self._manifest.digest,
             "dtype": self._manifest.floating_dtype(),
             "serving": self._gate.sharing,
+            "copying": self._landing.measured,
         }
 
     def _standing(self) -> dict[str, Any]:
@@ -205,10 +214,9 @@ class Receiver:
             if "epoch" not in body:
                 wire.only(dict(body), {"is_checkpoint_format": lambda value: value is True})
                 return self._start(protocol.Start(0, self._next()))
-            known = {"epoch": _is_epoch, "version": wire.is_int, "digest": wire.is_str, "boot": wire.is_str}
-            _only(body, known, optional={"digest", "boot"})
+            _only(body, START, optional={"digest", "boot", "where", "finish"})
             self._check_boot(body)
-            return self._start(protocol.Start(body["epoch"], body["version"], body.get("digest")))
+            return self._start_and_on(body["epoch"], body["version"], body)
 
     def update_weights(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Stage the bytes; an error leaves the live weights as they were. One-shot, with no start: the whole update."""
@@ -256,6 +264,11 @@ class Receiver:
         if differences:
             raise ValueError(f"the trainer's weights do not fit this worker's model: {'; '.join(differences)}")
         self._intake.prepare(self._manifest, info["where"], self._device)
+        if self._device.type == "cuda":
+            with self._gate.exclusive(self._timeout_s):
+                told = info.get("verify") != Verify.off.value or self._intake.unchecked
+                empty = self._state.serves is None
+                self._landing.prepare(self._intake.slots, self._intake.in_place, empty, told)
 
     def _start(self, message: protocol.Start) -> dict[str, Any]:
         self._state, decision = self._step(message)
@@ -264,14 +277,25 @@ class Receiver:
         self._noted("start", message, decision)
         return self._standing()
 
+    def _start_and_on(self, epoch: int, version: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Start, and whatever else the message is."""
+        if "finish" in body and "where" not in body:
+            raise wire.Refused(422, "body.finish needs body.where: weights that were not staged cannot be finished")
+        self._start(protocol.Start(epoch, version, body.get("digest")))
+        if "where" in body:
+            self._update(protocol.Update(epoch, version), lambda: self._intake.stage(version, body["where"]))
+        if body.get("finish"):
+            self._finish(protocol.Finish(epoch, version))
+        return self._standing()
+
     def _update(self, message: protocol.Update, stage: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
         state, decision = self._step(message)
         if isinstance(decision, protocol.Do):
             with self._or_failed(f"staging version {message.version}"):
                 staged = stage()
                 _synchronize(self._device)
-                if self._intake.settled:
-                    self._compare(state, staged.values(), "staged")
+                if self._intake.settled and (self._verify is Verify.full or not self._landing.at_once(staged)):
+                    self._compare(state, lambda like: self._landing.digest(staged, like), "staged")
             self._state, self._staged = state, staged
         self._noted("update", message, decision)
         return self._standing()
@@ -291,17 +315,20 @@ class Receiver:
     def _replace_weights(self) -> None:
         """Weights and label change together; what is not verified afterwards is not served."""
         self._state = protocol.reported(self._state, protocol.Event.WRITING)
-        self._write_weights()
-        if self._verify is Verify.full or not self._intake.settled:
-            self._compare(self._state, [self._tensors[name][0] for name in self._staged], "live")
+        digest = self._write_weights()
+        if digest is not None and self._verify is not Verify.full:
+            self._check_digest(self._state, digest, "copied")
+        elif self._verify is Verify.full or not self._intake.settled:
+            self._compare(self._state, lambda like: digest_of(self._landing.tensors, like), "live")
         self._state = protocol.reported(self._state, protocol.Event.FLIPPED)
 
-    def _compare(self, state: protocol.State, tensors: Iterable[torch.Tensor], which: str) -> None:
+    def _compare(self, state: protocol.State, digest: Callable[[str], str], which: str) -> None:
+        if self._verify is not Verify.off and state.target_digest is not None:
+            self._check_digest(state, digest(state.target_digest), which)
+
+    def _check_digest(self, state: protocol.State, found: str, which: str) -> None:
         expected = state.target_digest
-        if self._verify is Verify.off or expected is None:
-            return
-        found = digest_of(tensors, like=expected)
-        if found != expected:
+        if self._verify is not Verify.off and expected is not None and found != expected:
             raise ValueError(f"the {which} weights have the digest {found}, and the trainer's have {expected}")
 
     def _noted(self, op: str, message: protocol.Start | protocol.Update | protocol.Finish, decision: Any) -> None:
@@ -312,16 +339,12 @@ class Receiver:
     def _finish_chunks(self, version: int) -> dict[str, Any]:
         return self._finish(protocol.Finish(0, version), self._chunks.check_complete)
 
-    @torch.no_grad()
-    def _write_weights(self) -> None:
-        for name, staged in self._staged.items():
-            for tensor in self._tensors[name]:
-                if self._intake.in_place:
-                    tensor.copy_(staged)
-                else:
-                    self._replaced.append(tensor.data)  # freed when completions go on: that takes milliseconds
-                    tensor.data = staged
-        _synchronize(self._device)
+    def _write_weights(self) -> str | None:
+        """The digest of what was written, if that cost nothing."""
+        if self._intake.in_place:
+            return self._landing.copy(self._staged, self._intake.unchecked)
+        self._landing.view(self._staged)
+        return None
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
@@ -354,7 +377,7 @@ class Receiver:
 
     def _forget(self) -> None:
         self._staged = {}
-        self._replaced = []
+        self._landing.forget()
         self._chunks.clear()
 
     def _next(self) -> int:
@@ -428,6 +451,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+START: dict[str, Callable[[Any], bool]] = {  # of a session
+    "epoch": _is_epoch,
+    "version": wire.is_int,
+    "digest": wire.is_str,
+    "boot": wire.is_str,
+    "where": _is_dict,
+    "finish": wire.is_bool,
+}
 INIT_INFO: dict[str, Callable[[Any], bool]] = {  # of a session
     "epoch": _is_epoch,
     "trainer": wire.is_str,

@@ -13,18 +13,28 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from transfer import Sender, wire
-from transfer.config import DiskConfig, InFlight, IpcConfig, LocalConfig, Staging, TransferConfig, Verify
-from transfer.fleet import Answers, Failures, Fleet, Member
+from transfer.config import (
+    CollectiveConfig,
+    DiskConfig,
+    InFlight,
+    IpcConfig,
+    LocalConfig,
+    Staging,
+    TransferConfig,
+    Verify,
+)
+from transfer.finite import NotFinite, not_finite
+from transfer.fleet import Alongside, Answers, Failures, Fleet, Member, is_remote
 from transfer.journal import Journal
-from transfer.manifest import DTYPES, Manifest
+from transfer.manifest import DTYPES, Entry, Manifest
 
 LOG = logging.getLogger(__name__)
 Weights = Mapping[str, torch.Tensor]
@@ -37,12 +47,27 @@ class Publisher(Protocol):
     endpoint: dict[str, Any]  # what its receiving half is made from; JSON
     casts: bool  # whether it writes the workers' dtype, whatever the trainer's
     keeps: bool  # whether the bytes of a version stay until the next is written
+    finds_nonfinite: bool  # whether values that are not finite are found, as NotFinite or by workers, with no search
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]: ...
     def write(
         self, version: int, weights: Weights, served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]: ...
     def close(self) -> None: ...
+
+
+class Part(Alongside, Protocol):
+    """What a broadcasting trainer does during one update, and what its workers must be told to meet it."""
+
+    where: dict[str, Any]
+
+
+@runtime_checkable
+class BroadcastPublisher(Publisher, Protocol):
+    """The sending half of a backend in which the trainer sends while all workers of an update receive."""
+
+    def holds(self, version: int) -> bool: ...
+    def alongside(self, version: int, takers: Sequence[Hashable]) -> Part: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +97,10 @@ def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
             from transfer.arena import ArenaPublisher, LivePublisher
 
             return LivePublisher(config) if staging is Staging.live else ArenaPublisher(config)
+        case CollectiveConfig():
+            from transfer.collective import CollectivePublisher
+
+            return CollectivePublisher(config)
         case DiskConfig():
             from transfer.disk import DiskPublisher
 
@@ -80,7 +109,7 @@ def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
             from transfer.local import LocalPublisher
 
             return LocalPublisher()
-    raise ValueError(f"transfer must be one of ipc, disk, local (got {type(config).__name__})")
+    raise ValueError(f"transfer must be one of ipc, gloo, nccl, disk, local (got {type(config).__name__})")
 
 
 class Session:
@@ -100,6 +129,8 @@ class Session:
         self._journal = journal
         self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
+        self._shapes: list[tuple[int, ...]] = []  # of its entries
+        self._tied: list[Entry] = []
         self._epoch = 0  # the highest that this session has taken
         self._replaced = False  # by a later trainer, or one that was faster
         self._unsure = True  # an update has ended, nobody knows how, in some worker
@@ -125,6 +156,8 @@ class Session:
         status, failures = self._fleet.ask(self._fleet.members, "status", {})
         self._raise("asking for the status", failures)
         self._manifest = Manifest.of(weights, _agreed_dtype(status) if self._publisher.casts else None)
+        self._shapes = [entry.shape for entry in self._manifest.entries]
+        self._tied = [entry for entry in self._manifest.entries if entry.aliases]
         self._agreed |= {
             "manifest": self._manifest.to_json(),
             "where": self._publisher.prepare(self._manifest, weights),
@@ -140,7 +173,7 @@ class Session:
         self._restarts, self._fleet.control_bytes = 0, 0
         if not self._fleet.members:
             raise ValueError("open the transfer before the first push")
-        if self._unsure:
+        if self._unsure or self._replaced:
             self._take_over()
         version = 1 + max(self._named, -1 if self._newest is None else self._newest)
         self._check(weights, version)
@@ -162,11 +195,11 @@ class Session:
         thread that started the workers.
         """
         (member,) = [member for member in self._fleet.members if member.sender is sender]
-        if self._unsure:
+        if self._unsure or self._replaced:
             self._take_over()
             return member.serves is not None and member.serves == self._newest
-        written = None if self._newest is None else self._writes.get(self._newest)
-        if written is None or not self._publisher.keeps or not self._rejoined([member]):
+        written = self._kept()
+        if written is None or not self._rejoined([member]):
             return False
         self._update([member], written)
         return True
@@ -239,9 +272,17 @@ class Session:
     def _catch_up(self) -> None:
         """Bring workers that missed the end of the last update to its version: then no slot but that one is served."""
         behind = [member for member in self._fleet.members if member.serves != self._newest]
-        written = None if self._newest is None else self._writes.get(self._newest)
-        if behind and written is not None and self._publisher.keeps:
+        written = self._kept() if behind else None
+        if written is not None:
             self._update(behind, written)
+
+    def _kept(self) -> Written | None:
+        """The newest version, if its bytes are still there."""
+        written = None if self._newest is None else self._writes.get(self._newest)
+        if written is None or not self._publisher.keeps:
+            return None
+        gone = isinstance(self._publisher, BroadcastPublisher) and not self._publisher.holds(written.version)
+        return None if gone else written
 
     # --- one update ---------------------------------------------------------------------------------------------------
 
@@ -252,6 +293,8 @@ class Session:
             where, digest = self._publisher.write(version, weights, served, self._with_digest)
         except OSError as error:
             raise wire.TransferError(f"writing version {version} failed: {error}") from error
+        except NotFinite:
+            raise self._refused(weights, version) from None
         written = self._writes[version] = Written(version, where, digest)
         self._journal.write("publish", epoch=self._epoch, version=version, digest=digest)
         return written
@@ -259,21 +302,29 @@ class Session:
     def _update(self, members: Sequence[Member], written: Written) -> None:
         """Let these workers take one version: all, or none as far as that can be undone."""
         self._unsure = True
-        failures = self._stage(members, written)
+        at_once = len(members) == 1 and is_remote(members[0])
+        failures = self._stage(members, written, at_once)
         if again := self._rejoined(list(failures)):
-            failures = {m: f for m, f in failures.items() if m not in again} | self._stage(again, written)
+            if isinstance(self._publisher, BroadcastPublisher):
+                again = list(failures)  # one that dies ends the broadcast for all
+            failures = {m: f for m, f in failures.items() if m not in again} | self._stage(again, written, at_once)
         if failures:
             self._abort(members, written.version)
-            self._raise(f"staging version {written.version}", failures)
+            self._raise(f"{'the update to' if at_once else 'staging'} version {written.version}", failures)
+        if not at_once:
+            self._finish_all(members, written)
+        self._unsure = False
+
+    def _finish_all(self, members: Sequence[Member], written: Written) -> None:
         failures = self._finish(members, written.version)
         if again := self._rejoined(list(failures)):
             later = self._stage(again, written)
             later |= self._finish([member for member in again if member not in later], written.version)
             failures = {m: f for m, f in failures.items() if m not in again} | later
         self._raise(f"finishing version {written.version}", failures)
-        self._unsure = False
 
-    def _stage(self, members: Sequence[Member], written: Written) -> Failures:
+    def _stage(self, members: Sequence[Member], written: Written, finish: bool = False) -> Failures:
+        """Start and update in these workers, in one message where that saves time; with `finish` all three."""
         named = {"epoch": self._epoch, "version": written.version}
         digest = {} if written.digest is None else {"digest": written.digest}
         ahead = {  # only a worker that was started again, and got this number from somebody else
@@ -281,20 +332,36 @@ class Session:
             for member in members
             if member.serves is not None and member.serves >= written.version
         }
+        takers = [member for member in members if member not in ahead]
+        part, where = None, written.where
+        if isinstance(self._publisher, BroadcastPublisher) and takers:
+            part = self._publisher.alongside(written.version, [(self._epoch, id(m), m.boot) for m in takers])
+            where = where | part.where
         messages: list[tuple[str, dict[str, Any]]] = [
             ("start_weight_update", named | digest),
-            ("update_weights", {"update_info": {**named, "where": written.where}}),
+            ("update_weights", {"update_info": {**named, "where": where}}),
         ]
-        return ahead | self._fleet.converse([member for member in members if member not in ahead], messages)[1]
+        if all(map(is_remote, takers)):
+            messages = [("start_weight_update", {**named, **digest, "where": where, "finish": finish})]
+        if finish:
+            self._named = max(self._named, written.version)
+        told: dict[str, Any] = {} if part is None else {"alongside": part}
+        answers, failures = self._fleet.converse(takers, messages, **told)
+        return ahead | (self._finished(answers, failures, written.version) if finish else failures)
 
     def _finish(self, members: Sequence[Member], version: int) -> Failures:
         self._named = max(self._named, version)
         body = {"epoch": self._epoch, "weight_version": str(version)}
         answers, failures = self._fleet.ask(members, "finish_weight_update", body)
+        failures = self._finished(answers, failures, version)
+        self._abort(list(failures), version)
+        return failures
+
+    def _finished(self, answers: Collection[Member], failures: Failures, version: int) -> Failures:
+        """Note who serves `version`, also those whose answer was lost; the failures of all others."""
         for member in [*answers, *self._finished_unheard(list(failures), version)]:
             member.serves = version
             failures.pop(member, None)
-        self._abort(list(failures), version)
         return failures
 
     def _finished_unheard(self, members: Sequence[Member], version: int) -> list[Member]:
@@ -312,15 +379,18 @@ class Session:
         if weights.keys() != self._manifest.by_name.keys():
             changed = sorted(weights.keys() ^ self._manifest.by_name.keys())
             raise wire.TransferError(f"version {version}: other names than agreed on: {', '.join(changed[:10])}")
-        for entry in self._manifest.entries:
-            tensor = weights[entry.name]
-            if tuple(tensor.shape) != entry.shape:
-                raise wire.TransferError(f"version {version}: {entry.name} is not the {list(entry.shape)} agreed on")
-            if any(weights[alias].data_ptr() != tensor.data_ptr() for alias in entry.aliases):
+        if [weights[entry.name].shape for entry in self._manifest.entries] != self._shapes:
+            other = next(entry for entry in self._manifest.entries if weights[entry.name].shape != entry.shape)
+            raise wire.TransferError(f"version {version}: {other.name} is not the {list(other.shape)} agreed on")
+        for entry in self._tied:
+            if any(weights[alias].data_ptr() != weights[entry.name].data_ptr() for alias in entry.aliases):
                 raise wire.TransferError(f"version {version}: {entry.name} is no longer tied to {entry.aliases}")
-        bad = _not_finite(weights, self._manifest)
-        if bad is not None:
-            raise wire.TransferError(f"version {version}: {bad} has values that are not finite; nothing was sent")
+        if not self._publisher.finds_nonfinite and not_finite(weights, self._manifest) is not None:
+            raise self._refused(weights, version)
+
+    def _refused(self, weights: Weights, version: int) -> wire.TransferError:
+        bad = not_finite(weights, self._manifest)
+        return wire.TransferError(f"version {version}: {bad} has values that are not finite; nothing was sent")
 
     def _raise(self, phase: str, failures: Failures) -> None:
         if failures:
@@ -335,19 +405,3 @@ def _agreed_dtype(status: Answers) -> torch.dtype | None:
         raise ValueError(f"all workers must have one dtype, so that the weights can be written once (got {wanted})")
     name = next(iter(wanted.values()))
     return None if name is None else DTYPES[name]
-
-
-@torch.no_grad()
-def _not_finite(weights: Weights, manifest: Manifest) -> str | None:
-    """The first tensor with a value that is NaN, infinite, or beyond the dtype that travels; None if there is none."""
-    floats = [(e, weights[e.name]) for e in manifest.entries if weights[e.name].is_floating_point()]
-    floats = [(e, t if t.dtype.itemsize > 1 else t.float()) for e, t in floats if t.numel()]
-    if not floats:
-        return None
-    norms = torch.stack(list(torch._foreach_norm([t for _, t in floats]))).double().cpu()  # one pass
-    limits = torch.tensor([torch.finfo(e.torch_dtype).max for e, _ in floats], dtype=torch.float64)
-    suspects = [floats[i] for i in (~(norms <= limits)).nonzero().flatten().tolist()]  # no value exceeds its norm
-    for entry, tensor in suspects:  # NaN, infinite, or so large that the norm overflowed
-        if not float(torch.stack(torch.aminmax(tensor)).abs().max()) <= torch.finfo(entry.torch_dtype).max:
-            return entry.name
-    return None

@@ -97,6 +97,11 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
 
 
+def is_bool(value: Any) -> bool:
+    """Whether `value` is true or false."""
+    return isinstance(value, bool)
+
+
 def is_str(value: Any) -> bool:
     """Whether `value` is a string of at most 4096 characters."""
     return isinstance(value, str) and len(value) <= 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transfer.config import (
+    CollectiveConfig,
     DiskConfig,
     HttpSenderConfig,
     InFlight,
@@ -52,6 +53,7 @@ CASES = {
         Case("arena view off", ipc(HTTP, ARENA, VIEW, OFF)),
         Case("live copy full", ipc(HTTP, LIVE, COPY, FULL)),
         Case("arena copy full, one worker", ipc(HTTP, ARENA, COPY, FULL), workers=1),
+        Case("gloo digest", CollectiveConfig(sender=HTTP)),
         Case("disk digest", DiskConfig(sender=HTTP)),
         Case("arena view full, big", ipc(HTTP, ARENA, VIEW, FULL), size="big"),
         Case("arena copy digest, big", ipc(HTTP, ARENA, COPY, DIGEST), size="big"),

@@ -246,7 +246,7 @@ class Target:
     async def warm(self) -> None:
         """Every verb once in both of its forms, so that all is imported that will be."""
         traffic = Traffic(0, self.material)
-        traffic.in_parts = 0.0
+        traffic.in_parts = traffic.at_once = 0.0
         for one_shot in (True, False):
             for verb in [*SESSION, "completions", *VERBS]:
                 status = self.worker.status({})
@@ -320,11 +320,13 @@ class Target:
         if code != 200:
             return
         body = json.loads(sent.body) if sent.body and sent.route[0] == "POST" else {}
-        info = body.get("update_info", {})
-        if sent.verb == "update_weights" and "epoch" in info:
-            if after["target"] is None:  # a repeat of the live version's: nobody looks where it is said to be
-                return
+        info = body if "where" in body else body.get("update_info", {})
+        if "epoch" in info:
+            if after["version"] == before["version"] and after["target"] is None:
+                return  # a repeat of the live version's: nobody looks where it is said to be
             self.staged[info["version"]] = self.found_at(info)
+            if body.get("finish"):
+                self.flipped(info["version"], self.staged[info["version"]])
         elif sent.verb == "finish_weight_update" and "epoch" in body and after["version"] != before["version"]:
             self.flipped(int(body["weight_version"]), self.staged.get(int(body["weight_version"]), "nothing"))
         elif sent.verb in ("finish_weight_update", "update_weights") and after["version"] != before["version"]:

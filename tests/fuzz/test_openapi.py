@@ -49,6 +49,7 @@ FORMS = [  # every form of every message: verb, message, and where its fields ar
     ("init_weight_transfer_engine", {"init_info": INIT}, "init_info"),
     ("init_weight_transfer_engine", {"init_info": {"packed": False}}, "init_info"),
     ("start_weight_update", {**SESSION, "digest": "d"}, None),
+    ("start_weight_update", {**SESSION, "where": {}, "finish": True}, None),
     ("start_weight_update", {"is_checkpoint_format": True}, None),
     ("update_weights", {"update_info": {**SESSION, "where": {}}}, "update_info"),
     ("update_weights", {"update_info": ONE_SHOT}, "update_info"),
@@ -129,6 +130,7 @@ def test_no_other_verb_takes_query_parameters():
 WHAT_A_SCHEMA_CANNOT_SAY = {  # fields whose values must fit the model, the trainer, or each other
     *(("completions", field) for field in ("prompt", "seeds", "max_tokens")),
     *(("update_weights", field) for field in (*ONE_SHOT, "where")),
+    ("start_weight_update", "where"),
     *(("init_weight_transfer_engine", field) for field in ("manifest", "where")),
 }
 

@@ -48,6 +48,7 @@ class Traffic:
         self.random = self.mutator.random
         self.material = material
         self.in_parts = 0.25  # of the one-shot updates
+        self.at_once = 0.5  # of a session's starts: they are an update, too, or all of it
 
     def next(self, status: dict[str, Any], where: dict[str, Any], digest: str | None, one_shot: bool) -> Sent:
         """A request to a worker in this state, whose next version waits at `where`."""
@@ -88,7 +89,9 @@ class Traffic:
             case "init_weight_transfer_engine":
                 return self._init(max(1, status["epoch"] + (self.random.random() < 0.9)))  # or too late
             case "start_weight_update":
-                return named | ({} if digest is None else {"digest": digest})
+                at_once = self.random.random() < self.at_once
+                more = {"where": where} | ({"finish": True} if self.random.random() < 0.5 else {}) if at_once else {}
+                return named | ({} if digest is None else {"digest": digest}) | more
             case "update_weights":
                 return {"update_info": {**named, "where": where}}
             case "finish_weight_update":

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
 from protocol_worker import Content, Parcel, Violation, Worker, must
 
 from transfer import arena, session, wire
@@ -38,6 +39,7 @@ class Trainer:
         self.rounds = 0
         self.works = False  # the last round
         self.replaced = False  # a worker has said that it is another's, and this one has not opened again
+        self.says_it_at_once = world.says_it_at_once
         self._world = world
         self._publisher = Publisher(world, name)
         config = IpcConfig(sender=SenderConfig(), verify=world.verify)
@@ -95,6 +97,8 @@ class Trainer:
     def _say(self, worker: Worker, verb: str, body: Mapping[str, Any], fate: int, fault: int) -> Answer | int:
         if verb == "status":
             return self._world.ask(self, worker, fate)
+        if verb == "start_weight_update" and "where" in body:
+            return self._say_at_once(worker, body, fate, fault)
         place = None
         match verb:
             case "init_weight_transfer_engine":
@@ -116,6 +120,23 @@ class Trainer:
             must(worker.facts.trainer != self._session._trainer, "a trainer was refused by its own worker")
             self.replaced = True
         return answer
+
+    def _say_at_once(self, worker: Worker, body: Mapping[str, Any], fate: int, fault: int) -> Answer | int:
+        """A start that is an update, and perhaps a finish, too: parts that nothing can come between."""
+        named = {"epoch": body["epoch"], "version": body["version"]}
+        parts: list[tuple[str, dict[str, Any]]] = [
+            ("start_weight_update", {key: body[key] for key in ("epoch", "version", "digest") if key in body}),
+            ("update_weights", {"update_info": {**named, "where": body["where"]}}),
+        ]
+        if body["finish"]:
+            parts.append(("finish_weight_update", {"epoch": body["epoch"], "weight_version": str(body["version"])}))
+        if self._world.loses(fate):
+            return self._say(worker, *parts[0], fate, fault)
+        for verb, part in parts[:-1]:
+            answer = self._say(worker, verb, part, 0, 0)  # whatever happens does at the last part
+            if isinstance(answer, int):
+                return answer
+        return self._say(worker, *parts[-1], fate, fault)
 
     def _wait(self) -> None:
         assert self._back.acquire(timeout=DEADLINE_S)
@@ -173,6 +194,7 @@ class Publisher:
     """Where a trainer writes: in slots that arena.py chooses, or, if workers copy, in one that is never kept."""
 
     casts = False
+    finds_nonfinite = False
     endpoint: Mapping[str, Any] = {}
 
     def __init__(self, world: World, name: str) -> None:
@@ -215,6 +237,7 @@ class Line:
         self.trainer = trainer
         self.worker = worker
         self.name = f"worker {worker.number}"
+        self.remote = trainer.says_it_at_once
 
     def restart(self) -> bool:
         """A worker that has died is back at once, and everybody may think that it was his doing."""
@@ -235,6 +258,7 @@ class NoMemory:
     """An arena's Slots, without any."""
 
     socket = ""
+    device = torch.device("cpu")
 
     def allocate(self, manifest: Any, weights: Any, count: int) -> dict[str, Any]:
         """So many."""

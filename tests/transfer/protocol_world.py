@@ -72,12 +72,13 @@ class World:
         self.now = 0.0
         self.coins = 0  # what trainers decide by: bit 0, to open again after a failure; bit 1, to recover a worker
         self.holders: dict[int, str] = {}  # who has started an update under an epoch
-        manners, self._moves = choices[0], choices[1:]
+        manners, sizes, self._moves = choices[0], choices[1], choices[2:]
         self._faulty_speaks = bool(manners & 1)
         self.verify = Verify.digest if manners & 2 else Verify.off
         self.settled = bool(manners & 4)  # whether workers compare digests when bytes are staged, or when they are live
         self.keeps = bool(manners & 8)  # whether bytes stay in slots
-        self.workers = [Worker(self, number) for number in range(2 + bool(manners & 16))]
+        self.says_it_at_once = bool(manners & 16)  # start, update and, to a single worker, finish in one message
+        self.workers = [Worker(self, number) for number in range((2, 3, 1, 2)[sizes & 3])]
         self._trainers: list[Trainer] = []
         self._count = (1, 2, 1, 2, 1, 2, 1, 0)[manners >> 5]
         self._sent: list[Parcel] = []
@@ -140,6 +141,10 @@ class World:
         if FATES[fate] == "answer lost":
             return 0
         return answer if status == 200 else status
+
+    def loses(self, fate: int) -> bool:
+        """Whether a message with this fate never arrives."""
+        return FATES[fate] == "lost"
 
     def count(self, phase: Phase, cause: str, answer: str = "", decision: Decision | None = None) -> None:
         """One more transition, which the worker checks."""
@@ -233,7 +238,7 @@ class World:
 
 def run_worlds(count: int, tally: Counter[Any], **options: Any) -> None:
     """Run `count` worlds and add up what happened in `tally`; `options` are settings of hypothesis."""
-    size = 1 + BYTES_A_MOVE * MOVES_A_WORLD
+    size = 2 + BYTES_A_MOVE * MOVES_A_WORLD
 
     @settings(max_examples=count, database=None, report_multiple_bugs=False, **options)
     @given(st.binary(min_size=size, max_size=size))

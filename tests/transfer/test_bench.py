@@ -19,12 +19,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from transfer.bench import measure, peers, table
+from transfer.bench import gpu, gpu_bars, gpu_measure, gpu_peers, measure, packing, peers, table
 from transfer.bench.cli import main
+from transfer.bench.gpu import SPARE_BYTES, Gpus
+from transfer.bench.lab import Unavailable
 from transfer.bench.relay import Relay
-from transfer.bench.shapes import Model, model_named
+from transfer.bench.shapes import BenchError, Model, model_named
 from transfer.bench.source import STATES, Source
-from transfer.bench.ways import PEERS, Control, Parts, Unit, our_names, selected
+from transfer.bench.ways import CHANNELS, CPU, CUDA, NCCL, PEERS, Control, Parts, Unit, our_names, selected
+from transfer.digest import as_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -160,7 +163,7 @@ def test_ours_also_tell_their_parts_and_the_bytes_of_their_messages(over_http):
     for way in our_names(["http"]):
         parts = [rows[way][name] for name in ("write_ms", "flip_ms", "control_ms")]
         assert all(part > 0 for part in parts) and sum(parts) < rows[way]["ms"]["max"]
-        assert 100 < rows[way]["control_bytes_bodies"] < rows[way]["control_bytes_wire"] < 5000
+        assert 50 < rows[way]["control_bytes_bodies"] < rows[way]["control_bytes_wire"] < 5000
     digest, without = rows["ipc-arena-view-digest-http"], rows["ipc-arena-view-off-http"]
     assert digest["control_bytes_bodies"] > without["control_bytes_bodies"] + 32  # 128 bits in hex
     assert rows["one-shot-http"]["control_bytes_wire"] > digest["control_bytes_wire"]
@@ -283,7 +286,14 @@ def test_help_answers_within_a_second_and_imports_neither_torch_nor_ray(tmp_path
         (["--skip", "nccl"], "nccl"),
         (["--only", "ray-store", "--senders", "http"], "no way"),
         (["--senders", "grpc"], "grpc"),
-        (["--device", "cuda"], "cpu"),
+        (["--device", "gpu"], "cuda"),
+        (["--device", "cuda:1 "], "cuda"),
+        (["--device", "cuda:999"], "CUDA device"),
+        (["--device", "cuda", "--receiver", "cpu"], "--receiver"),
+        (["--receiver", "cuda:1"], "--device cuda"),
+        (["--device", "cuda", "--only", "disk"], "disk"),
+        (["--scale", "0"], "--scale"),
+        (["--scale", "2"], "--scale"),
         (["--json", "nowhere/report.json"], "nowhere"),
         (["--rounds", "3"], "--rounds"),
     ],
@@ -382,7 +392,8 @@ def test_ways_are_chosen_by_parts_of_their_names_and_by_sender():
     ]
     assert not [name for name in selected(["http"], [], []) if "ray" in name]
     assert not [name for name in selected(["ray"], [], []) if "http" in name]
-    assert set(selected(["http", "ray"], [], [])) == {*our_names(), *PEERS}
+    assert set(selected(["http", "ray"], [], [])) == {*our_names(), *PEERS[CPU]}
+    assert set(selected(["http", "ray"], [], [], CUDA)) == {*our_names(device=CUDA), *PEERS[CUDA]}
 
 
 def test_receivers_are_opened_together_as_far_as_the_memory_goes():
@@ -411,12 +422,21 @@ def test_receivers_are_opened_together_as_far_as_the_memory_goes():
         ("512mb", 300, 512_025_600),
         ("qwen2.5-0.5b", 290, 2 * 494_032_768),
         ("qwen2.5-7b", 339, 2 * 7_615_616_512),
+        ("qwen3-30b-a3b", 18_867, 2 * 30_532_122_624),
     ],
 )
 def test_named_models_have_the_tensors_and_the_bytes_of_their_checkpoints(name, tensors, nbytes):
     model = model_named(name)
     assert (len(model.tensors), model.nbytes) == (tensors, nbytes)
     assert nbytes == sum(2 * math.prod(shape) for _, shape in model.tensors.values())
+
+
+def test_a_scaled_model_has_as_many_tensors_of_which_each_is_shorter():
+    model = model_named("qwen2.5-0.5b").scaled(0.25)
+    assert len(model.tensors) == 290
+    assert model.tensors["model.embed_tokens.weight"] == ("bfloat16", (37984, 896))
+    tiny = TINY_MODEL.scaled(0.1).tensors
+    assert (tiny["odd"][1], tiny["int64"][1], tiny["scalar"][1], tiny["large"][1]) == ((1,), (1,), (), (30, 70))
 
 
 def test_a_model_is_read_from_json_and_from_a_safetensors_file(tmp_path):
@@ -470,6 +490,150 @@ def test_the_relay_counts_every_byte_of_both_directions_and_passes_on_the_end():
         assert (received, relay.bytes) == (200_000, 300_000)
 
 
+def test_renewed_weights_have_the_same_values_in_other_memory():
+    source = Source(TINY_MODEL)
+    before, places = source.digest(), [tensor.data_ptr() for tensor in source.weights.values()]
+    kept = [tensor.data for tensor in source.weights.values()]
+    source.renew()
+    assert source.digest() == before
+    assert not {tensor.data_ptr() for tensor in source.weights.values()} & set(places)
+    assert len(kept) == len(places)
+
+
+@pytest.mark.parametrize("nbytes", [1, 100, 42_000, 10**6])
+def test_tensors_are_packed_into_buffers_up_to_a_size_and_taken_apart_again(nbytes):
+    source = Source(TINY_MODEL)
+    entries = source.manifest.entries
+    groups = packing.buckets(entries, nbytes)
+    assert [entry for group in groups for entry in group] == list(entries)
+    assert all(len(group) == 1 or sum(entry.nbytes for entry in group) <= nbytes for group in groups)
+    taken = {name: torch.zeros_like(tensor) for name, tensor in source.weights.items()}
+    for group in groups:
+        packing.unpack(packing.packed(source.weights, group), taken, group)
+    assert all(torch.equal(as_bytes(taken[name]), as_bytes(source.weights[name])) for name in taken)
+
+
+# --- between GPUs, with the CPU in their place ------------------------------------------------------------------------
+
+
+class HostGpus(Gpus):
+    """Memory of `free` bytes, as it is seen one time after the other; a million more is used each time one looks."""
+
+    def __init__(self, same, *free):
+        super().__init__("cpu", "cpu:0")  # the same device by another name: the receiver's is not what a CPU run has
+        self.same = same
+        self._free = list(free) or [10**12]
+        self._used = 0
+
+    def synchronize(self):
+        pass
+
+    def release(self):
+        pass
+
+    def used(self):
+        self._used += 10**6
+        return self._used
+
+    def free(self, device):
+        return self._free.pop(0) if len(self._free) > 1 else self._free[0]
+
+
+def timed_on(gpus, folder, only=()):
+    names = selected(["http"], only, [], CUDA)
+    rows = gpu_measure.timed_on_gpus(TINY_MODEL, names, 2, gpus, (folder, None), measure.Progress())
+    return {row.way: row for row in rows}
+
+
+def test_every_way_between_gpus_leaves_the_right_bytes_or_says_why_it_cannot_run(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = timed_on(HostGpus(same=True), tmp_path / "one")
+    two = timed_on(HostGpus(same=False), tmp_path / "two", ["nccl", "view"])
+    assert {name for name, row in one.items() if row.failed} == set(NCCL)
+    assert "--receiver" in one["nccl-packed"].failed
+    assert {name for name, row in two.items() if row.failed} == {n for n in our_names(["http"], CUDA) if "view" in n}
+    rows = {**one, **{name: two[name] for name in NCCL}}
+    ways = selected(["http"], [], [], CUDA)
+    assert [name for name in ways if not rows[name].verified] == []
+    assert all(len(rows[name].samples) == 2 for name in ways)
+    second = [name for name in ways if "digest" in name or name == "nccl-packed"]  # in one process with another way
+    assert {name: rows[name].extra_bytes for name in ways} == {n: 10**6 * (1 + (n in second)) for n in ways}
+    assert len(one["memcpy"].samples) == gpu_measure.LIMIT_ROUNDS * (len(CHANNELS[CUDA]) + 3)  # before each process
+
+
+def test_a_way_for_which_the_gpu_is_too_small_is_skipped_and_a_model_is_refused(tmp_path):
+    short = SPARE_BYTES + int(2.5 * TINY_MODEL.nbytes)
+    with pytest.raises(BenchError, match=r"tiny needs 4\.3 GB of cpu's memory.*--scale"):
+        timed_on(HostGpus(True, short), tmp_path)
+    rows = timed_on(HostGpus(True, 10**12, short), tmp_path, ["handle-packed", "arena-view-off"])
+    assert "memory" in rows["ipc-arena-view-off-http"].failed
+    assert rows["handle-packed"].verified
+
+
+def test_memory_is_looked_for_on_the_gpu_that_needs_it():
+    class Two(Gpus):
+        def free(self, device):
+            return SPARE_BYTES + {"cuda:0": 300, "cuda:1": 100}[str(device)]
+
+    one, two = Two("cuda:0", "cuda:0"), Two("cuda:0", "cuda:1")
+    assert one.lacks(100, (2, 1)) == two.lacks(100, (3, 1)) == ""
+    assert "cuda:0" in one.lacks(101, (2, 1)) and "cuda:0" in two.lacks(100, (4, 0))
+    assert "cuda:1" in two.lacks(100, (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("count", "receiver", "word"),
+    [
+        (0, "cuda:0", "no CUDA device"),
+        (1, "cuda:1", "--receiver cuda:1: torch sees 1 CUDA device here"),
+        (2, "cuda:1", "no peer access"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(count, receiver, word, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: False)
+    with pytest.raises(BenchError, match=word):
+        gpu.found("cuda:0", receiver)
+
+
+def test_what_does_not_end_in_time_is_given_up():
+    never = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="waiting for nothing"):
+        gpu_peers._within(0.05, "waiting for nothing", never.wait)
+    assert time.monotonic() - began < 5
+    never.set()
+    with pytest.raises(ZeroDivisionError):
+        gpu_peers._within(5, "dividing", lambda: 1 / 0)
+
+
+def test_the_table_of_gpus_begins_with_the_machine_and_ends_with_what_the_ways_are(tmp_path, capsys, monkeypatch):
+    told = {"date": "2026-11-22", "gpus": ["cuda:0: H200"] * 2, "driver": "580.1", "cuda": "13.0"}
+    monkeypatch.setattr(gpu, "found", lambda sender, receiver: HostGpus((sender, receiver) == ("cuda:0", "cuda:0")))
+    monkeypatch.setattr(gpu, "machine", lambda gpus: told)
+    options = ("--shapes", shapes_file(tmp_path), "--only", "handle-packed", "--repeats", "1")
+    main_here("--device", "cuda", *options, "--json", str(tmp_path / "report.json"))
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"2026-11-22; cuda:0: H200; driver 580.1, CUDA 13.0, torch {torch.__version__}"
+    assert out.splitlines()[-2].startswith("nccl-by-tensor ") and "disk" not in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["machine"].items() >= told.items()
+    assert [row["way"] for row in report["models"][0]["rows"]] == ["memcpy", "memcpy-by-tensor", "handle-packed"]
+    assert report["models"][0]["rows"][2]["extra_gpu_bytes"] == 10**6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_way_is_timed_and_right(tmp_path):
+    code, out, err = bench(tmp_path, "--device", "cuda", "--senders", "http", "--repeats", "2", "--json")
+    assert code == 0, err
+    rows = {row["way"]: row for row in json.loads(out)["models"][0]["rows"]}
+    assert {way for way, row in rows.items() if "failed" in row} == set(NCCL)
+    assert all(row["verified"] for way, row in rows.items() if way not in NCCL and not way.startswith("memcpy"))
+
+
 # --- the bars ---------------------------------------------------------------------------------------------------------
 
 
@@ -497,3 +661,42 @@ def test_the_table_says_when_other_work_disturbed_the_run():
 
     assert text(0.030, 0.031, 0.032).endswith("steady")
     assert text(0.030, 0.036, 0.090).endswith("do not rely on it")
+
+
+def gpu_row(way, ms, memcpy_ms=10.0, extra=None):
+    seconds, parts = ms / 1e3, Parts(0.001, 0.0004, 0.0005)
+    row = measure.Row(way, [seconds] * 3, [memcpy_ms / 1e3] * 3, [parts] * 3, Control(235, 984), True, extra)
+    return table.row_json(row, Model("m", {"w": ("bfloat16", (500_000,))}), CUDA)
+
+
+def gpu_verdicts(name, rows, same_gpu=True):
+    bars = gpu_bars.bars_json(rows, Model(name, {"w": ("bfloat16", (500_000,))}), same_gpu)
+    return [(bar["way"], round(bar["figure"], 2), bar["bar"], bar["met"]) for bar in bars]
+
+
+def test_between_gpus_a_bar_is_met_or_missed_by_the_figure_that_was_measured():
+    view, live, early = "ipc-arena-view-off-http", "ipc-live-copy-off-http", "handle-by-tensor"
+    rows = [gpu_row(view, 12.0), gpu_row("ipc-arena-copy-off-http", 99.0), gpu_row(early, 48.0)]
+    assert gpu_verdicts("qwen2.5-7b", rows) == [(view, 1.2, 1.2, True), (view, 4.0, 4.0, True), (view, 0.9, 1.0, True)]
+    rows = [gpu_row(live, 12.1), gpu_row(early, 48.0), gpu_row("ipc-live-copy-off-ray", 1.0)]
+    assert gpu_verdicts("qwen2.5-7b x 0.5", rows) == [(live, 1.21, 1.2, False), (live, 3.97, 4.0, False)]
+    rows = [gpu_row(live, 2.5), gpu_row(early, 25.0)]
+    assert gpu_verdicts("qwen2.5-0.5b", rows) == [(live, 2.5, 2.0, False), (live, 10.0, 10.0, True)]
+    assert gpu_verdicts("qwen3-30b-a3b x 0.25", [gpu_row(live, 15.0)]) == [(live, 1.5, 1.5, True)]
+    assert gpu_verdicts("other", [gpu_row(live, 15.0)]) == []
+
+
+def test_on_a_second_gpu_the_bars_are_the_raw_copy_and_the_faster_broadcast():
+    live = "ipc-live-copy-off-http"
+    rows = [gpu_row(live, 10.4), gpu_row("nccl-by-tensor", 12.0), gpu_row("nccl-packed", 10.0)]
+    assert gpu_verdicts("any", rows, same_gpu=False) == [(live, 96.15, 95.0, True), (live, 0.96, 1.0, False)]
+    assert gpu_verdicts("any", rows[:2], same_gpu=False)[1] == (live, 1.15, 1.0, True)
+
+
+def test_the_table_has_a_column_for_extra_memory_only_where_that_was_measured():
+    model = Model("m", {"w": ("bfloat16", (500_000,))})
+    rows = [gpu_row("memcpy", 10.0), gpu_row("ipc-arena-view-off-http", 12.0, extra=2_000_000)]
+    lines = table.table_text(model, rows, []).splitlines()
+    assert lines[2].endswith("  extra MB")
+    assert [line.split()[-1] for line in lines[3:5]] == ["-", "2"]
+    assert "extra" not in table.table_text(model, [gpu_row("memcpy", 10.0)], [])

@@ -229,7 +229,7 @@ def test_updates_over_http_arrive(config, tmp_path):
             for version in range(3):
                 assert transfer.push(PlainModel(version).state_dict()) == version
                 assert fingerprint(module.state_dict()) == fingerprint(PlainModel(version).state_dict())
-            update = [body for _, path, _, body, _ in server.seen if path == "/update_weights"]
+            update = [body for _, path, _, body, _ in server.seen if path == "/start_weight_update"]
             assert max(map(len, update)) < 200
         receiver.close()
 

@@ -10,7 +10,7 @@ import torch
 from worker_process import Float8Model, OddModel, PlainModel, fingerprint, in_process, on_gpu, plain, worker_processes
 
 from transfer import make_receiver, make_transfer, wire
-from transfer.config import DiskConfig, IpcConfig, LocalConfig, SenderConfig, Staging, Take, Verify
+from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, LocalConfig, SenderConfig, Staging, Take, Verify
 from transfer.journal import Journal
 from transfer.protocol import Phase
 from transfer.senders.direct import DirectSender
@@ -19,6 +19,7 @@ SENDER = SenderConfig(timeout_s=20.0)
 CONFIGS = {
     "ipc view": IpcConfig(sender=SENDER),
     "ipc copy": IpcConfig(sender=SENDER, take=Take.copy),
+    "gloo": CollectiveConfig(sender=SENDER),
     "disk": DiskConfig(sender=SENDER),
 }
 LIVE = IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from transfer import make_receiver, make_transfer, wire
+from transfer.manifest import Manifest
+from transfer.plain_worker import Bag
 from transfer.senders.direct import DirectSender
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -69,6 +71,16 @@ def on_gpu(seed: int) -> torch.nn.Module:
     return PlainModel(seed).cuda()
 
 
+def on_second_gpu(seed: int) -> torch.nn.Module:
+    """A PlainModel on the second GPU."""
+    return PlainModel(seed).to("cuda:1")
+
+
+def bag(seed: int, manifest: dict[str, Any]) -> torch.nn.Module:
+    """The tensors of a manifest, zero."""
+    return Bag({e.name: torch.zeros(e.shape, dtype=e.torch_dtype) for e in Manifest.from_json(manifest).entries})
+
+
 def plain(seed: int) -> dict[str, torch.Tensor]:
     """The weights of a PlainModel."""
     return PlainModel(seed).state_dict()
@@ -88,7 +100,14 @@ def in_process(config: Any, folder: Path, module: torch.nn.Module, weights: Any)
 
 def _serve(connection: Any, endpoint: dict[str, Any], model: tuple[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
-    models = {"odd": OddModel, "plain": PlainModel, "float8": Float8Model, "on_gpu": on_gpu}
+    models = {
+        "odd": OddModel,
+        "plain": PlainModel,
+        "float8": Float8Model,
+        "on_gpu": on_gpu,
+        "on_second_gpu": on_second_gpu,
+        "bag": bag,
+    }
     module = models[model[0]](**model[1])
     receiver = make_receiver(endpoint, module)
     stage = receiver._intake.stage

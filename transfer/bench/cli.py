@@ -6,17 +6,23 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transfer.bench.shapes import NAMED, BenchError, Model, model_named
-from transfer.bench.ways import SENDERS, selected
+from transfer.bench.ways import CPU, CUDA, SENDERS, selected
 
+if TYPE_CHECKING:
+    from transfer.bench.gpu import Gpus
+
+SHAPES = {CPU: ["1mb", "512mb"], CUDA: ["qwen2.5-0.5b", "qwen2.5-7b"]}  # by default
+DEVICE = re.compile(r"cuda(:[0-9]{1,3})?")
 USAGE, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 
 
@@ -46,12 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     shapes = f"models: {', '.join(NAMED)}, a JSON file " + '{"name": [2, 3]} (bf16), or a .safetensors file'
-    add("--shapes", type=_list, default=["1mb", "512mb"], metavar="A,B", help=f"{shapes}; default: 1mb,512mb")
-    add("--repeats", type=int, metavar="N", help="rounds a model; default: 15 for small models, 5 for others")
+    defaults = f"default: {','.join(SHAPES[CPU])}, on a GPU {','.join(SHAPES[CUDA])}"
+    add("--shapes", type=_list, metavar="A,B", help=f"{shapes}; {defaults}")
+    add("--scale", type=float, default=1.0, metavar="S", help="multiply each tensor's first dimension; default: 1")
+    add("--repeats", type=int, metavar="N", help="rounds a model; default: 15 for small models, 5 for others; GPU: 20")
     add("--only", type=_list, default=[], metavar="A,B", help="time only ways whose name contains one of these texts")
     add("--skip", type=_list, default=[], metavar="A,B", help="leave out ways whose name contains one of these texts")
     add("--senders", type=_list, default=list(SENDERS), metavar="A,B", help="http, ray; default: both. http: no Ray")
-    add("--device", default="cpu", help="where the weights are: cpu")
+    add("--device", default=CPU, help="where the weights are: cpu, cuda, cuda:1; default: cpu")
+    add("--receiver", metavar="DEVICE", help="the GPU of the receiver; default: the one of --device")
     add(
         "--json",
         nargs="?",
@@ -73,36 +82,86 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     from transfer.bench import table
-    from transfer.bench.measure import Progress, memory_left, ray_for, timed_model
 
     torch.set_num_threads(1)
+    gpus = _gpus(options)
+    report: dict[str, Any] = {"machine": _machine(torch.__version__, gpus), "models": []}
+    if gpus is not None and options.json != "-":
+        print(_headline(report["machine"]), end="\n\n")
+    with closing(_timed(models, names, options.repeats, gpus)) as timed:
+        for model, told in zip(models, timed, strict=True):
+            report["models"].append(told)
+            if options.json != "-":
+                print(table.table_text(model, told["rows"], told["bars"]), end="\n\n")
+    if options.json != "-":
+        print(table.legend(CPU if gpus is None else CUDA))
+    _write_json(report, options.json)
+
+
+def _gpus(options: argparse.Namespace) -> Gpus | None:
+    """The two GPUs; None for the CPU."""
+    if options.device == CPU:
+        return None
+    from transfer.bench.gpu import found
+
+    return found(options.device, options.receiver)
+
+
+def _timed(
+    models: Sequence[Model], names: Sequence[str], repeats: int | None, gpus: Gpus | None
+) -> Generator[dict[str, Any], None, None]:
+    """Each model's rows and bars."""
+    from transfer.bench import gpu_bars, gpu_measure, measure, table
+
     for model in models:
-        memory_left(model)
-    progress = Progress()
-    report: dict[str, Any] = {"machine": _machine(torch.__version__), "models": []}
+        if gpus is None:
+            measure.memory_left(model)
+        else:
+            gpu_measure.check_fits(model, gpus)
+    progress = measure.Progress()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True, prefix="bench-")))
-        ray = ray_for(models, names, folder / "ray")
+        where = folder / "ray"
+        ray = measure.ray_for(models, names, where) if gpus is None else gpu_measure.ray_for(names, where)
         if ray is not None:
             progress("starting Ray", always=True)
             stack.enter_context(ray)
         for index, model in enumerate(models):
             place = folder / str(index)
             place.mkdir()
-            rows = timed_model(model, names, options.repeats, place, ray, progress)
-            told = [table.row_json(row, model) for row in rows]
-            bars = table.bars_json(told, model)
-            report["models"].append({"name": model.name, "bytes": model.nbytes, "rows": told, "bars": bars})
-            if options.json != "-":
-                print(table.table_text(model, told, bars), end="\n\n")
-    if options.json != "-":
-        print(table.legend())
-    _write_json(report, options.json)
+            if gpus is None:
+                rows = measure.timed_model(model, names, repeats, place, ray, progress)
+                told = [table.row_json(row, model) for row in rows]
+                bars = table.bars_json(told, model)
+            else:
+                rows = gpu_measure.timed_on_gpus(model, names, repeats, gpus, (place, ray), progress)
+                told = [table.row_json(row, model, CUDA) for row in rows]
+                bars = gpu_bars.bars_json(told, model, gpus.same)
+            yield {"name": model.name, "bytes": model.nbytes, "rows": told, "bars": bars}
+
+
+def _check_device(options: argparse.Namespace) -> None:
+    """Both GPUs get a number."""
+    if options.device != CPU and not DEVICE.fullmatch(options.device):
+        raise BenchError(f"--device must be cpu, cuda or like cuda:1 (got {options.device!r})")
+    if options.receiver is not None and (options.device == CPU or not DEVICE.fullmatch(options.receiver)):
+        raise BenchError(f"--receiver must be like cuda:1, and needs --device cuda (got {options.receiver!r})")
+    if options.device != CPU:
+        options.device = _numbered(options.device)
+        options.receiver = _numbered(options.receiver or options.device)
+
+
+def _numbered(device: str) -> str:
+    return f"{CUDA}:{int(device.partition(':')[2] or 0)}"
 
 
 def _checked(options: argparse.Namespace) -> tuple[list[Model], list[str]]:
-    if options.device != "cpu":
-        raise BenchError(f"--device must be cpu, which is all that can be timed so far (got {options.device!r})")
+    _check_device(options)
+    device = CPU if options.device == CPU else CUDA
+    if options.shapes is None:
+        options.shapes = SHAPES[device]
+    if not 0 < options.scale <= 1:
+        raise BenchError(f"--scale must be above 0, at most 1 (got {options.scale:g})")
     if options.repeats is not None and options.repeats < 1:
         raise BenchError(f"--repeats must be at least 1 (got {options.repeats})")
     unknown = [sender for sender in options.senders if sender not in SENDERS]
@@ -112,16 +171,29 @@ def _checked(options: argparse.Namespace) -> tuple[list[Model], list[str]]:
         raise BenchError("--shapes names no model")
     if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
         raise BenchError(f"--json: there is no folder for {options.json}")
-    return [model_named(text) for text in options.shapes], selected(options.senders, options.only, options.skip)
+    models = [model_named(text) for text in options.shapes]
+    if options.scale != 1:
+        models = [model.scaled(options.scale) for model in models]
+    return models, selected(options.senders, options.only, options.skip, device)
 
 
-def _machine(torch_version: str) -> dict[str, Any]:
-    return {
+def _machine(torch_version: str, gpus: Gpus | None) -> dict[str, Any]:
+    told: dict[str, Any] = {
         "cpus": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch_version,
     }
+    if gpus is None:
+        return told
+    from transfer.bench.gpu import machine
+
+    return told | machine(gpus)
+
+
+def _headline(machine: dict[str, Any]) -> str:
+    gpus = ", ".join(dict.fromkeys(machine["gpus"]))
+    return f"{machine['date']}; {gpus}; driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}"
 
 
 def _write_json(report: dict[str, Any], target: str | None) -> None:

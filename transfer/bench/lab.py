@@ -43,9 +43,10 @@ class Reusable(Protocol):
 class RayHost:
     """A private Ray on this machine, or why there is none."""
 
-    def __init__(self, store_bytes: int, folder: Path) -> None:
+    def __init__(self, store_bytes: int, folder: Path, reuses_actors: bool = True) -> None:
         self._folder = folder  # for its sockets, whose names must not get long, and its logs
         self.store_bytes = max(RAY_STORE_BYTES, store_bytes)
+        self._reuses_actors = reuses_actors  # else each ends with its model, and its GPU's memory is free again
         self._missing = ""
         self._idle: dict[type[Reusable], list[Any]] = {}  # actors between two models
 
@@ -92,19 +93,25 @@ class RayHost:
         finally:
             try:
                 ray.get(actor.drop.remote(), timeout=STOP_S)
-                idle.append(actor)
+                if self._reuses_actors:
+                    idle.append(actor)
+                else:
+                    ray.kill(actor)
             except ray.exceptions.RayError:
                 ray.kill(actor)
 
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """One model's weights and where its ways may work."""
+    """One model, its weights, and where its ways may work."""
 
+    name: str
     source: Source
     nbytes: int
     folder: Path  # for logs, and the files of `disk`
     ray: RayHost | None
+    receiver: str = "cpu"  # the device of the receiver's module
+    ready: Callable[[], None] = lambda: None  # called when a receiver holds its module, and nothing else has begun
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pathlib import Path
 from transfer.bench.lab import RAY_STORE_COPIES, Lab, RayHost, Unavailable, reason
 from transfer.bench.shapes import BenchError, Model
 from transfer.bench.source import Limit, Source
-from transfer.bench.ways import BY_TENSOR, FLAT, PEERS, Control, Parts, Unit, Way, needs_ray
+from transfer.bench.ways import BY_TENSOR, CPU, FLAT, PEERS, Control, Parts, Unit, Way, needs_ray
 
 ENOUGH_S = 1.5  # once a way's samples have taken this long together, it is not run again
 SLOW_S = 1.0  # of a way that takes longer, the first run counts
@@ -41,6 +42,7 @@ class Row:
     parts: list[Parts] = field(default_factory=list)
     control: Control = field(default_factory=Control)
     verified: bool = False  # the receiver's digest was the trainer's
+    extra_bytes: int | None = None  # of GPU memory, beyond the weights in both processes
     failed: str = ""
 
 
@@ -84,8 +86,8 @@ def timed_model(
     if repeats is None:
         repeats = ROUNDS_SMALL if model.nbytes <= SMALL_BYTES else ROUNDS_LARGE
     progress(f"{model.name}: {model.nbytes / 1e6:.0f} MB in {len(model.tensors)} tensors", always=True)
-    lab = Lab(Source(model), model.nbytes, folder, ray)
-    bench = _Bench(model, lab, names, repeats, progress)
+    lab = Lab(model.name, Source(model), model.nbytes, folder, ray)
+    bench = HostBench(lab, names, repeats, progress)
     groups, too_big = _grouped(_units(lab, names), model.nbytes, budget)
     for unit in too_big:
         need = ((unit.holds + unit.peak + LIMIT_COPIES) * model.nbytes + PROCESS_BYTES) / 1e9
@@ -99,8 +101,8 @@ def _units(lab: Lab, names: Collection[str]) -> list[Unit]:
     from transfer.bench import ours, peers
 
     return [
-        *ours.units(lab, [name for name in names if name not in PEERS]),
-        *peers.units(lab, [name for name in names if name in PEERS]),
+        *ours.units(lab, [name for name in names if name not in PEERS[CPU]]),
+        *peers.units(lab, [name for name in names if name in PEERS[CPU]]),
     ]
 
 
@@ -120,13 +122,11 @@ def _grouped(units: Sequence[Unit], nbytes: int, budget: float) -> tuple[list[li
     return groups, [unit for unit in units if not fits([unit])]
 
 
-class _Bench:
+class Bench(ABC):
     """The rows of one model, filled group by group."""
 
-    def __init__(self, model: Model, lab: Lab, names: Sequence[str], repeats: int, progress: Progress) -> None:
-        self._model = model
+    def __init__(self, lab: Lab, names: Sequence[str], repeats: int, progress: Progress) -> None:
         self._lab = lab
-        self._limit = Limit(lab.source.weights)
         self._repeats = repeats
         self._progress = progress
         self.rows = {name: Row(name) for name in (FLAT, BY_TENSOR, *names)}
@@ -141,29 +141,28 @@ class _Bench:
         with ExitStack() as stack:
             ways = self._opened(units, stack)
             for way in ways:
-                self._progress(f"{self._model.name}: checking {way.name}")
+                self._progress(f"{self._lab.name}: checking {way.name}")
                 with self._or_failed([way.name]):
                     self._check(way)
             for number in range(self._repeats):
                 random.Random(number).shuffle(ways)
                 for way in ways:
-                    self._progress(f"{self._model.name}: round {number + 1} of {self._repeats}, {way.name}")
+                    self._progress(f"{self._lab.name}: round {number + 1} of {self._repeats}, {way.name}")
                     with self._or_failed([way.name]):
                         self._time(way)
-                self.rows[BY_TENSOR].limits.append(self._flat())
-                self.rows[BY_TENSOR].samples.append(self._limit.by_tensor())
-            self._progress(f"{self._model.name}: closing")
+                self._by_tensor()
+            self._progress(f"{self._lab.name}: closing")
 
     def _opened(self, units: Sequence[Unit], stack: ExitStack) -> list[Way]:
         """All receiving processes start first, and are waited for then."""
         starting = []
         for unit in units:
-            self._progress(f"{self._model.name}: starting {unit.names[0]}")
+            self._progress(f"{self._lab.name}: starting {unit.names[0]}")
             with self._or_failed(unit.names):
                 starting.append((unit, stack.enter_context(unit.start())))
         ways: list[Way] = []
         for unit, connect in starting:
-            self._progress(f"{self._model.name}: waiting for {unit.names[0]}")
+            self._progress(f"{self._lab.name}: waiting for {unit.names[0]}")
             with self._or_failed(unit.names):
                 ways += connect()
         return ways
@@ -193,7 +192,7 @@ class _Bench:
         if row.failed or sum(row.samples) > ENOUGH_S:
             return
         way.prepare(counted=False)
-        if self._model.nbytes <= SMALL_BYTES:
+        if self._lab.nbytes <= SMALL_BYTES:
             way.send()
         self._sample(way)
 
@@ -207,6 +206,26 @@ class _Bench:
         row.limits.append(limit)
         row.parts.append(way.parts())
         return seconds
+
+    @abstractmethod
+    def _flat(self) -> float:
+        """Seconds of the limit, to set beside the sample that follows."""
+
+    @abstractmethod
+    def _by_tensor(self) -> None:
+        """At the end of each round: the other limit."""
+
+
+class HostBench(Bench):
+    """The rows of one model on the CPU, with a memcpy beside each sample."""
+
+    def __init__(self, lab: Lab, names: Sequence[str], repeats: int, progress: Progress) -> None:
+        super().__init__(lab, names, repeats, progress)
+        self._limit = Limit(lab.source.weights)
+
+    def _by_tensor(self) -> None:
+        self.rows[BY_TENSOR].limits.append(self._flat())
+        self.rows[BY_TENSOR].samples.append(self._limit.by_tensor())
 
     def _flat(self) -> float:
         seconds = self._limit.flat()

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +30,6 @@ from transfer.config import (
     Verify,
 )
 from transfer.journal import Journal
-from transfer.manifest import Manifest
 from transfer.plain_worker import PlainSpec
 from transfer.senders.http import HttpSender
 from transfer.senders.ray import RaySender
@@ -63,12 +62,11 @@ class SwitchedPublisher:
 
     def __init__(self, inner: Publisher) -> None:
         self._inner = inner
-        self.endpoint, self.casts, self.keeps = inner.endpoint, inner.casts, inner.keeps
         self.with_digest = True
 
-    def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """As the inner one."""
-        return self._inner.prepare(manifest, weights)
+    def __getattr__(self, name: str) -> Any:
+        """All but `write` as the inner one has it at the time."""
+        return getattr(self._inner, name)
 
     def write(
         self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
@@ -76,16 +74,13 @@ class SwitchedPublisher:
         """As the inner one, with a digest only where both want one."""
         return self._inner.write(version, weights, served, with_digest and self.with_digest)
 
-    def close(self) -> None:
-        """As the inner one."""
-        self._inner.close()
-
 
 class CountedSender:
     """Two senders to one worker, directly and through a counting relay, as one; adds up the seconds of its calls."""
 
     def __init__(self, direct: Sender, relayed: Sender) -> None:
         self.name = direct.name
+        self.remote = True
         self._direct = direct
         self._relayed = relayed
         self.through_relay = False
@@ -173,17 +168,26 @@ def _config(channel: str, verify: Verify) -> TransferConfig:
 def _session(lab: Lab, config: TransferConfig, folder: Path) -> Iterator[tuple[Session, SwitchedPublisher]]:
     folder.mkdir()
     publisher = SwitchedPublisher(make_publisher(config, folder))
-    with Session(publisher, config, InFlight.wait, Journal()) as session:
-        yield session, publisher
+    try:
+        with Session(cast(Publisher, publisher), config, InFlight.wait, Journal()) as session:
+            yield session, publisher
+    finally:
+        if _moves_source(lab, publisher.endpoint):
+            lab.source.renew()
 
 
 def _opened(
     lab: Lab, session: Session, publisher: SwitchedPublisher, sender: CountedSender, relay: Relay | None
 ) -> Channel:
     moves_tensors = session.endpoint.get("staging") == Staging.live.value
-    source = lab.source.alias() if moves_tensors else lab.source
+    source = lab.source.alias() if moves_tensors and not _moves_source(lab, session.endpoint) else lab.source
     session.open(source.weights, [sender])
     return Channel(session, publisher, source, sender, relay)
+
+
+def _moves_source(lab: Lab, endpoint: Mapping[str, Any]) -> bool:
+    """Whether the weights themselves move into shared memory: on a GPU, where a second copy would be counted."""
+    return endpoint.get("staging") == Staging.live.value and lab.receiver != "cpu"
 
 
 @contextmanager
@@ -194,6 +198,7 @@ def _over_http(lab: Lab, config: TransferConfig, names: list[str]) -> Iterator[C
 
         def connect() -> list[Way]:
             url = process.url()
+            lab.ready()
             relay = stack.enter_context(Relay(url))
             direct, relayed = (HttpSender(to, lab.token, names[0], TIMEOUT_S) for to in (url, relay.url))
             stack.enter_context(closing(direct))
@@ -213,6 +218,7 @@ def _over_ray(lab: Lab, config: TransferConfig, names: list[str]) -> Iterator[Co
 
         def connect() -> list[Way]:
             sender = RaySender(built(), names[0], TIMEOUT_S)
+            lab.ready()
             channel = _opened(lab, session, publisher, CountedSender(sender, sender), None)
             return [OurWay(name, channel) for name in names]
 
@@ -234,4 +240,5 @@ def ray_worker(lab: Lab, endpoint: Mapping[str, Any]) -> Iterator[Callable[[], A
 
 
 def _spec(lab: Lab, endpoint: Mapping[str, Any]) -> PlainSpec:
-    return PlainSpec(manifest=lab.source.manifest.to_json(), endpoint=dict(endpoint), token=lab.token)
+    manifest = lab.source.manifest.to_json()
+    return PlainSpec(manifest=manifest, endpoint=dict(endpoint), device=lab.receiver, token=lab.token)

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
@@ -25,22 +25,37 @@ from typing import Any
 import torch
 
 from transfer.bench.lab import START_S, TIMEOUT_S, reason
+from transfer.bench.packing import buckets, packed, unpack
 from transfer.digest import as_bytes, digest_of
-from transfer.manifest import Manifest
+from transfer.manifest import Entry, Manifest
 
 
 class Holder:
     """The receiver's module: tensors by name."""
 
-    def __init__(self, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, manifest: Mapping[str, Any], device: str = "cpu") -> None:
         torch.set_num_threads(1)
+        self.device = torch.device(device)
         entries = Manifest.from_json(manifest).entries
-        self.weights = {e.name: torch.zeros(e.shape, dtype=e.torch_dtype).clone() for e in entries}  # touched once
+        self.buckets = buckets(entries)  # as the sender has them
+        zeros = ((e.name, torch.zeros(e.shape, dtype=e.torch_dtype, device=device)) for e in entries)
+        self.weights = {name: tensor.clone() for name, tensor in zeros}  # touched once
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the tensors in."""
         for name, tensor in tensors.items():
             self.weights[name].copy_(tensor)
+
+    def unpack(self, index: int, buffer: torch.Tensor) -> None:
+        """Copy in the tensors of one bucket."""
+        unpack(buffer, self.weights, self.buckets[index])
+
+    def synchronize(self) -> None:
+        """Wait until all copies are done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def digest(self) -> str:
         """Of all bytes, in the manifest's order."""
@@ -118,10 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def serve(pipe: Connection, manifest: Mapping[str, Any], token: str) -> None:
+def serve(pipe: Connection, manifest: Mapping[str, Any], token: str, device: str) -> None:
     """Answer `(verb, argument)` with `(None, value)` or `(error, None)`, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the trainer
-    holder = Holder(manifest)
+    holder = Holder(manifest, device)
     with Server(holder, token) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         while True:
@@ -132,6 +147,7 @@ def serve(pipe: Connection, manifest: Mapping[str, Any], token: str) -> None:
             answer: tuple[str | None, Any]
             try:
                 answer = None, _done(holder, server, verb, argument)
+                holder.synchronize()
             except Exception as error:
                 answer = reason(error), None
             del argument  # the trainer's memory, where it is shared
@@ -150,18 +166,25 @@ def _done(holder: Holder, server: Server, verb: str, argument: Any) -> Any:
             from safetensors.torch import load_file
 
             return holder.load(load_file(argument))
+        case "packed":
+            return holder.unpack(*argument)
         case "join":
-            return join_gloo(argument, 1)
+            backend, file = argument
+            return join(backend, file, 1)
         case "broadcast":
             return broadcast(holder.weights)
+        case "broadcast-packed":
+            return receive_packed(holder)
     raise ValueError(f"unknown verb {verb}")
 
 
-def join_gloo(file: str, rank: int) -> None:
+def join(backend: str, file: str, rank: int) -> None:
     """Become one of two in a process group that meets at `file`."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if backend == "nccl":
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else a late peer ends the whole process
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=START_S)
+        backend, init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=START_S)
     )
 
 
@@ -169,3 +192,18 @@ def broadcast(weights: Mapping[str, torch.Tensor]) -> None:
     """Send, or as rank 1 receive, all tensors, one after the other."""
     for tensor in weights.values():
         torch.distributed.broadcast(as_bytes(tensor), 0)
+
+
+def send_packed(weights: Mapping[str, torch.Tensor], groups: Sequence[Sequence[Entry]]) -> None:
+    """Send all tensors, packed into a buffer a group."""
+    for group in groups:
+        torch.distributed.broadcast(packed(weights, group), 0)
+
+
+def receive_packed(holder: Holder) -> None:
+    """As rank 1, receive what `send_packed` sends."""
+    for group in holder.buckets:
+        nbytes = sum(entry.nbytes for entry in group)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=holder.device)
+        torch.distributed.broadcast(buffer, 0)
+        unpack(buffer, holder.weights, group)

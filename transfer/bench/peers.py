@@ -19,7 +19,7 @@ from transfer import Sender
 from transfer.bench.forked import Forked
 from transfer.bench.lab import START_S, TIMEOUT_S, Lab, Unavailable
 from transfer.bench.ours import http_worker, ray_worker
-from transfer.bench.peer_worker import RayHolder, broadcast, join_gloo, serve
+from transfer.bench.peer_worker import RayHolder, broadcast, join, serve
 from transfer.bench.relay import Relay
 from transfer.bench.source import Source
 from transfer.bench.ways import Connect, Control, Parts, Unit, Way
@@ -114,6 +114,7 @@ def _one_shot_http(lab: Lab) -> Iterator[Connect]:
 
         def connect() -> list[Way]:
             url = process.url()
+            lab.ready()
             relay = stack.enter_context(Relay(url))
             sender = stack.enter_context(closing(HttpSender(url, lab.token, "one-shot-http", TIMEOUT_S)))
             urls = {False: url, True: relay.url}
@@ -130,6 +131,7 @@ def _one_shot_ray(lab: Lab) -> Iterator[Connect]:
 
         def connect() -> list[Way]:
             actor = built()
+            lab.ready()
             sender = RaySender(actor, "one-shot-ray", TIMEOUT_S)
             target = {"mode": "ray", "llm_handle": actor}
             return [OneShotWay("one-shot-ray", lab.source, sender, lambda counted: target)]
@@ -188,7 +190,7 @@ class Peer(Forked):
     """The receiving process; Unavailable with its error, or after the deadline."""
 
     def __init__(self, lab: Lab) -> None:
-        super().__init__(serve, lab.source.manifest.to_json(), lab.token)
+        super().__init__(serve, lab.source.manifest.to_json(), lab.token, lab.receiver)
 
     def tell(self, verb: str, argument: Any = None) -> None:
         """Send one command."""
@@ -295,7 +297,7 @@ def _gloo(lab: Lab, peer: Peer, stack: ExitStack) -> Callable[[], None]:
 
     def send() -> None:
         if not torch.distributed.is_initialized():
-            both("join", file, partial(join_gloo, file, 0))
+            both("join", ("gloo", file), partial(join, "gloo", file, rank=0))
             stack.callback(torch.distributed.destroy_process_group)
         both("broadcast", None, partial(broadcast, weights))
 

@@ -49,6 +49,14 @@ class Model:
         """The bytes of all tensors, without padding."""
         return sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in self.tensors.values())
 
+    def scaled(self, scale: float) -> Model:
+        """As many tensors, of which each first dimension is multiplied by `scale`, but stays at least 1."""
+        tensors = {}
+        for name, (dtype, shape) in self.tensors.items():
+            first = tuple(max(1, round(size * scale)) if size else 0 for size in shape[:1])
+            tensors[name] = (dtype, first + shape[1:])
+        return Model(f"{self.name} x {scale:g}", tensors)
+
 
 def model_named(text: str) -> Model:
     """The model called `text`, or described by the file of that path; BenchError if it is neither."""
@@ -97,11 +105,40 @@ def _qwen2(
     return tensors
 
 
+def _qwen3_moe(
+    hidden: int, layers: int, experts: tuple[int, int], heads: tuple[int, int, int], vocabulary: int
+) -> dict[str, Shape]:
+    """A Qwen3 mixture-of-experts checkpoint's tensors; `experts` are how many a layer has, and their width."""
+    queries, keys, head = heads[0] * heads[2], heads[1] * heads[2], heads[2]
+    count, width = experts
+    table = (vocabulary, hidden)
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,)}
+    for index in range(layers):
+        layer: dict[str, Shape] = {
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            "mlp.gate.weight": (count, hidden),
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        for expert in range(count):
+            layer[f"mlp.experts.{expert}.gate_proj.weight"] = (width, hidden)
+            layer[f"mlp.experts.{expert}.up_proj.weight"] = (width, hidden)
+            layer[f"mlp.experts.{expert}.down_proj.weight"] = (hidden, width)
+        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return tensors | {"lm_head.weight": table}
+
+
 NAMED = {
     "1mb": lambda: _equal(40, (100, 125)),
     "512mb": lambda: _equal(300, (64, 13334)),
     "qwen2.5-0.5b": lambda: _qwen2(896, 24, 4864, (14, 2, 64), 151936),
     "qwen2.5-7b": lambda: _qwen2(3584, 28, 18944, (28, 4, 128), 152064) | {"lm_head.weight": (152064, 3584)},
+    "qwen3-30b-a3b": lambda: _qwen3_moe(2048, 48, (128, 768), (32, 4, 128), 151936),
 }
 
 

@@ -21,12 +21,13 @@ Weights = dict[str, torch.Tensor]
 
 
 class Source:
-    """A model's tensors on the CPU, each in memory of its own; floats are at least 1 and below 2, and stay there."""
+    """A model's tensors, each in memory of its own; floats are at least 1 and below 2, and stay there."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
         block = torch.rand(BLOCK + len(model.tensors), generator=generator)
-        values = {dtype: _values(block, DTYPES[dtype]) for dtype, _ in model.tensors.values()}
+        dtypes = {dtype for dtype, _ in model.tensors.values()}
+        values = {dtype: _values(block, DTYPES[dtype]).to(device) for dtype in dtypes}
         self.weights: Weights = {}
         for index, (name, (dtype, shape)) in enumerate(model.tensors.items()):
             self.weights[name] = _filled(values[dtype][index : index + BLOCK], shape)
@@ -40,6 +41,11 @@ class Source:
     def alias(self) -> Source:
         """The same memory under other tensors, whose `data` may then be replaced."""
         return self._with({name: tensor.detach() for name, tensor in self.weights.items()})
+
+    def renew(self) -> None:
+        """Put every tensor into new memory, with the same values."""
+        for tensor in self.weights.values():
+            tensor.data = tensor.clone()
 
     def _with(self, weights: Weights) -> Source:
         other = object.__new__(Source)
@@ -96,7 +102,7 @@ def _values(uniform: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _filled(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor that repeats these values."""
-    tensor = torch.empty(shape, dtype=values.dtype)
+    tensor = torch.empty(shape, dtype=values.dtype, device=values.device)
     for piece in tensor.view(-1).split(len(values)):
         piece.copy_(values[: len(piece)])
     return tensor

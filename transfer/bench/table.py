@@ -8,7 +8,7 @@ from typing import Any
 
 from transfer.bench.measure import Row
 from transfer.bench.shapes import Model
-from transfer.bench.ways import FLAT, LIMITS, PEERS
+from transfer.bench.ways import CPU, CUDA, FLAT, LIMITS, PEERS
 
 WRITE_PERCENT = 90.0  # of memcpy's speed
 FLIP_MS = 1.0
@@ -21,6 +21,7 @@ HEADER = (
     *("way", "n", "MB", "median", "min", "max", "GB/s", "x memcpy"),
     *("write", "flip", "control", "bodies", "wire", "bytes"),
 )
+EXTRA = "extra MB"
 LEGEND = """\
 Milliseconds of a whole update, from the trainer's weights to the receiver's module; GB = 1e9 bytes. Rounds run every
 way once, in any order, beside a memcpy of the same bytes; "x memcpy" compares the medians. n: how often it was timed,
@@ -34,10 +35,27 @@ wire     the same with HTTP's headers, counted by a TCP relay in an update that 
 bytes    whether the receiver's digest was the trainer's, asked once after the weights had changed
 """
 
+CUDA_LEGEND = """\
+Milliseconds of a whole update, from the trainer's weights to the receiver's module, both in GPU memory; GB = 1e9 bytes.
+Each way is checked first, then timed n times; "x memcpy" compares the medians with the limit's, which is measured anew
+before each receiving process.
 
-def row_json(row: Row, model: Model) -> dict[str, Any]:
+write    the trainer is blocked: packing, until the bytes wait where the receiver finds them
+flip     the time in which the receiver cannot serve, taken there
+control  the messages, without the work that they are about
+bodies   bytes of one update's messages, both directions
+wire     the same with HTTP's headers, counted by a TCP relay in an update that is not timed
+bytes    whether the receiver's digest was the trainer's, asked once after the weights had changed
+extra    GPU memory of both processes after an update, beyond their two copies of the weights
+"""
+
+
+def row_json(row: Row, model: Model, device: str = CPU) -> dict[str, Any]:
     """One way's figures; None for what is not known."""
-    told: dict[str, Any] = {"way": row.way, "about": LIMITS.get(row.way) or PEERS.get(row.way), "bytes": model.nbytes}
+    about = LIMITS[device].get(row.way) or PEERS[device].get(row.way)
+    told: dict[str, Any] = {"way": row.way, "about": about, "bytes": model.nbytes}
+    if row.extra_bytes is not None:
+        told["extra_gpu_bytes"] = row.extra_bytes
     if row.failed or not row.samples:
         return told | {"failed": row.failed or "not run"}
     median = statistics.median(row.samples)
@@ -76,20 +94,21 @@ def _bars_of(row: dict[str, Any], model: Model) -> list[dict[str, Any]]:
     share = 100 * row["memcpy_ms"] / row["write_ms"]
     fastest = 100 * row["memcpy_ms_min"] / row["write_ms_min"]
     bars = [
-        _bar(row, f"write, % of memcpy's speed (the fastest of each: {fastest:.0f})", share, ">=", WRITE_PERCENT),
-        _bar(row, "flip, ms", row["flip_ms"], "<=", FLIP_MS),
+        bar(row, f"write, % of memcpy's speed (the fastest of each: {fastest:.0f})", share, ">=", WRITE_PERCENT),
+        bar(row, "flip, ms", row["flip_ms"], "<=", FLIP_MS),
     ]
     if model.nbytes <= SMALL_BYTES and row["way"].endswith("-http"):
-        bars.append(_bar(row, "whole update, ms", row["ms"]["median"], "<=", SMALL_UPDATE_MS))
+        bars.append(bar(row, "whole update, ms", row["ms"]["median"], "<=", SMALL_UPDATE_MS))
     for kind, what in (("bodies", "the bodies alone"), ("wire", "on the wire, headers included")):
         if row[f"control_bytes_{kind}"] is not None:
-            bars.append(_bar(row, f"control, bytes {what}", row[f"control_bytes_{kind}"], "<", CONTROL_BYTES))
+            bars.append(bar(row, f"control, bytes {what}", row[f"control_bytes_{kind}"], "<", CONTROL_BYTES))
     return bars
 
 
-def _bar(row: dict[str, Any], what: str, figure: float, relation: str, bar: float) -> dict[str, Any]:
-    met = {">=": figure >= bar, "<=": figure <= bar, "<": figure < bar}[relation]
-    return {"way": row["way"], "what": what, "figure": figure, "relation": relation, "bar": bar, "met": met}
+def bar(row: dict[str, Any], what: str, figure: float, relation: str, limit: float) -> dict[str, Any]:
+    """One figure of a way, and what it must be."""
+    met = {">=": figure >= limit, "<=": figure <= limit, "<": figure < limit}[relation]
+    return {"way": row["way"], "what": what, "figure": figure, "relation": relation, "bar": limit, "met": met}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -100,7 +119,11 @@ def table_text(model: Model, rows: Sequence[dict[str, Any]], bars: Sequence[dict
     dtypes = ", ".join(sorted({dtype for dtype, _ in model.tensors.values()}))
     lines = [f"{model.name}: {model.nbytes:,} bytes in {len(model.tensors)} tensors, {dtypes}", ""]
     cells = [list(HEADER)] + [_cells(row) for row in rows if "n" in row]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    if any("extra_gpu_bytes" in row for row in rows):
+        extras = [row.get("extra_gpu_bytes") for row in rows if "n" in row]
+        texts = [EXTRA, *("-" if extra is None else f"{extra / 1e6:.0f}" for extra in extras)]
+        cells = [[*line, text] for line, text in zip(cells, texts, strict=True)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     for first, *others in cells:
         padded = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
         lines.append("  ".join([first.ljust(widths[0]), *padded]))
@@ -111,10 +134,13 @@ def table_text(model: Model, rows: Sequence[dict[str, Any]], bars: Sequence[dict
     return "\n".join(lines)
 
 
-def legend() -> str:
+def legend(device: str = CPU) -> str:
     """What the columns and the ways are."""
-    ways = {**LIMITS, "ipc-..., disk-...": "ours: backend, staging and take, verify, sender", **PEERS}
-    return "\n".join([LEGEND, *(f"{name:18}  {about}" for name, about in ways.items())])
+    channels = {CPU: "ipc-..., disk-...", CUDA: "ipc-..."}[device]
+    ways = {**LIMITS[device], channels: "ours: backend, staging and take, verify, sender", **PEERS[device]}
+    return "\n".join(
+        [{CPU: LEGEND, CUDA: CUDA_LEGEND}[device], *(f"{name:18}  {about}" for name, about in ways.items())]
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -128,7 +154,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['times_memcpy']:.2f}",
         *(_number(row[part]) for part in ("write_ms", "flip_ms", "control_ms")),
         *("-" if row[key] is None else str(row[key]) for key in ("control_bytes_bodies", "control_bytes_wire")),
-        "-" if row["way"] in LIMITS else "right" if row["verified"] else "not checked",
+        "-" if row["way"] in LIMITS[CPU] else "right" if row["verified"] else "not checked",
     ]
 
 

@@ -13,15 +13,24 @@ from typing import Protocol
 from transfer.bench.shapes import BenchError
 
 SENDERS = ("http", "ray")
-CHANNELS = ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "disk")
-DEFAULT = "ipc-arena-view-digest-http"  # what `transfer=ipc` is on a CPU
+CPU, CUDA = "cpu", "cuda"  # where the weights are
+CHANNELS = {  # of our own, by where the weights are
+    CPU: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "disk"),
+    CUDA: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy"),
+}
 FLAT, BY_TENSOR = "memcpy", "memcpy-by-tensor"
 LIMITS = {
-    FLAT: "all bytes in one piece, into memory touched before: the limit",
-    BY_TENSOR: "a piece a tensor",
+    CPU: {
+        FLAT: "all bytes in one piece, into memory touched before: the limit",
+        BY_TENSOR: "a piece a tensor",
+    },
+    CUDA: {
+        FLAT: "one cudaMemcpyAsync of all bytes to the receiver's GPU, synchronised: the limit",
+        BY_TENSOR: "one cudaMemcpyAsync a tensor",
+    },
 }
 
-PEERS = {
+CPU_PEERS = {
     "one-shot-http": "trainer_send_weights, over HTTP: a copy in fresh shared memory, handles of all tensors",
     "one-shot-ray": "trainer_send_weights, over Ray",
     "torch-shared": "torch.multiprocessing: the trainer's tensors stay in shared memory, handles are sent anew",
@@ -32,24 +41,36 @@ PEERS = {
     "gloo": "torch.distributed.broadcast a tensor, TCP over loopback",
     "safetensors-shm": "save_file to /dev/shm, load_file, a copy into the module",
 }
+NCCL = {
+    "nccl-by-tensor": "torch.distributed.broadcast a tensor, NCCL",
+    "nccl-packed": "torch.distributed.broadcast of buffers of 1 GiB, packed by torch.cat, NCCL",
+}
+CUDA_PEERS = {
+    "handle-by-tensor": "a CUDA IPC handle a tensor, made anew, over a pipe; opened, copied into the module",
+    "handle-packed": "torch.cat into buffers of 1 GiB, a handle each over a pipe; split and copied into the module",
+    "one-shot-http": "trainer_send_weights, over HTTP: handles of all tensors, a copy aside, then into the module",
+    "one-shot-ray": "trainer_send_weights, over Ray",
+    **NCCL,
+}
+PEERS = {CPU: CPU_PEERS, CUDA: CUDA_PEERS}
 
 
-def our_names(senders: Collection[str] = SENDERS) -> list[str]:
-    """Our own ways with these senders; `verify=full` only for the default."""
+def our_names(senders: Collection[str] = SENDERS, device: str = CPU) -> list[str]:
+    """Our own ways with these senders; `verify=full` only for what `transfer=ipc` is on a CPU."""
     names = []
     for sender in senders:
-        for channel in CHANNELS:
+        for channel in CHANNELS[device]:
             if channel != "disk":  # which compares the file's hash in any case
                 names.append(f"{channel}-off-{sender}")
             names.append(f"{channel}-digest-{sender}")
-            if (channel, sender) == (CHANNELS[0], "http"):
+            if (channel, sender, device) == ("ipc-arena-view", "http", CPU):
                 names.append(f"{channel}-full-{sender}")
     return names
 
 
-def selected(senders: Collection[str], only: Sequence[str], skip: Sequence[str]) -> list[str]:
+def selected(senders: Collection[str], only: Sequence[str], skip: Sequence[str], device: str = CPU) -> list[str]:
     """The ways whose name contains one of `only`, if there are any, and none of `skip`; BenchError if that is none."""
-    every = [*our_names(), *PEERS]
+    every = [*our_names(device=device), *PEERS[device]]
     for option, texts in (("--only", only), ("--skip", skip)):
         for text in texts:
             if not any(text in name for name in every):

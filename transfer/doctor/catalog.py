@@ -109,7 +109,7 @@ def checks(quick: bool = False, patience: float = 1.0) -> list[Check]:
 def _on(device: str) -> list[Check]:
     """The transfers that need no Ray, with weights on this device."""
     found = [_session("ipc", "http", device, staging=s, take=t) for s, t in IPC_WAYS]
-    found.append(_session("disk", "http", device))
+    found += [_session("gloo", "http", device), _session("disk", "http", device)]
     one_shot = {"sender": "http", "device": device}
     found.append(_transfer(f"one-shot API, http{_where(device)}", "one_shot", one_shot))
     if device == "cpu":

@@ -16,13 +16,15 @@ ON_CPU = (  # best first: backend, staging, take, why
     ("ipc", "arena", "view", "the trainer writes a version once, and samplers serve from where it lies"),
     ("ipc", "arena", "copy", "the trainer trains on while samplers copy a version"),
     ("ipc", "live", "copy", "samplers copy the trainer's own parameters, which wait meanwhile"),
-    ("disk", "", "", "files are the only way here that processes share weights"),
+    ("disk", "", "", "files do without memory that processes share"),
+    ("gloo", "", "", "a broadcast over TCP is the only way here that weights reach another process"),
 )
 ON_GPU = (
     ("ipc", "live", "copy", "one copy on the GPU, and no memory besides the weights"),
     ("ipc", "arena", "copy", "the trainer trains on while samplers copy; one more set of the weights a slot"),
     ("ipc", "arena", "view", "samplers serve from the trainer's slots; one more set of the weights a slot"),
-    ("disk", "", "", "files are the only way here that processes share weights"),
+    ("disk", "", "", "files do without memory that processes share"),
+    ("gloo", "", "", "a broadcast over TCP is the only way here that weights reach another process"),
 )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transfer.config import (
+    CollectiveConfig,
     DiskConfig,
     HttpSenderConfig,
     IpcConfig,
@@ -47,6 +48,7 @@ NEEDS = {
     "http": ("requests", "fastapi", "uvicorn"),
     "ray": ("ray",),
     "ipc": ("numpy", "xxhash"),
+    "gloo": ("numpy", "xxhash"),
     "disk": ("safetensors", "xxhash"),
     "one-shot": ("numpy", "xxhash"),
     "local": (),
@@ -146,6 +148,8 @@ def _require(*parts: str) -> None:
 def _config(backend: str, sender: str, staging: str, take: str) -> TransferConfig:
     kinds: dict[str, type[SenderConfig]] = {"http": HttpSenderConfig, "ray": RaySenderConfig}
     told = kinds[sender](timeout_s=TIMEOUT_S, start_timeout_s=START_S)
+    if backend == "gloo":
+        return CollectiveConfig(sender=told)
     if backend == "disk":
         return DiskConfig(sender=told)
     return IpcConfig(sender=told, staging=Staging(staging), take=Take(take))

@@ -24,6 +24,8 @@ class HttpSender:
     token goes to the worker alone.
     """
 
+    remote = True  # a message takes time, and `call` returns by its deadline
+
     def __init__(
         self, url: str, token: str | None, worker: str, timeout_s: float, relaunch: Relaunch | None = None
     ) -> None:

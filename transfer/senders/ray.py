@@ -14,6 +14,8 @@ AGAIN_S = 0.2  # between two questions whether an actor is back
 class RaySender:
     """Calls `actor.<verb>.remote(body)` and waits for the answer."""
 
+    remote = True  # a message takes time, and `call` returns by its deadline
+
     def __init__(self, actor: Any, name: str, timeout_s: float, start_timeout_s: float = 120.0) -> None:
         self._actor = actor
         self.name = name

@@ -1,0 +1,184 @@
+"""The table that the kernel works through, carried out here by the CPU; and the kernel itself, where there is a GPU."""
+
+import ctypes
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfer.digest import digest_of, sums_digest
+from transfer.landing import Landing
+from transfer.manifest import Manifest
+from transfer.memory import slot_bytes, views_of
+from transfer.one_pass import SHAPES, OnePass, available
+
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
+SIZES = [0, 1, 2, 3, 5, 31, 128, 1000]
+CASTS = {1: torch.bfloat16, 2: torch.float16}
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e5m2]
+
+
+def carried_out(table):
+    """What the kernel does with its table; the digest."""
+    sums = [0, 0]
+    for source, target, first, told in (row for row in table.tolist()):
+        nbytes, cast = told & 0xFFFFFFFF, told >> 40
+        raw = ctypes.string_at(source, nbytes * (2 if cast else 1))
+        if cast:
+            floats = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+            raw = bytes(floats.to(CASTS[cast]).view(torch.uint8).tolist())
+        if target:
+            ctypes.memmove(target, raw, nbytes)
+        for index, start in enumerate(range(0, nbytes, 8), first):
+            word = int.from_bytes(raw[start : start + 8], "little")
+            sums[0] += word * (index * 0x9E3779B97F4A7C15 % 2**64 | 1)
+            sums[1] += (word ^ word >> 29) * (index * 0xC2B2AE3D27D4EB4F % 2**64 | 1)
+    return sums_digest(*sums)
+
+
+def tensor(size, dtype, device=CPU):
+    values = torch.rand(size, generator=torch.Generator().manual_seed(size)) * 100
+    return values.to(dtype).to(device)
+
+
+def slot_for(tensors, device=CPU):
+    manifest = Manifest.of({f"{index:02}": each for index, each in enumerate(tensors)})
+    views = views_of(torch.zeros(slot_bytes(manifest), dtype=torch.uint8, device=device), manifest)
+    return [views[f"{index:02}"] for index in range(len(tensors))]
+
+
+def same(ones, others):
+    raw = [[t.contiguous().view(-1).view(torch.uint8) for t in tensors] for tensors in (ones, others)]
+    return all(torch.equal(*pair) for pair in zip(*raw, strict=True))
+
+
+@given(st.lists(st.tuples(st.sampled_from(SIZES), st.sampled_from(DTYPES)), max_size=8), st.booleans())
+def test_the_table_copies_casts_and_sums_every_byte_once(kinds, cast):
+    sources = [tensor(size, dtype) for size, dtype in kinds]
+    wanted = [t.to(torch.bfloat16) if cast and t.dtype is torch.float32 else t for t in sources]
+    targets = slot_for(wanted)
+    assert carried_out(OnePass(sources, targets, CPU).table()) == digest_of(wanted, "sums:")
+    assert same(targets, wanted)
+    others = slot_for(wanted)
+    assert carried_out(OnePass(targets, others, CPU, padded=True).table()) == digest_of(wanted, "sums:")
+    assert same(others, wanted)
+    assert carried_out(OnePass(others, None, CPU, padded=True).table()) == digest_of(wanted, "sums:")
+
+
+def test_neighbours_in_slots_become_one_range_and_others_do_not():
+    sources = slot_for([tensor(size, torch.bfloat16) for size in (1000, 3, 128)])
+    targets = slot_for(sources)
+    assert len(OnePass(sources, targets, CPU, padded=True).ranges) == 1
+    assert len(OnePass(sources, targets, CPU).ranges) == 3, "gaps outside of slots belong to somebody else"
+    assert len(OnePass(sources[::-1], targets[::-1], CPU, padded=True).ranges) == 3, "other places in the digest"
+
+
+def test_long_tensors_are_cut_into_pieces():
+    for shape, (most, _) in SHAPES.items():
+        source = tensor(most + 4, torch.float64)
+        target = torch.zeros_like(source)
+        table = OnePass([source], [target], CPU).table(shape)
+        assert len(table) == 9 and carried_out(table) == digest_of([source], "sums:")
+        assert torch.equal(source, target)
+
+
+def test_tensors_with_holes_go_by_torch_first():
+    square = tensor(100, torch.float32).view(10, 10).t()
+    (target,) = slot_for([square])
+    one_pass = OnePass([square], [target], CPU)
+    assert one_pass.ranges == [(target.data_ptr(), 0, 0, 400, 3, 0)], "and are only read by the kernel"
+    with pytest.raises(ValueError, match="contiguous"):
+        OnePass([square], None, CPU)
+
+
+def test_a_tensor_that_has_moved_is_noticed():
+    sources = [tensor(5, torch.float32), tensor(6, torch.float32)]
+    one_pass = OnePass(sources, slot_for(sources), CPU)
+    assert one_pass.fits([each.detach() for each in sources])
+    assert not one_pass.fits([sources[0], sources[1].clone()])
+
+
+def test_there_is_no_kernel_for_a_cpu():
+    assert not available(CPU)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def gpu(function):
+    for mark in needs_gpu:
+        function = mark(function)
+    return function
+
+
+@gpu
+@given(st.lists(st.tuples(st.sampled_from([*SIZES, 70_001]), st.sampled_from(DTYPES)), max_size=8), st.integers(0, 3))
+def test_the_kernel_does_what_the_table_says(kinds, skipped):
+    device = torch.device("cuda")
+    assert available(device)
+    sources = [tensor(size, dtype, device)[skipped:] for size, dtype in kinds]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wanted = [t.to(dtype) if t.dtype is torch.float32 else t for t in sources]
+        targets = slot_for(wanted, device)
+        one_pass = OnePass(sources, targets, device)
+        for way in [one_pass._by_kernel, *(partial(one_pass._by_kernel, shape) for shape in SHAPES)]:
+            for target in targets:
+                target.zero_()
+            digest, finite = way()
+            assert finite and same(targets, wanted)
+        assert digest == digest_of([t.cpu() for t in wanted], "sums:") == digest_of(targets, "sums:")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_kernel_finds_a_value_that_is_not_finite_wherever_it_is(dtype, value):
+    for place in (0, 1, 777, 1000):
+        values = torch.ones(1001)
+        values[place] = value
+        assert not OnePass([values.to(dtype).cuda()], None, torch.device("cuda")).run()[1]
+    assert OnePass([torch.full((1001,), 300.0).to(dtype).cuda()], None, torch.device("cuda")).run()[1]
+
+
+@gpu
+def test_the_kernel_finds_values_that_the_narrower_dtype_cannot_hold():
+    large, device = torch.full((100,), 3.4e38, device="cuda"), torch.device("cuda")
+    assert OnePass([large], None, device).run()[1]
+    assert not OnePass([large], [torch.zeros(100, dtype=torch.bfloat16, device=device)], device).run()[1]
+
+
+@gpu
+def test_weights_that_are_copied_on_a_gpu_land_in_one_block():
+    device = torch.device("cuda")
+    held = {"a": tensor(1001, torch.bfloat16, device), "b": tensor(31, torch.float32, device)}
+    held["tied"] = held["a"]
+    manifest = Manifest.of(held)
+    landing, before = Landing(manifest, held), {name: each.clone() for name, each in held.items()}
+    staged = views_of(torch.zeros(slot_bytes(manifest), dtype=torch.uint8, device=device), manifest)
+    landing.prepare([staged], copied=True, empty=False)
+    assert all(torch.equal(held[name], each) for name, each in before.items()), "what was there stays"
+    staged["a"].fill_(2), staged["b"].fill_(3)
+    assert landing.copy(staged, unchecked=True) == digest_of([held["a"], held["b"]])
+    assert {float(each[0]) for each in held.values()} == {2.0, 3.0} and float(held["tied"][5]) == 2.0
+    assert held["b"].data_ptr() - held["a"].data_ptr() == manifest.entries[1].offset
+
+
+@gpu
+def test_the_fastest_way_is_chosen_and_right(monkeypatch):
+    monkeypatch.setattr("transfer.one_pass.WORTH_BYTES", 0)
+    device = torch.device("cuda")
+    sources = slot_for([tensor(size, torch.bfloat16, device) for size in (1000, 3, 100_000)], device)
+    targets = slot_for(sources, device)
+    one_pass = OnePass(sources, targets, device, padded=True)
+    for told in (True, False):
+        assert set(one_pass.choose(told)) == {*SHAPES, "copies"}
+        for way in SHAPES:
+            assert one_pass._by_kernel(way) == (digest_of(sources), True)
+        for reader in (None, OnePass(targets, None, device)):
+            sources[0].add_(1)
+            digest, finite = one_pass._by_copies(reader)
+            assert finite and digest in (None, digest_of(sources)) and same(sources, targets)

@@ -1,0 +1,116 @@
+"""A module's tensors as the place where weights arrive: staged ones take their place, or are copied into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from transfer.digest import SUMS, digest_of
+from transfer.finite import NotFinite, not_finite
+from transfer.manifest import Manifest
+from transfer.memory import slot_bytes, views_of
+from transfer.one_pass import OnePass, available
+
+Staged = Mapping[str, torch.Tensor]
+
+
+class Landing:
+    """The tensors of `held`, a module's state_dict that is no copy, by the entries of `manifest`.
+
+    On a GPU weights that are to be copied arrive in one block that is laid out as the trainer's slots are: then an
+    update is a single copy, whatever the number of tensors.
+    """
+
+    def __init__(self, manifest: Manifest, held: Staged) -> None:
+        self._manifest = manifest
+        self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in manifest.entries}
+        self._replaced: list[torch.Tensor] = []
+        self._flat = False
+        self.measured: dict[str, float] = {}  # milliseconds of each way to copy, as it was chosen
+        self._copies: dict[int, tuple[Staged, OnePass]] = {}  # by the staged dict, which a slot has for good
+        self._reads: dict[int, tuple[Staged, OnePass]] = {}
+        self.device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """One tensor an entry, in the manifest's order."""
+        return [self._tensors[entry.name][0] for entry in self._manifest.entries]
+
+    @torch.no_grad()
+    def prepare(self, slots: Sequence[Staged], copied: bool, empty: bool, told: bool = True) -> None:
+        """Get ready for updates from these slots, again and again, that are `copied` or take the tensors' place.
+
+        `empty`: nothing has to be kept of what is here now. `told`: a copy must tell the digest, or find bad values.
+        """
+        self._copies, self._reads, self.measured = {}, {}, {}
+        if not slots or not available(self.device):
+            return
+        if copied and not self._flat:
+            self._flatten(empty)
+        for staged in slots:
+            sources = [staged[entry.name] for entry in self._manifest.entries]
+            one_pass = OnePass(sources, None, self.device, padded=True)
+            self._reads[id(staged)] = staged, one_pass
+            self.measured |= {f"read by {way}": ms for way, ms in one_pass.choose(told).items()} if told else {}
+            if copied:
+                one_pass = OnePass(sources, self.tensors, self.device, padded=True)
+                self._copies[id(staged)] = staged, one_pass
+                self.measured |= {f"copy by {way}": ms for way, ms in one_pass.choose(told).items()} if empty else {}
+
+    def digest(self, staged: Staged, like: str) -> str:
+        """Of staged tensors, all of them in the manifest's order, of the kind of `like`."""
+        found = self._reads.get(id(staged)) if like.startswith(SUMS) else None
+        return digest_of(staged.values(), like) if found is None else str(found[1].run()[0])
+
+    def at_once(self, staged: Staged) -> bool:
+        """Whether `copy` tells the digest of these without a pass of its own."""
+        return id(staged) in self._copies
+
+    @torch.no_grad()
+    def copy(self, staged: Staged, unchecked: bool) -> str | None:
+        """Copy staged tensors into the module's memory; their digest if it cost nothing.
+
+        NotFinite, with a mixture in the module, if nobody had looked before (`unchecked`) and a value is not finite.
+        """
+        if (found := self._copies.get(id(staged))) is not None:
+            digest, finite = found[1].run()
+        else:
+            digest, finite = None, True
+            for name, tensor in staged.items():
+                for mine in self._tensors[name]:
+                    mine.copy_(tensor)
+        if not finite or (unchecked and digest is None):
+            bad = not_finite({name: self._tensors[name][0] for name in staged}, self._manifest)
+            if bad is not None:
+                raise NotFinite(f"{bad} has values that are not finite")
+        self._synchronize()
+        return digest
+
+    def view(self, staged: Staged) -> None:
+        """Put staged tensors in the place of the module's; those are kept until `forget`."""
+        for name, tensor in staged.items():
+            for mine in self._tensors[name]:
+                self._replaced.append(mine.data)
+                mine.data = tensor
+
+    def forget(self) -> None:
+        """Free what was replaced: that takes milliseconds, and completions can go on meanwhile."""
+        self._replaced = []
+
+    def _flatten(self, empty: bool) -> None:
+        old = {} if empty else {name: tensors[0].data for name, tensors in self._tensors.items()}
+        for tensor in (tensor for tensors in self._tensors.values() for tensor in tensors):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        torch.cuda.empty_cache()
+        block = torch.zeros(slot_bytes(self._manifest), dtype=torch.uint8, device=self.device)
+        for name, view in views_of(block, self._manifest).items():
+            if name in old:
+                view.copy_(old[name])
+            for tensor in self._tensors[name]:
+                tensor.data = view
+        self._flat = True
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
