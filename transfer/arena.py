@@ -102,7 +102,7 @@ class ArenaPublisher:
             digest = self._in_one_pass(slot, [weights[name] for name in views])
         else:
             digest = _copy(views, weights, with_digest)
-        _wait(views)
+        _wait(self._slots.device)
         return {"slot": slot}, digest if with_digest else None
 
     def _in_one_pass(self, slot: int, sources: list[torch.Tensor]) -> str | None:
@@ -128,6 +128,7 @@ class LivePublisher:
 
     def __init__(self, config: IpcConfig) -> None:
         self._slots = Slots()
+        self._places: list[int] = []  # where its tensors are
         self._pass: OnePass | None = None
         self.finds_nonfinite = False
         self.endpoint = _endpoint(config, self._slots)
@@ -141,6 +142,7 @@ class LivePublisher:
             view.copy_(weights[entry.name])
             for name in entry.names:
                 weights[name].data = view
+        self._places = addresses(self._slots.views[0].values())
         self.finds_nonfinite = available(self._slots.device)
         if self.finds_nonfinite:
             self._pass = OnePass(list(self._slots.views[0].values()), None, self._slots.device, padded=True)
@@ -154,13 +156,13 @@ class LivePublisher:
         With a digest NotFinite for values that the same pass has found; without, workers find them as they copy.
         """
         views = self._slots.views[0]
-        if addresses(weights[name] for name in views) != addresses(views.values()):
+        if addresses(map(weights.__getitem__, views)) != self._places:
             name = next(name for name, view in views.items() if weights[name].data_ptr() != view.data_ptr())
             raise ValueError(
                 f"transfer.staging=live: {name} is not in the memory shared with the workers; give open() the tensors "
                 "themselves, module.state_dict(keep_vars=True), and do not replace them"
             )
-        _wait(views)
+        _wait(self._slots.device)
         if not with_digest:
             return {"slot": 0}, None
         if self._pass is None:
@@ -249,7 +251,7 @@ def _copy(views: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
     return hasher.digest()
 
 
-def _wait(views: Mapping[str, torch.Tensor]) -> None:
+def _wait(device: torch.device) -> None:
     """Until the bytes are there: a peer's streams know nothing of ours."""
-    for device in {view.device for view in views.values() if view.is_cuda}:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)

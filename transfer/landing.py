@@ -25,6 +25,8 @@ class Landing:
     def __init__(self, manifest: Manifest, held: Staged) -> None:
         self._manifest = manifest
         self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in manifest.entries}
+        self._all = [(name, tensor) for name, tensors in self._tensors.items() for tensor in tensors]
+        self._taken: Staged = {}  # what `view` has put in the place of the module's
         self._replaced: list[torch.Tensor] = []
         self._flat = False
         self.measured: dict[str, float] = {}  # milliseconds of each way to copy, as it was chosen
@@ -89,10 +91,12 @@ class Landing:
 
     def view(self, staged: Staged) -> None:
         """Put staged tensors in the place of the module's; those are kept until `forget`."""
-        for name, tensor in staged.items():
-            for mine in self._tensors[name]:
-                self._replaced.append(mine.data)
-                mine.data = tensor
+        kept = self._taken.keys() >= staged.keys()
+        self._replaced = list(self._taken.values()) if kept else [mine.data for _, mine in self._all]
+        for name, mine in self._all:
+            if name in staged:
+                mine.data = staged[name]
+        self._taken = staged
 
     def forget(self) -> None:
         """Free what was replaced: that takes milliseconds, and completions can go on meanwhile."""
@@ -100,7 +104,7 @@ class Landing:
 
     def _flatten(self, empty: bool) -> None:
         old = {} if empty else {name: tensors[0].data for name, tensors in self._tensors.items()}
-        for tensor in (tensor for tensors in self._tensors.values() for tensor in tensors):
+        for _, tensor in self._all:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
         torch.cuda.empty_cache()
         block = torch.zeros(slot_bytes(self._manifest), dtype=torch.uint8, device=self.device)

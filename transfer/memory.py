@@ -214,11 +214,11 @@ class PeerCudaRegion:
     ValueError if that is another GPU, which cannot see the first or has no peer access to it.
     """
 
-    def __init__(self, uuid: str, handle: str, nbytes: int, reader: torch.device) -> None:
+    def __init__(self, uuid: str, handle: str, nbytes: int, reader: torch.device | None = None) -> None:
         if not HANDLE.fullmatch(handle):
             raise ValueError("a CUDA memory handle must be 128 hexadecimal digits")
         owner = _device_with(uuid)
-        if reader.type != "cuda":
+        if reader is None or reader.type != "cuda":
             reader = owner
         if reader != owner and not torch.cuda.can_device_access_peer(reader, owner):
             raise ValueError(f"{reader} cannot read the memory of {owner} (no peer access): use transfer=nccl or gloo")

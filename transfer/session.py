@@ -129,7 +129,7 @@ class Session:
         self._journal = journal
         self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
-        self._shapes: list[tuple[int, ...]] = []  # of its entries
+        self._seen: list[tuple[torch.Tensor, int]] = []  # those whose shapes were looked at, and how many elements
         self._tied: list[Entry] = []
         self._epoch = 0  # the highest that this session has taken
         self._replaced = False  # by a later trainer, or one that was faster
@@ -156,7 +156,7 @@ class Session:
         status, failures = self._fleet.ask(self._fleet.members, "status", {})
         self._raise("asking for the status", failures)
         self._manifest = Manifest.of(weights, _agreed_dtype(status) if self._publisher.casts else None)
-        self._shapes = [entry.shape for entry in self._manifest.entries]
+        self._seen = []
         self._tied = [entry for entry in self._manifest.entries if entry.aliases]
         self._agreed |= {
             "manifest": self._manifest.to_json(),
@@ -379,9 +379,14 @@ class Session:
         if weights.keys() != self._manifest.by_name.keys():
             changed = sorted(weights.keys() ^ self._manifest.by_name.keys())
             raise wire.TransferError(f"version {version}: other names than agreed on: {', '.join(changed[:10])}")
-        if [weights[entry.name].shape for entry in self._manifest.entries] != self._shapes:
-            other = next(entry for entry in self._manifest.entries if weights[entry.name].shape != entry.shape)
-            raise wire.TransferError(f"version {version}: {other.name} is not the {list(other.shape)} agreed on")
+        seen = [(tensor, tensor.numel()) for tensor in weights.values()]
+        if len(seen) != len(self._seen) or not all(map(_same, seen, self._seen)):
+            for entry in self._manifest.entries:
+                if weights[entry.name].shape != entry.shape:
+                    raise wire.TransferError(
+                        f"version {version}: {entry.name} is not the {list(entry.shape)} agreed on"
+                    )
+            self._seen = seen
         for entry in self._tied:
             if any(weights[alias].data_ptr() != weights[entry.name].data_ptr() for alias in entry.aliases):
                 raise wire.TransferError(f"version {version}: {entry.name} is no longer tied to {entry.aliases}")
@@ -396,6 +401,10 @@ class Session:
         if failures:
             reasons = "; ".join(str(failure) for failure in failures.values())
             raise wire.TransferError(f"{phase} failed: {reasons}") from next(iter(failures.values()))
+
+
+def _same(one: tuple[torch.Tensor, int], other: tuple[torch.Tensor, int]) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
 
 
 def _agreed_dtype(status: Answers) -> torch.dtype | None:

@@ -192,4 +192,4 @@ def read_gpu(uuid, handle, nbytes, connection):
 
 def test_a_gpu_handle_of_another_form_is_refused_before_any_cuda_call():
     with pytest.raises(ValueError, match="128 hexadecimal digits"):
-        memory.PeerCudaRegion("uuid", "zz" * 64, memory.PAGE, torch.device("cuda"))
+        memory.PeerCudaRegion("uuid", "zz" * 64, memory.PAGE)

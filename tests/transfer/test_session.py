@@ -636,3 +636,14 @@ def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(
         assert new.push(plain(3)) == 2 and [receiver.version for receiver in receivers] == [2, 2]
         old.open(plain(0), senders)
         assert old.push(plain(4)) == 3
+
+
+def test_a_tensor_that_has_got_another_shape_is_noticed_though_it_is_the_same_object(tmp_path):
+    weights = {name: tensor.clone() for name, tensor in plain(1).items()}
+    module = PlainModel(seed=0)
+    with in_process(CONFIGS["ipc view"], tmp_path, module, weights) as (transfer, _):
+        for _ in range(2):
+            transfer.push(weights)
+        weights["first.weight"].data = torch.ones(1)
+        with pytest.raises(wire.TransferError, match=r"first\.weight is not the \[7, 5\] agreed on"):
+            transfer.push(weights)
