@@ -30,7 +30,9 @@ NEEDS: Mapping[str, tuple[float, float]] = {  # the same while a way is under wa
     "ipc-live": (1, 1),
     "one-shot": (0, 2),
     "handle": (0, 1),
-    "nccl": (0, 1),
+    "nccl-by": (0, 1),
+    "nccl-packed": (0, 1),
+    "nccl": (1, 1),
 }
 FREED_S = 10.0  # how long the driver may take to give back what an ended process held
 SLACK_BYTES = 256 * 2**20  # that may stay: what CUDA loads at its first use

@@ -20,9 +20,11 @@ from transfer.bench.source import Source
 from transfer.bench.ways import Connect, Control, Parts, Unit, Way
 from transfer.bench.worker import RayBenchWorker
 from transfer.config import (
+    CollectiveConfig,
     DiskConfig,
     InFlight,
     IpcConfig,
+    Library,
     SenderConfig,
     Staging,
     Take,
@@ -39,6 +41,8 @@ NEEDS = {  # times the model's bytes: while the channel is open, and more while 
     "ipc-arena-view": (2.0, 0.0),
     "ipc-arena-copy": (3.0, 0.0),
     "ipc-live-copy": (2.0, 0.0),
+    "gloo": (2.0, 1.0),
+    "nccl": (2.0, 1.0),
     "disk": (1.0, 3.0),
 }
 
@@ -160,6 +164,8 @@ def _config(channel: str, verify: Verify) -> TransferConfig:
     sender = SenderConfig(timeout_s=TIMEOUT_S)
     if channel == "disk":
         return DiskConfig(sender=sender, verify=verify)
+    if channel in (Library.gloo.value, Library.nccl.value):
+        return CollectiveConfig(sender=sender, verify=verify, library=Library(channel))
     _, staging, take = channel.split("-")
     return IpcConfig(sender=sender, verify=verify, staging=Staging(staging), take=Take(take))
 

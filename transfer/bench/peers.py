@@ -32,7 +32,7 @@ from transfer.wire import TOKEN_VARIABLE
 SHM = "/dev/shm"
 ALONE = {"backend": "local"}  # the endpoint of a worker that no session feeds
 BUCKET_BYTES = 64 * 10**6  # of tensors in one body of `pickle-http`
-IN_PIPE = ("torch-shared", "torch-shared-fresh", "raw-http", "pickle-http", "gloo", "safetensors-shm")
+IN_PIPE = ("torch-shared", "torch-shared-fresh", "raw-http", "pickle-http", "gloo-by-tensor", "safetensors-shm")
 
 
 def units(lab: Lab, names: Collection[str]) -> list[Unit]:
@@ -235,7 +235,7 @@ def _pipe(lab: Lab, names: list[str]) -> Iterator[Connect]:
                 ),
                 "raw-http": lambda: _post(kept, "/raw", lab.token, _pieces(lab.source), lab.nbytes),
                 "pickle-http": lambda: _post_pickled(kept, lab.token, lab.source.weights),
-                "gloo": _gloo(lab, peer, stack),
+                "gloo-by-tensor": _gloo(lab, peer, stack),
                 "safetensors-shm": _safetensors(peer, lab.source, stack),
             }
             sources = {"torch-shared": shared}

@@ -15,8 +15,8 @@ from transfer.bench.shapes import BenchError
 SENDERS = ("http", "ray")
 CPU, CUDA = "cpu", "cuda"  # where the weights are
 CHANNELS = {  # of our own, by where the weights are
-    CPU: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "disk"),
-    CUDA: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy"),
+    CPU: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "gloo", "disk"),
+    CUDA: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "nccl"),
 }
 FLAT, BY_TENSOR = "memcpy", "memcpy-by-tensor"
 LIMITS = {
@@ -38,7 +38,7 @@ CPU_PEERS = {
     "ray-store": "ray.put, ray.get in the actor, a copy into the module",
     "raw-http": "the bytes as the body of a POST, read into the module's memory",
     "pickle-http": "torch.save and base64 of each tensor in JSON, a POST each 64 MB",
-    "gloo": "torch.distributed.broadcast a tensor, TCP over loopback",
+    "gloo-by-tensor": "torch.distributed.broadcast a tensor, TCP over loopback",
     "safetensors-shm": "save_file to /dev/shm, load_file, a copy into the module",
 }
 NCCL = {
