@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -29,21 +30,32 @@ BACKENDS = {
     "view": ("transfer=ipc", "transfer.take=view"),
     "copy": ("transfer=ipc", "transfer.take=copy", "transfer.verify=full"),
     "live": ("transfer=ipc", "transfer.staging=live", "transfer.take=copy"),
+    "gloo": ("transfer=gloo",),
 }
 HALF_BILLION = (  # parameters, of Qwen3's shape
     *("model.layers=30", "model.hidden=1024", "model.heads=16", "model.intermediate=4096", "model.dtype=bfloat16"),
     *("threads=8", "task.held_out=16", "sft.steps=2", "sft.lr=1e-4", "optim.lr=1e-5", "steps=3", "experiment=smoke"),
 )
 PUSHES = 100
+FLAT = "thousand_updates"  # in the name of a test that nothing else on the GPU may disturb
 MIB = 2**20
 SLACK_MIB = 64  # kernels that CUDA loads at their first use stay loaded
 Row = dict[str, float]
 
 
 def tests(folder: Path) -> str:
-    """The tests that are marked gpu."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--ignore", "tests/fuzz", "tests"]
-    return _output(command, folder / "tests.log").splitlines()[-1]
+    """The tests that are marked gpu, several at a time if pytest-xdist is there."""
+    return _pytest(folder / "tests.log", "-k", f"not {FLAT}", *(("-n", "6") if find_spec("xdist") else ()))
+
+
+def memory_tests(folder: Path) -> str:
+    """Those of them that look at how much memory is free."""
+    return _pytest(folder / "memory_tests.log", "-k", FLAT)
+
+
+def _pytest(log: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--ignore", "tests/fuzz"]
+    return _output([*command, "-rf", "--tb=short", "--durations=5", *options, "tests"], log).splitlines()[-1]
 
 
 def small_runs_agree(folder: Path) -> str:
@@ -79,7 +91,7 @@ def memory_stays_flat(folder: Path) -> str:
         return "; ".join(pool.submit(_pushes, folder, take).result(DEADLINE_S) for take in ("view", "copy"))
 
 
-QUIET = (memory_stays_flat, half_a_billion_parameters)  # these are timed: nothing else runs meanwhile
+QUIET = (memory_stays_flat, half_a_billion_parameters, memory_tests)  # these are timed: nothing else runs meanwhile
 BUSY = (tests, small_runs_agree, workers_in_bfloat16, default_runs_agree)  # two at a time
 
 
