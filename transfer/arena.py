@@ -105,10 +105,9 @@ class ArenaPublisher:
         _wait(self._slots.device)
         return {"slot": slot}, digest if with_digest else None
 
-    def _in_one_pass(self, slot: int, sources: list[torch.Tensor]) -> str | None:
+    def _in_one_pass(self, slot: int, sources: list[torch.Tensor]) -> str:
         if slot not in self._passes or not self._passes[slot].fits(sources):
             self._passes[slot] = OnePass(sources, list(self._slots.views[slot].values()), self._slots.device)
-            self._passes[slot].choose(told=True)
         torch.cuda.synchronize(self._slots.device)  # other streams may have changed the weights
         digest, finite = self._passes[slot].run()
         if not finite:
@@ -117,6 +116,7 @@ class ArenaPublisher:
 
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""
+        self._passes = {}
         self._slots.close()
 
 
@@ -174,6 +174,7 @@ class LivePublisher:
 
     def close(self) -> None:
         """Stop sharing; the parameters stay where they are."""
+        self._pass = None
         self._slots.close()
 
 

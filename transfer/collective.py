@@ -71,7 +71,7 @@ class Broadcast:
 
 
 class CollectivePublisher:
-    """The sending half: broadcasts out of the trainer's own tensors, of which it has no copy but two buckets.
+    """The sending half: broadcasts out of the trainer's own tensors, of which it keeps no copy but two buckets.
 
     It holds those tensors until the next version: a worker that was started again gets them, if they have not changed.
     """

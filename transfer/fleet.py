@@ -57,12 +57,14 @@ class Fleet:
         messages: Sequence[tuple[str, Mapping[str, Any]]],
         timeout_s: float | None = None,
         alongside: Alongside | None = None,
+        work: int = 1,
     ) -> tuple[dict[Member, list[dict[str, Any]]], Failures]:
         """Several messages, one after the other, to each of these members; the first failure ends that member's.
 
         `alongside` runs meanwhile: if it fails all members have, and it is given up as soon as one of them fails.
+        `work`: how many verbs each message stands for, with as many deadlines.
         """
-        deadline = min(self._timeout_s, timeout_s or self._timeout_s)
+        deadline = work * min(self._timeout_s, timeout_s or self._timeout_s)
 
         def talk(member: Member) -> list[dict[str, Any]]:
             try:
@@ -72,10 +74,13 @@ class Fleet:
                     alongside.give_up()
                 raise
 
-        ours = None if alongside is None else self._pool.submit(alongside.run, deadline)
+        ours = None if alongside is None else self._pool.submit(alongside.run, deadline / work)
         answers, failures = self._each(members, talk, len(messages) * deadline)
-        if ours is not None:
+        if ours is not None and alongside is not None:
             failures |= _with_ours(ours, answers, failures, messages[-1][0])
+            if not ours.done():  # stuck, or waits for a thread that is
+                ours.cancel()
+                alongside.give_up()
         for member, heard in answers.items():
             said = [_addressed(verb, body, member) for verb, body in messages]
             self.control_bytes += sum(len(json.dumps(each, separators=(",", ":"))) for each in (*said, *heard))

@@ -29,7 +29,6 @@ class Landing:
         self._taken: Staged = {}  # what `view` has put in the place of the module's
         self._replaced: list[torch.Tensor] = []
         self._flat = False
-        self.measured: dict[str, float] = {}  # milliseconds of each way to copy, as it was chosen
         self._copies: dict[int, tuple[Staged, OnePass]] = {}  # by the staged dict, which a slot has for good
         self._reads: dict[int, tuple[Staged, OnePass]] = {}
         self.device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
@@ -39,53 +38,51 @@ class Landing:
         """One tensor an entry, in the manifest's order."""
         return [self._tensors[entry.name][0] for entry in self._manifest.entries]
 
+    def wants_block(self, slots: Sequence[Staged]) -> bool:
+        """Whether to copy from these slots the module's tensors would have to move first, into one block."""
+        return not self._flat and self._on_gpu(slots)
+
     @torch.no_grad()
-    def prepare(self, slots: Sequence[Staged], copied: bool, empty: bool, told: bool = True) -> None:
+    def prepare(self, slots: Sequence[Staged], copied: bool, empty: bool) -> None:
         """Get ready for updates from these slots, again and again, that are `copied` or take the tensors' place.
 
-        `empty`: nothing has to be kept of what is here now. `told`: a copy must tell the digest, or find bad values.
+        `empty`: nothing has to be kept of what is here now.
         """
-        self._copies, self._reads, self.measured = {}, {}, {}
-        if not slots or not available(self.device):
+        self._copies, self._reads = {}, {}
+        if not self._on_gpu(slots):
             return
         if copied and not self._flat:
             self._flatten(empty)
         for staged in slots:
             sources = [staged[entry.name] for entry in self._manifest.entries]
-            one_pass = OnePass(sources, None, self.device, padded=True)
-            self._reads[id(staged)] = staged, one_pass
-            self.measured |= {f"read by {way}": ms for way, ms in one_pass.choose(told).items()} if told else {}
+            self._reads[id(staged)] = staged, OnePass(sources, None, self.device, padded=True, mapped=True)
             if copied:
-                one_pass = OnePass(sources, self.tensors, self.device, padded=True)
+                one_pass = OnePass(sources, self.tensors, self.device, padded=True, mapped=True)
                 self._copies[id(staged)] = staged, one_pass
-                self.measured |= {f"copy by {way}": ms for way, ms in one_pass.choose(told).items()} if empty else {}
 
     def digest(self, staged: Staged, like: str) -> str:
         """Of staged tensors, all of them in the manifest's order, of the kind of `like`."""
         found = self._reads.get(id(staged)) if like.startswith(SUMS) else None
-        return digest_of(staged.values(), like) if found is None else str(found[1].run()[0])
-
-    def at_once(self, staged: Staged) -> bool:
-        """Whether `copy` tells the digest of these without a pass of its own."""
-        return id(staged) in self._copies
+        return digest_of(staged.values(), like) if found is None else found[1].run()[0]
 
     @torch.no_grad()
     def copy(self, staged: Staged, unchecked: bool) -> str | None:
         """Copy staged tensors into the module's memory; their digest if it cost nothing.
 
-        NotFinite, with a mixture in the module, if nobody had looked before (`unchecked`) and a value is not finite.
+        NotFinite, with a mixture in the module, if a value is not finite; without the kernel only where nobody has
+        looked before (`unchecked`).
         """
+        digest, finite = None, True
         if (found := self._copies.get(id(staged))) is not None:
             digest, finite = found[1].run()
         else:
-            digest, finite = None, True
             for name, tensor in staged.items():
                 for mine in self._tensors[name]:
                     mine.copy_(tensor)
         if not finite or (unchecked and digest is None):
             bad = not_finite({name: self._tensors[name][0] for name in staged}, self._manifest)
-            if bad is not None:
-                raise NotFinite(f"{bad} has values that are not finite")
+            if bad is not None or not finite:
+                raise NotFinite(f"{bad or 'a tensor'} has values that are not finite")
         self._synchronize()
         return digest
 
@@ -102,15 +99,28 @@ class Landing:
         """Free what was replaced: that takes milliseconds, and completions can go on meanwhile."""
         self._replaced = []
 
+    def close(self) -> None:
+        """Let go of the slots."""
+        self._copies, self._reads = {}, {}
+        self._taken = {}
+        self.forget()
+
+    def _on_gpu(self, slots: Sequence[Staged]) -> bool:
+        """Whether the kernel can get from these slots into the module, or read them."""
+        tensors = [*(tensor for staged in slots for tensor in staged.values()), *(mine for _, mine in self._all)]
+        here = all(mine.device == self.device for _, mine in self._all)
+        return bool(slots) and here and all(tensor.is_cuda for tensor in tensors) and available(self.device)
+
     def _flatten(self, empty: bool) -> None:
-        old = {} if empty else {name: tensors[0].data for name, tensors in self._tensors.items()}
-        for _, tensor in self._all:
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
-        torch.cuda.empty_cache()
+        """Move the module's tensors into one block; the values, too, unless there are none yet."""
+        if empty:  # there may not be room for both
+            for _, tensor in self._all:
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
+            torch.cuda.empty_cache()
         block = torch.zeros(slot_bytes(self._manifest), dtype=torch.uint8, device=self.device)
         for name, view in views_of(block, self._manifest).items():
-            if name in old:
-                view.copy_(old[name])
+            if not empty:
+                view.copy_(self._tensors[name][0])
             for tensor in self._tensors[name]:
                 tensor.data = view
         self._flat = True

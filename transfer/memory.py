@@ -271,7 +271,9 @@ def _as_tensor(address: int, nbytes: int, device: torch.device, release: str) ->
     freed = weakref.finalize(holder, _release, release, address, device)
     freed.atexit = False  # the driver frees it then; torch may be half gone
     devices = [device, *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    where = next(d for d in devices if torch.as_tensor(_Pointer(address, 1), device=d).data_ptr() == address)
+    where = next((d for d in devices if torch.as_tensor(_Pointer(address, 1), device=d).data_ptr() == address), None)
+    if where is None:
+        raise RuntimeError(f"torch finds the memory of {device} that was opened on no GPU")
     return torch.as_tensor(holder, device=where)  # asked for another device, torch would copy
 
 

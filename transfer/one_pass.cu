@@ -11,9 +11,7 @@ typedef unsigned int u32;
 typedef unsigned char u8;
 
 #define THREADS 512
-#ifndef UNROLL
 #define UNROLL 8
-#endif
 #define GOLDEN 0x9E3779B97F4A7C15ull
 #define ODD 0xC2B2AE3D27D4EB4Full
 

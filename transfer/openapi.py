@@ -115,8 +115,6 @@ _STATUS = _object(
         "manifest": STRING,
         "dtype": _or_null(STRING),
         "serving": INT | {"description": "completions that run now"},
-        "copying": {"type": "object", "additionalProperties": {"type": "number"}}
-        | {"description": "milliseconds of each way to copy or read an update on this GPU, measured to choose"},
     }
 )
 _CHOICE = _object(

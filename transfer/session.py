@@ -129,7 +129,7 @@ class Session:
         self._journal = journal
         self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
-        self._seen: list[tuple[torch.Tensor, int]] = []  # those whose shapes were looked at, and how many elements
+        self._shapes: list[tuple[int, ...]] = []  # of its entries
         self._tied: list[Entry] = []
         self._epoch = 0  # the highest that this session has taken
         self._replaced = False  # by a later trainer, or one that was faster
@@ -151,12 +151,13 @@ class Session:
         """Take the next epoch and agree with every worker; ValueError with the first differences, or TransferError."""
         if not senders:
             raise ValueError("a transfer needs at least one worker (got no senders)")
+        self._unsure = True
         self._fleet.close()
         self._fleet = Fleet(senders, self._timeout_s)
         status, failures = self._fleet.ask(self._fleet.members, "status", {})
         self._raise("asking for the status", failures)
         self._manifest = Manifest.of(weights, _agreed_dtype(status) if self._publisher.casts else None)
-        self._seen = []
+        self._shapes = [entry.shape for entry in self._manifest.entries]
         self._tied = [entry for entry in self._manifest.entries if entry.aliases]
         self._agreed |= {
             "manifest": self._manifest.to_json(),
@@ -291,7 +292,7 @@ class Session:
         self._writes = {live: self._writes[live] for live in served if live in self._writes}
         try:
             where, digest = self._publisher.write(version, weights, served, self._with_digest)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter is torch's, for memory that is not to be had, say
             raise wire.TransferError(f"writing version {version} failed: {error}") from error
         except NotFinite:
             raise self._refused(weights, version) from None
@@ -335,19 +336,29 @@ class Session:
         takers = [member for member in members if member not in ahead]
         part, where = None, written.where
         if isinstance(self._publisher, BroadcastPublisher) and takers:
-            part = self._publisher.alongside(written.version, [(self._epoch, id(m), m.boot) for m in takers])
+            part = self._part(written.version, takers)
             where = where | part.where
         messages: list[tuple[str, dict[str, Any]]] = [
             ("start_weight_update", named | digest),
             ("update_weights", {"update_info": {**named, "where": where}}),
         ]
+        work = 1
         if all(map(is_remote, takers)):
+            work = 2 + finish
             messages = [("start_weight_update", {**named, **digest, "where": where, "finish": finish})]
         if finish:
             self._named = max(self._named, written.version)
         told: dict[str, Any] = {} if part is None else {"alongside": part}
-        answers, failures = self._fleet.converse(takers, messages, **told)
+        answers, failures = self._fleet.converse(takers, messages, work=work, **told)
         return ahead | (self._finished(answers, failures, written.version) if finish else failures)
+
+    def _part(self, version: int, takers: Sequence[Member]) -> Part:
+        """The trainer's part in a broadcast to these workers."""
+        assert isinstance(self._publisher, BroadcastPublisher)
+        try:
+            return self._publisher.alongside(version, [(self._epoch, id(m), m.boot) for m in takers])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise wire.TransferError(f"a broadcast of version {version} cannot be set up: {error}") from error
 
     def _finish(self, members: Sequence[Member], version: int) -> Failures:
         self._named = max(self._named, version)
@@ -379,14 +390,9 @@ class Session:
         if weights.keys() != self._manifest.by_name.keys():
             changed = sorted(weights.keys() ^ self._manifest.by_name.keys())
             raise wire.TransferError(f"version {version}: other names than agreed on: {', '.join(changed[:10])}")
-        seen = [(tensor, tensor.numel()) for tensor in weights.values()]
-        if len(seen) != len(self._seen) or not all(map(_same, seen, self._seen)):
-            for entry in self._manifest.entries:
-                if weights[entry.name].shape != entry.shape:
-                    raise wire.TransferError(
-                        f"version {version}: {entry.name} is not the {list(entry.shape)} agreed on"
-                    )
-            self._seen = seen
+        if [weights[entry.name].shape for entry in self._manifest.entries] != self._shapes:
+            other = next(entry for entry in self._manifest.entries if weights[entry.name].shape != entry.shape)
+            raise wire.TransferError(f"version {version}: {other.name} is not the {list(other.shape)} agreed on")
         for entry in self._tied:
             if any(weights[alias].data_ptr() != weights[entry.name].data_ptr() for alias in entry.aliases):
                 raise wire.TransferError(f"version {version}: {entry.name} is no longer tied to {entry.aliases}")
@@ -401,10 +407,6 @@ class Session:
         if failures:
             reasons = "; ".join(str(failure) for failure in failures.values())
             raise wire.TransferError(f"{phase} failed: {reasons}") from next(iter(failures.values()))
-
-
-def _same(one: tuple[torch.Tensor, int], other: tuple[torch.Tensor, int]) -> bool:
-    return one[0] is other[0] and one[1] == other[1]
 
 
 def _agreed_dtype(status: Answers) -> torch.dtype | None:

@@ -248,7 +248,7 @@ class Network(Fleet):
     """A Fleet whose messages the world carries."""
 
     def converse(
-        self, members: Sequence[Member], messages: Sequence[Said], timeout_s: float | None = None
+        self, members: Sequence[Member], messages: Sequence[Said], timeout_s: float | None = None, **told: Any
     ) -> tuple[dict[Member, list[Answer]], Failures]:
         """Through the world."""
         return members[0].sender.trainer.converse(members, messages) if members else ({}, {})

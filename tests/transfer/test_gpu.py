@@ -137,6 +137,27 @@ def test_weights_that_are_replaced_by_other_tensors_are_found(tmp_path):
             assert worker.holds()["digest"] == expected(weights)
 
 
+@pytest.mark.parametrize("way", ["arena copy", "arena copy off", "live copy"])
+def test_a_trainer_on_the_cpu_feeds_a_worker_on_the_gpu(way, tmp_path):
+    weights = weights_of(1)
+    with opened(WAYS[way], tmp_path, weights) as (transfer, [worker]):
+        for version in range(2):
+            train(weights)
+            assert transfer.push(weights) == version
+            assert worker.holds()["digest"] == digest_of(weights.values(), like="sums:")
+
+
+@pytest.mark.parametrize("way", ["arena view", "arena copy"])
+def test_a_tensor_that_the_trainer_keeps_on_the_cpu_arrives_with_the_others(way, tmp_path):
+    weights = weights_of(1, DEVICE) | {"w9": torch.arange(1001.0)}
+    with opened(WAYS[way], tmp_path, weights) as (transfer, [worker]):
+        for version in range(2):
+            weights["w9"].add_(1)
+            assert transfer.push(weights) == version
+            on_gpu = {name: tensor.to(DEVICE) for name, tensor in weights.items()}
+            assert worker.holds()["digest"] == expected(on_gpu)
+
+
 @pytest.mark.parametrize("way", ["arena view", "arena copy", "live copy"])
 def test_values_that_are_not_finite_are_refused_and_nothing_changes(way, tmp_path):
     weights = weights_of(1, DEVICE)
@@ -186,6 +207,7 @@ def test_gpu_memory_stays_flat_over_a_thousand_updates(way, tmp_path):
     assert grown <= 1000 * KIB, f"{grown} bytes in 1000 updates"
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_worker_that_is_killed_while_it_reads_is_started_again_and_gets_the_weights(way, tmp_path):
     weights = weights_of(2048, DEVICE)
@@ -225,6 +247,7 @@ def endpoint_for(way):
     return {"backend": "ipc", "staging": config.staging.value, "take": config.take.value, "socket": ""}
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("way", ["arena view", "arena copy", "live copy"])
 def test_a_worker_whose_trainer_is_killed_serves_on_and_the_next_trainer_takes_it_over(way, tmp_path):
     token, manifest = secrets.token_hex(16), Manifest.of(weights_of(2048))

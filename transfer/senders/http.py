@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from urllib3 import connection_from_url
+from urllib3 import Timeout, connection_from_url
 from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.exceptions import TimeoutError as NoAnswer
 from urllib3.util import SKIP_HEADER, parse_url
@@ -50,7 +50,7 @@ class HttpSender:
                 self._prefix + path,
                 body=payload or None,
                 headers=self._headers,
-                timeout=deadline,
+                timeout=Timeout(total=deadline),
                 retries=False,
                 redirect=False,
             )
