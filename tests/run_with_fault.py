@@ -22,7 +22,7 @@ PHASES = {  # -> (module, function, at which call)
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
     "learning": ("rlhf.learner", "Learner.learn", 2),
     "staging": ("transfer.session", "Session._stage", 2),  # of version 1
-    "finishing": ("transfer.session", "Session._finish", 2),
+    "finishing": ("transfer.session", "Session._finished", 2),
 }
 
 

@@ -35,7 +35,7 @@ def label_before_flip() -> None:
         torn = protocol.reported(self._state, protocol.Event.WRITING)
         self._state = protocol.reported(torn, protocol.Event.FLIPPED)
         for name, staged in self._staged.items():
-            for tensor in self._tensors[name]:
+            for tensor in self._landing._tensors[name]:
                 tensor.data = staged
                 time.sleep(0.0005)
 
@@ -91,7 +91,7 @@ def remembers() -> None:
 
     def replaced(self: Receiver) -> None:
         replace_weights(self)
-        tensors = {name: tensors[0].clone() for name, tensors in self._tensors.items()}
+        tensors = {name: tensors[0].clone() for name, tensors in self._landing._tensors.items()}
         new = place(self).with_suffix(".new")
         torch.save((self._state.version, self._state.digest, tensors), new)
         new.replace(place(self))
@@ -102,7 +102,7 @@ def remembers() -> None:
             version, digest, tensors = torch.load(place(self))
             self._state = protocol.State(version=version, digest=digest)
             for name, tensor in tensors.items():
-                self._tensors[name][0].data = tensor
+                self._landing._tensors[name][0].data = tensor
 
     Receiver.__init__ = remembering
     Receiver._replace_weights = replaced
