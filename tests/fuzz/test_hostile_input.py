@@ -43,15 +43,15 @@ def test_a_hundred_thousand_hostile_messages_to_workers_of_every_kind(capsys):
     assert "\nviolations 0;" in done.stdout
 
 
-@pytest.mark.slow
 def told(outcome):
-    """All counts, but how one-shot updates were answered: a process's number that was changed by one may be a thread's."""
+    """All counts, but how one-shot updates were answered: a process's number plus one may be that of its thread."""
     table = Counter()
     for (_, verb, status), count in outcome.table.items():
         table[verb, status if verb != "update_weights" else None] += count
     return table, {what: count for what, count in outcome.done.items() if what.startswith("valid")}
 
 
+@pytest.mark.slow
 def test_a_seed_brings_back_its_messages():
     first, second = (attack("arena copy", seed=7, count=1500) for _ in range(2))
     assert first.violations == second.violations == []
