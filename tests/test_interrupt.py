@@ -151,8 +151,15 @@ def test_without_restarts_a_worker_that_is_killed_is_named_in_the_one_line_that_
     assert_nothing_is_left(ended)
 
 
-@pytest.mark.parametrize("way", [("ipc", "http"), ("disk", "http"), ("ipc", "ray")], ids=" ".join)
-@pytest.mark.parametrize("phase", ["pairs", "sampling", "staging", "finishing"])
+@pytest.mark.parametrize(
+    ("phase", "way"),
+    [
+        *((phase, ("ipc", "http")) for phase in ("pairs", "sampling", "staging", "finishing")),
+        *((phase, ("disk", "http")) for phase in ("sampling", "finishing")),
+        *((phase, ("ipc", "ray")) for phase in ("pairs", "staging")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
 def test_a_worker_that_is_killed_is_started_again_and_the_run_has_the_numbers_of_one_undisturbed(
     harmed, ended, tmp_path, phase, way
 ):
