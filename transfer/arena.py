@@ -97,19 +97,18 @@ class ArenaPublisher:
         self._versions = [None if held == version else held for held in self._versions]
         self._versions[slot] = version
         views = self._slots.views[slot]
-        digest: str | None
         if self.finds_nonfinite:
-            digest = self._in_one_pass(slot, [weights[name] for name in views])
+            digest = self._in_one_pass(slot, [weights[name] for name in views], with_digest)
         else:
             digest = _copy(views, weights, with_digest)
         _wait(self._slots.device)
-        return {"slot": slot}, digest if with_digest else None
+        return {"slot": slot}, digest
 
-    def _in_one_pass(self, slot: int, sources: list[torch.Tensor]) -> str:
+    def _in_one_pass(self, slot: int, sources: list[torch.Tensor], with_digest: bool) -> str | None:
         if slot not in self._passes or not self._passes[slot].fits(sources):
             self._passes[slot] = OnePass(sources, list(self._slots.views[slot].values()), self._slots.device)
         torch.cuda.synchronize(self._slots.device)  # other streams may have changed the weights
-        digest, finite = self._passes[slot].run()
+        digest, finite = self._passes[slot].run(with_digest)
         if not finite:
             raise NotFinite
         return digest

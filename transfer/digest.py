@@ -79,7 +79,7 @@ def _sums_on_gpu(tensors: list[torch.Tensor]) -> str | None:
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or not available(device := devices.pop()):
         return None
-    return OnePass([tensor.detach().contiguous() for tensor in tensors], None, device).run()[0]
+    return OnePass([tensor.detach().contiguous() for tensor in tensors], None, device).digest()
 
 
 @torch.no_grad()

@@ -63,25 +63,25 @@ class Landing:
     def digest(self, staged: Staged, like: str) -> str:
         """Of staged tensors, all of them in the manifest's order, of the kind of `like`."""
         found = self._reads.get(id(staged)) if like.startswith(SUMS) else None
-        return digest_of(staged.values(), like) if found is None else found[1].run()[0]
+        return digest_of(staged.values(), like) if found is None else found[1].digest()
 
     @torch.no_grad()
-    def copy(self, staged: Staged, unchecked: bool) -> str | None:
-        """Copy staged tensors into the module's memory; their digest if it cost nothing.
+    def copy(self, staged: Staged, unchecked: bool, with_digest: bool) -> str | None:
+        """Copy staged tensors into the module's memory; their digest, if it is wanted and costs nothing.
 
         NotFinite, with a mixture in the module, if a value is not finite; without the kernel only where nobody has
         looked before (`unchecked`).
         """
-        digest, finite = None, True
+        digest, finite = None, not unchecked
         if (found := self._copies.get(id(staged))) is not None:
-            digest, finite = found[1].run()
+            digest, finite = found[1].run(with_digest)
         else:
             for name, tensor in staged.items():
                 for mine in self._tensors[name]:
                     mine.copy_(tensor)
-        if not finite or (unchecked and digest is None):
+        if not finite:
             bad = not_finite({name: self._tensors[name][0] for name in staged}, self._manifest)
-            if bad is not None or not finite:
+            if bad is not None or found is not None:
                 raise NotFinite(f"{bad or 'a tensor'} has values that are not finite")
         self._synchronize()
         return digest

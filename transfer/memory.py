@@ -25,6 +25,7 @@ import torch
 from transfer.manifest import Manifest, round_up
 
 PAGE = 4096  # bytes; slots begin on page borders
+CUDA_PAGE = 2**21  # bytes; of a cudaMalloc that is no multiple, another process or GPU reads a fifth more slowly
 SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 HANDSHAKE_S = 10.0  # deadline of passing a descriptor
 HANDLE = re.compile(r"[0-9a-f]{128}")  # cudaIpcMemHandle_t, 64 bytes
@@ -197,10 +198,11 @@ class CudaRegion:
         self.device = device
         with torch.cuda.device(device):
             pointer = ctypes.c_void_p()
-            _check(cuda_runtime().cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
+            whole = ctypes.c_size_t(round_up(nbytes, CUDA_PAGE))
+            check(cuda_runtime().cudaMalloc(ctypes.byref(pointer), whole))
             self.bytes = _as_tensor(pointer.value or 0, nbytes, device, "cudaFree").zero_()  # also the gaps
             handle = _IpcHandle()
-            _check(cuda_runtime().cudaIpcGetMemHandle(ctypes.byref(handle), pointer))
+            check(cuda_runtime().cudaIpcGetMemHandle(ctypes.byref(handle), pointer))
         self.handle = bytes(handle.reserved).hex()
 
     def close(self) -> None:
@@ -228,7 +230,7 @@ class PeerCudaRegion:
             pointer = ctypes.c_void_p()
             raw = _IpcHandle.from_buffer_copy(bytes.fromhex(handle))
             lazy_peer_access = ctypes.c_uint(1)
-            _check(cuda_runtime().cudaIpcOpenMemHandle(ctypes.byref(pointer), raw, lazy_peer_access))
+            check(cuda_runtime().cudaIpcOpenMemHandle(ctypes.byref(pointer), raw, lazy_peer_access))
             self.bytes = _as_tensor(pointer.value or 0, nbytes, reader, "cudaIpcCloseMemHandle")
 
     def close(self) -> None:
@@ -280,7 +282,7 @@ def _as_tensor(address: int, nbytes: int, device: torch.device, release: str) ->
 def _release(function: str, address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # nothing queued may still read it
-        _check(getattr(cuda_runtime(), function)(ctypes.c_void_p(address)))
+        check(getattr(cuda_runtime(), function)(ctypes.c_void_p(address)))
 
 
 @cache
@@ -293,7 +295,8 @@ def cuda_runtime() -> Any:
     return library
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """RuntimeError with CUDA's own words if a call of its runtime has failed."""
     if status:
         cuda_runtime().cudaGetLastError()  # so that torch does not report it again
         raise RuntimeError(f"CUDA: {cuda_runtime().cudaGetErrorString(status).decode()} (error {status})")

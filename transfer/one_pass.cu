@@ -36,10 +36,13 @@ struct Sums {
     u64 first, second;
     u32 bad;
 
+    template <bool summed>
     __device__ __forceinline__ void add(u32 low, u32 high, u64 index, Finite finite) {
-        u64 word = (u64)low | (u64)high << 32;
-        first += word * (index * GOLDEN | 1);
-        second += (word ^ (word >> 29)) * (index * ODD | 1);
+        if (summed) {
+            u64 word = (u64)low | (u64)high << 32;
+            first += word * (index * GOLDEN | 1);
+            second += (word ^ (word >> 29)) * (index * ODD | 1);
+        }
         bad |= (((low & finite.low) + finite.one) | ((high & finite.high) + finite.one)) & finite.top;
     }
 };
@@ -65,6 +68,7 @@ __device__ __forceinline__ uint4 loaded(const u8* source, u32 at, u32 cast) {
 }
 
 // One word of at most 8 bytes, whatever its alignment.
+template <bool summed>
 __device__ __forceinline__ void slow_word(const u8* source, u8* target, u32 start, u32 size, u32 cast, u64 index, Finite finite, Sums& sums) {
     u64 word = 0;
     if (cast == NONE) {
@@ -75,10 +79,10 @@ __device__ __forceinline__ void slow_word(const u8* source, u8* target, u32 star
     }
     if (target)
         for (u32 i = 0; i < size; i++) target[start + i] = (u8)(word >> 8 * i);
-    sums.add((u32)word, (u32)(word >> 32), index, finite);
+    sums.add<summed>((u32)word, (u32)(word >> 32), index, finite);
 }
 
-template <u32 cast>
+template <u32 cast, bool summed>
 __device__ __forceinline__ void piece(const u8* source, u8* target, u64 first, u32 nbytes, Finite finite, Sums& sums) {
     u32 vectors = (((u64)source | (u64)target) & 15) == 0 ? nbytes / 16 : 0;
     u32 at = threadIdx.x;
@@ -90,23 +94,24 @@ __device__ __forceinline__ void piece(const u8* source, u8* target, u64 first, u
         for (u32 j = 0; j < UNROLL; j++) {
             u32 place = at + j * THREADS;
             if (target) ((uint4*)target)[place] = v[j];
-            sums.add(v[j].x, v[j].y, first + 2 * place, finite);
-            sums.add(v[j].z, v[j].w, first + 2 * place + 1, finite);
+            sums.add<summed>(v[j].x, v[j].y, first + 2 * place, finite);
+            sums.add<summed>(v[j].z, v[j].w, first + 2 * place + 1, finite);
         }
     }
     for (; at < vectors; at += THREADS) {
         uint4 v = loaded(source, at, cast);
         if (target) ((uint4*)target)[at] = v;
-        sums.add(v.x, v.y, first + 2 * at, finite);
-        sums.add(v.z, v.w, first + 2 * at + 1, finite);
+        sums.add<summed>(v.x, v.y, first + 2 * at, finite);
+        sums.add<summed>(v.z, v.w, first + 2 * at + 1, finite);
     }
     for (u32 word = 2 * vectors + threadIdx.x; 8 * word < nbytes; word += THREADS) {
         u32 size = min(8u, nbytes - 8 * word);
-        slow_word(source, target, 8 * word, size, cast, first + word, finite, sums);
+        slow_word<summed>(source, target, 8 * word, size, cast, first + word, finite, sums);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) one_pass(const u64* table, int pieces, u64* results) {
+template <bool summed>
+__device__ __forceinline__ Sums all_pieces(const u64* table, int pieces) {
     Sums sums = {0, 0, 0};
     const ulonglong2* rows = (const ulonglong2*)table;
     ulonglong2 places = {0, 0}, rest = {0, 0};
@@ -120,11 +125,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) one_pass(const u64* table,
         u32 nbytes = (u32)told;
         Finite finite = finite_for((u32)(told >> 32) & 255);
         switch ((u32)(told >> 40)) {
-            case TO_BFLOAT16: piece<TO_BFLOAT16>(source, target, first, nbytes, finite, sums); break;
-            case TO_FLOAT16: piece<TO_FLOAT16>(source, target, first, nbytes, finite, sums); break;
-            default: piece<NONE>(source, target, first, nbytes, finite, sums);
+            case TO_BFLOAT16: piece<TO_BFLOAT16, summed>(source, target, first, nbytes, finite, sums); break;
+            case TO_FLOAT16: piece<TO_FLOAT16, summed>(source, target, first, nbytes, finite, sums); break;
+            default: piece<NONE, summed>(source, target, first, nbytes, finite, sums);
         }
     }
+    return sums;
+}
+
+// `summed`: whether the digest is wanted. results: its two sums, and whether any value is not finite.
+extern "C" __global__ void __launch_bounds__(THREADS) one_pass(const u64* table, int pieces, int summed, u64* results) {
+    Sums sums = summed ? all_pieces<true>(table, pieces) : all_pieces<false>(table, pieces);
     __shared__ u64 shared[2][THREADS / 32];
     for (int step = 16; step; step /= 2) {
         sums.first += __shfl_down_sync(~0u, sums.first, step);

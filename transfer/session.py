@@ -11,6 +11,7 @@ worker serves is known. A version's number is used up once any worker was told t
 from __future__ import annotations
 
 import logging
+import operator
 import secrets
 import time
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -38,6 +39,7 @@ from transfer.manifest import DTYPES, Entry, Manifest
 
 LOG = logging.getLogger(__name__)
 Weights = Mapping[str, torch.Tensor]
+SHAPE = operator.attrgetter("shape")
 CLEAN_UP_S = 5.0  # deadline of abort and of questions after a failure: the worker may be gone
 
 
@@ -129,7 +131,7 @@ class Session:
         self._journal = journal
         self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
-        self._shapes: list[tuple[int, ...]] = []  # of its entries
+        self._shapes: dict[str, torch.Size] = {}  # of its entries
         self._tied: list[Entry] = []
         self._epoch = 0  # the highest that this session has taken
         self._replaced = False  # by a later trainer, or one that was faster
@@ -157,7 +159,7 @@ class Session:
         status, failures = self._fleet.ask(self._fleet.members, "status", {})
         self._raise("asking for the status", failures)
         self._manifest = Manifest.of(weights, _agreed_dtype(status) if self._publisher.casts else None)
-        self._shapes = [entry.shape for entry in self._manifest.entries]
+        self._shapes = {entry.name: torch.Size(entry.shape) for entry in self._manifest.entries}
         self._tied = [entry for entry in self._manifest.entries if entry.aliases]
         self._agreed |= {
             "manifest": self._manifest.to_json(),
@@ -390,7 +392,8 @@ class Session:
         if weights.keys() != self._manifest.by_name.keys():
             changed = sorted(weights.keys() ^ self._manifest.by_name.keys())
             raise wire.TransferError(f"version {version}: other names than agreed on: {', '.join(changed[:10])}")
-        if [weights[entry.name].shape for entry in self._manifest.entries] != self._shapes:
+        shapes = map(SHAPE, map(weights.__getitem__, self._shapes))  # never all at once: 19,000 new objects wake the gc
+        if not all(map(operator.eq, shapes, self._shapes.values())):
             other = next(entry for entry in self._manifest.entries if weights[entry.name].shape != entry.shape)
             raise wire.TransferError(f"version {version}: {other.name} is not the {list(other.shape)} agreed on")
         for entry in self._tied:

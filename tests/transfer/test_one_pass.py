@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transfer import far_copy
 from transfer.digest import digest_of, sums_digest
+from transfer.far_copy import FarCopy, is_far
 from transfer.landing import Landing
 from transfer.manifest import Manifest
 from transfer.memory import slot_bytes, views_of
-from transfer.one_pass import PIECE, OnePass, available
+from transfer.one_pass import OnePass, available
+from transfer.pieces import PIECE, table_of
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
@@ -104,6 +107,25 @@ def test_a_tensor_that_has_moved_or_changed_its_form_is_noticed():
     assert not any(one_pass.fits([other]) for other in others), "other bytes, or in another order"
 
 
+@given(st.lists(st.sampled_from([0, 3, 400, 1000, 1024, 5000, 70000]), max_size=6), st.integers(0, 2))
+def test_large_ranges_of_another_gpu_are_fetched_in_chunks_that_are_read_afterwards(sizes, cast):
+    wanted = [tensor(size, torch.bfloat16 if index == cast else torch.float32) for index, size in enumerate(sizes)]
+    sources = [each.float() for each in wanted]
+    targets = slot_for(wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(far_copy, "CHUNK", 2**14), patch.setattr(far_copy, "LEAST", 2**12)
+        ranges = OnePass(sources, targets, CPU).ranges
+        far = FarCopy(filter(is_far, ranges), CPU)
+        near = [each for each in ranges if not is_far(each)]
+    tables = [torch.from_numpy(table_of(near))]
+    for chunk in far.chunks:
+        assert chunk.nbytes <= 2**14
+        ctypes.memmove(chunk.target, chunk.source, chunk.nbytes)
+        tables.append(chunk.table)
+    assert carried_out(torch.cat(tables)) == digest_of(wanted, "sums:")
+    assert same(targets, wanted)
+
+
 def test_there_is_no_kernel_for_a_cpu():
     assert not available(CPU)
 
@@ -130,6 +152,8 @@ def test_the_kernel_does_what_the_table_says(kinds, skipped):
         digest, finite = OnePass(sources, targets, device).run()
         assert finite and same(targets, wanted)
         assert digest == digest_of([t.cpu() for t in wanted], "sums:") == digest_of(targets, "sums:")
+        others = slot_for(wanted, device)
+        assert OnePass(sources, others, device).run(with_digest=False) == (None, True) and same(others, wanted)
 
 
 @gpu
@@ -139,7 +163,8 @@ def test_the_kernel_finds_a_value_that_is_not_finite_wherever_it_is(dtype, value
     for place in (0, 1, 777, 1000):
         values = torch.ones(1001)
         values[place] = value
-        assert not OnePass([values.to(dtype).cuda()], None, torch.device("cuda")).run()[1]
+        one_pass = OnePass([values.to(dtype).cuda()], None, torch.device("cuda"))
+        assert not one_pass.run()[1] and not one_pass.run(with_digest=False)[1]
     assert OnePass([torch.full((1001,), 300.0).to(dtype).cuda()], None, torch.device("cuda")).run()[1]
 
 
@@ -161,6 +186,6 @@ def test_weights_that_are_copied_on_a_gpu_land_in_one_block():
     landing.prepare([staged], copied=True, empty=False)
     assert all(torch.equal(held[name], each) for name, each in before.items()), "what was there stays"
     staged["a"].fill_(2), staged["b"].fill_(3)
-    assert landing.copy(staged, unchecked=True) == digest_of([held["a"], held["b"]])
+    assert landing.copy(staged, unchecked=True, with_digest=True) == digest_of([held["a"], held["b"]])
     assert {float(each[0]) for each in held.values()} == {2.0, 3.0} and float(held["tied"][5]) == 2.0
     assert held["b"].data_ptr() - held["a"].data_ptr() == manifest.entries[1].offset
