@@ -196,6 +196,7 @@ class ArenaIntake:
         self.unchecked = False
         self._region: memory.Region | None = None
         self.slots: Sequence[dict[str, torch.Tensor]] = ()
+        self.owner = memory.HostRegion.device
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Map the trainer's slots; ValueError if `take=view` cannot put them under a module on `device`."""
@@ -216,6 +217,7 @@ class ArenaIntake:
         self._region = region
         self.unchecked = not self.settled and "handle" in where
         self.slots = [memory.tensors(region, manifest, slot) for slot in range(slots)]
+        self.owner = region.device
 
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of the slot that `where` names, by entry name."""

@@ -202,6 +202,7 @@ class CollectiveIntake:
     settled = True
     unchecked = False
     slots: Sequence[dict[str, torch.Tensor]] = ()  # the memory of an update is not known before
+    owner = torch.device("cpu")
 
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._library = Library(endpoint["backend"])

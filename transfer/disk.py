@@ -103,6 +103,7 @@ class DiskIntake:
     settled = True
     unchecked = False
     slots: Sequence[dict[str, torch.Tensor]] = ()
+    owner = torch.device("cpu")
 
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._folder = str(endpoint["folder"])

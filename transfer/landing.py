@@ -43,8 +43,8 @@ class Landing:
         return not self._flat and self._on_gpu(slots)
 
     @torch.no_grad()
-    def prepare(self, slots: Sequence[Staged], copied: bool, empty: bool) -> None:
-        """Get ready for updates from these slots, again and again, that are `copied` or take the tensors' place.
+    def prepare(self, slots: Sequence[Staged], owner: torch.device, copied: bool, empty: bool) -> None:
+        """Get ready for updates from these slots of `owner`'s memory that are `copied` or take the tensors' place.
 
         `empty`: nothing has to be kept of what is here now.
         """
@@ -55,9 +55,9 @@ class Landing:
             self._flatten(empty)
         for staged in slots:
             sources = [staged[entry.name] for entry in self._manifest.entries]
-            self._reads[id(staged)] = staged, OnePass(sources, None, self.device, padded=True, mapped=True)
+            self._reads[id(staged)] = staged, OnePass(sources, None, self.device, padded=True, owner=owner)
             if copied:
-                one_pass = OnePass(sources, self.tensors, self.device, padded=True, mapped=True)
+                one_pass = OnePass(sources, self.tensors, self.device, padded=True, owner=owner)
                 self._copies[id(staged)] = staged, one_pass
 
     def digest(self, staged: Staged, like: str) -> str:

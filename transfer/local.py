@@ -42,6 +42,7 @@ class LocalIntake:
     settled = True
     unchecked = False
     slots: Sequence[dict[str, torch.Tensor]] = ()
+    owner = torch.device("cpu")
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Nothing to prepare."""

@@ -34,8 +34,8 @@ PLACES: tuple[Callable[[torch.Tensor], Any], ...] = (  # all that tells where, a
 class OnePass:
     """Copies `sources` to `targets`, tensor by tensor, or only reads them, on one GPU; both must stay where they are.
 
-    `padded`: both sides lie in slots, whose gaps between tensors are zero and may be copied, too. `mapped`: the sources
-    are another GPU's memory, opened by this one, whatever device torch takes them for.
+    `padded`: both sides lie in slots, whose gaps between tensors are zero and may be copied, too. `owner`: the sources
+    are memory of this GPU, opened here, whatever device torch takes them for.
     """
 
     def __init__(
@@ -44,14 +44,15 @@ class OnePass:
         targets: Sequence[torch.Tensor] | None,
         device: torch.device,
         padded: bool = False,
-        mapped: bool = False,
+        owner: torch.device | None = None,
     ) -> None:
         self._device = device = _indexed(device)
         self._places = [list(map(place, sources)) for place in PLACES]
         written = sources if targets is None else targets
         pairs = list(zip(sources, written, strict=True))
+        here = (owner, device)  # what the kernel can read
         direct = [
-            s.is_contiguous() and (mapped or s.device == device) and (s.dtype == t.dtype or (s.dtype, t.dtype) in CASTS)
+            s.is_contiguous() and (owner or s.device) in here and (s.dtype == t.dtype or (s.dtype, t.dtype) in CASTS)
             for s, t in pairs
         ]
         self._first = [(s, t) for (s, t), fits in zip(pairs, direct, strict=True) if not fits]  # by torch, then read
@@ -62,10 +63,10 @@ class OnePass:
             for (s, t), fits, offset in zip(pairs, direct, offsets_of(written), strict=True)
         ]
         self.ranges = merged(ranges, ALIGNMENT if padded else 1)
-        others = mapped and any(source.device != device for source in sources)
+        others = owner not in (None, device)
         far = [each for each in self.ranges if others and is_far(each)]
         near = [each for each in self.ranges if not (others and is_far(each))]
-        self.far = FarCopy(far, device) if far else None
+        self._far = FarCopy(far, device) if far else None
         self.table = torch.from_numpy(table_of(near)).to(device)
         self._results = torch.zeros(3, dtype=torch.int64, device=device)
         self._targets = targets  # the kernel has their addresses; those of the sources are whoever's calls `run`
@@ -84,8 +85,8 @@ class OnePass:
             self._results.zero_()
             launch = partial(self._launch, with_digest)
             launch(self.table)
-            if self.far is not None:
-                self.far.run(launch)
+            if self._far is not None:
+                self._far.run(launch)
             first, second, bad = self._results.tolist()
         return sums_digest(first, second) if with_digest else None, not bad
 

@@ -51,6 +51,7 @@ class Intake(Protocol):
     settled: bool  # staged bytes stay as they are until `finish`; else only what was copied can be verified
     unchecked: bool  # nobody has looked yet for values that are not finite
     slots: Sequence[dict[str, torch.Tensor]]  # memory from which updates come again and again, as `stage` returns it
+    owner: torch.device  # whose memory that is
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None: ...
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]: ...
@@ -276,7 +277,7 @@ class Receiver:
         if copied and self._landing.wants_block(slots):
             alone = self._gate.exclusive(timeout_s)
         with alone:
-            self._landing.prepare(slots, copied, empty)
+            self._landing.prepare(slots, self._intake.owner, copied, empty)
 
     def _start(self, message: protocol.Start) -> dict[str, Any]:
         self._state, decision = self._step(message)

@@ -183,7 +183,7 @@ def test_weights_that_are_copied_on_a_gpu_land_in_one_block():
     manifest = Manifest.of(held)
     landing, before = Landing(manifest, held), {name: each.clone() for name, each in held.items()}
     staged = views_of(torch.zeros(slot_bytes(manifest), dtype=torch.uint8, device=device), manifest)
-    landing.prepare([staged], copied=True, empty=False)
+    landing.prepare([staged], device, copied=True, empty=False)
     assert all(torch.equal(held[name], each) for name, each in before.items()), "what was there stays"
     staged["a"].fill_(2), staged["b"].fill_(3)
     assert landing.copy(staged, unchecked=True, with_digest=True) == digest_of([held["a"], held["b"]])
