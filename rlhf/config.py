@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 
 from transfer.config import (
+    NO_KEEP,
     CollectiveConfig,
     HttpSenderConfig,
     InFlight,
@@ -425,6 +426,8 @@ class RunConfig:
                 "transfer=local samples with the learner's own weights: rollout.dtype must be null "
                 f"(got {self.rollout.dtype.name})"  # type: ignore[union-attr]
             )
+        if isinstance(self.transfer, IpcConfig) and self.transfer.exposes and self.rollout.in_flight is InFlight.keep:
+            raise ValueError(NO_KEEP)
         live = isinstance(self.transfer, IpcConfig) and self.transfer.staging is Staging.live
         if live and self.rollout.dtype not in (None, self.model.dtype):
             raise ValueError(

@@ -42,6 +42,8 @@ def train(parts: Parts, config: RunConfig, version: int) -> None:
         record.took(rollouts, version)
         with record.time("reward"):
             rewards_B = usable(reward(rollouts.prompts_B, rollouts.texts))
+        with record.time("transfer"):
+            parts.transfer.withdraw()
         with record.time("learn"):
             learned = parts.learner.learn(parts.learner.score(rollouts), rewards_B)
         with record.time("transfer"):

@@ -4,6 +4,7 @@
 - Versions never go down within a start of a worker, nor within a trainer. Once a push is acknowledged, none of its
   workers, not even one that was started again, serves anything older in a completion that begins later. Whatever a
   trainer with a lower epoch has pushed is older.
+- What was withdrawn, and whatever is older, is served no more, as its memory may have changed.
 - A start of a worker applies a version once at most, unless an update failed in between: weights may be torn then. It
   obeys the trainer with the highest epoch alone.
 - A trainer consumes no sample twice, and none that is older than the allowed lag.
@@ -56,6 +57,7 @@ class History:
         self._published: set[tuple[int, str | None]] = set()
         self._staged: dict[tuple[str, int], int] = {}  # boot and version: the trainer's epoch
         self._applied: set[tuple[str, int]] = set()  # by boot
+        self._withdrawn: dict[str, int] = {}  # the highest version, by boot of a worker; until its next trainer
         self._reached: Counter[str] = Counter()  # newest version, by boot of a worker or a trainer
         self._fence: Counter[str] = Counter()  # newest trainer's epoch, by boot
         self._workers: dict[int, set[str]] = defaultdict(set)  # of the trainer with this epoch
@@ -88,6 +90,7 @@ class History:
                 return {
                     "served what was not published": (versions[-1], digest) in self._published,
                     "served what was not staged": all((boot, version) in self._staged for version in versions),
+                    "served what was withdrawn": first > self._withdrawn.get(boot, -1),
                     f"went down from {floor}": first >= floor and versions == sorted(versions),
                     f"older than epoch and version {pushed}": (epoch, first) >= pushed,
                 }
@@ -129,6 +132,9 @@ class History:
             case "init", {"epoch": epoch}:
                 self._workers[epoch].add(who)
                 self._fence[boot] = epoch
+                self._withdrawn.pop(boot, None)
+            case "withdraw", {"result": "done", "version": version}:
+                self._withdrawn[boot] = version
             case "update", {"result": "done", "epoch": epoch, "version": version}:
                 self._staged[boot, version] = epoch
             case "finish", {"result": "done", "version": version}:

@@ -21,6 +21,7 @@ PHASES = {  # -> (module, function, at which call)
     "reward model": ("rlhf.stages.reward_model", "margins", 3),
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
     "learning": ("rlhf.learner", "Learner.learn", 2),
+    "withdrawing": ("transfer.session", "Session.withdraw", 2),  # of version 1
     "staging": ("transfer.session", "Session._stage", 2),  # of version 1
     "finishing": ("transfer.session", "Session._finished", 2),
 }

@@ -117,7 +117,10 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (["transfer.sender.url=[http://127.0.0.1:1]"], "use transfer=disk"),
         (["transfer.sender.url=[127.0.0.1:1]"], r"must be like http://127\.0\.0\.1:8000 \(got '127\.0\.0\.1:1'\)"),
         (["transfer.slots=1"], r"transfer\.slots must be at least 2"),
-        (["transfer.staging=live"], r"set transfer\.take=copy \(got view\), or transfer\.staging=arena"),
+        (
+            ["transfer.staging=live", "rollout.in_flight=keep"],
+            r"takes weights away before they change: .* rollout\.in_flight must be wait or abort \(got keep\)",
+        ),
         (
             ["transfer.staging=live", "transfer.take=copy", "rollout.dtype=bfloat16"],
             r"rollout\.dtype must be null \(got bfloat16\); choose transfer\.staging=arena",

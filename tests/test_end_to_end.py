@@ -89,9 +89,11 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     ("backend", "sender"),
     [
         ("ipc", "http"),
+        ("ipc transfer.staging=live transfer.take=view", "http"),
         ("gloo", "http"),
         ("disk", "http"),
         pytest.param("ipc", "ray", marks=pytest.mark.slow),
+        pytest.param("ipc transfer.staging=live transfer.take=view", "ray", marks=pytest.mark.slow),
         pytest.param("gloo", "ray", marks=pytest.mark.slow),
         pytest.param("disk", "ray", marks=pytest.mark.slow),
     ],
@@ -103,7 +105,7 @@ def test_every_backend_and_sender_gives_the_same_numbers(train, request, backend
     steps = [row for row in numbers(reference) if "train/loss" in row]
     assert {"train/reward", "train/gold", "train/kl", "train/grad_norm", "train/mismatch"} < set(steps[0])
     assert len(steps) == len({row["train/loss"] for row in steps}) == 3
-    folder = train(*SMOKE, f"transfer={backend}", f"transfer/sender={sender}")
+    folder = train(*SMOKE, *f"transfer={backend}".split(), f"transfer/sender={sender}")
     assert numbers(folder) == numbers(reference)
     assert samples(folder) == samples(reference)
 
@@ -116,6 +118,7 @@ def test_every_backend_and_sender_gives_the_same_numbers(train, request, backend
         "transfer.take=copy",
         "transfer.slots=3",
         "transfer.staging=live transfer.take=copy",
+        "transfer.staging=live transfer.take=view rollout.workers=2 rollout.in_flight=abort",
         "transfer.verify=full rollout.in_flight=keep",
     ],
 )

@@ -167,6 +167,16 @@ def test_a_version_that_is_applied_twice_is_seen_unless_an_update_failed_in_betw
     history.check()
 
 
+def test_a_version_that_is_served_after_it_was_withdrawn_is_seen(history):
+    served = history.all("serve", "worker-1.jsonl")[1]
+    done = next(e for e in history.all("finish", "worker-1.jsonl") if e["version"] == served["versions"][0])
+    withdrawn = {**done, "op": "withdraw", "t": done["t"] + 1e-7}
+    history.events["worker-1.jsonl"].append(withdrawn)
+    history.refused("served what was withdrawn")
+    withdrawn["result"] = "repeat"
+    history.check()
+
+
 def test_a_repeat_is_not_another_application(history):
     done = history.all("finish")[2]
     history.events["worker-0.jsonl"].append({**done, "t": done["t"] + 1e-7, "result": "repeat"})

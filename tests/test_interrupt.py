@@ -22,6 +22,7 @@ MARK = "RLHF_TEST_RUN"  # a variable that every process of a run inherits
 GONE_S = 20.0  # how long what ends by itself may take
 SMALL = ("experiment=smoke", "reward=model", "reward.prompts=64", "reward.steps=20", "hydra.run.dir=run")
 DEADLINES = ("transfer.sender.timeout_s=10", "rollout.timeout_s=20")
+LIVE_VIEW = "ipc transfer.staging=live transfer.take=view"
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 
 pytestmark = pytest.mark.slow
@@ -151,19 +152,27 @@ def test_without_restarts_a_worker_that_is_killed_is_named_in_the_one_line_that_
     assert_nothing_is_left(ended)
 
 
+def test_without_restarts_a_worker_that_may_still_serve_the_trainers_own_memory_ends_the_run_and_is_named(harmed):
+    ended = harmed("withdrawing", "worker", "SIGKILL", *f"transfer={LIVE_VIEW}".split(), "rollout.restarts=0")
+    assert ended.code == 1
+    assert "withdrawing version 1 failed: worker 0" in ended.errors and "Traceback" not in ended.errors
+    assert_nothing_is_left(ended)
+
+
 @pytest.mark.parametrize(
     ("phase", "way"),
     [
         *((phase, ("ipc", "http")) for phase in ("pairs", "sampling", "staging", "finishing")),
         *((phase, ("disk", "http")) for phase in ("sampling", "finishing")),
         *((phase, ("ipc", "ray")) for phase in ("pairs", "staging")),
+        *((phase, (LIVE_VIEW, "http")) for phase in ("sampling", "withdrawing", "learning", "finishing")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
 def test_a_worker_that_is_killed_is_started_again_and_the_run_has_the_numbers_of_one_undisturbed(
     harmed, ended, tmp_path, phase, way
 ):
-    choice = (f"transfer={way[0]}", f"transfer/sender={way[1]}")
+    choice = (*f"transfer={way[0]}".split(), f"transfer/sender={way[1]}")
     assert ended("-m", "rlhf.train", *SMALL, *choice, "hydra.run.dir=undisturbed").code == 0
     disturbed = harmed(phase, "worker", "SIGKILL", *choice)
     assert disturbed.code == 0, disturbed.errors

@@ -7,6 +7,7 @@ Two planes: a *backend* moves bytes (`ipc`, `gloo`, `nccl`, `disk`, `local`), a 
         senders = ...                                    # start workers; each gets `transfer.endpoint` privately
         transfer.open(module.state_dict(), senders)      # agree once on names, dtypes and shapes
         version = transfer.push(module.state_dict())     # between gradient steps: version 0, 1, 2, ...
+        transfer.withdraw()                              # before the next step changes them
 
 In the worker, `make_receiver(endpoint, module)` is the other half (receiver.py).
 """
@@ -67,6 +68,9 @@ class Transfer(AbstractContextManager["Transfer"], Protocol):
 
     def push(self, weights: Weights) -> int:
         """Make `weights` the live ones in every worker, or in none; the new version. TransferError says who failed."""
+
+    def withdraw(self) -> None:
+        """Call before the weights change: workers that serve the trainer's own memory stop; for others, nothing."""
 
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that was started again to the newest version; False if that is not what it lacks."""

@@ -5,7 +5,8 @@ A verb's message is the JSON object of a POST's body together with the query's p
 run in threads, completions in their own, so that /health and the messages of an update are answered while the worker
 samples. Errors are `{"error": {"message": ..., "code": <status>}}`.
 
-The verbs are plain ASGI routes of the FastAPI app: its own machinery around a function costs as much again.
+The verbs are plain ASGI routes of the FastAPI app: its own machinery around a function costs as much again. `AtOnce`
+answers, without app and threads, the messages of an update that the worker calls prompt (bounded_http.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -35,6 +36,7 @@ MAX_COMPLETIONS_BYTES = 64 * 2**20  # a batch of long prompts; control messages 
 MAX_DEPTH = 32  # lists and objects inside each other: nothing that walks a message may run out of stack
 MAX_REASON = 2000  # characters of an error's message
 THREADS = 64  # for completions, and once more for all other verbs
+AT_ONCE = ("start_weight_update", "finish_weight_update", "abort_weight_update", "withdraw_weights", "status")
 CLOSE = (b"connection", b"close")  # nothing more of this client's is read, not even into a buffer
 
 
@@ -52,6 +54,34 @@ def make_app(worker: Any, token: str) -> FastAPI:
     if token:
         app.add_middleware(BearerToken, token=token)
     return app
+
+
+class AtOnce:
+    """Messages of an update that are answered in the thread of the event loop, because they take no longer than that.
+
+    For workers that say which: `prompt(verb)`, whether it would be done without waiting for anybody.
+    """
+
+    def __init__(self, worker: Any, token: str) -> None:
+        self._prompt: Callable[[str], bool] = getattr(worker, "prompt", lambda verb: False)
+        self._tokens = [b"Bearer " + token.encode()] if token else []
+        self._verbs = {
+            (method.encode(), path.encode()): (verb, partial(answer, getattr(worker, verb), wire.MAX_CONTROL_BYTES, {}))
+            for verb in AT_ONCE
+            for method, path in [wire.ROUTES[verb]]
+            if hasattr(worker, verb)
+        }
+
+    def admits(self, method: bytes, path: bytes, authorization: list[bytes], nbytes: int) -> bool:
+        """Whether a request with these headers may be answered here."""
+        allowed = not self._tokens or (len(authorization) == 1 and hmac.compare_digest(authorization[0], *self._tokens))
+        few = nbytes <= (wire.MAX_CONTROL_BYTES if method == b"POST" else 0)
+        return allowed and few and (method, path) in self._verbs
+
+    def answer(self, method: bytes, path: bytes, body: bytearray) -> tuple[int, bytes] | None:
+        """The status and the body, or None if somebody would have to wait."""
+        verb, call = self._verbs[method, path]
+        return call(body, b"") if self._prompt(verb) else None
 
 
 class BearerToken:
@@ -80,10 +110,10 @@ class Verb:
     """One method of the worker as an ASGI app."""
 
     def __init__(self, verb: str, call: Callable[[dict[str, Any]], Any], pool: ThreadPoolExecutor) -> None:
-        self._call = call
-        self._pool = pool
-        self._query = OPERATIONS[verb].query if verb in OPERATIONS else {}
+        query = OPERATIONS[verb].query if verb in OPERATIONS else {}
         self._limit = MAX_COMPLETIONS_BYTES if verb == "completions" else wire.MAX_CONTROL_BYTES
+        self._answer = partial(answer, call, self._limit, query)
+        self._pool = pool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
@@ -92,21 +122,24 @@ class Verb:
         body = await _body(receive, self._limit) if scope["method"] == "POST" else bytearray()
         if body is not None:
             loop = asyncio.get_running_loop()
-            status, answer = await loop.run_in_executor(self._pool, self._answer, body, scope["query_string"])
-            await _send(send, status, answer)
+            status, said = await loop.run_in_executor(self._pool, self._answer, body, scope["query_string"])
+            await _send(send, status, said)
 
-    def _answer(self, body: bytearray, query: bytes) -> tuple[int, bytes]:
-        """The status and the JSON of the worker's answer; never raises."""
-        try:
-            message = _shallow(wire.loads(body, self._limit))  # 413 if over the limit
-            if query:
-                _add_query(message, query, self._query)
-            return 200, _encoded(self._call(message))
-        except Refused as refusal:
-            return refusal.status, _error(refusal.status, refusal.reason)
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            return 500, _error(500, f"{type(error).__name__}: {error}".splitlines()[0])
+
+def answer(
+    call: Callable[[dict[str, Any]], Any], limit: int, known: Mapping[str, Any], body: bytearray, query: bytes
+) -> tuple[int, bytes]:
+    """The status and the JSON of a worker's answer to a body of at most `limit` bytes; never raises."""
+    try:
+        message = _shallow(wire.loads(body, limit))  # 413 if over the limit
+        if query:
+            _add_query(message, query, known)
+        return 200, _encoded(call(message))
+    except Refused as refusal:
+        return refusal.status, _error(refusal.status, refusal.reason)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return 500, _error(500, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 async def _body(receive: Receive, limit: int) -> bytearray | None:

@@ -4,7 +4,8 @@
     staging=live    the trainer's own parameters are the only slot: moved there once, at `open`, and copied by workers
 
 At `init` a worker maps the memory, once per run. With `take=view` the slot becomes the worker's weights, so a slot may
-be written again only when no worker serves its version any more.
+be written again only when no worker serves its version any more. With both `live` and `view` the worker's weights are
+the trainer's own: an update moves no byte, and before they change the trainer withdraws them.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class ArenaPublisher:
 
     casts = True
     keeps = True
+    exposes = False
 
     def __init__(self, config: IpcConfig) -> None:
         self._count = config.slots
@@ -123,9 +125,10 @@ class LivePublisher:
     """The sending half with `staging=live`: moves the parameters into shared memory at `open`, and writes nothing."""
 
     casts = False
-    keeps = False
 
     def __init__(self, config: IpcConfig) -> None:
+        self.exposes = config.take is Take.view
+        self.keeps = self.exposes  # else workers have copies, and nobody is told when the weights change
         self._slots = Slots()
         self._places: list[int] = []  # where its tensors are
         self._pass: OnePass | None = None
@@ -152,7 +155,7 @@ class LivePublisher:
     ) -> tuple[dict[str, Any], str | None]:
         """Only look: ValueError if a tensor is no longer where workers look for it; the digest.
 
-        With a digest NotFinite for values that the same pass has found; without, workers find them as they copy.
+        NotFinite for values that one pass has found: the digest's, or if workers do not look as they copy.
         """
         views = self._slots.views[0]
         if addresses(map(weights.__getitem__, views)) != self._places:
@@ -162,11 +165,11 @@ class LivePublisher:
                 "themselves, module.state_dict(keep_vars=True), and do not replace them"
             )
         _wait(self._slots.device)
-        if not with_digest:
-            return {"slot": 0}, None
         if self._pass is None:
-            return {"slot": 0}, digest_of(views.values())
-        digest, finite = self._pass.run()
+            return {"slot": 0}, digest_of(views.values()) if with_digest else None
+        if not with_digest and not self.exposes:
+            return {"slot": 0}, None
+        digest, finite = self._pass.run(with_digest)
         if not finite:
             raise NotFinite
         return {"slot": 0}, digest

@@ -79,6 +79,7 @@ class CollectivePublisher:
     casts = True
     keeps = True  # as far as `holds` says
     finds_nonfinite = False
+    exposes = False
 
     def __init__(self, config: CollectiveConfig) -> None:
         if config.library is Library.nccl and not torch.cuda.is_available():

@@ -13,7 +13,8 @@ class Staging(enum.Enum):
     """Where the bytes of an update wait for the workers."""
 
     arena = "arena"  # in a slot of memory of their own: the trainer trains on while workers read or serve them
-    live = "live"  # in the trainer's own parameters: no extra memory, and no byte is written
+    live = "live"  # in the trainer's own parameters: no extra memory, and no byte is written; with take=view none is
+    # moved at all, and workers serve nothing while a gradient step changes them
 
 
 class Take(enum.Enum):
@@ -111,11 +112,17 @@ class IpcConfig(TransferConfig):
                 f"transfer.slots must be at least 2, so that workers can serve one version while the next is written "
                 f"(got {self.slots})"
             )
-        if self.staging is Staging.live and self.take is Take.view:
-            raise ValueError(
-                "transfer.staging=live shares the parameters that the next gradient step changes, so that no worker "
-                "can serve from them: set transfer.take=copy (got view), or transfer.staging=arena"
-            )
+
+    @property
+    def exposes(self) -> bool:
+        """Whether workers serve the trainer's own memory, and stop while it changes."""
+        return self.staging is Staging.live and self.take is Take.view
+
+
+NO_KEEP = (
+    "transfer.staging=live with transfer.take=view takes weights away before they change: no completion can span an "
+    "update, so rollout.in_flight must be wait or abort (got keep)"
+)
 
 
 @dataclass(slots=True, kw_only=True)

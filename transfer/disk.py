@@ -37,6 +37,7 @@ class DiskPublisher:
     casts = True
     keeps = True
     finds_nonfinite = False
+    exposes = False
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
         self._folder = Path(config.path) if config.path else folder / "weights"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -36,11 +35,11 @@ class Alongside(Protocol):
 
 
 class Fleet:
-    """The workers behind `senders`; `control_bytes` counts the messages' JSON, both ways."""
+    """The workers behind `senders`; `messages` are those said and heard."""
 
     def __init__(self, senders: Sequence[Sender], timeout_s: float) -> None:
         self.members = [Member(sender) for sender in senders]
-        self.control_bytes = 0
+        self.messages: list[Mapping[str, Any]] = []
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(len(senders) + 1, thread_name_prefix="transfer")
 
@@ -82,8 +81,8 @@ class Fleet:
                 ours.cancel()
                 alongside.give_up()
         for member, heard in answers.items():
-            said = [_addressed(verb, body, member) for verb, body in messages]
-            self.control_bytes += sum(len(json.dumps(each, separators=(",", ":"))) for each in (*said, *heard))
+            said: list[Mapping[str, Any]] = [_addressed(verb, body, member) for verb, body in messages]
+            self.messages += [*said, *heard]
             member.boot = heard[-1].get("boot", member.boot)
         return answers, failures
 
@@ -94,8 +93,9 @@ class Fleet:
     def _each(
         self, members: Sequence[Member], talk: Callable[[Member], list[dict[str, Any]]], timeout_s: float
     ) -> tuple[dict[Member, list[dict[str, Any]]], Failures]:
-        here = len(members) == 1 and is_remote(members[0])
-        jobs = {member: _done(talk, member) if here else self._pool.submit(talk, member) for member in members}
+        if len(members) == 1 and is_remote(members[0]):  # in this thread: waking another takes as long as a message
+            return _talked(talk, members[0])
+        jobs = {member: self._pool.submit(talk, member) for member in members}
         wait(jobs.values(), timeout=timeout_s + GRACE_S)
         answers: dict[Member, list[dict[str, Any]]] = {}
         failures: Failures = {}
@@ -114,14 +114,14 @@ def is_remote(member: Member) -> bool:
     return getattr(member.sender, "remote", False)
 
 
-def _done(talk: Callable[[Member], Any], member: Member) -> Future[Any]:
-    """The talk, held in this thread: waking another takes as long as a message."""
-    job: Future[Any] = Future()
+def _talked(
+    talk: Callable[[Member], list[dict[str, Any]]], member: Member
+) -> tuple[dict[Member, list[dict[str, Any]]], Failures]:
+    """One member's answers, or its failure."""
     try:
-        job.set_result(talk(member))
+        return {member: talk(member)}, {}
     except Exception as error:
-        job.set_exception(error)
-    return job
+        return {}, {member: _as_remote(error, member.sender.name)}
 
 
 def _with_ours(ours: Future[None], answers: dict[Member, Any], failures: Failures, verb: str) -> Failures:

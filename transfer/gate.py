@@ -25,6 +25,11 @@ class Gate:
         return self._sharing
 
     @property
+    def idle(self) -> bool:
+        """Whether nobody is inside, or waits."""
+        return not self._sharing and not self._exclusive
+
+    @property
     def wanted(self) -> bool:
         """Whether somebody waits to be alone."""
         return self._exclusive > 0

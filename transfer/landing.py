@@ -79,15 +79,17 @@ class Landing:
             for name, tensor in staged.items():
                 for mine in self._tensors[name]:
                     mine.copy_(tensor)
+            self._synchronize()
         if not finite:
             bad = not_finite({name: self._tensors[name][0] for name in staged}, self._manifest)
             if bad is not None or found is not None:
                 raise NotFinite(f"{bad or 'a tensor'} has values that are not finite")
-        self._synchronize()
         return digest
 
     def view(self, staged: Staged) -> None:
-        """Put staged tensors in the place of the module's; those are kept until `forget`."""
+        """Put staged tensors in the place of the module's, unless they are there; those are kept until `forget`."""
+        if staged is self._taken:
+            return
         kept = self._taken.keys() >= staged.keys()
         self._replaced = list(self._taken.values()) if kept else [mine.data for _, mine in self._all]
         for name, mine in self._all:

@@ -17,6 +17,7 @@ class LocalPublisher:
     casts = True
     keeps = False
     finds_nonfinite = False
+    exposes = False
 
     def __init__(self) -> None:
         self.endpoint: dict[str, Any] = {"backend": "local"}

@@ -191,6 +191,12 @@ OPERATIONS: dict[str, Operation] = {
     "abort_weight_update": Operation(
         "Drop what is staged", _STANDING, _object({"epoch": INT, "version": INT}), refusals=_UPDATE
     ),
+    "withdraw_weights": Operation(
+        "Serve nothing until a newer version is finished: the memory of this one and older ones is about to change",
+        _STANDING,
+        _object({"epoch": EPOCH, "version": INT}),
+        refusals=_UPDATE,
+    ),
     "weight_info": Operation("The live version", _object({"weight_version": _or_null(STRING)})),
     "status": Operation("Where the worker stands", _STATUS),
     "pause": Operation(

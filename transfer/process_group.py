@@ -18,6 +18,7 @@ import secrets
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ NCCL_ENVIRONMENT = {  # else a peer that is late or gone ends the whole process
 }
 
 
-class Group:
+class Group(ABC):
     """A process group of one trainer and its workers; every wait ends by `until`, or when the trainer gives up."""
 
     def __init__(self, library: Library, device: torch.device, world: int) -> None:
@@ -147,9 +148,9 @@ class Group:
             group.eager_connect_single_device(self._device)
         return group
 
+    @abstractmethod
     def _met(self) -> tuple[dist.Store, int, str]:
         """The store, this process's rank, and the address at which the others reach it, once all have come."""
-        raise NotImplementedError
 
     def _leave_store(self) -> None:
         self._store = None

@@ -3,6 +3,7 @@
     EMPTY or READY(v) --start(w)--> STAGING(v -> w) --update(w)--> the same, staged --finish(w)--> READY(w)
     STAGING --abort(w) | lease expired | failed | init(higher epoch)--> READY(v), or EMPTY; never a mixture
     finish(w) --writing--> QUARANTINED --flipped--> READY(w); an error in between: stays QUARANTINED, serves nothing
+    READY --withdraw(v)--> QUARANTINED, and whatever was staged of v or older is dropped
     QUARANTINED --start(w), update(w), finish(w)--> READY(w)
 
 - Epochs fence trainers. `init` must take a higher epoch than any before (409 otherwise, also for the same one from
@@ -10,7 +11,10 @@
   must carry the epoch of the last `init` (409).
 - Versions are monotonic: `start` below the newest finished version is refused (409). A message about the newest version
   is a repeat if its digest is the same: answered, and nothing happens; with another digest it is a conflict (409).
-- Only `finish` changes what is served, and only if that very version was staged.
+- Only `finish` changes what is served, and only if that very version was staged. `withdraw` ends it: the memory of that
+  version and older ones is about to change, so that none of them may be started again in that epoch, whatever its
+  digest: the next `init` ends all messages about them. A `withdraw` that comes late, when a newer version is finished,
+  changes nothing.
 - A stage holds for a lease that every message of its trainer renews; after it the stage is as if it had been aborted.
 
 `step` says what a message means in a state: Do (with the state that holds once the work is done), Repeat, or Refuse.
@@ -29,18 +33,19 @@ class Phase(enum.Enum):
     EMPTY = "empty"  # no weights from any trainer yet; serves nothing
     READY = "ready"  # serves a version
     STAGING = "staging"  # an update is under way; goes on serving what it served
-    QUARANTINED = "quarantined"  # an update broke off while weights were being replaced; serves nothing
+    QUARANTINED = "quarantined"  # an update broke off while weights were being replaced, or they were withdrawn
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a worker knows; `version` is the newest finished one, and still there unless `torn`."""
+    """What a worker knows; `version` is the newest finished one, and still there unless `torn` or withdrawn."""
 
     epoch: int = 0
     trainer: str = ""  # who has taken that epoch
     version: int | None = None
     digest: str | None = None  # of `version`, as its trainer gave it
     torn: bool = False
+    withdrawn: int | None = None  # in this epoch; the highest version whose memory may have changed
     target: int | None = None  # the version being staged
     target_digest: str | None = None
     staged: bool = False  # an update of `target` has arrived
@@ -59,6 +64,10 @@ class State:
     def serves(self) -> int | None:
         """The version that completions are sampled with; None if nothing may be served."""
         return None if self.torn else self.version
+
+    def is_withdrawn(self, version: int) -> bool:
+        """Whether the memory of this version may have changed since it was published."""
+        return self.withdrawn is not None and version <= self.withdrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,14 @@ class Rename:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The memory of `version` and older ones is about to change: nothing is served until a newer one is finished."""
+
+    epoch: int
+    version: int
+
+
 class Event(enum.Enum):
     """What the caller reports about the work itself."""
 
@@ -118,7 +135,7 @@ class Event(enum.Enum):
     FAILED = "failed"  # staging or replacing raised an error
 
 
-Message = Init | Start | Update | Finish | Abort | Rename
+Message = Init | Start | Update | Finish | Abort | Rename | Withdraw
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +177,8 @@ def step(state: State, message: Message, now: float, lease_s: float) -> tuple[St
             after, decision = _abort(state, message)
         case Rename():
             after, decision = _rename(state, message)
+        case Withdraw():
+            after, decision = _withdraw(state, message)
     if after.target is not None and not isinstance(decision, Refuse):
         after = replace(after, deadline=now + lease_s)
     return after, decision
@@ -192,7 +211,7 @@ def _init(state: State, message: Init) -> tuple[State, Decision]:
         return state, Repeat()
     if message.epoch <= state.epoch:
         return state, Refuse(f"epoch {message.epoch} is taken; the next trainer's is at least {state.epoch + 1}")
-    return replace(_dropped(state), epoch=message.epoch, trainer=message.trainer), Do()
+    return replace(_dropped(state), epoch=message.epoch, trainer=message.trainer, withdrawn=None), Do()
 
 
 def _start(state: State, message: Start) -> tuple[State, Decision]:
@@ -202,6 +221,8 @@ def _start(state: State, message: Start) -> tuple[State, Decision]:
         return state, _repeat_if(message.digest == state.target_digest, message.version)
     if state.version is not None and message.version < state.version:
         return state, Refuse(f"version {message.version} is older than {state.version}, which is here already")
+    if state.is_withdrawn(message.version):
+        return state, Refuse(f"version {message.version} was withdrawn: its memory has changed since")
     same = message.digest == state.digest
     if message.version == state.version and not (same and state.torn):  # torn weights may come again, but no others
         return state, _repeat_if(same, message.version)
@@ -235,7 +256,21 @@ def _rename(state: State, message: Rename) -> tuple[State, Decision]:
         return state, _not_under_way(state, message.version, "finished")
     if state.version is not None and message.version <= state.version:
         return state, Refuse(f"version {message.version} is not newer than {state.version}, which is here already")
+    if state.is_withdrawn(message.version):
+        return state, Refuse(f"version {message.version} was withdrawn: its memory has changed since")
     return replace(state, target=message.version), Do()
+
+
+def _withdraw(state: State, message: Withdraw) -> tuple[State, Decision]:
+    if state.version is not None and message.version < state.version:
+        return state, Repeat()
+    stale = state.target is not None and state.target <= message.version
+    after = replace(
+        _dropped(state) if stale else state,
+        torn=state.torn or state.version is not None,
+        withdrawn=max(message.version, message.version if state.withdrawn is None else state.withdrawn),
+    )
+    return after, Repeat() if after == state else Do()
 
 
 def _is_live(state: State, version: int) -> bool:

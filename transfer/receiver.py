@@ -9,6 +9,7 @@ while nobody generates. The verbs come one at a time; `status` and `weight_info`
     update_weights               {"update_info": {"epoch", "version", "where"}}
     finish_weight_update         {"epoch", "weight_version"}         the version as a string, vLLM's field
     abort_weight_update          {"epoch", "version"}
+    withdraw_weights             {"epoch", "version"}        the memory of that version and older is about to change
 
 A `start` with `where` is an `update`, too, and with `finish` true all three.
 
@@ -42,6 +43,9 @@ from transfer.oneshot import Chunks
 
 TIMEOUT_S = 60.0  # deadline of one message, until a trainer names its own
 MAX_TIMEOUT_S = 3600.0
+QUICK_BYTES = {"cpu": 2**25, "cuda": 2**36}  # of weights that are copied or read within about 50 ms
+
+Noted = protocol.Start | protocol.Update | protocol.Finish | protocol.Withdraw
 
 
 class Intake(Protocol):
@@ -113,12 +117,19 @@ class Receiver:
         self._in_flight = InFlight.wait
         self._journal = journal
         self._verbs = threading.Lock()  # one verb at a time
-        self._gate = Gate()  # generation shares it, finish has it alone
+        self._gate = Gate()  # generation shares it, finish and withdraw have it alone
 
     @property
     def version(self) -> int | None:
         """The version that completions are sampled with; None if nothing may be served."""
         return self._state.serves
+
+    def prompt(self, verb: str) -> bool:
+        """Whether a verb of an update would be done at once: nobody to wait for, and bytes that are quickly moved."""
+        if verb == "status":
+            return True
+        mapped = bool(self._intake.slots) and self._manifest.nbytes <= QUICK_BYTES.get(self._device.type, 0)
+        return mapped and not self._verbs.locked() and self._gate.idle
 
     @property
     def phase(self) -> protocol.Phase:
@@ -253,6 +264,22 @@ class Receiver:
             self._journal.write("abort", **body)
             return self._standing()
 
+    def withdraw_weights(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Serve nothing until a newer version is finished; answered once no completion reads the weights any more."""
+        _only(body, {"epoch": _is_epoch, "version": wire.is_int})
+        with self._alone():
+            message = protocol.Withdraw(**body)
+            state, decision = self._step(message)
+            if isinstance(decision, protocol.Do):
+                with _reasons(f"withdrawing version {message.version}"), self._gate.exclusive(self._timeout_s / 2):
+                    _synchronize(self._device)  # nothing that was launched reads them, either
+                    self._state = state
+                if state.target is None:
+                    self._forget()
+            self._state = state
+            self._noted("withdraw", message, decision)
+            return self._standing()
+
     def _check_boot(self, body: Mapping[str, Any]) -> None:
         """Refused 412 for a message that was meant for another start of this worker, which may have known more."""
         if body.get("boot", self._boot) != self._boot:
@@ -302,7 +329,8 @@ class Receiver:
         if isinstance(decision, protocol.Do):
             with self._or_failed(f"staging version {message.version}"):
                 staged = stage()
-                _synchronize(self._device)
+                if not self._intake.slots:  # something may have been queued
+                    _synchronize(self._device)
                 if self._intake.settled:
                     self._compare(state, lambda like: self._landing.digest(staged, like), "staged")
             self._state, self._staged = state, staged
@@ -328,8 +356,14 @@ class Receiver:
         if digest is not None and self._verify is not Verify.full:
             self._check_digest(self._state, digest, "copied")
         elif self._verify is Verify.full or not self._intake.settled:
-            self._compare(self._state, lambda like: digest_of(self._landing.tensors, like), "live")
+            self._compare(self._state, self._live_digest, "live")
         self._state = protocol.reported(self._state, protocol.Event.FLIPPED)
+
+    def _live_digest(self, like: str) -> str:
+        """Of the module's tensors; unless all is to be looked at, of the slot that has just become them."""
+        if self._intake.in_place or self._verify is Verify.full:
+            return digest_of(self._landing.tensors, like)
+        return self._landing.digest(self._staged, like)
 
     def _compare(self, state: protocol.State, digest: Callable[[str], str], which: str) -> None:
         if self._verify is not Verify.off and state.target_digest is not None:
@@ -340,9 +374,9 @@ class Receiver:
         if self._verify is not Verify.off and expected is not None and found != expected:
             raise ValueError(f"the {which} weights have the digest {found}, and the trainer's have {expected}")
 
-    def _noted(self, op: str, message: protocol.Start | protocol.Update | protocol.Finish, decision: Any) -> None:
+    def _noted(self, op: str, message: Noted, decision: protocol.Decision) -> None:
         result = "done" if isinstance(decision, protocol.Do) else "repeat"
-        digest = self._state.digest if op == "finish" else self._state.target_digest
+        digest = self._state.digest if op in ("finish", "withdraw") else self._state.target_digest
         self._journal.write(op, epoch=message.epoch, version=message.version, digest=digest, result=result)
 
     def _finish_chunks(self, version: int) -> dict[str, Any]:

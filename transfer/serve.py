@@ -77,17 +77,21 @@ def _is_loopback(host: str) -> bool:
 def _server(worker: Any, token: str) -> uvicorn.Server:
     import uvicorn
 
-    from transfer.app import make_app
+    from transfer.app import AtOnce, make_app
     from transfer.bounded_http import BoundedHttp
+
+    class Http(BoundedHttp):
+        short_way = AtOnce(worker, token)
 
     config = uvicorn.Config(
         make_app(worker, token),
         loop="asyncio",
-        http=BoundedHttp,
+        http=Http,
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_keep_alive=3600,  # a trainer's connection stays between two steps, however long the step

@@ -3,6 +3,7 @@
     write      the bytes, where workers find them; nobody is told yet
     stage      start and update, to all workers at once
     finish     only when all have staged; else abort to all, and the live weights are the old ones everywhere
+    withdraw   where workers serve the trainer's own memory: before that changes, so that none serves a mixture
 
 After a failure the next push takes a new epoch first: then no late message of the failed one counts, and what each
 worker serves is known. A version's number is used up once any worker was told to finish it.
@@ -10,6 +11,7 @@ worker serves is known. A version's number is used up once any worker was told t
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import secrets
@@ -23,6 +25,7 @@ import torch
 
 from transfer import Sender, wire
 from transfer.config import (
+    NO_KEEP,
     CollectiveConfig,
     DiskConfig,
     InFlight,
@@ -50,6 +53,7 @@ class Publisher(Protocol):
     casts: bool  # whether it writes the workers' dtype, whatever the trainer's
     keeps: bool  # whether the bytes of a version stay until the next is written
     finds_nonfinite: bool  # whether values that are not finite are found, as NotFinite or by workers, with no search
+    exposes: bool  # whether workers serve the trainer's own memory: to be withdrawn before it changes
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]: ...
     def write(
@@ -83,13 +87,18 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class PushStats:
-    """What one push moved and took: bytes of weights and of control messages (both ways, all workers), seconds."""
+    """What one push moved and took: bytes of weights, seconds, and the messages, both ways, with all workers."""
 
-    bytes: int
-    seconds: float
-    write_seconds: float
-    control_bytes: int
-    restarts: int  # workers that were started again meanwhile
+    bytes: int = 0
+    seconds: float = 0.0
+    write_seconds: float = 0.0
+    messages: Sequence[Mapping[str, Any]] = ()
+    restarts: int = 0  # workers that were started again meanwhile
+
+    @property
+    def control_bytes(self) -> int:
+        """The messages' size as JSON."""
+        return sum(len(json.dumps(each, separators=(",", ":"))) for each in self.messages)
 
 
 def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
@@ -118,6 +127,8 @@ class Session:
     """Carries versions of one policy to a fixed set of workers; all serve the new one, or all go on with the old."""
 
     def __init__(self, publisher: Publisher, config: TransferConfig, in_flight: InFlight, journal: Journal) -> None:
+        if publisher.exposes and in_flight is InFlight.keep:
+            raise ValueError(NO_KEEP)
         self._publisher = publisher
         self._timeout_s = config.sender.timeout_s
         self._trainer = secrets.token_hex(8)
@@ -139,9 +150,10 @@ class Session:
         self._newest: int | None = None  # version that any worker has finished
         self._named = -1  # the highest version that any worker was told to finish, and may have served
         self._writes: dict[int, Written] = {}  # versions whose bytes are still there
+        self._viewers: dict[Member, None] = {}  # that may serve the trainer's own memory, in order
         self._restarts = 0
         self.endpoint: Mapping[str, Any] = publisher.endpoint  # what a worker is told, privately, at its launch; JSON
-        self.last = PushStats(0, 0.0, 0.0, 0, 0)
+        self.last = PushStats()
 
     def __enter__(self) -> Session:
         return self
@@ -166,16 +178,21 @@ class Session:
             "where": self._publisher.prepare(self._manifest, weights),
         }
         self._epoch = max(int(answer["epoch"]) for answer in status.values())
-        self._writes = {}
+        self._writes, self._viewers = {}, {}  # the weights are in other memory now
         self._take_over(opening=True)
         self._journal.write("open", epoch=self._epoch, manifest=self._manifest.digest)
 
     def push(self, weights: Weights) -> int:
         """Make `weights` the live ones in every worker, or in none; the new version. TransferError: who failed, why."""
         began = time.monotonic()
-        self._restarts, self._fleet.control_bytes = 0, 0
+        self._restarts, self._fleet.messages = 0, []
         if not self._fleet.members:
             raise ValueError("open the transfer before the first push")
+        if self._viewers:
+            raise ValueError(
+                "workers still serve the weights of the last push, which are the trainer's own memory: "
+                "call withdraw() before the weights are changed, then push()"
+            )
         if self._unsure or self._replaced:
             self._take_over()
         version = 1 + max(self._named, -1 if self._newest is None else self._newest)
@@ -185,11 +202,29 @@ class Session:
         wrote = time.monotonic()
         self._update(self._fleet.members, written)
         self._newest = version
-        nbytes = self._manifest.nbytes if written.where else 0  # a backend that says no place has moved nothing
-        said = self._fleet.control_bytes
-        self.last = PushStats(nbytes, time.monotonic() - began, wrote - writing, said, self._restarts)
+        stays = self._publisher.exposes or not written.where  # a backend that says no place has moved nothing
+        nbytes = 0 if stays else self._manifest.nbytes
+        seconds, messages = time.monotonic() - began, self._fleet.messages
+        self.last = PushStats(nbytes, seconds, wrote - writing, messages, self._restarts)
         self._journal.write("pushed", epoch=self._epoch, version=version, digest=written.digest)
         return version
+
+    def withdraw(self) -> None:
+        """Before the weights change: no worker serves the trainer's own memory after this; TransferError: who may.
+
+        Nothing is done, or said, where workers have memory of their own.
+        """
+        if self._publisher.exposes:
+            self._writes = {}  # nobody may get them any more
+        if not self._viewers:
+            return
+        version = max(self._named, -1 if self._newest is None else self._newest)
+        viewers = list(self._viewers)
+        failures = self._withdraw(viewers, version)
+        if again := self._rejoined(list(failures)):
+            failures = {m: f for m, f in failures.items() if m not in again} | self._withdraw(again, version)
+        self._raise(f"withdrawing version {version}", failures)
+        self._journal.write("withdraw", epoch=self._epoch, version=version)
 
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has lost its weights, because it was started again, to the newest version.
@@ -208,7 +243,7 @@ class Session:
         return True
 
     def close(self) -> None:
-        """Give up what the backend holds; workers keep the version that they have."""
+        """Give up what the backend holds; workers keep their version: `withdraw` it before you train on."""
         self._fleet.close()
         self._fleet = Fleet([], self._timeout_s)
         self._publisher.close()
@@ -289,6 +324,14 @@ class Session:
 
     # --- one update ---------------------------------------------------------------------------------------------------
 
+    def _withdraw(self, members: Sequence[Member], version: int) -> Failures:
+        """Let these workers serve nothing up to `version`; who may go on."""
+        answers, failures = self._fleet.ask(members, "withdraw_weights", {"epoch": self._epoch, "version": version})
+        for member in answers:
+            member.serves = None
+            self._viewers.pop(member, None)
+        return failures
+
     def _write(self, weights: Weights, version: int) -> Written:
         served = {member.serves for member in self._fleet.members if member.serves is not None}
         self._writes = {live: self._writes[live] for live in served if live in self._writes}
@@ -349,7 +392,7 @@ class Session:
             work = 2 + finish
             messages = [("start_weight_update", {**named, **digest, "where": where, "finish": finish})]
         if finish:
-            self._named = max(self._named, written.version)
+            self._name(takers, written.version)
         told: dict[str, Any] = {} if part is None else {"alongside": part}
         answers, failures = self._fleet.converse(takers, messages, work=work, **told)
         return ahead | (self._finished(answers, failures, written.version) if finish else failures)
@@ -363,12 +406,18 @@ class Session:
             raise wire.TransferError(f"a broadcast of version {version} cannot be set up: {error}") from error
 
     def _finish(self, members: Sequence[Member], version: int) -> Failures:
-        self._named = max(self._named, version)
+        self._name(members, version)
         body = {"epoch": self._epoch, "weight_version": str(version)}
         answers, failures = self._fleet.ask(members, "finish_weight_update", body)
         failures = self._finished(answers, failures, version)
         self._abort(list(failures), version)
         return failures
+
+    def _name(self, members: Sequence[Member], version: int) -> None:
+        """Note that these workers are told to finish `version`, and may serve it from now on."""
+        self._named = max(self._named, version)
+        if self._publisher.exposes:
+            self._viewers |= dict.fromkeys(members)
 
     def _finished(self, answers: Collection[Member], failures: Failures, version: int) -> Failures:
         """Note who serves `version`, also those whose answer was lost; the failures of all others."""

@@ -28,6 +28,7 @@ ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
     "update_weights": ("POST", "/update_weights"),
     "finish_weight_update": ("POST", "/finish_weight_update"),
     "abort_weight_update": ("POST", "/abort_weight_update"),  # ours: vLLM has no abort
+    "withdraw_weights": ("POST", "/withdraw_weights"),  # ours: the memory of the weights is about to change
     "weight_info": ("GET", "/weight_info"),
     "status": ("GET", "/status"),  # ours: phase, epoch, version, digest
     "pause": ("POST", "/pause"),

@@ -147,7 +147,7 @@ class Worker:
         """Let completions start again; 409 while asleep, or while the weights are not whole."""
         wire.only(dict(body), {})
         if self._receiver.phase is Phase.QUARANTINED:
-            raise Refused(409, "an update broke off while weights were replaced: finish one before resuming")
+            raise Refused(409, "an update broke off, or the weights were withdrawn: finish one before resuming")
         if self._asleep:
             raise Refused(409, "the worker is asleep: wake it up first")
         self._gate.resume()
@@ -219,9 +219,17 @@ class Worker:
         """Forget what is staged."""
         return self._receiver.abort_weight_update(dict(body))
 
+    def withdraw_weights(self, body: Body) -> Answer:
+        """Serve nothing until a newer version is finished."""
+        return self._receiver.withdraw_weights(dict(body))
+
     def weight_info(self, body: Body) -> Answer:
         """The live version."""
         return self._receiver.weight_info(dict(body))
+
+    def prompt(self, verb: str) -> bool:
+        """Whether a verb of an update would be done at once (Receiver.prompt)."""
+        return self._receiver.prompt(verb)
 
     def status(self, body: Body) -> Answer:
         """Where the worker stands in the state machine of an update."""

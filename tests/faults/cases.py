@@ -50,9 +50,11 @@ CASES = {
     "http": [
         Case("arena view digest", ipc(HTTP, ARENA, VIEW, DIGEST)),
         Case("arena copy digest, keep", ipc(HTTP, ARENA, COPY, DIGEST), in_flight=InFlight.keep),
+        Case("live view digest", ipc(HTTP, LIVE, VIEW, DIGEST)),
         Case("arena view off", ipc(HTTP, ARENA, VIEW, OFF)),
         Case("live copy full", ipc(HTTP, LIVE, COPY, FULL)),
         Case("arena copy full, one worker", ipc(HTTP, ARENA, COPY, FULL), workers=1),
+        Case("live view off, big", ipc(HTTP, LIVE, VIEW, OFF), size="big"),
         Case("gloo digest", CollectiveConfig(sender=HTTP)),
         Case("disk digest", DiskConfig(sender=HTTP)),
         Case("arena view full, big", ipc(HTTP, ARENA, VIEW, FULL), size="big"),

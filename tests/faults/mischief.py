@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 INIT, START = "init_weight_transfer_engine", "start_weight_update"
 UPDATE = (START, "update_weights", "finish_weight_update")
-CONTROL = (INIT, *UPDATE, "abort_weight_update")
+CONTROL = (INIT, *UPDATE, "abort_weight_update", "withdraw_weights")
 RECORDED = 400  # messages; the newest
 LATER_S = 0.06  # a message that comes later comes within this time
 AFTER_RESTART = 0.3  # how often an old update is the first that a worker hears that was started again

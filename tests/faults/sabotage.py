@@ -130,6 +130,11 @@ def leaks_shared_memory() -> None:
     session.Session.open = leaking
 
 
+def forgets_to_withdraw() -> None:
+    """The trainer changes its weights while workers serve them where they lie."""
+    session.Session.withdraw = lambda self: self._viewers.clear()
+
+
 LEAKED = "planted-by-tests-faults-"
 PLANTED: dict[str, Callable[[], None]] = {
     "label-before-flip": label_before_flip,
@@ -140,4 +145,5 @@ PLANTED: dict[str, Callable[[], None]] = {
     "remembers": remembers,
     "leaks-descriptors": leaks_descriptors,
     "leaks-shared-memory": leaks_shared_memory,
+    "forgets-to-withdraw": forgets_to_withdraw,
 }

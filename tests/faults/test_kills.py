@@ -20,6 +20,7 @@ FOUND = {  # what is planted: what of it may be seen first
     "remembers": {"stale", "history"},
     "leaks-descriptors": {"descriptors"},
     "leaks-shared-memory": {"left in /dev/shm"},
+    "forgets-to-withdraw": {"torn or mislabelled"},
 }
 
 

@@ -119,6 +119,8 @@ class Trainer:
         while not self._opened():
             time.sleep(AGAIN_S)
         for push in itertools.count():
+            while not self._withdrawn():
+                time.sleep(AGAIN_S)
             content.fill(self._weights, self._number, push)
             self._journal.push["push"] = push
             self._journal.write("intend")
@@ -135,6 +137,13 @@ class Trainer:
     def _opened(self) -> bool:
         try:
             self._transfer.open(self._weights, self._senders)
+        except TransferError:
+            return False
+        return True
+
+    def _withdrawn(self) -> bool:
+        try:
+            self._transfer.withdraw()
         except TransferError:
             return False
         return True

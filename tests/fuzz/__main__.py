@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from attack import Outcome, attack, joined
 
-WAYS = ["arena view", "arena copy", "live copy", "disk"]
+WAYS = ["arena view", "arena copy", "live copy", "live view", "disk"]
 
 
 def everywhere(count: int, seed: int) -> Outcome:

@@ -178,7 +178,10 @@ def _trainer_can_go_on(target: Target, client: Client, traffic: Traffic, seed: i
         return []  # a version was called by about the highest number there is: there is no next one
     said: list[Any] = []
     traffic.at_once = 0.0
-    for verb in SESSION:
+    for verb in [
+        *SESSION[:1] * 4,
+        *SESSION,
+    ]:  # a new epoch forgets what was withdrawn before
         status = client.json(Sent("status", b"", b"", True))
         waits = target.do("place", version=_upcoming(status))
         message = traffic.valid(verb, status, waits["where"], waits["digest"], one_shot=False)

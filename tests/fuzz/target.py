@@ -52,11 +52,13 @@ from transfer.wire import ROUTES  # noqa: E402
 TOKEN = "f" * 64
 LIFE = 400  # messages to one worker; then another, so that both of update_weights' forms are met in every state
 STOP = 5  # violations
+MAY_BE_REFUSED = ("completions", "init_weight_transfer_engine", "withdraw_weights")
 VOCABULARY = 12
 WAYS = {
     "arena view": IpcConfig(sender=SenderConfig()),
     "arena copy": IpcConfig(sender=SenderConfig(), take=Take.copy),
     "live copy": IpcConfig(sender=SenderConfig(), staging=Staging.live, take=Take.copy),
+    "live view": IpcConfig(sender=SenderConfig(), staging=Staging.live, take=Take.view),
     "disk": DiskConfig(sender=SenderConfig()),
 }
 
@@ -248,12 +250,12 @@ class Target:
         traffic = Traffic(0, self.material)
         traffic.in_parts = traffic.at_once = 0.0
         for one_shot in (True, False):
-            for verb in [*SESSION, "completions", *VERBS]:
+            for verb in [*SESSION, "completions", *sorted(VERBS, key="withdraw_weights".__eq__)]:  # that one last
                 status = self.worker.status({})
                 where, digest, _ = self.place(self.upcoming(status))
                 message = traffic.valid(verb, status, where, digest, one_shot)
                 code, answer = await self.send(Sent(verb, b"", json.dumps(message).encode(), True))
-                assert code == 200 or verb in ("completions", "init_weight_transfer_engine"), (verb, code, answer)
+                assert code == 200 or verb in MAY_BE_REFUSED, (verb, code, answer)
             self.renew()
         digest_of(self.tensors, like="sums:")  # a GPU's kind: 48 MiB of torch's own at its first use
         self.audit.seen.clear()
@@ -320,6 +322,8 @@ class Target:
         if code != 200:
             return
         body = json.loads(sent.body) if sent.body and sent.route[0] == "POST" else {}
+        if sent.verb == "withdraw_weights" and self.label is not None and body["version"] >= self.label:
+            self.label = None
         info = body if "where" in body else body.get("update_info", {})
         if "epoch" in info:
             if after["version"] == before["version"] and after["target"] is None:
@@ -382,13 +386,24 @@ class Target:
             await self.app(scope, receive, send)
 
         listener = serve.listening(WorkerSpec(architecture={"model_type": "qwen3"}, endpoint={}, token=TOKEN))
-        server = serve._server(self.worker, TOKEN)
+        server = serve._server(Current(self), TOKEN)
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of bytes that are no HTTP
         server.config.app = current
         threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
         while not server.started:
             time.sleep(0.01)
         return listener.getsockname()[1]
+
+
+class Current:
+    """Whatever worker the target has, for a server that outlives it."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def __getattr__(self, verb: str) -> Any:
+        getattr(self._target.worker, verb)
+        return lambda message: getattr(self._target.worker, verb)(message)
 
 
 def _answers() -> dict[str, dict[str, Any]]:

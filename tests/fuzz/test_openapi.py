@@ -56,6 +56,7 @@ FORMS = [  # every form of every message: verb, message, and where its fields ar
     ("finish_weight_update", {"epoch": 1, "weight_version": "0"}, None),
     ("finish_weight_update", {"weight_version": "0"}, None),
     ("abort_weight_update", SESSION, None),
+    ("withdraw_weights", SESSION, None),
     ("completions", {"prompt": PROMPT, **SAMPLING, "seeds": [1, 2], "return_token_ids": True}, None),
     ("completions", {"prompt": PROMPT, "seed": 3}, None),
     ("pause", {"mode": "keep", "clear_cache": True}, None),

@@ -66,6 +66,8 @@ class Traffic:
         draw = self.random.random()
         if draw < 0.06:
             return self.random.choice(["resume", "wake_up"])  # else nothing would ever be sampled
+        if draw < 0.09 and status["epoch"]:
+            return "withdraw_weights"
         if draw < 0.45:
             return self.random.choice(OFTEN)
         if draw < 0.55 or one_shot:
@@ -98,6 +100,8 @@ class Traffic:
                 return {"epoch": status["epoch"], "weight_version": str(version)}
             case "abort_weight_update":
                 return named
+            case "withdraw_weights":
+                return {"epoch": max(1, status["epoch"]), "version": max(0, newest)}
         return self._asked(verb)
 
     def _init(self, epoch: int) -> dict[str, Any]:

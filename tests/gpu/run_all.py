@@ -30,6 +30,7 @@ BACKENDS = {
     "view": ("transfer=ipc", "transfer.take=view"),
     "copy": ("transfer=ipc", "transfer.take=copy", "transfer.verify=full"),
     "live": ("transfer=ipc", "transfer.staging=live", "transfer.take=copy"),
+    "live view": ("transfer=ipc", "transfer.staging=live", "transfer.take=view"),
     "gloo": ("transfer=gloo",),
 }
 HALF_BILLION = (  # parameters, of Qwen3's shape

@@ -394,3 +394,82 @@ def test_an_answer_that_is_not_json_is_a_500():
 
     with served(Infinite()) as url:
         assert requests.get(f"{url}/status", timeout=20).status_code == 500
+
+
+# --- messages that are answered in the thread of the event loop -------------------------------------------------------
+
+
+class Prompt:
+    """A worker that says which thread has called it; `start_weight_update` is prompt when it is told so."""
+
+    def __init__(self):
+        self.is_prompt = True
+
+    def prompt(self, verb):
+        return self.is_prompt
+
+    def status(self, body):
+        return {"thread": threading.current_thread().name, "body": body}
+
+    start_weight_update = health = status
+
+    def abort_weight_update(self, body):
+        raise wire.Refused(409, "no")
+
+    def finish_weight_update(self, body):
+        raise RuntimeError("broken")
+
+
+def posted(raw, path, headers, body=b"{}"):
+    status, got, content = raw.ask("POST", path, headers, body)
+    return status, got, content
+
+
+def test_a_prompt_message_is_answered_by_the_loop_and_any_other_by_a_thread():
+    worker = Prompt()
+    with served(worker, "t") as url, Raw(url) as raw:
+        headers = {"Authorization": "Bearer t"}
+        assert b'"verbs' not in posted(raw, "/start_weight_update", headers)[2]
+        usual = [{"Accept": "*/*"}, {"Connection": "close"}, {"Expect": "100-continue"}]
+        for more in usual:
+            assert b'"verbs' in posted(raw, "/start_weight_update", headers | more)[2], more
+        worker.is_prompt = False
+        assert b'"verbs' in posted(raw, "/start_weight_update", headers)[2]
+
+
+@pytest.mark.parametrize("path", ["/start_weight_update", "/abort_weight_update", "/finish_weight_update"])
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"a":1}', b"\xff", b"[" * 100, b'{"a":' + b" " * 3000 + b"1}"])
+def test_both_ways_answer_the_same(path, body):
+    with served(Prompt(), "t") as url, Raw(url) as raw:
+        headers = {"Authorization": "Bearer t"}
+        short, usual = (posted(raw, path, headers | more, body) for more in ({}, {"Accept": "*/*"}))
+        assert short[0] == usual[0] and short[1].keys() == usual[1].keys()
+        assert short[0] == 200 or short[2] == usual[2]
+
+
+def test_without_the_token_no_way_is_short():
+    with served(Prompt(), "t") as url, Raw(url) as raw:
+        for headers in ({}, {"Authorization": "Bearer u"}, {"Authorization": "bearer t"}):
+            assert posted(raw, "/start_weight_update", headers)[0] == 401
+    with served(Prompt()) as url, Raw(url) as raw:
+        assert b'"verbs' not in posted(raw, "/start_weight_update", {})[2]
+
+
+def test_requests_in_one_write_are_answered_in_their_order_whichever_way_they_go():
+    with served(Prompt()) as url, connected(url) as connection:
+        request = b"POST /%s HTTP/1.1\r\nHost: a\r\n%sContent-Length: 7\r\n\r\n"
+        usual = b"Accept: */*\r\n"
+        ways = [b"", usual, b"", b"", usual, usual, b"", usual, b""]
+        sent = [request % (b"start_weight_update", way) + b'{"a":%d}' % index for index, way in enumerate(ways)]
+        connection.sendall(b"".join(sent))
+        got = b""
+        while got.count(b'"body"') < len(ways):
+            got += connection.recv(65536)
+        assert [part[5:6] for part in got.split(b'"body":')[1:]] == [b"%d" % index for index in range(len(ways))]
+
+
+def test_a_message_that_comes_byte_by_byte_is_one_message():
+    with served(Prompt()) as url, connected(url) as connection:
+        for byte in b'POST /start_weight_update HTTP/1.1\r\nHost: a\r\nContent-Length: 8\r\n\r\n{"a":12}':
+            connection.sendall(bytes([byte]))
+        assert b'"body":{"a":12}' in connection.recv(65536)

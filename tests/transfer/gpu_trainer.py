@@ -55,6 +55,7 @@ def main() -> None:
         transfer = stack.enter_context(make_transfer(config, Path(folder), InFlight.wait, journal))
         transfer.open(weights, senders)
         for _ in range(int(pushes)):
+            transfer.withdraw()
             digest = train(weights)
             version = transfer.push(weights)
             print(json.dumps({"version": version, "digest": digest}), flush=True)

@@ -20,11 +20,12 @@ from transfer import arena, session, wire
 from transfer.config import InFlight, IpcConfig, SenderConfig
 from transfer.fleet import Failures, Fleet, Member
 from transfer.journal import Journal
-from transfer.protocol import Abort, Finish, Init, Message, Start, State, Update
+from transfer.protocol import Abort, Finish, Init, Message, Start, State, Update, Withdraw
 
 if TYPE_CHECKING:
     from protocol_world import World
 
+UNFINISHED = -1  # what a gradient step leaves until the next version is published
 DEADLINE_S = 60.0  # for one thread to wait for the other; each has less than a millisecond to do
 
 Said = tuple[str, Mapping[str, Any]]  # a verb and its body
@@ -99,19 +100,8 @@ class Trainer:
             return self._world.ask(self, worker, fate)
         if verb == "start_weight_update" and "where" in body:
             return self._say_at_once(worker, body, fate, fault)
-        place = None
-        match verb:
-            case "init_weight_transfer_engine":
-                message: Message = Init(body["init_info"]["epoch"], body["init_info"]["trainer"])
-            case "start_weight_update":
-                message = Start(**body)
-            case "update_weights":
-                info = body["update_info"]
-                message, place = Update(info["epoch"], info["version"]), self._publisher.place(**info["where"])
-            case "finish_weight_update":
-                message = Finish(body["epoch"], int(body["weight_version"]))
-            case "abort_weight_update":
-                message = Abort(**body)
+        message = message_of(verb, body)
+        place = self._publisher.place(**body["update_info"]["where"]) if isinstance(message, Update) else None
         self._last[worker] = message
         answer = self._world.send(self, Parcel(self.name, worker, worker.facts, message, place), fate, fault)
         if isinstance(message, Finish) and not isinstance(answer, int):
@@ -166,6 +156,8 @@ class Trainer:
                     opened = True
                 if coins & 2:
                     self._session.recover(lines[coins % len(lines)])
+                self._session.withdraw()
+                self._publisher.train()
                 self._session.push({})
                 self.works = True
             except wire.TransferError:
@@ -186,19 +178,37 @@ class Trainer:
         return {member: heard for member, heard in self._heard.items() if member not in self._failures}, self._failures
 
 
+def message_of(verb: str, body: Mapping[str, Any]) -> Message:
+    """What protocol.py is told."""
+    match verb:
+        case "init_weight_transfer_engine":
+            return Init(body["init_info"]["epoch"], body["init_info"]["trainer"])
+        case "update_weights":
+            return Update(body["update_info"]["epoch"], body["update_info"]["version"])
+        case "finish_weight_update":
+            return Finish(body["epoch"], int(body["weight_version"]))
+    kinds: dict[str, type[Start | Abort | Withdraw]] = {
+        "start_weight_update": Start,
+        "abort_weight_update": Abort,
+        "withdraw_weights": Withdraw,
+    }
+    return kinds[verb](**body)
+
+
 class Gone(BaseException):
     """Ends the thread of a trainer that died."""
 
 
 class Publisher:
-    """Where a trainer writes: in slots that arena.py chooses, or, if workers copy, in one that is never kept."""
+    """Where a trainer writes: slots that arena.py chooses, or a single one: its own memory, or one that is not kept."""
 
     casts = False
     finds_nonfinite = False
     endpoint: Mapping[str, Any] = {}
 
     def __init__(self, world: World, name: str) -> None:
-        self.keeps = world.keeps
+        self.keeps = world.keeps or world.exposes
+        self.exposes = world.exposes
         self.contents: dict[int, Content] = {}  # by version, as written last
         self._world = world
         self._name = name
@@ -215,12 +225,18 @@ class Publisher:
         self._slots = [None] * where["slots"]
         return where
 
+    def train(self) -> None:
+        """A gradient step: where workers look into the trainer's memory, it changes under them."""
+        if self.exposes and self._slots[0] is not None:
+            self._world.change(self._slots[0])
+            self._slots[0] = self._world.publish(self._name, UNFINISHED)
+
     def write(
         self, version: int, weights: Any, served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
         """New weights; none that a worker needs may be lost by it."""
         where = {"slot": 0}
-        if self.keeps:
+        if self.keeps and not self.exposes:
             where, _ = self._arena.write(version, weights, served, False)
             self._world.overwrite(self._slots[where["slot"]])
         content = self._slots[where["slot"]] = self.contents[version] = self._world.publish(self._name, version)

@@ -26,6 +26,7 @@ from transfer.protocol import (
     Start,
     State,
     Update,
+    Withdraw,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class Facts:
     digest: str | None = None  # of `version`, as it was told
     live: Content | None = None
     torn: bool = False
-    done: list[int | None] = field(default_factory=list)  # versions as they went live; None: began, and broke off
+    withdrawn: int | None = None  # the highest version, by the trainer of this epoch
+    done: list[int | None] = field(default_factory=list)  # as they went live; None: broke off, or was withdrawn
 
     @property
     def whole(self) -> bool:
@@ -102,9 +104,20 @@ def allowed(facts: Facts, message: Message) -> tuple[type[Decision], ...]:
         return (Repeat,) if again else (Do,) if message.epoch > facts.epoch else (Refuse,)
     if message.epoch != facts.epoch:
         return (Refuse,)
+    if isinstance(message, Withdraw):
+        return (_allowed_withdrawal(facts, message),)
+    if isinstance(message, Start | Rename) and facts.withdrawn is not None and message.version <= facts.withdrawn:
+        return (Refuse,)
     if facts.stage is None:
         return (_allowed_at_rest(facts, message),)
     return _allowed_while_staging(facts, facts.stage, message)
+
+
+def _allowed_withdrawal(facts: Facts, message: Withdraw) -> type[Decision]:
+    if facts.version is not None and message.version < facts.version:
+        return Repeat
+    known = facts.withdrawn is not None and message.version <= facts.withdrawn
+    return Repeat if known and not facts.whole else Do
 
 
 def _allowed_at_rest(facts: Facts, message: Message) -> type[Decision]:
@@ -168,7 +181,7 @@ class Worker:
         done = not isinstance(decision, Refuse)
         if isinstance(decision, Do):
             done = self._carry_out(parcel, state, fault)
-        elif done and isinstance(parcel.message, Start | Abort | Rename):  # the others' repeats store nothing
+        elif done and isinstance(parcel.message, Start | Abort | Rename | Withdraw):  # other repeats store nothing
             self.state = state
             self._renew()
         self.check()
@@ -186,7 +199,8 @@ class Worker:
         state = protocol.expired(self.state, self.world.now)
         serves = state.serves
         if serves is not None:
-            must(not facts.torn, "served weights that are torn")
+            must(not facts.torn, "served weights that are torn or withdrawn")
+            must(facts.withdrawn is None, "serves although its version, or a newer one, was withdrawn")
             must(facts.live is not None, "served before its first finish")
             must(facts.live.version in (serves, None) and serves == facts.version, "served under a wrong name")
         must((serves is not None) == facts.whole, "stopped serving weights that are whole")
@@ -239,6 +253,7 @@ class Worker:
                 if fault == "before":
                     return False  # could not agree: nothing has happened
                 facts.epoch, facts.trainer, facts.stage = message.epoch, message.trainer, None
+                facts.withdrawn = None
             case Start():
                 facts.stage = Stage(message.version, message.digest, 0.0)
             case Update():
@@ -249,9 +264,28 @@ class Worker:
                 facts.stage = None
             case Rename():
                 facts.stage.version = message.version
+            case Withdraw() if fault in ("before", "dies"):
+                return self._failed_to_withdraw(fault)
+            case Withdraw():
+                self._withdraw(message.version)
         self.state = state
         self._renew()
         return True
+
+    def _failed_to_withdraw(self, fault: str) -> bool:
+        """Somebody goes on generating, or the process ends."""
+        if fault == "dies":
+            self.start()
+        return False
+
+    def _withdraw(self, version: int) -> None:
+        facts = self.facts
+        if facts.whole:
+            facts.done.append(None)
+        facts.torn = facts.torn or facts.version is not None
+        facts.withdrawn = max(version, version if facts.withdrawn is None else facts.withdrawn)
+        if facts.stage is not None and facts.stage.version <= version:
+            facts.stage = None
 
     def _renew(self) -> None:
         if self.facts.stage is not None:
@@ -290,7 +324,8 @@ class Worker:
         self._report(Event.FLIPPED)
         facts.done.pop()
         self._check_order(version)
-        facts.stage, facts.torn = None, False
+        self.world.check_unchanged(content)
+        facts.stage, facts.torn, facts.withdrawn = None, False, None
         facts.version, facts.digest, facts.live = version, digest, content
         facts.done.append(version)
         return True
@@ -321,6 +356,9 @@ class Worker:
                 must(self.state.serves == version, "an acknowledged finish is not live")
             case Abort(version=version):
                 must(self.state.serves != version, "the abort of a live version was confirmed")
+            case Withdraw(version=version):
+                serves = self.state.serves
+                must(serves is None or serves > version, "a version that was withdrawn is served on")
 
 
 def _verified(content: Content, digest: str | None) -> bool:

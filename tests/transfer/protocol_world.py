@@ -9,6 +9,8 @@ read from bytes, four to a move, and a zero is the quiet choice: what hypothesis
 What every worker must obey, whoever speaks, is in protocol_worker.py. Of sessions, moreover:
 - What a worker says is finished (in its answer to `finish`, or in its status if that was lost) is live, byte for byte.
 - No slot is written while a worker serves it or has it staged.
+- Where workers serve the trainer's own memory, none serves it while it changes, or finishes what has changed since it
+  was staged.
 - A trainer to which a worker has said that it is another's starts no update until it has opened again.
 - When nothing goes wrong any more, every trainer can push, but those that a later one has replaced.
 
@@ -32,7 +34,7 @@ from protocol_trainer import Trainer, replaced_parts
 from protocol_worker import LEASE_S, Content, Parcel, Violation, Worker, must
 
 from transfer.config import Verify
-from transfer.protocol import Abort, Decision, Finish, Init, Message, Phase, Rename, Start, Update
+from transfer.protocol import Abort, Decision, Finish, Init, Message, Phase, Rename, Start, Update, Withdraw
 
 BYTES_A_MOVE = 4
 MOVES_A_WORLD = 300
@@ -57,6 +59,8 @@ MOVES = _wheel(
     },
 )
 FATES = _wheel("arrives", {"doubled": 20, "answer lost": 6, "lost": 6})
+SAYS = (Start, Update, Finish, Abort, Start, Update, Finish, Init)
+FAULTY = (*SAYS, Start, Withdraw, Finish, Abort, Start, Update, Withdraw, Init)
 FAULTS = _wheel("", {"slow": 6, "before": 6, "within": 24, "dies": 2, "dies within": 2})
 
 
@@ -78,6 +82,8 @@ class World:
         self.settled = bool(manners & 4)  # whether workers compare digests when bytes are staged, or when they are live
         self.keeps = bool(manners & 8)  # whether bytes stay in slots
         self.says_it_at_once = bool(manners & 16)  # start, update and, to a single worker, finish in one message
+        self.exposes = bool(sizes & 4)  # whether workers serve the trainer's own memory
+        self._changed: set[Content] = set()  # what was there before a gradient step
         self.workers = [Worker(self, number) for number in range((2, 3, 1, 2)[sizes & 3])]
         self._trainers: list[Trainer] = []
         self._count = (1, 2, 1, 2, 1, 2, 1, 0)[manners >> 5]
@@ -112,6 +118,18 @@ class World:
         for facts in (worker.facts for worker in self.workers):
             used = {facts.live if facts.whole else None, facts.stage.content if facts.stage else None} - {None}
             must(content not in used or self._faulty_speaks, "a slot was written that a worker serves or has staged")
+
+    def change(self, content: Content) -> None:
+        """A trainer takes a gradient step in its own memory, where this was."""
+        served = {worker.facts.live for worker in self.workers if worker.facts.whole}
+        must(content not in served or self._faulty_speaks, "memory has changed that a worker serves")
+        self._changed.add(content)
+        self.tally["changed"] += 1
+        self._tell(content, "changes")
+
+    def check_unchanged(self, content: Content) -> None:
+        """A worker serves this from now on."""
+        must(content not in self._changed or self._faulty_speaks, "finished what had changed since it was staged")
 
     def ask(self, trainer: Trainer, worker: Worker, fate: int) -> dict[str, Any] | int:
         """What a worker says about itself; 0 if that, or the question, is lost."""
@@ -203,10 +221,11 @@ class World:
         near = stage.version if stage else newest + (not facts.torn)
         version = max(0, (near, near, newest, newest + 1, newest + 2, newest - 1, newest, near)[how & 7])
         digest = (None, facts.digest, stage and stage.digest, "z")[luck & 3]
-        kind = (Start, Update, Finish, Abort, Start, Update, Finish, Init)[luck >> 2 & 7]
+        kind = FAULTY[luck >> 2 & 15]
         if kind is Start:
             message: Message = Start(epoch, version, digest)
         else:
+            version = max(0, (newest - 1, newest - 1, newest, near)[luck & 3]) if kind is Withdraw else version
             message = Init(epoch, "faulty") if kind is Init else kind(epoch, version)
         place = ([self.publish("faulty trainer", version if epoch else None)], 0)
         self._deliver(Parcel("faulty trainer", worker, facts, message, place), FAULTS[how], "")

@@ -38,6 +38,8 @@ WAYS = {
     "arena copy off": IpcConfig(sender=SENDER, take=Take.copy, verify=Verify.off),
     "live copy": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy),
     "live copy off": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy, verify=Verify.off),
+    "live view": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.view),
+    "live view off": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.view, verify=Verify.off),
 }
 COPIES = {name: config for name, config in WAYS.items() if config.take is Take.copy}
 
@@ -113,6 +115,7 @@ def test_every_byte_arrives_in_two_other_processes(way, model, tmp_path):
     weights = on_gpu(model(seed=0))
     with opened(WAYS[way], tmp_path, weights, devices=(DEVICE, DEVICE)) as (transfer, them):
         for version in range(4):
+            transfer.withdraw()
             with torch.no_grad():
                 for name, tensor in model(seed=version).state_dict().items():
                     weights[name].copy_(tensor)
@@ -175,6 +178,24 @@ def test_values_that_are_not_finite_are_refused_and_nothing_changes(way, tmp_pat
         assert worker.holds()["digest"] == expected(weights)
 
 
+@pytest.mark.parametrize("way", ["live view", "live view off"])
+def test_live_weights_that_are_not_finite_are_found_by_the_trainer_as_workers_only_view_them(way, tmp_path):
+    weights = weights_of(1, DEVICE)
+    with opened(WAYS[way], tmp_path, weights) as (transfer, [worker]):
+        transfer.push(weights)
+        transfer.withdraw()
+        with torch.no_grad():
+            weights["w3"][7] = float("nan")
+        with pytest.raises(wire.TransferError, match="w3 has values that are not finite; nothing was sent"):
+            transfer.push(weights)
+        with pytest.raises(wire.RemoteError, match="quarantined"):
+            worker.holds()
+        with torch.no_grad():
+            weights["w3"][7] = 7
+        transfer.push(weights)
+        assert worker.holds()["digest"] == expected(weights)
+
+
 def test_without_digests_a_worker_that_copies_live_weights_finds_what_is_not_finite_and_serves_nothing(tmp_path):
     weights = weights_of(1, DEVICE)
     with opened(WAYS["live copy off"], tmp_path, weights) as (transfer, [worker]):
@@ -197,10 +218,12 @@ def test_gpu_memory_stays_flat_over_a_thousand_updates(way, tmp_path):
     weights = weights_of(16, DEVICE)
     with opened(WAYS[way], tmp_path, weights) as (transfer, [worker]):
         for _ in range(50):
+            transfer.withdraw()
             transfer.push(weights)
         torch.cuda.synchronize()
         free, _ = torch.cuda.mem_get_info()
         for _ in range(1000):
+            transfer.withdraw()
             transfer.push(weights)
         grown = free - torch.cuda.mem_get_info()[0]
         assert worker.holds()["digest"] == expected(weights)
@@ -216,8 +239,10 @@ def test_a_worker_that_is_killed_while_it_reads_is_started_again_and_gets_the_we
         kill = f"import os, time; time.sleep(1.0); os.kill({them[0].process.pid}, 9)"
         with subprocess.Popen([sys.executable, "-c", kill]) as killer:
             while killer.poll() is None:
+                transfer.withdraw()
                 train(weights)
                 transfer.push(weights)
+        transfer.withdraw()
         train(weights)
         transfer.push(weights)
         assert them[0].holds() == them[1].holds()
@@ -248,7 +273,7 @@ def endpoint_for(way):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("way", ["arena view", "arena copy", "live copy"])
+@pytest.mark.parametrize("way", ["arena view", "arena copy", "live copy", "live view"])
 def test_a_worker_whose_trainer_is_killed_serves_on_and_the_next_trainer_takes_it_over(way, tmp_path):
     token, manifest = secrets.token_hex(16), Manifest.of(weights_of(2048))
     with workers(tmp_path, endpoint_for(way), manifest, token=token) as [worker]:
@@ -259,8 +284,8 @@ def test_a_worker_whose_trainer_is_killed_serves_on_and_the_next_trainer_takes_i
                 process.kill()
                 told += [json.loads(line) for line in process.stdout]
             status = worker.sender.call("status", {})
-            if status["version"] is None:  # the weights were being copied
-                assert status["phase"] == "quarantined" and way.endswith("copy")
+            if status["version"] is None:  # the weights were being copied, or were withdrawn
+                assert status["phase"] == "quarantined" and way != "arena view"
             else:
                 held = worker.holds()
                 assert held["version"] in (told[-1]["version"], told[-1]["version"] + 1)
@@ -270,7 +295,7 @@ def test_a_worker_whose_trainer_is_killed_serves_on_and_the_next_trainer_takes_i
         assert worker.holds() == told[-1]
 
 
-@pytest.mark.parametrize("way", ["arena view", "live copy"])
+@pytest.mark.parametrize("way", ["arena view", "live copy", "live view"])
 def test_segments_that_can_grow_do_not_matter(way, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     token, manifest = secrets.token_hex(16), Manifest.of(weights_of(64))
@@ -294,7 +319,7 @@ def test_a_receiver_on_another_gpu_reads_across(way, tmp_path):
 
 
 @two_gpus
-@pytest.mark.parametrize("way", ["arena view", "live copy"])
+@pytest.mark.parametrize("way", ["arena view", "live copy", "live view"])
 def test_gpus_are_known_by_their_uuid_whatever_their_order(way, tmp_path, monkeypatch):
     weights = on_gpu(PlainModel(seed=3), "cuda:0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")  # for the worker: this process has seen its devices already
@@ -304,10 +329,11 @@ def test_gpus_are_known_by_their_uuid_whatever_their_order(way, tmp_path, monkey
 
 
 @two_gpus
-def test_a_view_from_another_gpu_is_refused_with_the_key_to_change(tmp_path):
+@pytest.mark.parametrize("way", ["arena view", "live view"])
+def test_a_view_from_another_gpu_is_refused_with_the_key_to_change(way, tmp_path):
     weights = on_gpu(PlainModel(seed=3), "cuda:0")
     with (
         pytest.raises(ValueError, match=r"transfer\.take=copy"),
-        opened(WAYS["arena view"], tmp_path, weights, devices=("cuda:1",)),
+        opened(WAYS[way], tmp_path, weights, devices=("cuda:1",)),
     ):
         pass

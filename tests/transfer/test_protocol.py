@@ -16,6 +16,7 @@ from transfer.protocol import (
     Start,
     State,
     Update,
+    Withdraw,
     expired,
     reported,
     step,
@@ -73,13 +74,17 @@ def test_finish_of_another_version_than_the_staged_one_is_refused():
 
 
 @pytest.mark.parametrize(
-    "message", [Start(1, 1), Update(1, 1), Finish(1, 1), Abort(1, 1), Rename(1, 5), Init(1, "t"), Init(2, "u")]
+    "message",
+    [
+        *(Start(1, 1), Update(1, 1), Finish(1, 1), Abort(1, 1), Rename(1, 5), Withdraw(1, 1)),
+        *(Init(1, "t"), Init(2, "u")),
+    ],
 )
 def test_an_older_trainer_is_refused_whatever_it_says(message):
     refused(after(Init(2, "t"), state=STAGED), message, "epoch")
 
 
-@pytest.mark.parametrize("message", [Start(2, 1), Update(2, 1), Finish(2, 1), Abort(2, 1)])
+@pytest.mark.parametrize("message", [Start(2, 1), Update(2, 1), Finish(2, 1), Abort(2, 1), Withdraw(2, 1)])
 def test_a_trainer_that_did_not_initialise_is_refused(message):
     refused(STAGED, message, "epoch 2 is not initialised here")
 
@@ -176,6 +181,55 @@ def test_a_quarantined_worker_stays_so_when_its_next_update_is_aborted():
     assert after(Start(1, 2), Update(1, 2), Abort(1, 2), state=torn).phase is Phase.QUARANTINED
 
 
+WITHDRAWN = after(Withdraw(1, 0), state=READY)
+
+
+def test_a_version_that_is_withdrawn_is_served_no_more_and_only_a_newer_one_comes_after_it():
+    assert (WITHDRAWN.phase, WITHDRAWN.serves, WITHDRAWN.version) == (Phase.QUARANTINED, None, 0)
+    repeated(WITHDRAWN, Withdraw(1, 0))
+    assert after(*update(1, 1), state=WITHDRAWN).serves == 1
+
+
+@pytest.mark.parametrize("digest", ["x", None])
+def test_a_version_that_was_withdrawn_does_not_come_again_though_its_digest_is_the_same(digest):
+    state = after(Init(1, "t"), *update(1, 0, digest), Withdraw(1, 0))
+    refused(state, Start(1, 0, digest), "version 0 was withdrawn: its memory has changed")
+    assert after(Init(2, "u"), state=state).serves is None
+
+
+@pytest.mark.parametrize("message", [Update(1, 0), Finish(1, 0)])
+def test_late_messages_about_a_withdrawn_version_are_no_repeats(message):
+    refused(WITHDRAWN, message, "no update is under way")
+
+
+def test_a_withdrawal_drops_what_is_staged_of_its_version_and_leaves_what_is_newer():
+    assert after(Withdraw(1, 1), state=STAGED).target is None
+    kept = after(Withdraw(1, 0), state=STAGED)
+    assert (kept.target, kept.staged, kept.serves) == (1, True, None)
+    assert after(Finish(1, 1), state=kept).serves == 1
+
+
+def test_a_withdrawal_that_comes_late_changes_nothing_in_a_newer_version():
+    state = after(*update(1, 1), state=WITHDRAWN)
+    repeated(state, Withdraw(1, 0))
+    staging = after(Start(1, 2), Update(1, 2), state=state)
+    assert step(staging, Withdraw(1, 0), 0.0, LEASE_S) == (staging, Repeat())
+
+
+def test_a_worker_that_holds_nothing_yet_takes_no_withdrawn_version_from_a_late_message():
+    state = after(Init(1, "t"), Withdraw(1, 3))
+    assert (state.phase, state.serves) == (Phase.EMPTY, None)
+    refused(state, Start(1, 3), "version 3 was withdrawn")
+    assert after(*update(1, 4), state=state).serves == 4
+    assert after(Init(2, "u"), *update(2, 0), state=state).serves == 0, "of another trainer's memory"
+
+
+def test_torn_weights_that_are_withdrawn_do_not_come_again_either():
+    torn = reported(reported(STAGED, Event.WRITING), Event.FAILED)
+    assert after(Start(1, 0, "x"), state=torn).target == 0
+    refused(after(Withdraw(1, 0), state=torn), Start(1, 0, "x"), "version 0 was withdrawn")
+
+
 def test_a_one_shot_update_may_be_named_when_it_finishes():
     state = after(Start(0, 0), Update(0, 0), Rename(0, 42), Finish(0, 42))
     assert state.serves == 42
@@ -188,11 +242,12 @@ def test_a_one_shot_update_may_be_named_when_it_finishes():
 ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
     "empty": {
         Init: [Do, Repeat, Refuse],
-        Start: [Do],
+        Start: [Do, Refuse],
         Update: [Refuse],
         Finish: [Refuse],
         Abort: [Repeat],
         Rename: [Refuse],
+        Withdraw: [Do, Repeat],
     },
     "staging": {
         Init: [Do, Repeat, Refuse],
@@ -201,6 +256,7 @@ ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
         Finish: [Do, Refuse],
         Abort: [Do, Repeat, Refuse],
         Rename: [Do, Refuse],
+        Withdraw: [Do, Repeat],
     },
     "ready": {
         Init: [Do, Repeat, Refuse],
@@ -209,6 +265,7 @@ ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
         Finish: [Repeat, Refuse],
         Abort: [Repeat, Refuse],
         Rename: [Repeat, Refuse],
+        Withdraw: [Do, Repeat],
     },
     "quarantined": {
         Init: [Do, Repeat, Refuse],
@@ -217,9 +274,10 @@ ANSWERS = {  # what each message meets in each phase, a wrong epoch left out
         Finish: [Do, Refuse],
         Abort: [Do, Repeat],
         Rename: [Do, Refuse],
+        Withdraw: [Do, Repeat],
     },
 }
-HAPPENED = ("pushed", "failed", "rejoin", "finished unheard", "lease ended", "torn")
+HAPPENED = ("pushed", "failed", "rejoin", "finished unheard", "lease ended", "torn", "withdraw", "changed")
 
 
 def test_in_any_history_no_worker_serves_what_it_must_not():

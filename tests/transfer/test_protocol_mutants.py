@@ -242,6 +242,50 @@ def a_torn_version_counts_as_live(genuine, state, version):
     return state.version == version
 
 
+# --- withdrawal -------------------------------------------------------------------------------------------------------
+
+
+@in_place_of("_withdraw")
+def a_withdrawn_version_is_served_on(genuine, state, message):
+    return state, genuine(state, message)[1]
+
+
+@in_place_of("_withdraw")
+def a_late_withdrawal_hurts_a_newer_version(genuine, state, message):
+    if state.version is not None:
+        message = replace(message, version=max(message.version, state.version))
+    return genuine(state, message)
+
+
+@in_place_of("_withdraw")
+def a_withdrawal_leaves_what_is_staged(genuine, state, message):
+    after, decision = genuine(state, message)
+    return replace(state, torn=after.torn, withdrawn=after.withdrawn), decision
+
+
+@in_place_of("_withdraw")
+def a_worker_without_weights_forgets_a_withdrawal(genuine, state, message):
+    return (state, Repeat()) if state.version is None else genuine(state, message)
+
+
+@in_place_of("_start")
+def a_withdrawn_version_may_come_again(genuine, state, message):
+    after, decision = genuine(replace(state, withdrawn=None), message)
+    return replace(after, withdrawn=state.withdrawn), decision
+
+
+@in_place_of("_init")
+def a_withdrawal_outlives_its_trainer(genuine, state, message):
+    after, decision = genuine(state, message)
+    return replace(after, withdrawn=state.withdrawn), decision
+
+
+@in_place_of("_init")
+def init_makes_withdrawn_weights_whole(genuine, state, message):
+    after, decision = genuine(state, message)
+    return (replace(after, torn=state.torn and state.withdrawn is None) if decision == Do() else after), decision
+
+
 # --- leases -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +378,20 @@ def a_finish_without_an_answer_counts(genuine, session, members, version):
 @in_place_of("_catch_up", Session)
 def a_worker_that_missed_a_finish_stays_behind(genuine, session):
     pass
+
+
+@in_place_of("_withdraw", Session)
+def a_withdrawal_without_an_answer_counts(genuine, session, members, version):
+    genuine(session, members, version)
+    session._viewers.clear()
+    return {}
+
+
+@in_place_of("withdraw", Session)
+def a_withdrawn_version_is_offered_again(genuine, session):
+    kept = dict(session._writes)
+    genuine(session)
+    session._writes = kept
 
 
 @in_place_of("_write", Session)

@@ -153,6 +153,8 @@ BAD_BODIES = [
     ("finish_weight_update", {"epoch": 1}),
     ("abort_weight_update", {"epoch": 1}),
     ("abort_weight_update", {}),
+    ("withdraw_weights", {"epoch": 1}),
+    ("withdraw_weights", {"epoch": 0, "version": 0}),
 ]
 
 

@@ -1,7 +1,9 @@
 import json
 import os
+import socket
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -232,6 +234,73 @@ def test_updates_over_http_arrive(config, tmp_path):
             update = [body for _, path, _, body, _ in server.seen if path == "/start_weight_update"]
             assert max(map(len, update)) < 200
         receiver.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+PLAIN = OK + b'Content-Length: 7\r\n\r\n{"a":1}'
+ODD_ANSWERS = {
+    "in chunks": OK + b'Transfer-Encoding: chunked\r\n\r\n3\r\n{"a\r\n4\r\n":1}\r\n0\r\n\r\n',
+    "until the connection ends": OK + b'\r\n{"a":1}',
+    "after something else": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + PLAIN,
+    "and nothing more on this connection": OK + b'Connection: close\r\nContent-Length: 7\r\n\r\n{"a":1}',
+    "from an old server": b"HTTP/1.0 200 OK\r\nContent-Length: 7\r\n\r\n" + b'{"a":1}',
+}
+BROKEN_ANSWERS = {
+    "too short": OK + b'Content-Length: 70\r\n\r\n{"a":1}',
+    "not HTTP": b"220 smtp.example.org ESMTP\r\n",
+    "nothing": b"",
+    "only a continue": b"HTTP/1.1 100 Continue\r\n\r\n",
+    "an endless chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nffff\r\n{",
+}
+
+
+@contextmanager
+def saying(*answers, pause=0.0):
+    """A server that gives each connection the next of these answers, byte by byte if there is a pause, and its end."""
+
+    def serve():
+        for said in answers:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                with suppress(OSError):
+                    for piece in [said[at : at + 1] for at in range(len(said))] if pause else [said]:
+                        connection.sendall(piece)
+                        time.sleep(pause)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        sender = HttpSender(f"http://127.0.0.1:{listener.getsockname()[1]}", None, "worker 0", 20.0)
+        yield sender
+        sender.close()
+        thread.join(10)
+
+
+@pytest.mark.parametrize("said", ODD_ANSWERS)
+def test_an_answer_in_any_form_of_http_is_understood_and_the_next_one_too(said):
+    with saying(ODD_ANSWERS[said], PLAIN) as sender:
+        assert sender.call("status", {}) == {"a": 1}
+        time.sleep(0.2)  # the server ends the connection
+        assert sender.call("status", {}) == {"a": 1}
+
+
+@pytest.mark.parametrize("said", BROKEN_ANSWERS)
+def test_an_answer_that_breaks_off_is_an_error_and_nothing_is_sent_again(said):
+    with saying(BROKEN_ANSWERS[said], PLAIN) as sender:
+        with pytest.raises(wire.RemoteError, match=r"the connection to http.* broke") as caught:
+            sender.call("status", {})
+        assert caught.value.status == 0
+        assert sender.call("status", {}) == {"a": 1}
+
+
+def test_an_answer_that_drips_in_ends_with_the_deadline():
+    with saying(PLAIN, pause=0.05) as sender:
+        began = time.monotonic()
+        with pytest.raises(wire.RemoteError, match=r"no answer within 0\.3 s"):
+            sender.call("status", {}, 0.3)
+        assert time.monotonic() - began < 1.0
 
 
 # --- ray --------------------------------------------------------------------------------------------------------------

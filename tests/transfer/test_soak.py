@@ -22,6 +22,7 @@ CONFIGS = {
     "arena view": IpcConfig(sender=SENDER),
     "arena copy": IpcConfig(sender=SENDER, take=Take.copy),
     "live copy": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy),
+    "live view": IpcConfig(sender=SENDER, staging=Staging.live, take=Take.view),
     "disk": DiskConfig(sender=SENDER),
 }
 UPDATES = 1000
@@ -53,6 +54,7 @@ def test_a_thousand_updates_leave_memory_descriptors_and_shared_memory_flat(name
                 for update in range(UPDATES + WARM_UP):
                     if update == WARM_UP:
                         at_first = [held(process) for process in processes]
+                    transfer.withdraw()
                     with torch.no_grad():
                         weights["w7"].add_(1)
                     assert transfer.push(weights) == update

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlencode
-
-from urllib3 import Timeout, connection_from_url
-from urllib3.exceptions import HTTPError, NewConnectionError
-from urllib3.exceptions import TimeoutError as NoAnswer
-from urllib3.util import SKIP_HEADER, parse_url
+from urllib.parse import urlencode, urlsplit
 
 from transfer import wire
+from transfer.senders.kept_alive import KeptAlive, NotConnected
 
 Relaunch = Callable[[], str | None]  # starts a dead worker again and gives its URL; None if it lives, or cannot be
 
@@ -20,8 +16,7 @@ Relaunch = Callable[[], str | None]  # starts a dead worker again and gives its 
 class HttpSender:
     """POSTs (or GETs) `wire.ROUTES` at `url` with a bearer token; may be called from several threads at once.
 
-    urllib3 sets TCP_NODELAY on every connection and is told to repeat nothing; no proxy, no cookies, no redirects: the
-    token goes to the worker alone.
+    No proxy, no cookies, no redirects: the token goes to the worker alone.
     """
 
     remote = True  # a message takes time, and `call` returns by its deadline
@@ -32,9 +27,9 @@ class HttpSender:
         self._worker = worker
         self._relaunch = relaunch
         self._timeout_s = timeout_s
-        self._headers = {"Content-Type": "application/json", "User-Agent": SKIP_HEADER, "Accept-Encoding": SKIP_HEADER}
+        self._headers = "Content-Type: application/json\r\n"
         if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
+            self._headers += f"Authorization: Bearer {token}\r\n"
         self._move(url)
 
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
@@ -45,42 +40,34 @@ class HttpSender:
         if method == "GET" and body:
             path += "?" + urlencode(body)
         try:
-            answer = self._pool.urlopen(
-                method,
-                self._prefix + path,
-                body=payload or None,
-                headers=self._headers,
-                timeout=Timeout(total=deadline),
-                retries=False,
-                redirect=False,
-            )
-        except NewConnectionError as error:  # urllib3 counts it among the time-outs
+            answer = self._server.request(method, self._prefix + path, self._headers, payload, deadline)
+        except NotConnected as error:
             raise wire.RemoteError(self.name, verb, 0, f"no connection to {self._url}: {error}") from None
-        except NoAnswer:
+        except TimeoutError:
             raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
-        except HTTPError as error:
+        except OSError as error:
             raise wire.RemoteError(self.name, verb, 0, f"the connection to {self._url} broke: {error}") from None
         if answer.status != 200:
-            raise wire.RemoteError(self.name, verb, answer.status, _message(answer.data, str(answer.reason)))
-        return _parsed(answer.data, self.name, verb)
+            raise wire.RemoteError(self.name, verb, answer.status, _message(answer.body, answer.reason))
+        return _parsed(answer.body, self.name, verb)
 
     def restart(self) -> bool:
         """Start a worker anew that has died, if this sender was told how: it may then be at another address."""
         url = None if self._relaunch is None else self._relaunch()
         if url is not None:
-            self._pool.close()
+            self._server.close()
             self._move(url)
         return url is not None
 
     def _move(self, url: str) -> None:
         self._url = url.rstrip("/")
         self.name = f"{self._worker} ({self._url})"
-        self._prefix = parse_url(self._url).path or ""
-        self._pool = connection_from_url(self._url, maxsize=4)
+        self._prefix = urlsplit(self._url).path
+        self._server = KeptAlive(self._url)
 
     def close(self) -> None:
         """Close the connections."""
-        self._pool.close()
+        self._server.close()
 
 
 def _parsed(raw: bytes, name: str, verb: str) -> dict[str, Any]:

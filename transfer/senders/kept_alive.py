@@ -1,0 +1,157 @@
+"""HTTP/1.1 over connections that stay open: one write a request, and an answer parsed by llhttp as it comes.
+
+After a pause in which a processor has slept, every line of Python costs five times as much: a general client takes half
+a millisecond longer for a message than this one. Nothing is repeated, no redirect followed, no proxy asked.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import time
+from collections import deque
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import httptools
+
+CHUNK = 2**16  # bytes read at a time
+SHORT = 2**16  # bytes of a body that goes with its head in one write
+
+
+class NotConnected(OSError):
+    """There is no connection to the server, so that it has seen nothing."""
+
+
+class Answer(NamedTuple):
+    """What a server says."""
+
+    status: int
+    reason: str
+    body: bytes
+
+
+class KeptAlive:
+    """Requests to one server (scheme, host and port of `url`), from any number of threads; OSError if one fails."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._address = parts.hostname or "", parts.port or {"https": 443}.get(parts.scheme, 80)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host = parts.netloc.rpartition("@")[2]
+        self._idle: deque[socket.socket] = deque()
+
+    def request(self, method: str, path: str, headers: str, body: bytes, timeout_s: float) -> Answer:
+        """Send a request, whose `headers` are lines that end with CR LF, and wait; TimeoutError after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{headers}"
+        head += f"Content-Length: {len(body)}\r\n\r\n" if method == "POST" else "\r\n"
+        connection = self._connection(deadline)
+        try:
+            reading = _Reading()
+            if len(body) <= SHORT:
+                connection.sendall(head.encode("latin-1") + body)
+            else:
+                connection.sendall(head.encode("latin-1"))
+                connection.sendall(body)
+            while not reading.complete:
+                connection.settimeout(_left(deadline))
+                reading.feed(connection.recv(CHUNK))
+        except httptools.HttpParserError as error:
+            connection.close()
+            raise ConnectionError(f"the answer is not HTTP: {error}") from None
+        except BaseException:
+            connection.close()
+            raise
+        if reading.keeps:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return reading.answer()
+
+    def close(self) -> None:
+        """Close the connections on which nobody waits."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _connection(self, deadline: float) -> socket.socket:
+        """One that is open and on which nothing is under way, with the time that is left as its deadline."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break  # another thread was faster
+            if not select.select([connection], [], [], 0)[0]:
+                connection.settimeout(_left(deadline))
+                return connection
+            connection.close()  # the server has ended it, or says what nobody has asked
+        try:
+            connection = socket.create_connection(self._address, _left(deadline))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_hostname=self._address[0])
+        except OSError as error:
+            raise NotConnected(str(error)) from error
+        connection.settimeout(_left(deadline))
+        return connection
+
+
+class _Reading:
+    """An answer as it comes in: httptools calls the `on_` methods."""
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._reason = b""
+        self._body = bytearray()
+        self._sized = False
+        self._in_body = False
+        self.complete = False
+        self.keeps = False  # the connection may be used again
+
+    def feed(self, data: bytes) -> None:
+        """Bytes from the server; b"" is its end."""
+        if data:
+            self._parser.feed_data(data)
+        elif self._in_body and not self._sized:
+            self.complete = True  # an answer without a length lasts until the connection ends
+        else:
+            raise ConnectionError("the server has closed it before it had answered")
+
+    def answer(self) -> Answer:
+        """The answer, once it is complete."""
+        return Answer(self._parser.get_status_code(), self._reason.decode("latin-1"), bytes(self._body))
+
+    def on_message_begin(self) -> None:
+        """Also after a 1xx, which is not the answer yet."""
+        self._reason, self._sized, self._in_body = b"", False, False
+
+    def on_status(self, reason: bytes) -> None:
+        """A part of the reason phrase."""
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header."""
+        self._sized |= name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        """All headers are there."""
+        self._in_body = True
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        """The answer is there."""
+        self._in_body = False
+        self.complete = self._parser.get_status_code() >= 200
+        self.keeps = self._sized and bool(self._parser.should_keep_alive())
+
+
+def _left(deadline: float) -> float:
+    """Seconds until the deadline; TimeoutError if it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
