@@ -84,7 +84,7 @@ class Recorder:
             "rollout/version": float(rollouts.version),
             **self.lag,
             **{f"train/{name}": value for name, value in learned.items()},
-            **{f"transfer/{name}": float(value) for name, value in dataclasses.asdict(self.transfer.last).items()},
+            **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
         }
         worked = sum(value for phase, value in self.seconds.items() if phase != "evaluate")

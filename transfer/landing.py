@@ -38,6 +38,12 @@ class Landing:
         """One tensor an entry, in the manifest's order."""
         return [self._tensors[entry.name][0] for entry in self._manifest.entries]
 
+    @property
+    def plan(self) -> str:
+        """How copied weights get here, in words."""
+        passes = [one_pass for _, one_pass in self._copies.values()]
+        return passes[0].plan if passes else f"{len(self._all)} tensors by torch"
+
     def wants_block(self, slots: Sequence[Staged]) -> bool:
         """Whether to copy from these slots the module's tensors would have to move first, into one block."""
         return not self._flat and self._on_gpu(slots)

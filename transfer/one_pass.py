@@ -95,6 +95,15 @@ class OnePass:
         if self._far is not None:  # with the digest, wanted or not: reading any faster keeps the copies from memory
             self._far.run(partial(self._launch, True))
 
+    @property
+    def plan(self) -> str:
+        """How the bytes are moved, in words."""
+        far = 0 if self._far is None else len(self._far.chunks)
+        engine = f", by the copy engine in {far} chunks, each then read by the kernel" if far else ""
+        kernel = ", by the kernel" if len(self.table) else ""
+        torch_first = f", {len(self._first)} by torch before" if self._first else ""
+        return f"{len(self._places[0])} tensors in {len(self.ranges)} ranges{engine}{kernel}{torch_first}"
+
     def digest(self) -> str:
         """The digest of the targets, or of what is only read."""
         found, _ = self.run()

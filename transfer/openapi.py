@@ -115,6 +115,7 @@ _STATUS = _object(
         "manifest": STRING,
         "dtype": _or_null(STRING),
         "serving": INT | {"description": "completions that run now"},
+        "plan": STRING | {"description": "how an update's bytes get here, in words"},
     }
 )
 _CHOICE = _object(

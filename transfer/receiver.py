@@ -187,6 +187,7 @@ class Receiver:
             "manifest": self._manifest.digest,
             "dtype": self._manifest.floating_dtype(),
             "serving": self._gate.sharing,
+            "plan": self._landing.plan if self._intake.in_place else "the tensors are put in the place of the old ones",
         }
 
     def _standing(self) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class PushStats:
         """The messages' size as JSON."""
         return sum(len(json.dumps(each, separators=(",", ":"))) for each in self.messages)
 
+    def numbers(self) -> dict[str, float]:
+        """All of it by name, for a log."""
+        names = ("bytes", "seconds", "write_seconds", "control_bytes", "restarts")
+        return {name: float(getattr(self, name)) for name in names}
+
 
 def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
     """The sending half of the configured backend; `folder` is where it may write."""

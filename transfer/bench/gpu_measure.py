@@ -180,7 +180,7 @@ def _refused(names: Collection[str], gpus: Gpus) -> dict[str, str]:
     """The ways that these GPUs cannot have, and why."""
     if gpus.same:
         return {n: "NCCL refuses two ranks on one GPU: needs --receiver cuda:1" for n in names if n.startswith("nccl-")}
-    return {n: "take=view needs the receiver on the sender's GPU" for n in names if n.startswith("ipc-arena-view")}
+    return {n: "take=view needs the receiver on the sender's GPU" for n in names if "-view-" in n}
 
 
 def _units(lab: Lab, names: Collection[str]) -> list[Unit]:

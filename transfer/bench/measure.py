@@ -43,6 +43,7 @@ class Row:
     control: Control = field(default_factory=Control)
     verified: bool = False  # the receiver's digest was the trainer's
     extra_bytes: int | None = None  # of GPU memory, beyond the weights in both processes
+    plan: str = ""  # how the receiver takes the bytes, where it says so
     failed: str = ""
 
 
@@ -179,7 +180,7 @@ class Bench(ABC):
         way.prepare(counted=True)
         seconds = self._sample(way)
         row = self.rows[way.name]
-        row.control = way.control()
+        row.control, row.plan = way.control(), way.plan()
         found = way.held()
         if found != expected:
             raise Unavailable(f"the receiver holds {found}, and the trainer {expected}")

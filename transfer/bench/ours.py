@@ -41,6 +41,7 @@ NEEDS = {  # times the model's bytes: while the channel is open, and more while 
     "ipc-arena-view": (2.0, 0.0),
     "ipc-arena-copy": (3.0, 0.0),
     "ipc-live-copy": (2.0, 0.0),
+    "ipc-live-view": (1.0, 0.0),
     "gloo": (2.0, 1.0),
     "nccl": (2.0, 1.0),
     "disk": (1.0, 3.0),
@@ -138,10 +139,11 @@ class OurWay:
         self._channel.publisher.with_digest = self._with_digest
 
     def send(self) -> None:
-        """Push."""
+        """Withdraw, which only views of the trainer's own memory need, and push."""
         channel = self._channel
         before = channel.relay.bytes if channel.relay else 0
         channel.sender.seconds = 0.0
+        channel.session.withdraw()
         channel.session.push(channel.source.weights)
         self._wire = channel.relay.bytes - before if channel.relay else 0
 
@@ -154,6 +156,10 @@ class OurWay:
         calls = self._channel.sender.seconds
         status = self._channel.sender.call("status", {})
         return Parts(self._channel.session.last.write_seconds, status["flip_seconds"], calls - status["verb_seconds"])
+
+    def plan(self) -> str:
+        """As the worker's status says it."""
+        return str(self._channel.sender.call("status", {})["plan"])
 
     def control(self) -> Control:
         """The session counts the bodies, the relay all of HTTP."""

@@ -68,6 +68,10 @@ class PeerWay:
         """Only the whole is known."""
         return Parts()
 
+    def plan(self) -> str:
+        """Not asked for."""
+        return ""
+
     def control(self) -> Control:
         """Not to be told from the weights."""
         return Control()
@@ -100,6 +104,10 @@ class OneShotWay(PeerWay):
     def parts(self) -> Parts:
         """The flip, as the worker timed it."""
         return Parts(flip=self._sender.call("status", {})["flip_seconds"])
+
+    def plan(self) -> str:
+        """A copy of each tensor, once more."""
+        return ""
 
     def control(self) -> Control:
         """What went through the relay, if it was taken."""

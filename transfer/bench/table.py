@@ -74,6 +74,7 @@ def row_json(row: Row, model: Model, device: str = CPU) -> dict[str, Any]:
         "control_bytes_bodies": row.control.bodies,
         "control_bytes_wire": row.control.wire,
         "verified": row.verified,
+        "plan": row.plan,
     }
 
 
@@ -128,6 +129,7 @@ def table_text(model: Model, rows: Sequence[dict[str, Any]], bars: Sequence[dict
         padded = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
         lines.append("  ".join([first.ljust(widths[0]), *padded]))
     lines += [f"{row['way'].ljust(widths[0])}  no figures: {row['failed']}" for row in rows if "failed" in row]
+    lines += [f"plan  {row['way']}: {row['plan']}" for row in rows if row.get("plan") and "extra_gpu_bytes" in row]
     lines += ["", *(_bar_text(bar) for bar in bars)] if bars else []
     if model.nbytes > WARM_BYTES:
         lines += [_noise(row) for row in rows if row["way"] == FLAT and "n" in row]

@@ -15,8 +15,8 @@ from transfer.bench.shapes import BenchError
 SENDERS = ("http", "ray")
 CPU, CUDA = "cpu", "cuda"  # where the weights are
 CHANNELS = {  # of our own, by where the weights are
-    CPU: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "gloo", "disk"),
-    CUDA: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "nccl"),
+    CPU: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "ipc-live-view", "gloo", "disk"),
+    CUDA: ("ipc-arena-view", "ipc-arena-copy", "ipc-live-copy", "ipc-live-view", "nccl"),
 }
 FLAT, BY_TENSOR = "memcpy", "memcpy-by-tensor"
 LIMITS = {
@@ -124,6 +124,9 @@ class Way(Protocol):
         """The digest of what the receiver's module holds."""
 
     def parts(self) -> Parts: ...
+
+    def plan(self) -> str:
+        """How the receiver takes the bytes; "" if it does not say."""
 
     def control(self) -> Control:
         """Of the last update; on the wire only if it was counted."""

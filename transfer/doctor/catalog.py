@@ -10,7 +10,7 @@ from transfer.doctor.finding import Check
 
 SYSTEM, GPU, TRANSFERS = "this machine", "GPUs", "transfers of 1 MiB, each with a worker process"
 TORCH, DEVICES, PEERS, RAY = "torch", "GPUs that torch sees", "peer access", "Ray starts"
-IPC_WAYS = (("arena", "view"), ("arena", "copy"), ("live", "copy"))  # staging, take
+IPC_WAYS = (("arena", "view"), ("arena", "copy"), ("live", "copy"), ("live", "view"))  # staging, take
 LEFT_OUT = "left out by --quick"
 MANY_CORES = 8  # enough for every transfer to have a lane of its own: most of their time is imports
 

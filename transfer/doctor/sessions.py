@@ -45,7 +45,7 @@ TIMEOUT_S = 8.0  # of one message
 START_S = 15.0  # for a worker to come up
 SHORT_PATH = 43  # characters; Ray's sockets lie 64 deeper, and may have 107
 NEEDS = {
-    "http": ("requests", "fastapi", "uvicorn"),
+    "http": ("httptools", "fastapi", "uvicorn"),
     "ray": ("ray",),
     "ipc": ("numpy", "xxhash"),
     "gloo": ("numpy", "xxhash"),
@@ -73,11 +73,13 @@ def session(
             transfer.open(weights, [worker])
             milliseconds = []
             for _ in range(PUSHES):
+                transfer.withdraw()
                 _train(weights)
                 version = transfer.push(weights)
                 milliseconds.append(1e3 * transfer.last.seconds)
                 _compare(worker.call("completions", {}), version, [weights[e.name] for e in manifest.entries])
-    return _moved(milliseconds)
+            plan = str(worker.call("status", {})["plan"])
+    return _moved(milliseconds, plan)
 
 
 def local() -> Finding:
@@ -184,10 +186,11 @@ def _compare(served: Mapping[str, Any], version: int, weights: list[torch.Tensor
         raise Problem(f"the worker calls version {version} {served['version']}", "please report this")
 
 
-def _moved(milliseconds: list[float]) -> Finding:
+def _moved(milliseconds: list[float], plan: str = "") -> Finding:
     best, median = min(milliseconds), statistics.median(milliseconds)  # other checks keep the machine busy meanwhile
     nbytes = 4 * TENSORS * ELEMENTS
     seen = f"{len(milliseconds)} times {nbytes / 2**20:g} MiB, at best in {best:.1f} ms; every digest right"
+    seen += f"; {plan}" if plan else ""
     return ok(seen, ms=round(best, 3), median_ms=round(median, 3), bytes=nbytes, pushes=len(milliseconds))
 
 
