@@ -149,7 +149,7 @@ def test_every_way_is_timed_and_leaves_the_right_bytes_with_the_receiver(over_ht
     rows = {row["way"]: row for row in model["rows"]}
     assert model["bytes"] == TINY_MODEL.nbytes
     assert list(rows) == ["memcpy", "memcpy-by-tensor", *selected(["http"], [], [])]
-    assert len(rows) == 2 + 10 + 7
+    assert len(rows) == 2 + 12 + 7
     assert [row["failed"] for row in rows.values() if "failed" in row] == []
     assert all(row["verified"] for way, row in rows.items() if not way.startswith("memcpy"))
     for way, row in rows.items():

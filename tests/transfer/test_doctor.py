@@ -573,7 +573,7 @@ def test_gpus_that_do_not_reach_each_other_are_warned_of(monkeypatch):
 def test_cuda_ipc_and_every_backend_work_on_the_gpu():
     code, checks, choice = doctor("--quick")
     names = [name for name in checks if name.endswith("http, cuda:0")]
-    assert len(names) == 6 and statuses(checks, "CUDA IPC", *names) == {OK}
+    assert len(names) == 7 and statuses(checks, "CUDA IPC", *names) == {OK}
     assert code == 0 and "transfer.staging=live" in choice["overrides"]
 
 
@@ -659,6 +659,6 @@ def test_the_tables_merge_what_is_alike_and_do_without_rich(rich, monkeypatch, c
     listed = results(on_cpu)
     table.show(listed, choose(listed))
     out = capsys.readouterr().out
-    assert "ipc arena+view, http, cuda:0" in out and "and 10 more" in " ".join(out.split())
+    assert "ipc arena+view, http, cuda:0" in out and "and 11 more" in " ".join(out.split())
     assert "FAILS" in out and "Choose here: transfer=ipc" in out and out.count("broken") < 5
     assert ("│" in out) is rich

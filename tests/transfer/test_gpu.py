@@ -319,6 +319,23 @@ def test_a_receiver_on_another_gpu_reads_across(way, tmp_path):
 
 
 @two_gpus
+@pytest.mark.parametrize("way", COPIES)
+def test_large_tensors_reach_another_gpu_in_chunks_and_what_is_not_finite_is_found_in_them(way, tmp_path):
+    sizes = {"a": 300 * MIB + 3, "b": 1001, "c": 2 * MIB + 1}
+    weights = {name: torch.randn(size, device="cuda:0", dtype=torch.bfloat16) for name, size in sizes.items()}
+    with opened(WAYS[way], tmp_path, weights, devices=("cuda:1",)) as (transfer, [worker]):
+        for version in range(3):
+            for each in weights.values():
+                each.add_(1)
+            transfer.push(weights)
+            assert worker.holds() == {"version": version, "digest": expected(weights)}
+        assert "by the copy engine in 3 chunks" in worker.sender.call("status", {})["plan"]
+        weights["a"][-5] = float("nan")
+        with pytest.raises(wire.TransferError, match="a has values that are not finite"):
+            transfer.push(weights)
+
+
+@two_gpus
 @pytest.mark.parametrize("way", ["arena view", "live copy", "live view"])
 def test_gpus_are_known_by_their_uuid_whatever_their_order(way, tmp_path, monkeypatch):
     weights = on_gpu(PlainModel(seed=3), "cuda:0")
