@@ -19,7 +19,7 @@ from transfer import memory, wire
 from transfer.config import IpcConfig, Staging, Take
 from transfer.digest import Hasher, digest_of
 from transfer.finite import NotFinite
-from transfer.manifest import Manifest
+from transfer.manifest import Manifest, same_tensors
 from transfer.one_pass import OnePass, addresses, available
 
 MAX_SLOTS = 64
@@ -69,6 +69,7 @@ class ArenaPublisher:
     casts = True
     keeps = True
     exposes = False
+    given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: IpcConfig) -> None:
         self._count = config.slots
@@ -130,7 +131,9 @@ class LivePublisher:
         self.exposes = config.take is Take.view
         self.keeps = self.exposes  # else workers have copies, and nobody is told when the weights change
         self._slots = Slots()
-        self._places: list[int] = []  # where its tensors are
+        self.given: tuple[torch.Tensor, ...] = ()  # as `prepare` was given them
+        self._tensors: list[torch.Tensor] = []  # one of them for each entry
+        self._places: list[int] = []  # where these are
         self._pass: OnePass | None = None
         self.finds_nonfinite = False
         self.endpoint = _endpoint(config, self._slots)
@@ -144,7 +147,9 @@ class LivePublisher:
             view.copy_(weights[entry.name])
             for name in entry.names:
                 weights[name].data = view
-        self._places = addresses(self._slots.views[0].values())
+        self.given = tuple(weights.values())
+        self._tensors = [weights[entry.name] for entry in manifest.entries]
+        self._places = addresses(self._tensors)
         self.finds_nonfinite = available(self._slots.device)
         if self.finds_nonfinite:
             self._pass = OnePass(list(self._slots.views[0].values()), None, self._slots.device, padded=True)
@@ -157,26 +162,31 @@ class LivePublisher:
 
         NotFinite for values that one pass has found: the digest's, or if workers do not look as they copy.
         """
+        _wait(self._slots.device)
+        looks = self._pass is not None and (with_digest or self.exposes)
+        found = self._pass.start(with_digest) if self._pass is not None and looks else None
+        self._check_places(weights)  # while the GPU looks
+        if found is None:
+            slow = with_digest and self._pass is None
+            return {"slot": 0}, digest_of(self._slots.views[0].values()) if slow else None
+        digest, finite = found()
+        if not finite:
+            raise NotFinite
+        return {"slot": 0}, digest
+
+    def _check_places(self, weights: Mapping[str, torch.Tensor]) -> None:
         views = self._slots.views[0]
-        if addresses(map(weights.__getitem__, views)) != self._places:
+        known = same_tensors(weights.values(), self.given)  # the names need not be looked up
+        if addresses(self._tensors if known else map(weights.__getitem__, views)) != self._places:
             name = next(name for name, view in views.items() if weights[name].data_ptr() != view.data_ptr())
             raise ValueError(
                 f"transfer.staging=live: {name} is not in the memory shared with the workers; give open() the tensors "
                 "themselves, module.state_dict(keep_vars=True), and do not replace them"
             )
-        _wait(self._slots.device)
-        if self._pass is None:
-            return {"slot": 0}, digest_of(views.values()) if with_digest else None
-        if not with_digest and not self.exposes:
-            return {"slot": 0}, None
-        digest, finite = self._pass.run(with_digest)
-        if not finite:
-            raise NotFinite
-        return {"slot": 0}, digest
 
     def close(self) -> None:
         """Stop sharing; the parameters stay where they are."""
-        self._pass = None
+        self.given, self._tensors, self._pass = (), [], None
         self._slots.close()
 
 

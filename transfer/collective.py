@@ -80,6 +80,7 @@ class CollectivePublisher:
     keeps = True  # as far as `holds` says
     finds_nonfinite = False
     exposes = False
+    given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: CollectiveConfig) -> None:
         if config.library is Library.nccl and not torch.cuda.is_available():

@@ -38,6 +38,7 @@ class DiskPublisher:
     keeps = True
     finds_nonfinite = False
     exposes = False
+    given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
         self._folder = Path(config.path) if config.path else folder / "weights"

@@ -18,6 +18,7 @@ class LocalPublisher:
     keeps = False
     finds_nonfinite = False
     exposes = False
+    given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self) -> None:
         self.endpoint: dict[str, Any] = {"backend": "local"}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -131,6 +132,11 @@ class Manifest:
         if mine.names != theirs.names and set(mine.names) <= set(other.by_name):
             lines.append(f"alias: {name} is tied as {list(theirs.names)}, not {list(mine.names)}")
         return lines
+
+
+def same_tensors(given: Collection[torch.Tensor], known: Collection[torch.Tensor]) -> bool:
+    """Whether these are the very same objects, in the same order."""
+    return len(given) == len(known) and all(map(operator.is_, given, known))
 
 
 def round_up(number: int, multiple: int) -> int:

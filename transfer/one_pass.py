@@ -77,15 +77,24 @@ class OnePass:
         same = (map(operator.eq, map(place, sources), known) for place, known in zip(PLACES, self._places, strict=True))
         return len(sources) == len(self._places[0]) and all(map(all, same))
 
-    @torch.no_grad()
     def run(self, with_digest: bool = True) -> tuple[str | None, bool]:
         """The digest of the targets, and whether all values are finite; waits until the bytes are there."""
+        return self.start(with_digest)()
+
+    @torch.no_grad()
+    def start(self, with_digest: bool = True) -> Callable[[], tuple[str | None, bool]]:
+        """Queue the work; what is returned waits for it, and gives what `run` does."""
         for source, target in self._first:
             target.copy_(source)
         with torch.cuda.device(self._device):
             if with_digest not in self._graphs:
                 self._graphs[with_digest] = Recorded(partial(self._queue, with_digest), self._results)
-            first, second, bad = self._graphs[with_digest].run()
+            self._graphs[with_digest].start()
+        return partial(self._wait, with_digest)
+
+    def _wait(self, with_digest: bool) -> tuple[str | None, bool]:
+        with torch.cuda.device(self._device):
+            first, second, bad = self._graphs[with_digest].wait()
         return sums_digest(first, second) if with_digest else None, not bad
 
     def _queue(self, with_digest: bool) -> None:
@@ -134,9 +143,12 @@ class Recorded:
             finally:
                 self._graph.capture_end()
 
-    def run(self) -> list[int]:
-        """Do it, wait, and give the results."""
+    def start(self) -> None:
+        """Queue it on the current stream."""
         self._graph.replay()
+
+    def wait(self) -> list[int]:
+        """The results, once it is done."""
         torch.cuda.current_stream().synchronize()
         found: list[int] = self._results.tolist()
         return found

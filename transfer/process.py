@@ -20,6 +20,11 @@ LOG_TAIL = 20  # lines of a dead worker's log that its error shows
 SOURCE = Path(__file__).resolve().parents[1]  # where the packages are imported from
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process that is to import what this one does."""
+    return os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+
+
 class WorkerProcess:
     """`python -m module`, which calls serve.serve_parent; it ends with this context, and with this process."""
 
@@ -86,8 +91,7 @@ class WorkerProcess:
         return int(json.loads(report)["port"])
 
     def _started(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        variables = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,

@@ -38,7 +38,7 @@ from transfer.config import (
 from transfer.finite import NotFinite, not_finite
 from transfer.fleet import Alongside, Answers, Failures, Fleet, Member, is_remote
 from transfer.journal import Journal
-from transfer.manifest import DTYPES, Entry, Manifest
+from transfer.manifest import DTYPES, Entry, Manifest, same_tensors
 
 LOG = logging.getLogger(__name__)
 Weights = Mapping[str, torch.Tensor]
@@ -54,6 +54,7 @@ class Publisher(Protocol):
     keeps: bool  # whether the bytes of a version stay until the next is written
     finds_nonfinite: bool  # whether values that are not finite are found, as NotFinite or by workers, with no search
     exposes: bool  # whether workers serve the trainer's own memory: to be withdrawn before it changes
+    given: tuple[torch.Tensor, ...]  # the tensors of `prepare`, if they are themselves what workers read
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]: ...
     def write(
@@ -143,11 +144,12 @@ class Session:
             "verify": config.verify.value,
             "in_flight": in_flight.value,
         }
-        self._with_digest = config.verify is not Verify.off
+        self.with_digest = config.verify is not Verify.off  # whether a push carries one; else workers verify nothing
         self._journal = journal
         self._fleet = Fleet([], self._timeout_s)
         self._manifest = Manifest((), 0)
         self._shapes: dict[str, torch.Size] = {}  # of its entries
+        self._names: list[str] = []  # as the trainer orders them
         self._tied: list[Entry] = []
         self._epoch = 0  # the highest that this session has taken
         self._replaced = False  # by a later trainer, or one that was faster
@@ -177,6 +179,7 @@ class Session:
         self._raise("asking for the status", failures)
         self._manifest = Manifest.of(weights, _agreed_dtype(status) if self._publisher.casts else None)
         self._shapes = {entry.name: torch.Size(entry.shape) for entry in self._manifest.entries}
+        self._names = list(weights)
         self._tied = [entry for entry in self._manifest.entries if entry.aliases]
         self._agreed |= {
             "manifest": self._manifest.to_json(),
@@ -341,7 +344,7 @@ class Session:
         served = {member.serves for member in self._fleet.members if member.serves is not None}
         self._writes = {live: self._writes[live] for live in served if live in self._writes}
         try:
-            where, digest = self._publisher.write(version, weights, served, self._with_digest)
+            where, digest = self._publisher.write(version, weights, served, self.with_digest)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for memory that is not to be had, say
             raise wire.TransferError(f"writing version {version} failed: {error}") from error
         except NotFinite:
@@ -443,6 +446,16 @@ class Session:
 
     def _check(self, weights: Weights, version: int) -> None:
         """TransferError unless the tensors are those agreed on, and finite also in the dtype that travels."""
+        known = list(weights) == self._names and same_tensors(weights.values(), self._publisher.given)
+        if not known:
+            self._check_form(weights, version)
+        for entry in self._tied:
+            if any(weights[alias].data_ptr() != weights[entry.name].data_ptr() for alias in entry.aliases):
+                raise wire.TransferError(f"version {version}: {entry.name} is no longer tied to {entry.aliases}")
+        if not self._publisher.finds_nonfinite and not_finite(weights, self._manifest) is not None:
+            raise self._refused(weights, version)
+
+    def _check_form(self, weights: Weights, version: int) -> None:
         if weights.keys() != self._manifest.by_name.keys():
             changed = sorted(weights.keys() ^ self._manifest.by_name.keys())
             raise wire.TransferError(f"version {version}: other names than agreed on: {', '.join(changed[:10])}")
@@ -450,11 +463,6 @@ class Session:
         if not all(map(operator.eq, shapes, self._shapes.values())):
             other = next(entry for entry in self._manifest.entries if weights[entry.name].shape != entry.shape)
             raise wire.TransferError(f"version {version}: {other.name} is not the {list(other.shape)} agreed on")
-        for entry in self._tied:
-            if any(weights[alias].data_ptr() != weights[entry.name].data_ptr() for alias in entry.aliases):
-                raise wire.TransferError(f"version {version}: {entry.name} is no longer tied to {entry.aliases}")
-        if not self._publisher.finds_nonfinite and not_finite(weights, self._manifest) is not None:
-            raise self._refused(weights, version)
 
     def _refused(self, weights: Weights, version: int) -> wire.TransferError:
         bad = not_finite(weights, self._manifest)

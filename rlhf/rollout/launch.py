@@ -24,7 +24,7 @@ from rlhf.config import RolloutConfig, RunConfig
 from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
-from transfer.process import SOURCE, WorkerProcess
+from transfer.process import WorkerProcess, python_path
 from transfer.wire import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
 
     from transfer.senders.ray import RaySender
 
-    variables = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": str(spec.threads)}
+    variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(spec.threads)}
     actor_class = ray.remote(RayWorker).options(
         num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transfer.bench.source import Source
-from transfer.process import SOURCE
+from transfer.process import python_path
 
 START_S = 120.0  # deadline for a process to come up
 TIMEOUT_S = 120.0  # deadline of one update, and of one message
@@ -25,7 +25,7 @@ STOP_S = 5.0  # how long an actor may take to drop a model
 ACTOR: dict[str, Any] = {
     "num_cpus": 0,
     "max_concurrency": 8,  # as the workers of a run have
-    "runtime_env": {"env_vars": {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}},
+    "runtime_env": {"env_vars": {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}},
 }
 
 

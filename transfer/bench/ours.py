@@ -8,9 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from transfer import Sender
 from transfer.bench.forked import ForkedWorker
@@ -35,7 +33,7 @@ from transfer.journal import Journal
 from transfer.plain_worker import PlainSpec
 from transfer.senders.http import HttpSender
 from transfer.senders.ray import RaySender
-from transfer.session import Publisher, Session, make_publisher
+from transfer.session import Session, make_publisher
 
 NEEDS = {  # times the model's bytes: while the channel is open, and more while it sends
     "ipc-arena-view": (2.0, 0.0),
@@ -60,24 +58,6 @@ def units(lab: Lab, names: Collection[str]) -> list[Unit]:
         start = {"http": _over_http, "ray": _over_ray}[sender]
         made.append(Unit(members, *NEEDS[channel], partial(start, lab, _config(channel, agreed), members)))
     return made
-
-
-class SwitchedPublisher:
-    """A publisher that computes the digest only if `with_digest`: with none to compare, a worker verifies nothing."""
-
-    def __init__(self, inner: Publisher) -> None:
-        self._inner = inner
-        self.with_digest = True
-
-    def __getattr__(self, name: str) -> Any:
-        """All but `write` as the inner one has it at the time."""
-        return getattr(self._inner, name)
-
-    def write(
-        self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
-    ) -> tuple[dict[str, Any], str | None]:
-        """As the inner one, with a digest only where both want one."""
-        return self._inner.write(version, weights, served, with_digest and self.with_digest)
 
 
 class CountedSender:
@@ -113,7 +93,6 @@ class Channel:
     """One worker and the open session that feeds it."""
 
     session: Session
-    publisher: SwitchedPublisher
     source: Source
     sender: CountedSender
     relay: Relay | None
@@ -136,7 +115,7 @@ class OurWay:
     def prepare(self, counted: bool) -> None:
         """Choose the sender, and whether there is a digest."""
         self._channel.sender.through_relay = counted
-        self._channel.publisher.with_digest = self._with_digest
+        self._channel.session.with_digest = self._with_digest
 
     def send(self) -> None:
         """Withdraw, which only views of the trainer's own memory need, and push."""
@@ -177,24 +156,21 @@ def _config(channel: str, verify: Verify) -> TransferConfig:
 
 
 @contextmanager
-def _session(lab: Lab, config: TransferConfig, folder: Path) -> Iterator[tuple[Session, SwitchedPublisher]]:
+def _session(lab: Lab, config: TransferConfig, folder: Path) -> Iterator[Session]:
     folder.mkdir()
-    publisher = SwitchedPublisher(make_publisher(config, folder))
-    try:
-        with Session(cast(Publisher, publisher), config, InFlight.wait, Journal()) as session:
-            yield session, publisher
-    finally:
-        if _moves_source(lab, publisher.endpoint):
-            lab.source.renew()
+    with Session(make_publisher(config, folder), config, InFlight.wait, Journal()) as session:
+        try:
+            yield session
+        finally:
+            if _moves_source(lab, session.endpoint):
+                lab.source.renew()
 
 
-def _opened(
-    lab: Lab, session: Session, publisher: SwitchedPublisher, sender: CountedSender, relay: Relay | None
-) -> Channel:
+def _opened(lab: Lab, session: Session, sender: CountedSender, relay: Relay | None) -> Channel:
     moves_tensors = session.endpoint.get("staging") == Staging.live.value
     source = lab.source.alias() if moves_tensors and not _moves_source(lab, session.endpoint) else lab.source
     session.open(source.weights, [sender])
-    return Channel(session, publisher, source, sender, relay)
+    return Channel(session, source, sender, relay)
 
 
 def _moves_source(lab: Lab, endpoint: Mapping[str, Any]) -> bool:
@@ -205,7 +181,7 @@ def _moves_source(lab: Lab, endpoint: Mapping[str, Any]) -> bool:
 @contextmanager
 def _over_http(lab: Lab, config: TransferConfig, names: list[str]) -> Iterator[Connect]:
     with ExitStack() as stack:
-        session, publisher = stack.enter_context(_session(lab, config, lab.folder / names[0]))
+        session = stack.enter_context(_session(lab, config, lab.folder / names[0]))
         process = stack.enter_context(http_worker(lab, names[0], session.endpoint))
 
         def connect() -> list[Way]:
@@ -215,7 +191,7 @@ def _over_http(lab: Lab, config: TransferConfig, names: list[str]) -> Iterator[C
             direct, relayed = (HttpSender(to, lab.token, names[0], TIMEOUT_S) for to in (url, relay.url))
             stack.enter_context(closing(direct))
             stack.enter_context(closing(relayed))
-            channel = _opened(lab, session, publisher, CountedSender(direct, relayed), relay)
+            channel = _opened(lab, session, CountedSender(direct, relayed), relay)
             return [OurWay(name, channel) for name in names]
 
         yield connect
@@ -224,14 +200,14 @@ def _over_http(lab: Lab, config: TransferConfig, names: list[str]) -> Iterator[C
 @contextmanager
 def _over_ray(lab: Lab, config: TransferConfig, names: list[str]) -> Iterator[Connect]:
     with (
-        _session(lab, config, lab.folder / names[0]) as (session, publisher),
+        _session(lab, config, lab.folder / names[0]) as session,
         ray_worker(lab, session.endpoint) as built,
     ):
 
         def connect() -> list[Way]:
             sender = RaySender(built(), names[0], TIMEOUT_S)
             lab.ready()
-            channel = _opened(lab, session, publisher, CountedSender(sender, sender), None)
+            channel = _opened(lab, session, CountedSender(sender, sender), None)
             return [OurWay(name, channel) for name in names]
 
         yield connect

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from transfer.doctor.finding import FAIL, SKIP, Check, Finding, Result, one_line, skip
-from transfer.process import SOURCE
+from transfer.process import python_path
 
 TICK_S = 0.1  # between two looks at the clock
 SHARED = Path("/dev/shm")
@@ -135,8 +135,7 @@ class Lane:
             self._process.stdin.flush()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        paths = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TMPDIR": str(self._log.parent)}
+        variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TMPDIR": str(self._log.parent)}
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "transfer.doctor.child"],

@@ -28,7 +28,7 @@ from transfer.config import (
     TransferConfig,
 )
 from transfer.doctor.finding import Finding, Problem, ok
-from transfer.process import SOURCE, WorkerProcess
+from transfer.process import WorkerProcess, python_path
 from transfer.wire import TransferError
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _ray_worker(spec: PlainSpec) -> Sender:
         except ray.exceptions.RayActorError:
             RAY_ACTOR.clear()
     if not RAY_ACTOR:
-        variables = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+        variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         options = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": variables}}
         RAY_ACTOR.append(ray.remote(_renewable()).options(**options).remote(spec))
     ray.get(RAY_ACTOR[0].health.remote({}), timeout=START_S)
