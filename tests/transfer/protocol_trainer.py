@@ -209,6 +209,7 @@ class Publisher:
     def __init__(self, world: World, name: str) -> None:
         self.keeps = world.keeps or world.exposes
         self.exposes = world.exposes
+        self.given = ()
         self.contents: dict[int, Content] = {}  # by version, as written last
         self._world = world
         self._name = name
