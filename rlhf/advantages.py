@@ -35,6 +35,11 @@ def leave_one_out(rewards_Pn: Tensor) -> Tensor:
     return group_mean(rewards_Pn) * count_P1 / (count_P1 - 1).clamp(min=1)
 
 
+def overlong(lengths_B: Tensor, max_tokens: int, buffer: int) -> Tensor:
+    """0 up to max_tokens - buffer tokens, then falling to -1 at max_tokens, [B] (DAPO, arXiv:2503.14476)."""
+    return ((max_tokens - buffer - lengths_B) / buffer).clamp(-1.0, 0.0)
+
+
 def token_rewards(rewards_B: Tensor, penalty_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """rho_t = -penalty_t, plus R on the last sampled token of each row."""
     steps_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)

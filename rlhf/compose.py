@@ -10,9 +10,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.algorithm import AlgoConfig
 from rlhf.config import (
     AdamWConfig,
-    AlgoConfig,
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
     FunctionRewardConfig,

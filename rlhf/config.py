@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from rlhf.algorithm import Advantage, AlgoConfig
+from rlhf.rules import at_least, in_range, one_of
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
@@ -229,76 +231,6 @@ class FunctionRewardConfig(RewardConfig):
             raise ValueError(f"reward.function must be like package.module:name (got {self.function!r})")
 
 
-# --- algo: rewards -> advantages -> loss ------------------------------------------------------------------------------
-
-
-class Advantage(enum.Enum):
-    """Rewards -> advantages (advantages.py)."""
-
-    group_norm = "group_norm"  # GRPO
-    group_mean = "group_mean"  # Dr.GRPO
-    leave_one_out = "leave_one_out"  # RLOO
-    reinforce_pp = "reinforce_pp"  # REINFORCE++
-    gae = "gae"  # PPO, with a critic
-
-
-class PolicyLoss(enum.Enum):
-    """Advantages -> loss of the policy (losses.py)."""
-
-    clip = "clip"  # PPO's clipped surrogate
-    reinforce = "reinforce"  # -A log pi
-
-
-class Aggregation(enum.Enum):
-    """How token losses become one number (losses.py)."""
-
-    token_mean = "token_mean"
-    seq_mean_token_mean = "seq_mean_token_mean"
-    seq_mean_token_sum_norm = "seq_mean_token_sum_norm"
-
-
-class KlIn(enum.Enum):
-    """Where the KL penalty to the reference policy enters."""
-
-    loss = "loss"
-    reward = "reward"
-
-
-@dataclass(slots=True, kw_only=True)
-class AlgoConfig:
-    """One algorithm is one choice a line; every combination that makes sense can be composed."""
-
-    name: str
-    advantage: Advantage
-    loss: PolicyLoss = PolicyLoss.clip
-    aggregation: Aggregation = Aggregation.token_mean
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.2  # 0: no reference policy is kept
-    kl_in: KlIn = KlIn.loss
-    gamma: float = 1.0
-    lam: float = 0.95  # GAE's lambda
-    critic_lr: float = 1e-3
-    value_clip: float | None = 0.2
-    critic_warmup_steps: int = 5  # steps in which only the critic learns
-    entropy_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        in_range("algo.clip_low", self.clip_low, 0.0, 1.0)
-        at_least("algo.clip_high", self.clip_high, 0.0)
-        at_least("algo.kl_coef", self.kl_coef, 0.0)
-        in_range("algo.gamma", self.gamma, 0.0, 1.0)
-        in_range("algo.lam", self.lam, 0.0, 1.0)
-        positive("algo.critic_lr", self.critic_lr)
-        at_least("algo.critic_warmup_steps", self.critic_warmup_steps, 0)
-        at_least("algo.entropy_coef", self.entropy_coef, 0.0)
-
-    @property
-    def group_based(self) -> bool:
-        """Whether the advantage compares samples of one prompt, so that one sample alone teaches nothing."""
-        return self.advantage in (Advantage.group_norm, Advantage.group_mean, Advantage.leave_one_out)
-
-
 # --- optim, logger ----------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +341,11 @@ class RunConfig:
                 f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
                 f"(got {self.algo.critic_warmup_steps} and {self.steps})"
             )
+        if self.algo.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
+                f"{self.rollout.max_new_tokens} (got {self.algo.overlong_buffer})"
+            )
         if self.updates_per_step > self.prompts_per_step:
             raise ValueError(
                 f"updates_per_step splits the step's prompts: it must be at most prompts_per_step "
@@ -445,24 +382,3 @@ class RunConfig:
                 "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
                 "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
             )
-
-
-# --- rules ------------------------------------------------------------------------------------------------------------
-
-
-def at_least(key: str, value: float, least: float) -> None:
-    """Raise ValueError unless `value` >= `least`."""
-    if not value >= least:
-        raise ValueError(f"{key} must be at least {least} (got {value})")
-
-
-def in_range(key: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless `low` <= `value` <= `high`."""
-    if not low <= value <= high:
-        raise ValueError(f"{key} must be between {low} and {high} (got {value})")
-
-
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(allowed)} (got {value!r})")

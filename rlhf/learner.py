@@ -19,11 +19,21 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf import advantages as adv
 from rlhf import losses
-from rlhf.config import AdamWConfig, Advantage, AlgoConfig, KlIn, OptimConfig, PolicyLoss, RunConfig
+from rlhf.algorithm import Advantage, AlgoConfig, KlIn, Truncated
+from rlhf.config import AdamWConfig, OptimConfig, RunConfig
+from rlhf.correction import effective_share
 from rlhf.ending import RunError
-from rlhf.types import Rollouts
+from rlhf.kl_control import KlController
+from rlhf.objective import clipped, correction_weights, policy_loss
+from rlhf.types import TRUNCATED, Rollouts
 
 ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
+GROUPS = {
+    Advantage.group_norm: adv.group_norm,
+    Advantage.group_mean: adv.group_mean,
+    Advantage.leave_one_out: adv.leave_one_out,
+    Advantage.reinforce_pp_baseline: adv.group_mean,
+}
 MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
 
 
@@ -36,6 +46,7 @@ class Batch:
     ids_BT: Tensor
     mask_BT: Tensor
     sampled_BT: Tensor  # the workers' log-probs
+    truncated_B: Tensor  # whether the length limit has cut the row
     old_BT: Tensor | None = None  # None: this batch takes one update, so the policy that is updated is the old one
     ref_BT: Tensor | None = None
     values_BT: Tensor | None = None
@@ -53,6 +64,7 @@ class Batch:
         return Batch(
             prompts=[self.prompts[p] for p in used],
             prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
+            truncated_B=self.truncated_B[rows],
             **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
         )
 
@@ -72,6 +84,7 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
         ids_BT=pad(rows, torch.long),
         mask_BT=pad([[1.0] * len(row) for row in rows], torch.float32),
         sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
+        truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
     )
 
 
@@ -172,6 +185,7 @@ class Learner:
         self.critic = critic
         self.config = config
         self.algo: AlgoConfig = config.algo
+        self.kl = KlController(config.algo.kl_coef, config.algo.kl_target, config.algo.kl_horizon)
         self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         self.critic_optimizer = make_optimizer(critic, config.optim, config.algo.critic_lr) if critic else None
@@ -204,8 +218,10 @@ class Learner:
         """
         rewards = torch.tensor([float("nan") if r is None else r for r in rewards_B], device=self.device)
         batch.mask_BT = batch.mask_BT * (~rewards.isnan())[:, None]
-        self._estimate(batch, rewards)
-        totals: dict[str, float] = {}
+        self._estimate(batch, rewards - self._overlong_penalty(batch))
+        if self.algo.truncated is Truncated.drop:
+            batch.mask_BT = batch.mask_BT * (~batch.truncated_B)[:, None]
+        totals = {"kl_coef": self.kl.coefficient}
         prompts = len(batch.prompts)
         updates = self.config.updates_per_step
         for update in range(updates):
@@ -214,24 +230,36 @@ class Learner:
             for name, value in self._update(batch, rows).items():
                 totals[name] = totals.get(name, 0.0) + value / updates
         self.steps += 1
+        if batch.ref_BT is not None:
+            kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
+            self.kl.observe(float(kl_B.mean()), len(kl_B))
         return totals
+
+    def _old(self, batch: Batch) -> Tensor:
+        """Log-probs under the policy before this step's updates; the workers', where nobody has computed them."""
+        return batch.sampled_BT if batch.old_BT is None else batch.old_BT
+
+    def _overlong_penalty(self, batch: Batch) -> Tensor:
+        """What long rows lose of their reward, [B]."""
+        lengths_B, algo = batch.mask_BT.sum(dim=1), self.algo
+        if not algo.overlong_buffer:
+            return torch.zeros_like(lengths_B)
+        limit = self.config.rollout.max_new_tokens
+        return -algo.overlong_penalty * adv.overlong(lengths_B, limit, algo.overlong_buffer)
 
     def _estimate(self, batch: Batch, rewards_B: Tensor) -> None:
         """Fill in advantages, and returns for a critic."""
         mask_BT = batch.mask_BT
         penalty_BT = torch.zeros_like(mask_BT)
         if self.algo.kl_in is KlIn.reward and batch.ref_BT is not None:
-            old_BT = batch.sampled_BT if batch.old_BT is None else batch.old_BT
-            penalty_BT = self.algo.kl_coef * losses.kl_k1(old_BT, batch.ref_BT) * mask_BT
+            estimator = losses.KL[self.algo.kl_estimator.value if self.algo.kl_estimator else "k1"]
+            penalty_BT = self.kl.coefficient * estimator(self._old(batch), batch.ref_BT) * mask_BT
         if self.algo.group_based:
             penalised_B = rewards_B - penalty_BT.sum(dim=1)
-            estimator = {
-                Advantage.group_norm: adv.group_norm,
-                Advantage.group_mean: adv.group_mean,
-                Advantage.leave_one_out: adv.leave_one_out,
-            }[self.algo.advantage]
-            advantages_B = estimator(penalised_B.view(len(batch.prompts), -1)).flatten()
-            batch.advantages_BT = advantages_B.nan_to_num()[:, None] * mask_BT
+            compared = GROUPS[self.algo.advantage](penalised_B.view(len(batch.prompts), -1))
+            batch.advantages_BT = compared.flatten().nan_to_num()[:, None] * mask_BT
+            if self.algo.advantage is Advantage.reinforce_pp_baseline:
+                batch.advantages_BT = adv.whiten(batch.advantages_BT, mask_BT)
             return
         rho_BT = adv.token_rewards(rewards_B.nan_to_num(), penalty_BT, mask_BT)
         if self.algo.advantage is Advantage.gae:
@@ -244,7 +272,10 @@ class Learner:
     def _update(self, batch: Batch, rows: list[int]) -> dict[str, float]:
         """One optimiser step on these rows, gradients accumulated over micro-batches; the same for any split."""
         weights_B = losses.row_weights(
-            self.algo.aggregation.value, batch.mask_BT[rows].sum(dim=1), self.config.rollout.max_new_tokens
+            self.algo.aggregation.value,
+            batch.mask_BT[rows].sum(dim=1),
+            self.config.rollout.max_new_tokens,
+            torch.tensor(batch.prompt_of_B, device=self.device)[rows],
         )
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
         weight_of_B[rows] = weights_B
@@ -254,6 +285,7 @@ class Learner:
             for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
                 totals[name] = totals.get(name, 0.0) + value
         means = {name: value if name == "loss" else value / tokens for name, value in totals.items()}
+        means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
         return means | self._step_optimizers(math.isfinite(totals["loss"]))
 
     def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, float]:
@@ -263,25 +295,24 @@ class Learner:
         logits_BTV = response_logits(self.policy, batch)
         logprobs_BT = losses.token_logprobs(logits_BTV, batch.ids_BT, self.config.rollout.temperature)
         old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
-        delta_BT = losses.log_ratio(logprobs_BT, old_BT)
-        match algo.loss:
-            case PolicyLoss.clip:
-                loss_BT = losses.clipped_surrogate(delta_BT, batch.advantages_BT, algo.clip_low, algo.clip_high)
-            case PolicyLoss.reinforce:
-                loss_BT = losses.reinforce(logprobs_BT, batch.advantages_BT)
+        loss_BT, delta_BT = policy_loss(algo, logprobs_BT, old_BT, batch.advantages_BT, mask_BT)
+        loss_BT = loss_BT * correction_weights(algo, old_BT, batch.sampled_BT, mask_BT)
         with torch.set_grad_enabled(algo.entropy_coef > 0):
             entropy_BT = losses.entropy(logits_BTV, self.config.rollout.temperature)
         loss_BT = loss_BT - algo.entropy_coef * entropy_BT
         sums = {
             "entropy": entropy_BT.detach(),
             "mismatch": (old_BT - batch.sampled_BT).abs(),
-            "clip_fraction": _outside(delta_BT.detach(), batch.advantages_BT, algo.clip_low, algo.clip_high),
+            "clip_fraction": clipped(algo, delta_BT, batch.advantages_BT),
+            "approx_kl": losses.kl_k3(old_BT, logprobs_BT.detach()),
+            "w": (w_BT := losses.log_ratio(old_BT, batch.sampled_BT).exp()),
+            "w_squared": w_BT.square(),
         }
         if batch.ref_BT is not None:
-            kl_BT = losses.kl_in_loss(logprobs_BT, batch.ref_BT)
+            kl_BT = losses.kl_in_loss(logprobs_BT, batch.ref_BT, algo.kl_estimator.value if algo.kl_estimator else "k3")
             sums["kl"] = kl_BT.detach()
             if algo.kl_in is KlIn.loss:
-                loss_BT = loss_BT + algo.kl_coef * kl_BT
+                loss_BT = loss_BT + self.kl.coefficient * kl_BT
         loss = (weights_B * (loss_BT * mask_BT).sum(dim=1)).sum()
         if self.critic is not None:
             assert batch.values_BT is not None and batch.returns_BT is not None
@@ -355,11 +386,3 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> to
                 model.parameters(), lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
             )
     raise AssertionError(config)
-
-
-def _outside(delta_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """1 where the clip stops the gradient: r above 1 + high for a good token, below 1 - low for a bad one."""
-    ratio_BT = delta_BT.exp()
-    high_BT = (advantages_BT > 0) & (ratio_BT > 1 + clip_high)
-    low_BT = (advantages_BT < 0) & (ratio_BT < 1 - clip_low)
-    return (high_BT | low_BT).float()

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from rlhf.config import RunConfig
 from rlhf.evaluate import evaluate
+from rlhf.gather import Gather
 from rlhf.learner import Learner
 from rlhf.metrics import Recorder
 from rlhf.probe import Probe
-from rlhf.rewards import usable
 from rlhf.stages.sft import batches
-from rlhf.types import Prompt, Reward, Sampler, Task
+from rlhf.types import Reward, Sampler, Task
 from transfer import Transfer
 
 
@@ -31,17 +31,12 @@ class Parts:
 def train(parts: Parts, config: RunConfig, version: int) -> None:
     """Run `config.steps` steps; the workers hold `version` at first, and each step's push makes the next one live."""
     record, reward = parts.record, parts.reward
+    gather = Gather(parts.sampler, reward, config, record)
     evaluate(parts.task, parts.sampler, reward, config, record, step=0)
     order = batches(len(parts.task.train), config.prompts_per_step, config.steps, config.seed)
     for step, rows in enumerate(order, start=1):
-        prompts: list[Prompt] = [parts.task.train[row] for row in rows]
-        with record.time("sample"):
-            rollouts = parts.sampler.sample(
-                prompts, n=config.samples_per_prompt, temperature=config.rollout.temperature, seed=config.seed + step
-            )
+        rollouts, rewards_B = gather(parts.task.train, rows, step)
         record.took(rollouts, version)
-        with record.time("reward"):
-            rewards_B = usable(reward(rollouts.prompts_B, rollouts.texts))
         with record.time("transfer"):
             parts.transfer.withdraw()
         with record.time("learn"):

@@ -30,11 +30,35 @@ def log_ratio(logprobs_BT: Tensor, old_BT: Tensor) -> Tensor:
     return (logprobs_BT - old_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def clipped_surrogate(delta_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347; separate bounds: DAPO, arXiv:2503.14476)."""
+def clipped_surrogate(
+    delta_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float, dual: float | None = None
+) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347; separate bounds: DAPO, arXiv:2503.14476).
+
+    `dual`: at most -dual A for tokens with A < 0, however large r is (arXiv:1912.09729).
+    """
     ratio_BT = delta_BT.exp()
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(-advantages_BT * ratio_BT, -advantages_BT * clipped_BT)
+    loss_BT = torch.maximum(-advantages_BT * ratio_BT, -advantages_BT * clipped_BT)
+    if dual is None:
+        return loss_BT
+    return torch.where(advantages_BT < 0, torch.minimum(loss_BT, -dual * advantages_BT), loss_BT)
+
+
+def sequence_log_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """log s, the mean of delta over a row's tokens, at each token [B, T] (GSPO, arXiv:2507.18071).
+
+    The gradient at a token is that of its own log-prob (the paper's GSPO-token): advantages may differ by token.
+    """
+    length_B1 = mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    mean_B1 = (log_ratio(logprobs_BT, old_BT) * mask_BT).sum(dim=1, keepdim=True) / length_B1
+    return mean_B1.detach() + logprobs_BT - logprobs_BT.detach()
+
+
+def cispo(delta_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-sg[clip(r, 1 - low, 1 + high)] A log pi: clipped tokens keep a gradient (CISPO, arXiv:2506.13585)."""
+    weight_BT = delta_BT.exp().clamp(1 - clip_low, 1 + clip_high).detach()
+    return -weight_BT * advantages_BT * logprobs_BT
 
 
 def reinforce(logprobs_BT: Tensor, advantages_BT: Tensor) -> Tensor:
@@ -67,18 +91,21 @@ def kl_k3(logprobs_BT: Tensor, ref_BT: Tensor) -> Tensor:
     return ((-d_BT).exp() - 1 + d_BT).clamp(max=10.0)
 
 
-def kl_in_loss(logprobs_BT: Tensor, ref_BT: Tensor) -> Tensor:
-    """The value of k3 with the gradient of k2: k3's own gradient on samples of pi is biased."""
-    k2_BT, k3_BT = kl_k2(logprobs_BT, ref_BT), kl_k3(logprobs_BT, ref_BT)
-    return k2_BT - k2_BT.detach() + k3_BT.detach()
+KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
-def row_weights(aggregation: str, lengths_B: Tensor, max_tokens: int) -> Tensor:
+def kl_in_loss(logprobs_BT: Tensor, ref_BT: Tensor, estimator: str = "k3") -> Tensor:
+    """The value of an estimator with the gradient of k2: that of k1 is zero on average, that of k3 biased."""
+    k2_BT, value_BT = kl_k2(logprobs_BT, ref_BT), KL[estimator](logprobs_BT, ref_BT)
+    return k2_BT - k2_BT.detach() + value_BT.detach()
+
+
+def row_weights(aggregation: str, lengths_B: Tensor, max_tokens: int, prompt_of_B: Tensor | None = None) -> Tensor:
     """The weight of each token of row b, [B]: sum_b w_b sum_t m_bt L_bt is the aggregate of one optimiser step.
 
     `lengths_B` counts the sampled tokens of every row of the whole step, whatever its split into micro-batches.
     token_mean (DAPO): 1/N. seq_mean_token_mean (GRPO): 1/(S len_b). seq_mean_token_sum_norm (Dr.GRPO): 1/(S
-    max_tokens).
+    max_tokens). prompt_mean: the token mean of each prompt's rows, averaged over prompts that have tokens.
     """
     lengths_B = lengths_B.to(torch.float32)
     rows = (lengths_B > 0).sum().clamp(min=1)
@@ -89,9 +116,24 @@ def row_weights(aggregation: str, lengths_B: Tensor, max_tokens: int) -> Tensor:
             return 1.0 / (rows * lengths_B.clamp(min=1))
         case "seq_mean_token_sum_norm":
             return torch.ones_like(lengths_B) / (rows * max_tokens)
+        case "prompt_mean":
+            assert prompt_of_B is not None
+            tokens_P = lengths_B.new_zeros(int(prompt_of_B.max()) + 1).index_add(0, prompt_of_B, lengths_B)
+            return 1.0 / ((tokens_P > 0).sum().clamp(min=1) * tokens_P[prompt_of_B].clamp(min=1))
     raise AssertionError(aggregation)
 
 
-def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
-    """-log sigmoid(s_chosen - s_rejected), [B] (Bradley and Terry, 1952)."""
-    return -torch.nn.functional.logsigmoid(chosen_B - rejected_B)
+def bradley_terry(
+    chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | float = 0.0, centring: float = 0.0
+) -> Tensor:
+    """-log sigmoid(s_chosen - s_rejected - margin) + centring (s_chosen + s_rejected)^2, [B].
+
+    Bradley and Terry, 1952; margin: arXiv:2307.09288; centring, which keeps scores around 0: arXiv:2312.09244.
+    """
+    fit_B = -torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin_B)
+    return fit_B + centring * (chosen_B + rejected_B).square()
+
+
+def dpo(chosen_B: Tensor, rejected_B: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)), [B]; both are log pi - log pi_ref of whole answers (arXiv:2305.18290)."""
+    return -torch.nn.functional.logsigmoid(beta * (chosen_B - rejected_B))

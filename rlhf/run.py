@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf.algorithm import Advantage
 from rlhf.compose import choice
 from rlhf.config import (
-    Advantage,
     ConsoleLoggerConfig,
     FunctionRewardConfig,
     ModelRewardConfig,

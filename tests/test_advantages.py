@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.advantages import gae, group_mean, group_norm, leave_one_out, reward_to_go, token_rewards, whiten
+from rlhf.advantages import gae, group_mean, group_norm, leave_one_out, overlong, reward_to_go, token_rewards, whiten
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
 SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0])
@@ -70,6 +70,10 @@ def test_the_reward_of_every_row_is_on_its_last_sampled_token():
     assert rho.tolist() == [[0, 2, 0, 0], [0, 0, 0, -1], [0, 0, 3, 0]]
     penalised = token_rewards(rewards, torch.full((3, 4), 0.5), mask)
     assert torch.allclose(penalised.sum(1), rewards - 0.5 * mask.sum(1))
+
+
+def test_the_overlong_penalty_matches_the_golden_numbers():
+    assert overlong(torch.tensor([80.0, 90.0, 100.0, 3.0]), 100, 20).tolist() == [0.0, -0.5, -1.0, 0.0]
 
 
 def test_a_row_without_any_token_gets_no_reward_anywhere():

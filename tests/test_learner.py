@@ -1,6 +1,8 @@
 """The learner: its log-probs against brute force, its gradients for any split, its refusal of what is not finite."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +81,10 @@ def test_a_row_has_the_same_log_probs_alone_and_in_a_padded_batch(make_learner):
             assert torch.allclose(alone[0, :length], together[row, :length], atol=1e-5)
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "ppo"])
+ALGOS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "algo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("algo", ALGOS)
 def test_gradients_are_the_same_for_any_split_into_micro_batches(make_learner, algo):
     rollouts = sampled()
     rewards: list[float | None] = [float(b % 3) for b in range(len(rollouts.texts))]
@@ -133,6 +138,66 @@ def test_a_group_without_signal_gives_no_gradient_but_that_of_the_kl(make_learne
     learner = make_learner("algo.kl_coef=0", "algo.kl_in=loss")
     learner.reference = None
     assert gradients(learner, sampled(), [1.0] * 12).abs().max() == 0.0
+
+
+def cut(rollouts: Rollouts, rows: tuple[int, ...]) -> Rollouts:
+    """The same with these rows cut by the length limit."""
+    completions = [replace(c, finish_reason="length") if b in rows else c for b, c in enumerate(rollouts.completions)]
+    return replace(rollouts, completions=completions)
+
+
+def test_rows_that_the_limit_has_cut_may_teach_nothing_and_still_count_in_their_groups_baseline(make_learner):
+    rewards: list[float | None] = [float(b % 3) for b in range(12)]
+    kept = gradients(make_learner(), cut(sampled(), (2, 5)), rewards)
+    dropped = gradients(make_learner("algo.truncated=drop"), cut(sampled(), (2, 5)), rewards)
+    assert torch.equal(kept, gradients(make_learner(), sampled(), rewards)), "by default they are rows like all others"
+    assert not torch.allclose(dropped, kept)
+    other = cut(sampled(), (2, 5))
+    for b in (2, 5):
+        other.completions[b].ids[:] = [3] * len(other.completions[b].ids)
+    assert torch.allclose(gradients(make_learner("algo.truncated=drop"), other, rewards), dropped, atol=1e-6)
+    fewer = [None if b in (2, 5) else reward for b, reward in enumerate(rewards)]
+    assert not torch.allclose(gradients(make_learner(), sampled(), fewer), dropped, atol=1e-6), "another baseline"
+
+
+def test_long_rows_lose_a_part_of_their_reward(make_learner):
+    rollouts = sampled()
+    lengths = [len(completion.ids) for completion in rollouts.completions]
+    shaped = make_learner("algo.overlong_buffer=4", "rollout.max_new_tokens=6", "algo.overlong_penalty=2")
+    plain = make_learner("rollout.max_new_tokens=6")
+    rewards = [float(b % 2) for b in range(12)]
+    lost = [2.0 * max(0, length - 2) / 4 for length in lengths]
+    expected = gradients(plain, rollouts, [r - loss for r, loss in zip(rewards, lost, strict=True)])
+    assert torch.allclose(gradients(shaped, rollouts, list(rewards)), expected, atol=1e-6)
+
+
+def test_a_correction_scales_the_loss_of_tokens_that_the_worker_found_less_likely(make_learner):
+    rewards: list[float | None] = [float(b % 2) for b in range(12)]
+    plain = gradients(make_learner("algo.kl_coef=0"), sampled(), rewards)
+    unlikely = sampled()
+    for completion in unlikely.completions:
+        completion.logprobs[:] = [-50.0] * len(completion.logprobs)
+    capped = gradients(make_learner("algo.kl_coef=0", "algo.correction=tis"), unlikely, rewards)
+    assert torch.allclose(capped, 2.0 * plain, rtol=1e-4, atol=1e-7), "at most correction_high"
+    assert gradients(make_learner("algo.kl_coef=0", "algo.correction=icepop"), unlikely, rewards).abs().max() == 0
+    assert gradients(make_learner("algo.kl_coef=0", "algo.correction=sequence"), unlikely, rewards).abs().max() == 0
+
+
+def test_an_adaptive_coefficient_follows_the_kl_and_is_the_one_that_counts(make_learner):
+    learner = make_learner("algo.kl_target=1e-4", "algo.kl_horizon=12")
+    rewards: list[float | None] = [float(b % 2) for b in range(12)]
+    first = learner.learn(learner.score(sampled()), rewards)
+    second = learner.learn(learner.score(sampled()), rewards)
+    assert first["kl_coef"] == pytest.approx(0.2) and second["kl_coef"] in (pytest.approx(0.16), pytest.approx(0.24))
+
+
+def test_the_effective_share_of_samples_is_one_where_workers_and_trainer_agree(make_learner):
+    learner, rollouts = make_learner(), sampled()
+    with torch.no_grad():
+        batch = learner.score(rollouts)
+        batch.sampled_BT = learner._over(batch, lambda rows: learner._logprobs(learner.policy, rows))
+    assert learner.learn(batch, [float(b % 2) for b in range(12)])["ess"] == pytest.approx(1.0, abs=1e-5)
+    assert learner.learn(learner.score(rollouts), [float(b % 2) for b in range(12)])["ess"] < 0.99
 
 
 def test_a_sample_without_a_reward_gives_no_gradient(make_learner):

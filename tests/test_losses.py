@@ -15,6 +15,39 @@ def test_the_clipped_surrogate_matches_the_golden_numbers():
     assert torch.allclose(loss, torch.tensor([[-1.28, 1.491825, -0.548812, 3.319785]]), atol=1e-5)
 
 
+def test_dual_clip_bounds_the_loss_of_a_bad_token():
+    loss = losses.clipped_surrogate(losses.log_ratio(NEW, OLD), ADVANTAGES, 0.2, 0.28, dual=3.0)
+    assert torch.allclose(loss, torch.tensor([[-1.28, 1.491825, -0.548812, 3.0]]), atol=1e-5)
+
+
+def test_cispo_matches_the_golden_numbers_and_clipped_tokens_keep_a_gradient():
+    new = NEW.clone().requires_grad_()
+    loss = losses.cispo(losses.log_ratio(new, OLD), new, ADVANTAGES, 0.2, 0.28)
+    assert torch.allclose(loss, torch.tensor([[1.024, -1.024, 1.44, -0.000128]]), atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), new)
+    assert torch.allclose(gradient, torch.tensor([[-1.28, 1.28, -0.8, 1.28]]), atol=1e-6)
+    assert (
+        torch.autograd.grad(losses.clipped_surrogate(losses.log_ratio(new, OLD), ADVANTAGES, 0.2, 0.28).sum(), new)[
+            0
+        ].tolist()[0][0]
+        == 0.0
+    ), "where PPO's clip has none"
+
+
+def test_the_ratio_of_a_row_is_the_geometric_mean_and_matches_the_golden_numbers():
+    new, mask = torch.tensor([[0.3, 0.1, -0.2], [0.5, 0.0, 7.0]]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    ratio = losses.sequence_log_ratio(new, torch.zeros(2, 3), mask).exp()
+    assert torch.allclose(ratio, torch.tensor([[1.068939] * 3, [1.284025] * 3]), atol=1e-6)
+
+
+def test_gspos_gradient_is_that_of_the_papers_row_form():
+    new, mask = torch.tensor([[0.3, 0.1, -0.2]], requires_grad=True), torch.ones(1, 3)
+    token = losses.clipped_surrogate(losses.sequence_log_ratio(new, torch.zeros(1, 3), mask), torch.ones(1, 3), 1, 1)
+    (ours,) = torch.autograd.grad(token.mean(), new)
+    (paper,) = torch.autograd.grad(-new.mean().exp(), new)
+    assert torch.allclose(ours, paper, atol=1e-6)
+
+
 def test_kl_estimators_match_the_golden_numbers():
     logprobs, reference = torch.tensor([-1.0, -0.5, -2.0]), torch.tensor([-1.5, -0.4, -1.0])
     assert torch.allclose(losses.kl_k1(logprobs, reference), torch.tensor([0.5, -0.1, -1.0]))
@@ -36,13 +69,45 @@ def test_the_kl_gradient_in_the_loss_is_that_of_the_true_kl():
     assert true.abs().max() > 0.1
 
 
+def test_plain_gradients_through_k1_and_k3_are_not_that_of_the_true_kl():
+    """Why `kl_in_loss` does not use them: zero on average, and biased."""
+    torch.manual_seed(0)
+    logits, reference = torch.randn(5, requires_grad=True), torch.randn(5).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (true,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits)
+    tokens = torch.multinomial(logits.detach().softmax(0), 200_000, replacement=True)
+    for estimator, wrong in ((losses.kl_k1, torch.zeros(5)), (losses.kl_k3, None)):
+        (plain,) = torch.autograd.grad(estimator(logits.log_softmax(0)[tokens], reference[tokens]).mean(), logits)
+        assert (plain - true).abs().max() > 0.1
+        assert wrong is None or torch.allclose(plain, wrong, atol=0.02)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_in_the_loss_every_estimator_has_its_value_and_the_gradient_of_the_true_kl(estimator):
+    torch.manual_seed(0)
+    logits, reference = torch.randn(5, requires_grad=True), torch.randn(5).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (true,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits)
+    tokens = torch.multinomial(logits.detach().softmax(0), 200_000, replacement=True)
+    kl = losses.kl_in_loss(logits.log_softmax(0)[tokens], reference[tokens], estimator)
+    (estimate,) = torch.autograd.grad(kl.mean(), logits)
+    assert torch.allclose(estimate, true, atol=0.02)
+    assert torch.equal(kl, losses.KL[estimator](logits.log_softmax(0)[tokens], reference[tokens]))
+
+
+def test_the_prompt_mean_weighs_prompts_alike_whatever_their_tokens():
+    weights = losses.row_weights("prompt_mean", torch.tensor([4, 1, 3, 0]), 4, torch.tensor([0, 0, 1, 2]))
+    loss = torch.tensor([4.0, 2.0, 9.0, 0.0])  # summed over each row's tokens
+    assert float((weights * loss).sum()) == pytest.approx(((4 + 2) / 5 + 9 / 3) / 2)
+
+
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
-    [("token_mean", 1.2), ("seq_mean_token_mean", 1.5), ("seq_mean_token_sum_norm", 0.75)],
+    [("token_mean", 1.2), ("seq_mean_token_mean", 1.5), ("seq_mean_token_sum_norm", 0.75), ("prompt_mean", 1.2)],
 )
 def test_aggregations_match_the_golden_numbers(aggregation, expected):
     loss = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
-    weights = losses.row_weights(aggregation, torch.tensor([4, 1]), max_tokens=4)
+    weights = losses.row_weights(aggregation, torch.tensor([4, 1]), 4, torch.tensor([0, 0]))
     assert float((weights * loss.sum(1)).sum()) == pytest.approx(expected)
 
 
@@ -76,3 +141,16 @@ def test_bradley_terry_matches_the_golden_numbers():
     loss = losses.bradley_terry(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
     assert torch.allclose(loss, torch.tensor([0.313262, 2.126928]), atol=1e-5)
     assert float(loss.mean()) == pytest.approx(1.220095, abs=1e-5)
+
+
+def test_a_margin_asks_for_more_distance_and_centring_for_scores_around_zero():
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert torch.allclose(losses.bradley_terry(chosen, rejected, 1.0), losses.bradley_terry(chosen - 1, rejected))
+    centred = losses.bradley_terry(chosen, rejected, centring=0.01) - losses.bradley_terry(chosen, rejected)
+    assert torch.allclose(centred, torch.tensor([0.01, 0.04]), atol=1e-6)
+
+
+def test_dpo_is_bradley_terry_on_beta_times_the_log_ratios():
+    chosen, rejected = torch.tensor([0.3, -1.0]), torch.tensor([-0.2, 0.5])
+    assert torch.allclose(losses.dpo(chosen, rejected, 0.1), losses.bradley_terry(0.1 * chosen, 0.1 * rejected))
+    assert float(losses.dpo(torch.zeros(1), torch.zeros(1), 0.1)) == pytest.approx(0.693147, abs=1e-6)

@@ -7,10 +7,9 @@ from contextlib import closing, contextmanager
 import pytest
 import torch
 
+from rlhf.algorithm import Advantage, AlgoConfig
 from rlhf.config import (
     AdamWConfig,
-    Advantage,
-    AlgoConfig,
     HfRolloutConfig,
     RunConfig,
     SortTaskConfig,

@@ -1,0 +1,79 @@
+"""One step's samples and rewards; with dynamic sampling (DAPO, arXiv:2503.14476), of groups that have a signal."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf.config import RunConfig
+from rlhf.ending import RunError
+from rlhf.metrics import Recorder
+from rlhf.rewards import usable
+from rlhf.types import Completion, Prompt, Reward, Rollouts, Sampler
+
+Scored = tuple[Rollouts, list[float | None]]
+
+
+@dataclass(slots=True)
+class Gather:
+    """Samples `config.samples_per_prompt` answers a prompt and rewards them.
+
+    With `algo.dynamic_sampling`, groups whose rewards are all equal give way to other prompts, in that many batches at
+    most: RunError if there are still too few.
+    """
+
+    sampler: Sampler
+    reward: Reward
+    config: RunConfig
+    record: Recorder
+
+    def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored:
+        """The samples of the step's prompts, `train[rows]`, and a reward for each."""
+        seed = self.config.seed + step
+        rollouts, rewards = self._sampled([train[row] for row in rows], seed)
+        batches = self.config.algo.dynamic_sampling
+        if not batches:
+            return rollouts, rewards
+        groups = _with_signal(rollouts, rewards)
+        draw = random.Random(seed)
+        for batch in range(1, batches):
+            if len(groups) >= len(rows):
+                break
+            others = [train[draw.randrange(len(train))] for _ in rows]
+            groups += _with_signal(*self._sampled(others, seed + batch * self.config.steps))
+        if len(groups) < len(rows):
+            raise RunError(
+                f"step {step}: {batches} batches have only {len(groups)} prompts with different rewards, of "
+                f"{len(rows)} that a step needs: the task is too easy or too hard for the policy by now; raise "
+                f"algo.dynamic_sampling ({batches}) or samples_per_prompt, or set algo.dynamic_sampling=0"
+            )
+        return _joined(groups[: len(rows)])
+
+    def _sampled(self, prompts: list[Prompt], seed: int) -> Scored:
+        n, temperature = self.config.samples_per_prompt, self.config.rollout.temperature
+        with self.record.time("sample"):
+            rollouts = self.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
+        with self.record.time("reward"):
+            return rollouts, list(usable(self.reward(rollouts.prompts_B, rollouts.texts)))
+
+
+Group = tuple[Prompt, int, list[Completion], list[str], list[float | None]]  # prompt, seed; answers, texts, rewards
+
+
+def _with_signal(rollouts: Rollouts, rewards: list[float | None]) -> list[Group]:
+    """The prompts with all that belongs to them, of which at least two samples have different rewards."""
+    n = rollouts.samples_per_prompt
+    parts = [range(p * n, (p + 1) * n) for p in range(len(rollouts.prompts))]
+    groups: list[Group] = [
+        (prompt, seed, [rollouts.completions[b] for b in of], [rollouts.texts[b] for b in of], [rewards[b] for b in of])
+        for prompt, seed, of in zip(rollouts.prompts, rollouts.seeds, parts, strict=True)
+    ]
+    return [group for group in groups if len({reward for reward in group[4] if reward is not None}) > 1]
+
+
+def _joined(groups: list[Group]) -> Scored:
+    prompts, seeds = [group[0] for group in groups], [group[1] for group in groups]
+    completions, texts = [c for group in groups for c in group[2]], [text for group in groups for text in group[3]]
+    rollouts = Rollouts(prompts, completions, texts, seeds, len(groups[0][2]))
+    return rollouts, [reward for group in groups for reward in group[4]]
