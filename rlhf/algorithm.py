@@ -88,6 +88,8 @@ class AlgoConfig:
     kl_estimator: KlEstimator | None = None  # null: k1 in the reward, k3 in the loss
     kl_target: float | None = None  # nats a row at which kl_coef is held, by moving it; null: it is fixed
     kl_horizon: int = 10000  # rows after which a KL that is 20 % off has moved kl_coef by 20 %
+    ref_every: int = 0  # steps after which the policy becomes its own reference; 0: the reference stays
+    ref_decay: float | None = None  # or a moving average of it: the share of the reference that a step keeps
     correction: Correction = Correction.off
     correction_low: float = 0.5
     correction_high: float = 2.0
@@ -125,6 +127,15 @@ class AlgoConfig:
         return self.advantage not in (Advantage.reinforce_pp, Advantage.gae)
 
     def _check_kl(self) -> None:
+        at_least("algo.ref_every", self.ref_every, 0)
+        if self.ref_decay is not None:
+            in_range("algo.ref_decay", self.ref_decay, 0.0, 1.0)
+        if (self.ref_every or self.ref_decay is not None) and not self.kl_coef:
+            raise ValueError("algo.ref_every and algo.ref_decay need a reference: algo.kl_coef must be greater than 0")
+        if self.ref_every and self.ref_decay is not None:
+            raise ValueError(
+                f"algo.ref_every ({self.ref_every}) and algo.ref_decay exclude each other: set one of them"
+            )
         if self.kl_target is None:
             return
         positive("algo.kl_target", self.kl_target)

@@ -234,14 +234,25 @@ class FunctionRewardConfig(RewardConfig):
 # --- optim, logger ----------------------------------------------------------------------------------------------------
 
 
+class Schedule(enum.Enum):
+    """How the learning rate goes on after its warm-up (schedules.py)."""
+
+    constant = "constant"
+    linear = "linear"  # down to 0 after the last step
+    cosine = "cosine"
+
+
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
     """The policy's optimiser."""
 
     lr: float = 2e-4
     max_grad_norm: float = 1.0
+    schedule: Schedule = Schedule.constant  # of RL; the other stages have their own
+    warmup_steps: int = 0  # in which the rate grows to lr
 
     def __post_init__(self) -> None:
+        at_least("optim.warmup_steps", self.warmup_steps, 0)
         positive("optim.lr", self.lr)
         positive("optim.max_grad_norm", self.max_grad_norm)
 

@@ -25,6 +25,8 @@ from rlhf.correction import effective_share
 from rlhf.ending import RunError
 from rlhf.kl_control import KlController
 from rlhf.objective import clipped, correction_weights, policy_loss
+from rlhf.reference import refresh
+from rlhf.schedules import scale
 from rlhf.types import TRUNCATED, Rollouts
 
 ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
@@ -189,12 +191,13 @@ class Learner:
         self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         self.critic_optimizer = make_optimizer(critic, config.optim, config.algo.critic_lr) if critic else None
+        self._weights = policy.state_dict(keep_vars=True)  # the same tensors at each push, which it can see
         self.steps = 0
         self.skipped = 0
 
     def weights(self) -> dict[str, Tensor]:
         """The policy's parameters and persistent buffers by name, not copied."""
-        return self.policy.state_dict()
+        return self._weights
 
     def score(self, rollouts: Rollouts) -> Batch:
         """Pad the rows and add what is needed before the update: old and reference log-probs, values. No gradient."""
@@ -221,7 +224,7 @@ class Learner:
         self._estimate(batch, rewards - self._overlong_penalty(batch))
         if self.algo.truncated is Truncated.drop:
             batch.mask_BT = batch.mask_BT * (~batch.truncated_B)[:, None]
-        totals = {"kl_coef": self.kl.coefficient}
+        totals = {"kl_coef": self.kl.coefficient, "lr": self._set_rates()}
         prompts = len(batch.prompts)
         updates = self.config.updates_per_step
         for update in range(updates):
@@ -233,7 +236,18 @@ class Learner:
         if batch.ref_BT is not None:
             kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
             self.kl.observe(float(kl_B.mean()), len(kl_B))
+        if self.reference is not None:
+            refresh(self.reference, self.policy, self.algo, self.steps)
         return totals
+
+    def _set_rates(self) -> float:
+        """Let the schedule set this step's learning rates; the policy's."""
+        optim = self.config.optim
+        factor = scale(optim.schedule, self.steps, self.config.steps, optim.warmup_steps)
+        for optimizer, lr in ((self.optimizer, optim.lr), (self.critic_optimizer, self.algo.critic_lr)):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = lr * factor
+        return optim.lr * factor
 
     def _old(self, batch: Batch) -> Tensor:
         """Log-probs under the policy before this step's updates; the workers', where nobody has computed them."""

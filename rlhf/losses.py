@@ -6,17 +6,55 @@ aggregate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
+PART = 2**22  # numbers that are in fp32 at a time
 
 
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature: float) -> Tensor:
-    """log pi(id) [B, T] under the sampling distribution softmax(logits / temperature), in fp32."""
-    scaled_BTV = logits_BTV.float() / temperature
-    chosen_BT = scaled_BTV.gather(-1, ids_BT[..., None]).squeeze(-1)
-    return chosen_BT - scaled_BTV.logsumexp(dim=-1)
+    """log pi(id) [B, T] under the sampling distribution softmax(logits / temperature), in fp32.
+
+    A few rows of the vocabulary at a time: no second [B, T, V] is kept, neither here nor for the gradient.
+    """
+    return _TokenLogprobs.apply(logits_BTV, ids_BT, temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """x_id / temperature - logsumexp(x / temperature); its gradient is (onehot - softmax) / temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, ids_BT: Tensor, temperature: float) -> Tensor:
+        """The log-probs [B, T]."""
+        rows_NV, ids_N1 = logits_BTV.flatten(0, -2), ids_BT.reshape(-1, 1)
+        chosen_N, total_N = rows_NV.new_empty(2, len(rows_NV), dtype=torch.float32)
+        for part in _parts(rows_NV):
+            scaled_nV = rows_NV[part].float() / temperature
+            chosen_N[part] = scaled_nV.gather(1, ids_N1[part])[:, 0]
+            total_N[part] = scaled_nV.logsumexp(dim=1)
+        ctx.save_for_backward(rows_NV, ids_N1, total_N)
+        ctx.temperature, ctx.shape = temperature, logits_BTV.shape
+        return (chosen_N - total_N).view(ids_BT.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the logits [B, T, V], in their dtype."""
+        rows_NV, ids_N1, total_N = ctx.saved_tensors
+        scale_N1 = gradients[0].reshape(-1, 1) / ctx.temperature
+        gradient_NV = torch.empty_like(rows_NV)
+        for part in _parts(rows_NV):
+            softmax_nV = (rows_NV[part].float() / ctx.temperature - total_N[part, None]).exp_()
+            gradient_NV[part] = softmax_nV.mul_(-scale_N1[part]).scatter_add_(1, ids_N1[part], scale_N1[part])
+        return gradient_NV.view(ctx.shape), None, None
+
+
+def _parts(rows_NV: Tensor) -> list[slice]:
+    """Slices of so many rows that each has about PART numbers."""
+    size = max(1, PART // max(1, rows_NV.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(rows_NV), size)]
 
 
 def entropy(logits_BTV: Tensor, temperature: float) -> Tensor:

@@ -125,6 +125,21 @@ def test_token_logprobs_are_those_of_the_tempered_softmax_and_leave_the_logits_a
     assert torch.equal(losses.token_logprobs(logits, ids, 0.6), first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_token_logprobs_is_autograds_however_few_rows_are_taken_at_a_time(dtype, monkeypatch):
+    torch.manual_seed(0)
+    logits, ids = torch.randn(3, 4, 7).to(dtype).requires_grad_(), torch.randint(0, 7, (3, 4))
+    weights = torch.randn(3, 4)
+    plain = torch.log_softmax(logits.float() / 0.6, -1).gather(-1, ids[..., None]).squeeze(-1)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
+    for part in (1, 20, 2**22):
+        monkeypatch.setattr(losses, "PART", part)
+        ours = losses.token_logprobs(logits, ids, 0.6)
+        (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
+        assert torch.allclose(ours, plain, atol=1e-6) and gradient.dtype == dtype
+        assert torch.allclose(gradient.float(), expected.float(), atol=1e-6 if dtype is torch.float32 else 1e-2)
+
+
 def test_entropy_is_that_of_the_tempered_softmax():
     logits = torch.randn(4, 9)
     distribution = torch.distributions.Categorical(logits=logits / 0.7)

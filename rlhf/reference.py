@@ -1,0 +1,24 @@
+"""The reference policy: fixed, or drawn after the policy, so that the KL penalty bounds a step, not the whole way."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.algorithm import AlgoConfig
+
+
+@torch.no_grad()
+def refresh(reference: torch.nn.Module, policy: torch.nn.Module, algo: AlgoConfig, step: int) -> None:
+    """After training step `step` of 1 ..: a copy every `ref_every` steps, or a moving average with `ref_decay`."""
+    if algo.ref_decay is not None:
+        weight = 1 - algo.ref_decay
+    elif algo.ref_every and step % algo.ref_every == 0:
+        weight = 1.0
+    else:
+        return
+    theirs = reference.state_dict(keep_vars=True)
+    for name, mine in policy.state_dict(keep_vars=True).items():
+        if mine.is_floating_point() and weight < 1:
+            theirs[name].lerp_(mine, weight)
+        else:
+            theirs[name].copy_(mine)

@@ -1,0 +1,50 @@
+"""The reference policy over a run."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf.algorithm import Advantage, AlgoConfig
+from rlhf.reference import refresh
+
+
+def pair():
+    torch.manual_seed(0)
+    policy = torch.nn.BatchNorm1d(3)  # parameters, a floating-point buffer and an integer one
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.weight.add_(1.0), policy.running_mean.add_(2.0), policy.num_batches_tracked.add_(5)
+    return policy, reference
+
+
+def algo(**dials):
+    return AlgoConfig(name="x", advantage=Advantage.group_norm, **dials)
+
+
+def state(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def test_by_default_the_reference_stays_bit_for_bit():
+    policy, reference = pair()
+    before = state(reference)
+    refresh(reference, policy, algo(), step=10)
+    assert all(torch.equal(before[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_every_so_many_steps_the_policy_becomes_its_own_reference():
+    policy, reference = pair()
+    refresh(reference, policy, algo(ref_every=4), step=6)
+    assert not torch.equal(reference.weight, policy.weight)
+    refresh(reference, policy, algo(ref_every=4), step=8)
+    assert all(torch.equal(state(policy)[name], tensor) for name, tensor in reference.state_dict().items())
+    assert reference.weight.data_ptr() != policy.weight.data_ptr()
+
+
+def test_a_moving_average_keeps_its_share_of_the_reference():
+    policy, reference = pair()
+    refresh(reference, policy, algo(ref_decay=0.9), step=1)
+    assert torch.allclose(reference.weight, torch.full((3,), 1.1))
+    assert float(reference.running_mean[0]) == pytest.approx(0.2)
+    assert reference.num_batches_tracked == 5, "what cannot be averaged is copied"
