@@ -186,6 +186,7 @@ def _trainer_can_go_on(target: Target, client: Client, traffic: Traffic, seed: i
         waits = target.do("place", version=_upcoming(status))
         message = traffic.valid(verb, status, waits["where"], waits["digest"], one_shot=False)
         said.append(client.send(Sent(verb, b"", json.dumps(message).encode(), True)))
+    client.send(Sent("resume", b"", b"", True))  # refused before, if the weights had been withdrawn
     seen, status = target.do("look"), client.json(Sent("status", b"", b"", True))
     code, body = client.send(Sent("completions", b"", b'{"prompt": [3, 4], "max_tokens": 2}', True))
     served = json.loads(body)["choices"][0]["weight_version"] if code == 200 else body
