@@ -5,6 +5,7 @@ The victim is the trainer's process group, as Ctrl-C in a terminal has it, the t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -18,7 +19,7 @@ PHASES = {  # -> (module, function, at which call)
     "starting workers": ("rlhf.rollout.launch", "Workers.senders", 1),
     "warm-up": ("rlhf.stages.sft", "join", 3),  # makes each batch
     "pairs": ("rlhf.rollout.client", "RolloutClient._ask", 1),
-    "reward model": ("rlhf.stages.reward_model", "margins", 3),
+    "reward model": ("rlhf.stages.reward_model", "pair_scores", 3),
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
     "learning": ("rlhf.learner", "Learner.learn", 2),
     "withdrawing": ("transfer.session", "Session.withdraw", 2),  # of version 1
@@ -42,8 +43,10 @@ def first_worker() -> psutil.Process:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for process in psutil.Process().children(recursive=True):
-            if "rlhf.rollout.worker" in process.cmdline() or " ".join(process.cmdline()).startswith("ray::RayWorker"):
-                return process
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                words = process.cmdline()
+                if "rlhf.rollout.worker" in words or " ".join(words).startswith("ray::RayWorker"):
+                    return process
         time.sleep(0.05)
     print("no worker was started", file=sys.stderr)
     os._exit(70)

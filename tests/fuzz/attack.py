@@ -166,11 +166,11 @@ def _over_http(
             malformed = code in MALFORMED and (envelope or sent.query)
             if not malformed and code not in documented[sent.verb]:
                 violations.append(f"seed {seed}, message {index} over HTTP: status {code}, {body[:200]!r}\n    {sent}")
-        violations += _trainer_can_go_on(target, client, traffic, seed)
+        violations += trainer_can_go_on(target, client, traffic, seed)
     return violations
 
 
-def _trainer_can_go_on(target: Target, client: Client, traffic: Traffic, seed: int) -> list[str]:
+def trainer_can_go_on(target: Target, client: Client, traffic: Traffic, seed: int) -> list[str]:
     """After all that, an update arrives, and completions are of it."""
     for verb in ("wake_up", "resume"):
         client.send(Sent(verb, b"", b"", True))
