@@ -73,10 +73,35 @@ class Truncated(enum.Enum):
 
 
 @dataclass(slots=True, kw_only=True)
-class AlgoConfig:
-    """One algorithm."""
+class TrainingConfig:
+    """How the policy is trained after its warm-up: by RL, or on preference pairs."""
 
     name: str
+
+
+@dataclass(slots=True, kw_only=True)
+class DpoConfig(TrainingConfig):
+    """Direct preference optimisation (arXiv:2305.18290): `prompts_per_step` pairs a step, and no sampling.
+
+    Pairs come from the task's file, else `samples_per_prompt` answers are sampled a prompt and the gold score prefers.
+    """
+
+    beta: float = 0.1  # the higher, the closer the policy stays to the reference
+    prompts: int = 1024  # prompts from which pairs are sampled, at most
+    label_noise: float = 0.05  # share of sampled pairs whose preference is flipped: people err, too
+    held_out: float = 0.1  # share of the prompts whose pairs are kept to measure loss, accuracy and margin
+
+    def __post_init__(self) -> None:
+        positive("algo.beta", self.beta)
+        at_least("algo.prompts", self.prompts, 1)
+        in_range("algo.label_noise", self.label_noise, 0.0, 0.5)
+        in_range("algo.held_out", self.held_out, 0.0, 0.9)
+
+
+@dataclass(slots=True, kw_only=True)
+class AlgoConfig(TrainingConfig):
+    """One algorithm of RL."""
+
     advantage: Advantage
     loss: PolicyLoss = PolicyLoss.clip
     aggregation: Aggregation = Aggregation.token_mean

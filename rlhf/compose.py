@@ -10,23 +10,23 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithm import AlgoConfig
+from rlhf.algorithm import AlgoConfig, DpoConfig
 from rlhf.config import (
+    REWARD_PARTS,
     AdamWConfig,
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
-    FunctionRewardConfig,
+    EvaluationConfig,
     HfModelConfig,
     HfRolloutConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
-    ModelRewardConfig,
     ReverseTaskConfig,
     RunConfig,
     SortTaskConfig,
+    SumRewardConfig,
     TensorboardLoggerConfig,
     TinyModelConfig,
-    VerifierRewardConfig,
 )
 from transfer.config import CollectiveConfig, DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
 
@@ -45,8 +45,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
     "rollout": {"hf": HfRolloutConfig},
-    "reward": {"verifier": VerifierRewardConfig, "model": ModelRewardConfig, "function": FunctionRewardConfig},
-    "algo": {"base": AlgoConfig},
+    "reward": {**REWARD_PARTS, "sum": SumRewardConfig},
+    "algo": {"base": AlgoConfig, "dpo": DpoConfig},
     "optim": {"adamw": AdamWConfig},
     "transfer": {
         "ipc": IpcConfig,
@@ -78,26 +78,38 @@ def register() -> None:
 
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
+    store.store(group="schema", name="evaluation", node=EvaluationConfig)
     for group, choices in SCHEMAS.items():
         for name, schema in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
 
 
 def checked(config: Any) -> RunConfig:
-    """Turn a composed DictConfig into plain, validated dataclasses; any mistake becomes one clear message."""
+    """Turn a composed run into plain, validated dataclasses; any mistake becomes one clear message."""
+    run = _plain(config)
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def checked_evaluation(config: Any) -> EvaluationConfig:
+    """The same for an evaluation of a saved policy."""
+    evaluation = _plain(config)
+    assert isinstance(evaluation, EvaluationConfig)
+    return evaluation
+
+
+def _plain(config: Any) -> Any:
     from hydra.errors import CompactHydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
-        run = OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         raise CompactHydraException(f"{error.full_key} has no value: add {error.full_key}=...") from None
     except (OmegaConfBaseException, AttributeError, ValueError) as error:  # slots: an unknown key is an AttributeError
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         raise CompactHydraException(str(cause)) from None
-    assert isinstance(run, RunConfig)
-    return run
 
 
 def misplaced(overrides: list[str]) -> list[str]:
@@ -110,10 +122,19 @@ def misplaced(overrides: list[str]) -> list[str]:
         owners = [name for name, schema in SCHEMAS.get(group, {}).items() if key in _keys(schema)]
         if owners and group in chosen and key not in _keys(chosen[group]):
             kind = group.rpartition("/")[2]
+            owners = [file for name in owners for file in _files(group, name)]
             hints.append(
                 f"that key belongs to the {' or '.join(owners)} {kind}: {path}.{key} needs {group}={owners[0]}"
             )
     return hints
+
+
+def _files(group: str, schema: str) -> list[str]:
+    """The choices by which a schema is had: its namesake, or all that build on it."""
+    if (CONF / group / f"{schema}.yaml").exists():
+        return [schema]
+    files = sorted((CONF / group).glob("*.yaml"))
+    return [file.stem for file in files if f"/schema/{group}/{schema}@" in file.read_text()]
 
 
 def _chosen(overrides: list[str]) -> dict[str, Any]:

@@ -7,10 +7,14 @@ message says what was given, what is allowed and which key to change. compose.py
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+from urllib.parse import urlsplit
 
-from rlhf.algorithm import Advantage, AlgoConfig
-from rlhf.rules import at_least, in_range, one_of
+from rlhf.alarms import AlarmsConfig
+from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
+from rlhf.rules import at_least, in_range, named_as_part, one_of
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
@@ -158,7 +162,7 @@ class RolloutConfig:
     workers: int = 1
     restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
-    mismatch_alarm: float = 0.1  # warn when log-probs of worker and trainer differ more, on average; nats a token
+    mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
     max_new_tokens: int = 16
     temperature: float = 1.0
     dtype: Precision | None = None  # null: the policy's own
@@ -168,7 +172,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         at_least("rollout.workers", self.workers, 1)
         at_least("rollout.restarts", self.restarts, 0)
-        positive("rollout.mismatch_alarm", self.mismatch_alarm)
+        if self.mismatch_alarm is not None:
+            positive("rollout.mismatch_alarm", self.mismatch_alarm)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         at_least("rollout.rows_per_request", self.rows_per_request, 1)
         positive("rollout.temperature", self.temperature)
@@ -186,6 +191,23 @@ class HfRolloutConfig(RolloutConfig):
 @dataclass(slots=True, kw_only=True)
 class RewardConfig:
     """The training signal."""
+
+    max_failed: float = 0.5  # share of a step's samples without a reward, above which the run stops
+
+    def __post_init__(self) -> None:
+        in_range("reward.max_failed", self.max_failed, 0.0, 1.0)
+
+    def weighted(self) -> dict[str, RewardPart]:
+        """The rewards that this one is made of, by name; itself, named "", where it is no sum."""
+        return {"": RewardPart(self)}
+
+
+@dataclass(slots=True)
+class RewardPart:
+    """One reward of a sum, and what it is multiplied by."""
+
+    reward: RewardConfig
+    weight: float = 1.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,9 +229,12 @@ class ModelRewardConfig(RewardConfig):
     steps: int = 300
     prompts_per_batch: int = 32  # with all pairs of each
     lr: float = 2e-3
+    centring: float = 0.0  # weight of (s_chosen + s_rejected)^2, which keeps scores around 0 (arXiv:2312.09244)
     held_out: float = 0.1  # share of the pairs kept to measure accuracy and margin
 
     def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        at_least("reward.centring", self.centring, 0)
         at_least("reward.prompts", self.prompts, 1)
         at_least("reward.samples", self.samples, 2)
         in_range("reward.label_noise", self.label_noise, 0.0, 0.5)
@@ -226,9 +251,119 @@ class FunctionRewardConfig(RewardConfig):
     function: str
 
     def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
         module, _, name = self.function.partition(":")
         if not module or not name:
             raise ValueError(f"reward.function must be like package.module:name (got {self.function!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class HttpRewardConfig(RewardConfig):
+    """The user's server: rlhf/rewards/http.py has what it is sent and must answer."""
+
+    url: str
+    batch_size: int = 64  # samples a request
+    timeout_s: float = 60.0  # deadline of one request, seconds
+    retries: int = 3  # of a request, where the server refused the connection or was busy (429, 503 with Retry-After)
+    token_variable: str = "RLHF_REWARD_TOKEN"  # the environment variable that has the bearer token, if there is one
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        _check_url("reward.url", self.url)
+        at_least("reward.batch_size", self.batch_size, 1)
+        positive("reward.timeout_s", self.timeout_s)
+        at_least("reward.retries", self.retries, 0)
+        if not (self.token_variable.isascii() and self.token_variable.isidentifier()):
+            raise ValueError("reward.token_variable must be the name of an environment variable, not the token itself")
+
+
+REWARD_PARTS: dict[str, type[RewardConfig]] = {
+    "verifier": VerifierRewardConfig,
+    "model": ModelRewardConfig,
+    "function": FunctionRewardConfig,
+    "http": HttpRewardConfig,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class SumRewardConfig(RewardConfig):
+    """Several rewards, weighted: `parts={right: {kind: verifier}, short: {kind: http, url: "...", weight: 0.1}}`.
+
+    A part has the keys of its kind, but for `max_failed`, which is the sum's: None of any part leaves the sample out.
+    """
+
+    parts: Any  # {name: {kind: ..., weight: 1.0, KEY: VALUE}, ...}; a typed dict takes no new name from Hydra
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        if not self.parts or not isinstance(self.parts, dict):
+            raise ValueError(f"reward.parts must be like {{right: {{kind: verifier}}}} (got {self.parts!r})")
+        self.parts = {name: _part(name, given) for name, given in self.parts.items()}
+        trained = [
+            name
+            for name, part in self.parts.items()
+            if isinstance(part.reward, ModelRewardConfig) and part.reward.path is None
+        ]
+        if len(trained) > 1:
+            raise ValueError(
+                f"reward.parts may have one reward model that is trained here (got {', '.join(trained)}): give "
+                f"reward.parts.{trained[-1]}.path"
+            )
+
+    def weighted(self) -> dict[str, RewardPart]:
+        return self.parts
+
+
+def _check_url(key: str, url: str) -> None:
+    """Raise ValueError, which leaves out what may be a password, unless it is a plain http(s) URL."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"{key} must be like http://127.0.0.1:8000/score (got {url!r})")
+    if "@" in parts.netloc:
+        raise ValueError(f"{key} must have no user and password in it: a token belongs into the environment")
+
+
+def _part(name: Any, given: Any) -> RewardPart:
+    """What `reward.parts.NAME` says, checked and converted as if it were the only reward."""
+    if isinstance(given, RewardPart):
+        return given
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"reward.parts: a part's name must be letters, digits and _ (got {name!r})")
+    if not isinstance(given, dict):
+        raise ValueError(f"reward.parts.{name} must be like {{kind: verifier, weight: 1.0}} (got {given!r})")
+    values = dict(given)
+    kind, weight = values.pop("kind", None), values.pop("weight", 1.0)
+    if not isinstance(kind, str) or kind not in REWARD_PARTS:
+        raise ValueError(f"reward.parts.{name}.kind must be one of {', '.join(REWARD_PARTS)} (got {kind!r})")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"reward.parts.{name}.weight must be a finite number (got {weight!r})")
+    with named_as_part(name):
+        return RewardPart(_typed(kind, values), float(weight))
+
+
+def _typed(kind: str, values: dict[str, Any]) -> RewardConfig:
+    """The schema of this kind with these values, converted as the command line's are."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = REWARD_PARTS[kind]
+    keys = [key.name for key in fields(schema) if key.name != "max_failed"]
+    if unknown := [key for key in values if key not in keys]:
+        raise ValueError(f"reward.{unknown[0]} is no key of {kind}, which has {', '.join(['weight', *keys])}")
+    needed = [key.name for key in fields(schema) if key.default is MISSING and key.name not in values]
+    if needed:
+        raise ValueError(f"reward.{needed[0]} has no value: add it to the part, {{kind: {kind}, {needed[0]}: ...}}")
+    node = OmegaConf.structured(schema)
+    for key, value in values.items():
+        try:
+            node[key] = value
+        except OmegaConfBaseException as error:
+            raise ValueError(f"reward.{key}: {str(error).splitlines()[0]}") from None
+    return schema(**{str(key): value for key, value in node.items()})
 
 
 # --- optim, logger ----------------------------------------------------------------------------------------------------
@@ -317,11 +452,12 @@ class RunConfig:
     model: ModelConfig
     rollout: RolloutConfig
     reward: RewardConfig
-    algo: AlgoConfig
+    algo: TrainingConfig
     optim: OptimConfig
     transfer: TransferConfig
     logger: dict[str, LoggerConfig] = field(default_factory=dict)
     sft: SftConfig = field(default_factory=SftConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     seed: int = 0
     steps: int = 60
     prompts_per_step: int = 32
@@ -338,24 +474,37 @@ class RunConfig:
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("threads", self.threads, 1)
         at_least("seed", self.seed, 0)
-        self._check_algorithm()
-        self._check_transfer()
+        match self.algo:
+            case AlgoConfig() as algo:
+                self._check_algorithm(algo)
+            case DpoConfig() if self.updates_per_step != 1:
+                raise ValueError(
+                    f"{self.algo.name} takes one optimiser step on a step's pairs: updates_per_step must be 1 "
+                    f"(got {self.updates_per_step})"
+                )
+        check_transfer(self)
 
-    def _check_algorithm(self) -> None:
-        if self.algo.group_based and self.samples_per_prompt < 2:
+    @property
+    def rl(self) -> AlgoConfig:
+        """The algorithm, in a run that trains by RL."""
+        assert isinstance(self.algo, AlgoConfig)
+        return self.algo
+
+    def _check_algorithm(self, algo: AlgoConfig) -> None:
+        if algo.group_based and self.samples_per_prompt < 2:
             raise ValueError(
-                f"{self.algo.name} compares samples of one prompt: samples_per_prompt must be at least 2 "
+                f"{algo.name} compares samples of one prompt: samples_per_prompt must be at least 2 "
                 f"(got {self.samples_per_prompt})"
             )
-        if self.algo.advantage is Advantage.gae and self.algo.critic_warmup_steps >= self.steps:
+        if algo.advantage is Advantage.gae and algo.critic_warmup_steps >= self.steps:
             raise ValueError(
                 f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
-                f"(got {self.algo.critic_warmup_steps} and {self.steps})"
+                f"(got {algo.critic_warmup_steps} and {self.steps})"
             )
-        if self.algo.overlong_buffer > self.rollout.max_new_tokens:
+        if algo.overlong_buffer > self.rollout.max_new_tokens:
             raise ValueError(
                 f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
-                f"{self.rollout.max_new_tokens} (got {self.algo.overlong_buffer})"
+                f"{self.rollout.max_new_tokens} (got {algo.overlong_buffer})"
             )
         if self.updates_per_step > self.prompts_per_step:
             raise ValueError(
@@ -363,33 +512,68 @@ class RunConfig:
                 f"({self.prompts_per_step}; got {self.updates_per_step})"
             )
 
-    def _check_transfer(self) -> None:
-        if isinstance(self.transfer, LocalConfig) and self.rollout.workers != 1:
-            raise ValueError(
-                f"transfer=local samples inside the trainer's process: rollout.workers must be 1 "
-                f"(got {self.rollout.workers}); choose transfer=ipc for more"
-            )
-        if isinstance(self.transfer, LocalConfig) and self.rollout.dtype not in (None, self.model.dtype):
-            raise ValueError(
-                "transfer=local samples with the learner's own weights: rollout.dtype must be null "
-                f"(got {self.rollout.dtype.name})"  # type: ignore[union-attr]
-            )
-        if isinstance(self.transfer, IpcConfig) and self.transfer.exposes and self.rollout.in_flight is InFlight.keep:
-            raise ValueError(NO_KEEP)
-        live = isinstance(self.transfer, IpcConfig) and self.transfer.staging is Staging.live
-        if live and self.rollout.dtype not in (None, self.model.dtype):
-            raise ValueError(
-                "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
-                f"(got {self.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
-            )
-        nccl = isinstance(self.transfer, CollectiveConfig) and self.transfer.library is Library.nccl
-        if nccl and self.model.device is Device.cpu:
-            raise ValueError(
-                "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
-            )
-        sender = self.transfer.sender
-        if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(self.transfer, IpcConfig):
-            raise ValueError(
-                "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
-                "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
-            )
+
+def check_transfer(run: RunConfig | EvaluationConfig) -> None:
+    """Raise ValueError where the transfer does not fit the workers or the model."""
+    if isinstance(run.transfer, LocalConfig) and run.rollout.workers != 1:
+        raise ValueError(
+            f"transfer=local samples inside the trainer's process: rollout.workers must be 1 "
+            f"(got {run.rollout.workers}); choose transfer=ipc for more"
+        )
+    if isinstance(run.transfer, LocalConfig) and run.rollout.dtype not in (None, run.model.dtype):
+        raise ValueError(
+            "transfer=local samples with the learner's own weights: rollout.dtype must be null "
+            f"(got {run.rollout.dtype.name})"  # type: ignore[union-attr]
+        )
+    if isinstance(run.transfer, IpcConfig) and run.transfer.exposes and run.rollout.in_flight is InFlight.keep:
+        raise ValueError(NO_KEEP)
+    live = isinstance(run.transfer, IpcConfig) and run.transfer.staging is Staging.live
+    if live and run.rollout.dtype not in (None, run.model.dtype):
+        raise ValueError(
+            "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
+            f"(got {run.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
+        )
+    nccl = isinstance(run.transfer, CollectiveConfig) and run.transfer.library is Library.nccl
+    if nccl and run.model.device is Device.cpu:
+        raise ValueError(
+            "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
+        )
+    sender = run.transfer.sender
+    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig):
+        raise ValueError(
+            "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
+            "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """What is sampled of each held-out prompt, and what is told of it."""
+
+    samples: int = 16  # answers sampled a prompt
+    k: list[int] = field(default_factory=lambda: [1, 4, 8])  # pass@k: one of k answers is right (arXiv:2107.03374)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.samples", self.samples, 1)
+        for k in self.k:
+            at_least("evaluate.k", k, 1)
+            if k > self.samples:
+                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluationConfig:
+    """An evaluation of a saved policy alone (python -m rlhf.evaluate)."""
+
+    task: TaskConfig
+    model: ModelConfig
+    rollout: RolloutConfig
+    transfer: TransferConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = 0  # with the seed of the policy's run, the held-out prompts are those that it never trained on
+    threads: int = 1  # torch threads a process; another number changes the last bits of floats
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        at_least("threads", self.threads, 1)
+        check_transfer(self)

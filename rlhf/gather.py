@@ -10,7 +10,7 @@ from rlhf.config import RunConfig
 from rlhf.ending import RunError
 from rlhf.metrics import Recorder
 from rlhf.rewards import usable
-from rlhf.types import Completion, Prompt, Reward, Rollouts, Sampler
+from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
 
 Scored = tuple[Rollouts, list[float | None]]
 
@@ -32,7 +32,7 @@ class Gather:
         """The samples of the step's prompts, `train[rows]`, and a reward for each."""
         seed = self.config.seed + step
         rollouts, rewards = self._sampled([train[row] for row in rows], seed)
-        batches = self.config.algo.dynamic_sampling
+        batches = self.config.rl.dynamic_sampling
         if not batches:
             return rollouts, rewards
         groups = _with_signal(rollouts, rewards)
@@ -55,7 +55,11 @@ class Gather:
         with self.record.time("sample"):
             rollouts = self.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
         with self.record.time("reward"):
-            return rollouts, list(usable(self.reward(rollouts.prompts_B, rollouts.texts)))
+            rewards = self.reward(rollouts.prompts_B, rollouts.texts)
+        report: RewardReport | None = getattr(self.reward, "report", None)
+        if report is not None:
+            self.record.rewarded(report)
+        return rollouts, usable(rewards, self.config.reward.max_failed, report.error if report else "")
 
 
 Group = tuple[Prompt, int, list[Completion], list[str], list[float | None]]  # prompt, seed; answers, texts, rewards

@@ -186,11 +186,11 @@ class Learner:
         self.reference = reference
         self.critic = critic
         self.config = config
-        self.algo: AlgoConfig = config.algo
-        self.kl = KlController(config.algo.kl_coef, config.algo.kl_target, config.algo.kl_horizon)
+        self.algo: AlgoConfig = config.rl
+        self.kl = KlController(self.algo.kl_coef, self.algo.kl_target, self.algo.kl_horizon)
         self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
-        self.critic_optimizer = make_optimizer(critic, config.optim, config.algo.critic_lr) if critic else None
+        self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
         self._weights = policy.state_dict(keep_vars=True)  # the same tensors at each push, which it can see
         self.steps = 0
         self.skipped = 0

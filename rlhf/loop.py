@@ -22,13 +22,12 @@ class Parts:
     task: Task
     sampler: Sampler
     reward: Reward
-    learner: Learner
     transfer: Transfer
     probe: Probe
     record: Recorder
 
 
-def train(parts: Parts, config: RunConfig, version: int) -> None:
+def train(parts: Parts, learner: Learner, config: RunConfig, version: int) -> None:
     """Run `config.steps` steps; the workers hold `version` at first, and each step's push makes the next one live."""
     record, reward = parts.record, parts.reward
     gather = Gather(parts.sampler, reward, config, record)
@@ -40,9 +39,9 @@ def train(parts: Parts, config: RunConfig, version: int) -> None:
         with record.time("transfer"):
             parts.transfer.withdraw()
         with record.time("learn"):
-            learned = parts.learner.learn(parts.learner.score(rollouts), rewards_B)
+            learned = learner.learn(learner.score(rollouts), rewards_B)
         with record.time("transfer"):
-            version = parts.transfer.push(parts.learner.weights())
+            version = parts.transfer.push(learner.weights())
         with record.time("verify"):
             parts.probe(version)
         record.step(step, rollouts, rewards_B, learned, parts.task)

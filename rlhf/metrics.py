@@ -10,21 +10,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
+from rlhf.alarms import OF_EVALUATIONS, OF_STEPS, Watch
+from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, RunConfig, TensorboardLoggerConfig
 from rlhf.ending import RunError
 from rlhf.progress import Stage
-from rlhf.types import TRUNCATED, Logger, Rollouts, Task
+from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
 from transfer import Transfer
 from transfer.journal import Journal
 
 SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps
-SHOWN = {"train/reward": "reward", "train/gold": "gold", "train/kl": "kl", "eval/greedy_accuracy": "greedy"}
+SHOWN = {
+    "train/reward": "reward",
+    "train/gold": "gold",
+    "train/kl": "kl",
+    "train/accuracy": "accuracy",
+    "eval/greedy_accuracy": "greedy",
+}
 
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are there; None of nothing."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
+
+
+def zero_std(rewards_B: Sequence[float | None], samples_per_prompt: int) -> float | None:
+    """The share of prompts whose samples all have one reward; None where a prompt has one sample."""
+    if samples_per_prompt < 2:
+        return None
+    groups = [rewards_B[start : start + samples_per_prompt] for start in range(0, len(rewards_B), samples_per_prompt)]
+    return mean([float(len(set(group) - {None}) < 2) for group in groups])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,14 +55,17 @@ class Outlets:
 class Recorder:
     """Collects one step after the other and hands it on; `rows` keeps them all for the report."""
 
-    def __init__(self, outlets: Outlets, transfer: Transfer, mismatch_alarm: float) -> None:
+    def __init__(self, outlets: Outlets, transfer: Transfer, config: RunConfig) -> None:
         self.outlets = outlets
         self.transfer = transfer
-        self.mismatch_alarm = mismatch_alarm
+        self.steps, self.evaluations = Watch(OF_STEPS, config), Watch(OF_EVALUATIONS, config)
+        self.stop = config.alarms.stop
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
+        self.reports: list[RewardReport] = []
+        self.warned = False
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -57,6 +75,24 @@ class Recorder:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def rewarded(self, report: RewardReport) -> None:
+        """One of the step's calls of the reward is done; its first exception is said."""
+        self.reports.append(dataclasses.replace(report, means=dict(report.means)))
+        if report.errors and not self.warned:
+            self.warned = True
+            self.outlets.bar.bars.say(
+                f"warning: {report.errors} sample(s) are left out, as are others to come (train/reward_errors): "
+                f"{report.error}"
+            )
+
+    def _rewarded(self) -> dict[str, float | None]:
+        """Means of the reward's parts and the number of exceptions, over all calls of the step."""
+        reports, self.reports = self.reports, []
+        names = sorted({name for report in reports for name in report.means})
+        means = {f"train/reward/{name}": mean([report.means.get(name) for report in reports]) for name in names}
+        counts = [report.errors for report in reports if report.errors is not None]
+        return means | ({"train/reward_errors": float(sum(counts))} if counts else {})
 
     def took(self, rollouts: Rollouts, version: int) -> None:
         """These samples are about to be learned from; RunError if an older version than the live one sampled any."""
@@ -80,9 +116,10 @@ class Recorder:
             "train/excluded": float(sum(reward is None for reward in rewards_B)),
             "train/tokens_per_row": rollouts.tokens / rows,
             "train/truncated": sum(c.finish_reason == TRUNCATED for c in rollouts.completions) / rows,
-            "train/mismatch_alarm": float(self._mismatches(learned.get("mismatch", 0.0))),
+            "train/zero_std": zero_std(rewards_B, rollouts.samples_per_prompt),
             "rollout/version": float(rollouts.version),
             **self.lag,
+            **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
@@ -91,30 +128,38 @@ class Recorder:
         metrics["seconds/step"] = worked
         metrics["tokens_per_second"] = rollouts.tokens / worked
         self.seconds = {}
-        self._log(step, {name: value for name, value in metrics.items() if value is not None})
         self._samples(step, rollouts, rewards_B, gold_B)
+        self._log(step, {name: value for name, value in metrics.items() if value is not None}, self.steps)
+        self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
+
+    def learned(self, step: int, learned: Mapping[str, float]) -> None:
+        """One step that samples nothing is done; `learned` says, beside others, how many tokens it saw."""
+        metrics = {f"train/{name}": value for name, value in learned.items()}
+        metrics |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
+        metrics["seconds/step"] = sum(self.seconds.values())
+        metrics["tokens_per_second"] = learned["tokens"] / metrics["seconds/step"]
+        self.seconds = {}
+        self._log(step, metrics, self.steps)
         self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """One evaluation is done; its seconds are part of no step."""
         seconds = self.seconds.pop("evaluate", 0.0)
-        self._log(step, {**metrics, "seconds/evaluate": seconds})
+        self._log(step, {**metrics, "seconds/evaluate": seconds}, self.evaluations)
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
+    def _log(self, step: int, metrics: dict[str, float], watch: Watch) -> None:
+        """Hand the metrics on, with an `alarm/<name>` of 1.0 for each that fires; RunError where alarms end the run."""
+        said = watch({"step": step, **metrics})
+        metrics = metrics | {f"alarm/{name}": 1.0 for name in watch.firing}
         self.latest |= metrics
         self.rows.append({"step": step, **metrics})
         for logger in self.outlets.loggers:
             logger.log(step, metrics)
-
-    def _mismatches(self, mismatch: float) -> bool:
-        """Whether workers and trainer disagree on the samples' log-probs beyond the alarm; says so."""
-        if mismatch <= self.mismatch_alarm:
-            return False
-        self.outlets.bar.bars.say(
-            f"warning: log-probs of workers and trainer differ by {mismatch:.3g} nats a token, more than "
-            f"rollout.mismatch_alarm={self.mismatch_alarm:g}"
-        )
-        return True
+        lines = [f"alarm {name}, step {step}: {line}" for name, line in said.items()]
+        for line in lines:
+            self.outlets.bar.bars.say(line)
+        if lines and self.stop:
+            raise RunError(f"{lines[0]} (alarms.stop=true ends the run)")
 
     def _samples(
         self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], gold_B: Sequence[float | None]

@@ -78,7 +78,7 @@ class Bars:
     def say(self, text: str) -> None:
         """One line above the bars."""
         if self.on:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 class Warnings(logging.Handler):

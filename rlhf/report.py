@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = Sequence[Mapping[str, float]]
+ALARM = "alarm/"
 PHASES = ("sample", "reward", "learn", "transfer", "verify")
 
 
@@ -19,9 +20,12 @@ def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
 
 
 def summarise(rows: Rows) -> dict[str, float]:
-    """The few numbers that tell how a run went; seconds are sums over its steps, evaluations left out."""
+    """The few numbers that tell how a run went; seconds are sums over its steps, evaluations left out.
+
+    `alarm/<name>` is the step at which that alarm fired first.
+    """
     summary: dict[str, float] = {}
-    for name in ("reward", "gold", "greedy_accuracy"):
+    for name in ("reward", "gold", "greedy_accuracy", "pair_accuracy"):
         _, values = series(rows, f"eval/{name}")
         if values:
             summary |= {f"{name}_start": values[0], f"{name}_end": values[-1]}
@@ -37,6 +41,8 @@ def summarise(rows: Rows) -> dict[str, float]:
         _, values = series(rows, f"train/{name}")
         if values:
             summary[f"{name}_end"] = values[-1]
+    for name in sorted({name for row in rows for name in row if name.startswith(ALARM)}):
+        summary[name] = series(rows, name)[0][0]
     return summary
 
 
@@ -65,15 +71,18 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for column in ("start", "end"):
         table.add_column(column, justify="right")
     for name, label in (
-        ("reward", "reward (trained on)"),
+        ("reward", "reward (held-out)" if "pair_accuracy_end" in summary else "reward (trained on)"),
         ("gold", "gold reward (held-out)"),
         ("greedy_accuracy", "greedy accuracy"),
+        ("pair_accuracy", "accuracy on held-out pairs"),
     ):
         if f"{name}_end" in summary:
             table.add_row(label, f"{summary[f'{name}_start']:.3f}", f"{summary[f'{name}_end']:.3f}")
     if "kl_end" in summary:
         table.add_row("KL to the reference, nats/token", "0", f"{summary['kl_end']:.4f}")
     table.add_section()
+    for name in [name for name in summary if name.startswith(ALARM)]:
+        table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
     table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
     for phase in PHASES:
         share = summary[f"seconds_{phase}"] / max(1e-9, sum(summary[f"seconds_{p}"] for p in PHASES))
@@ -102,13 +111,15 @@ def plot_curves(rows: Rows, path: Path, title: str) -> None:
         ("eval/reward", "reward (held-out)", rewards),
         ("eval/gold", "gold reward (held-out)", rewards),
         ("eval/greedy_accuracy", "greedy accuracy (held-out)", rewards),
+        ("eval/pair_accuracy", "accuracy on held-out pairs", rewards),
         ("train/kl", "KL to the reference, nats/token", kl),
     ):
         steps, values = series(rows, name)
         if values:
             axis.plot(steps, values, label=label, marker="o" if name.startswith("eval") else None, markersize=3)
     steps, _ = series(rows, "seconds/step")
-    stack = [[1e3 * value for value in series(rows, f"seconds/{phase}")[1]] for phase in PHASES]
+    timed = [row for row in rows if "seconds/step" in row]
+    stack = [[1e3 * row.get(f"seconds/{phase}", 0.0) for row in timed] for phase in PHASES]
     if steps:
         seconds.stackplot(steps, stack, labels=PHASES)
     for axis, name in ((rewards, "reward"), (kl, "KL"), (seconds, "milliseconds a step")):

@@ -7,37 +7,33 @@ import gc
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf.algorithm import Advantage
+from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig
 from rlhf.compose import choice
-from rlhf.config import (
-    ConsoleLoggerConfig,
-    FunctionRewardConfig,
-    ModelRewardConfig,
-    RunConfig,
-    VerifierRewardConfig,
-)
+from rlhf.config import ConsoleLoggerConfig, EvaluationConfig, RunConfig, VerifierRewardConfig
 from rlhf.learner import Learner
 from rlhf.loop import Parts, train
 from rlhf.metrics import Outlets, Recorder, make_loggers
-from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, save_model, value_model
+from rlhf.models import Head, make_policy, make_tokenizer, save_model, value_model
 from rlhf.probe import Probe
 from rlhf.progress import Bars
 from rlhf.report import plot_curves, print_table, summarise, write_summary
-from rlhf.rewards import FunctionReward, ModelReward, VerifierReward
+from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
 from rlhf.tasks import make_task, read_task
-from rlhf.types import Reward, Sampler, Task
+from rlhf.types import Sampler, Task
 from transfer import make_transfer
 from transfer.journal import Journal
 
@@ -69,11 +65,12 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     with ExitStack() as stack:
         site = Site(config, folder, stack.enter_context(Bars(console)), {})
-        parts, tokenizer, version = _build(site, stack)
+        parts, policy, tokenizer, version = _build(site, stack)
+        train_policy = _trainer(site, parts, policy, tokenizer, version)
         gc.collect()
         gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
-        train(parts, config, version)
-        save_model(parts.learner.policy, tokenizer, folder / "policy")
+        train_policy()
+        save_model(policy, tokenizer, folder / "policy")
     summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
@@ -85,7 +82,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     return summary
 
 
-def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase, int]:
+def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase, int]:
     """The parts of the loop, warmed up, with the policy's first version live in every worker."""
     config = site.config
     raw = read_task(config.task, config.seed)
@@ -94,7 +91,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     check(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
     check_lengths(config, task, policy)
-    given = _given_reward(config, task)
+    rewards = given_rewards(config.reward, task, config.model)
     site.bars.say(_plan(config, policy))
     if warning := _cut_answers(config, task, tokenizer):
         site.bars.say(warning)
@@ -110,26 +107,51 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedTokenizerBase
     sampler = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
-    reward = given or _trained_reward(site, task, tokenizer, policy, sampler)
-    learner = Learner(
-        policy,
-        reference=copy.deepcopy(policy).requires_grad_(False) if config.algo.kl_coef > 0 else None,
-        critic=value_model(policy, Head.token) if config.algo.advantage is Advantage.gae else None,
-        config=config,
-    )
+    for name, part in config.reward.weighted().items():
+        if rewards[name] is None:
+            rewards[name] = _trained_reward(site, part.reward, task, tokenizer, policy, sampler)
+    reward = combine(config.reward, rewards)
     loggers = [stack.enter_context(closing(logger)) for logger in make_loggers(config.logger, site.folder)]
     outlets = Outlets(loggers, site.folder, site.bars.stage(config.algo.name, config.steps), journal)
-    record = Recorder(outlets, transfer, config.rollout.mismatch_alarm)
-    return Parts(task, sampler, reward, learner, transfer, probe, record), tokenizer, version
+    record = Recorder(outlets, transfer, config)
+    return Parts(task, sampler, reward, transfer, probe, record), policy, tokenizer, version
+
+
+def _trainer(
+    site: Site, parts: Parts, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: int
+) -> Callable[[], None]:
+    """What trains the policy: RL, or DPO on preference pairs."""
+    config = site.config
+    match config.algo:
+        case DpoConfig() as algo:
+            with site.bars.waiting("pairs"):
+                training, held_out = preference_pairs(parts, config, algo, version)
+            site.notes["pairs"] = len(training)
+            dpo_learner = DpoLearner(policy, tokenizer, training, held_out, config)
+            return partial(train_on_pairs, parts, dpo_learner, config, version)
+        case AlgoConfig() as algo:
+            learner = Learner(
+                policy,
+                reference=copy.deepcopy(policy).requires_grad_(False) if algo.kl_coef > 0 else None,
+                critic=value_model(policy, Head.token) if algo.advantage is Advantage.gae else None,
+                config=config,
+            )
+            return partial(train, parts, learner, config, version)
+    raise AssertionError(config.algo)
 
 
 def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
     """The run in one line: what its numbers multiply to."""
     rows = config.prompts_per_step * config.samples_per_prompt
+    step = (
+        f"{config.prompts_per_step} pairs"
+        if isinstance(config.algo, DpoConfig)
+        else f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples "
+        f"({rows} rows a step, {config.updates_per_step} update(s))"
+    )
     by = "/".join(choice(part) for part in (config.transfer, config.transfer.sender))
     return (
-        f"{choice(config.task)}: {config.steps} steps x {config.prompts_per_step} prompts x "
-        f"{config.samples_per_prompt} samples ({rows} rows a step, {config.updates_per_step} update(s)); "
+        f"{choice(config.task)}: {config.steps} steps x {step}; "
         f"{policy.num_parameters():,} parameters on {policy.device}; "
         f"{config.rollout.workers} worker(s), weights by {by}"
     )
@@ -139,19 +161,13 @@ def check(config: RunConfig, task: Task) -> None:
     """Raise ValueError, before anything is trained, where the configuration and the task's data do not fit."""
     if config.sft.steps and not task.demonstrations:
         raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
-    has_gold = any(task.score(prompt, "") is not None for prompt in task.train)
-    match config.reward:
-        case VerifierRewardConfig() if not has_gold:
-            raise ValueError("reward=verifier needs answers to compare with, and no row has one: choose another reward")
-        case ModelRewardConfig(path=None) if not (task.preferences or has_gold):
-            raise ValueError(
-                "reward=model needs chosen/rejected rows, or answers by which sampled pairs can be judged, and the "
-                "task has neither: give reward.path, or choose another reward"
-            )
-        case FunctionRewardConfig(function=function):
-            FunctionReward(function).check(task.train)
+    on_pairs = isinstance(config.algo, DpoConfig)
+    if on_pairs:
+        check_data(config, task)
+    if not (on_pairs and isinstance(config.reward, VerifierRewardConfig)):  # shown there where there is a gold score
+        check_reward(config.reward, task)
     prompts = len(task.train)
-    if config.prompts_per_step > prompts:
+    if not on_pairs and config.prompts_per_step > prompts:
         raise ValueError(
             f"prompts_per_step must be at most the task's {prompts} training prompts (got {config.prompts_per_step})"
         )
@@ -165,7 +181,7 @@ def _warm_up(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy:
             stage.advance(numbers)
 
 
-def check_lengths(config: RunConfig, task: Task, policy: PreTrainedModel) -> None:
+def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreTrainedModel) -> None:
     """Raise ValueError unless prompts and answers fit the model's context."""
     longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
     limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
@@ -188,23 +204,15 @@ def _cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _given_reward(config: RunConfig, task: Task) -> Reward | None:
-    """The reward where it exists already; None where it has to be trained."""
-    match config.reward:
-        case VerifierRewardConfig():
-            return VerifierReward(task)
-        case FunctionRewardConfig(function=function):
-            return FunctionReward(function)
-        case ModelRewardConfig(path=str(path)):
-            return ModelReward(*load_reward_model(path, config.model))
-    return None
-
-
 def _trained_reward(
-    site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel, sampler: Sampler
+    site: Site,
+    config: Any,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: PreTrainedModel,
+    sampler: Sampler,
 ) -> ModelReward:
     """Pairs from the data or from the policy, training, and the held-out accuracy and margin into the notes."""
-    config: Any = site.config.reward
     reward = ModelReward(value_model(policy, Head.sequence), tokenizer)
     seed = site.config.seed + PAIRS_SEED
     pairs = list(task.preferences)

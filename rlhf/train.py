@@ -75,20 +75,23 @@ def _say_stopped(how: str) -> None:
     print(f"{how}: workers and shared memory are released", file=sys.stderr)
 
 
-def print_help(overrides: list[str]) -> None:
-    """What can be chosen, and the run that `overrides` compose; Hydra's own help takes seconds to list as much."""
+def print_help(overrides: list[str], name: str = "config", text: str = HELP) -> None:
+    """What can be chosen, and what `overrides` compose of `name`; Hydra's own help takes seconds to list as much."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     groups = sorted({path.parent.relative_to(CONF).as_posix() for path in CONF.glob("**/*.yaml")} - {"."})
     choices = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups}
-    lines = [f"  {group:<16} {' '.join(names)}" for group, names in choices.items() if not group.startswith("hydra")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            dials = OmegaConf.to_yaml(compose("config", overrides))
+            composed = compose(name, overrides)
         except HydraException as error:
             sys.exit(str(error))
-    print(HELP.format(choices="\n".join(lines), dials=dials))
+    shown = [
+        group for group in choices if group.partition("/")[0] in composed or (name, group) == ("config", "experiment")
+    ]
+    lines = [f"  {group:<16} {' '.join(choices[group])}" for group in shown]
+    print(text.format(choices="\n".join(lines), dials=OmegaConf.to_yaml(composed)))
 
 
 if __name__ == "__main__":

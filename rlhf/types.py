@@ -100,8 +100,17 @@ class Tokenizer(Protocol):
     def apply_chat_template(self) -> Any: ...
 
 
+@dataclass(slots=True)
+class RewardReport:
+    """What a reward noted in its last call, beside the rewards."""
+
+    means: dict[str, float] = field(default_factory=dict)  # of its parts, by name
+    errors: int | None = None  # samples without a reward because an exception was raised; None: it counts none
+    error: str = ""  # what the last of them was
+
+
 class Reward(Protocol):
-    """(prompt, answer) -> number: the training signal, or None for a sample to leave out."""
+    """(prompt, answer) -> number: the training signal, or None for a sample to leave out; may have a `report`."""
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]: ...
 

@@ -14,6 +14,8 @@ NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
     "model=hf": "model.path=a/checkpoint",
     "reward=function": "reward.function=package.module:name",
+    "reward=http": "reward.url=http://127.0.0.1:8000/score",
+    "reward=sum": "reward.parts={right: {kind: verifier}}",
 }
 
 
@@ -26,6 +28,10 @@ def schema_of(file: Path) -> tuple[str, str]:
     first = yaml.safe_load(file.read_text())["defaults"][0]
     group, _, name = first.partition("@")[0].removeprefix("/schema/").rpartition("/")
     return group, name
+
+
+def sum_of(parts: str) -> list[str]:
+    return ["reward=sum", f"reward.parts={parts}"]
 
 
 CHOICES = [(group, file.stem) for group in SCHEMAS for file in files(group)]
@@ -139,6 +145,31 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (["task.max_length=2"], r"task\.max_length must be at least 3 \(got 2\)"),
         (["task=arithmetic", "task.operators=/"], r"task\.operators must be made of '\+', '-' and '\*' \(got '/'\)"),
         (["reward=function", "reward.function=name"], r"must be like package\.module:name \(got 'name'\)"),
+        (["reward.max_failed=2"], r"reward\.max_failed must be between 0\.0 and 1\.0 \(got 2\.0\)"),
+        (["reward.centring=-1"], r"reward\.centring must be at least 0 \(got -1\.0\)"),
+        (
+            ["reward=http", "reward.url=host:80"],
+            r"reward\.url must be like http://127\.0\.0\.1:8000/score \(got 'host:80'\)",
+        ),
+        (["reward=http", "reward.url=http://h:99999"], r"reward\.url must be like .*\(got 'http://h:99999'\)"),
+        (["reward=http", "reward.url=http://me:secret@h"], r"^reward\.url must have no user and password in it"),
+        (["reward=http", "reward.url=http://h", "reward.token_variable=sk-1"], r"not the token itself$"),
+        (sum_of("{}"), r"reward\.parts must be like \{right: \{kind: verifier\}\} \(got \{\}\)"),
+        (sum_of("3"), r"reward\.parts must be like .* \(got 3\)"),
+        (sum_of("{a: verifier}"), r"reward\.parts\.a must be like \{kind: verifier, weight: 1\.0\} \(got 'verifier'\)"),
+        (sum_of("{a: {kind: sum}}"), r"parts\.a\.kind must be one of verifier, model, function, http \(got 'sum'\)"),
+        (sum_of("{a: {kind: [verifier]}}"), r"reward\.parts\.a\.kind must be one of .* \(got \['verifier'\]\)"),
+        (sum_of("{a/b: {kind: verifier}}"), r"a part's name must be letters, digits and _ \(got 'a/b'\)"),
+        (sum_of("{a: {kind: verifier, weight: nan}}"), r"reward\.parts\.a\.weight must be a finite number \(got nan\)"),
+        (sum_of("{a: {kind: verifier, wait: 1}}"), r"reward\.parts\.a\.wait is no key of verifier, which has weight"),
+        (sum_of("{a: {kind: verifier, max_failed: 1}}"), r"reward\.parts\.a\.max_failed is no key of verifier"),
+        (sum_of("{a: {kind: function}}"), r"reward\.parts\.a\.function has no value: add it to the part"),
+        (sum_of("{a: {kind: function, function: b}}"), r"^reward\.parts\.a\.function must be like .* \(got 'b'\)"),
+        (sum_of("{a: {kind: model, steps: two}}"), r"^reward\.parts\.a\.steps: Value 'two' of type 'str' could not be"),
+        (
+            sum_of("{a: {kind: model}, b: {kind: model}}"),
+            r"one reward model .*\(got a, b\): give reward\.parts\.b\.path",
+        ),
         (["steps=0"], r"steps must be at least 1 \(got 0\)"),
         (["optim.lr=nan"], r"optim\.lr must be greater than 0 \(got nan\)"),
         (["algo.clip_dual=1"], r"algo\.clip_dual must be greater than 1, or null \(got 1\.0\)"),

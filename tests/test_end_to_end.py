@@ -15,7 +15,9 @@ from rlhf.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ("experiment=smoke", "steps=3", "logger=jsonl", "task.held_out=32", "sft.steps=4", "prompts_per_step=4")
-ALGORITHMS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "algo").glob("*.yaml"))
+ALGORITHMS = sorted(  # of RL
+    path.stem for path in (ROOT / "conf" / "algo").glob("*.yaml") if "/schema/algo/base@" in path.read_text()
+)
 REWARDS = """
 CONSTANT = 1
 

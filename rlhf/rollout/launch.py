@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import RolloutConfig, RunConfig
+from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig
 from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
@@ -37,7 +37,7 @@ RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its o
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
 
 
-def worker_spec(policy: Any, config: RunConfig, endpoint: Mapping[str, Any]) -> WorkerSpec:
+def worker_spec(policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any]) -> WorkerSpec:
     """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`."""
     parameter = next(policy.parameters())
     dtype = config.rollout.dtype or config.model.dtype
@@ -55,7 +55,7 @@ def worker_spec(policy: Any, config: RunConfig, endpoint: Mapping[str, Any]) -> 
 class Workers:
     """The run's `config.rollout.workers` workers, reached as `config.transfer` says; their logs go to `folder`."""
 
-    def __init__(self, spec: WorkerSpec, config: RunConfig, folder: Path, policy: Any) -> None:
+    def __init__(self, spec: WorkerSpec, config: RunConfig | EvaluationConfig, folder: Path, policy: Any) -> None:
         self._spec, self._config, self._folder, self._policy = spec, config, folder, policy
         self._stack = ExitStack()
         self._senders: list[Sender] | None = None

@@ -52,7 +52,7 @@ def train_reward_model(
     optim: OptimConfig,
     seed: int,
 ) -> Iterator[dict[str, float]]:
-    """Take `config.steps` steps on -log sigmoid(s_chosen - s_rejected), in place; yields loss and accuracy of each."""
+    """Take `config.steps` steps on Bradley and Terry's loss, in place; yields each step's loss, accuracy and margin."""
     if not pairs:
         raise ValueError(
             "no preference pairs to train the reward model on: every prompt's sampled answers have equal gold scores; "
@@ -68,22 +68,35 @@ def train_reward_model(
     for step, batch in enumerate(batches(len(groups), config.prompts_per_batch, config.steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - step / config.steps))
-        margins_B = margins(model, tokenizer, [pair for i in batch for pair in groups[i]])
-        loss = bradley_terry(margins_B, torch.zeros_like(margins_B)).mean()
+        chosen_B, rejected_B = pair_scores(model, tokenizer, [pair for i in batch for pair in groups[i]])
+        loss = bradley_terry(chosen_B, rejected_B, centring=config.centring).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield {"loss": float(loss.detach()), "accuracy": float((margins_B > 0).float().mean())}
+        margins_B = (chosen_B - rejected_B).detach()
+        yield {
+            "loss": float(loss.detach()),
+            "accuracy": float((margins_B > 0).float().mean()),
+            "margin": float(margins_B.mean()),
+        }
 
 
 def margins(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> torch.Tensor:
     """s_chosen - s_rejected, [pairs]."""
+    chosen_B, rejected_B = pair_scores(model, tokenizer, pairs)
+    return chosen_B - rejected_B
+
+
+def pair_scores(
+    model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[Pair]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """s_chosen and s_rejected, each [pairs]; an answer in several pairs is computed once."""
     rows = [(pair.prompt.text, pair.chosen) for pair in pairs] + [(pair.prompt.text, pair.rejected) for pair in pairs]
     place = {row: index for index, row in enumerate(dict.fromkeys(rows))}
     scores_U = score_texts(model, tokenizer, [prompt for prompt, _ in place], [answer for _, answer in place])
     chosen_B, rejected_B = scores_U[[place[row] for row in rows]].chunk(2)
-    return chosen_B - rejected_B
+    return chosen_B, rejected_B
 
 
 def score_texts(

@@ -1,0 +1,58 @@
+"""The command line that evaluates a saved policy alone; imports nothing heavy before the configuration is checked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+
+from rlhf.compose import CONF, checked_evaluation, register
+from rlhf.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
+from rlhf.train import print_help
+
+register()
+
+HELP = """\
+A saved policy on a task's held-out prompts: greedy accuracy, sampled gold score, pass@k.
+
+  python -m rlhf.evaluate model.path=FOLDER                     the policy/ of a run, or any transformers causal LM
+  python -m rlhf.evaluate model.path=FOLDER task=arithmetic evaluate.k=[1,16] evaluate.samples=64
+  python -m rlhf.evaluate -m model.path=FOLDER,ANOTHER          one after the other
+  python -m rlhf.evaluate model.path=FOLDER --cfg job           print the composed evaluation and stop
+
+With the run's own `seed` and task dials, the held-out prompts are those that it never trained on.
+
+Choices (group=choice):
+{choices}
+
+The dials of the composed evaluation (key=value; what each means is in rlhf/config.py and transfer/config.py):
+
+{dials}"""
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def _job(config: Any) -> None:
+    evaluation = checked_evaluation(config)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        from rlhf.evaluation import evaluate_policy
+
+        evaluate_policy(evaluation, folder)
+    except EXPLAINED as error:
+        raise CompactHydraException(str(error)) from error
+
+
+def main() -> None:
+    """`python -m rlhf.evaluate`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_help([argument for argument in sys.argv[1:] if "=" in argument], "evaluate", HELP)
+        return
+    terminate_as_interrupt()
+    try:
+        _job()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

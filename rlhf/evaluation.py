@@ -1,0 +1,106 @@
+"""A saved policy on a task's held-out prompts: greedy accuracy, sampled gold score and pass@k, as a table and JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rlhf.compose import choice
+from rlhf.config import EvaluationConfig, HfModelConfig
+from rlhf.evaluate import SEED_OFFSET, pass_at_k, right
+from rlhf.metrics import mean
+from rlhf.models import make_policy, make_tokenizer
+from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.run import check_lengths
+from rlhf.tasks import make_task, read_task
+from rlhf.types import TRUNCATED, Rollouts, Sampler, Task
+from transfer import make_transfer
+from transfer.journal import Journal
+
+Gold = list[float | None]  # one score an answer; None where the data hold no reference
+
+
+def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
+    """Evaluate as configured, print the table, write `evaluation.json` into `folder`; its numbers.
+
+    Raises ValueError where the task holds no answers to score against, or prompts do not fit the model.
+    """
+    start = time.monotonic()
+    torch.set_num_threads(config.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = read_task(config.task, config.seed)
+    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
+    task = make_task(raw, tokenizer)
+    if all(task.score(prompt, "") is None for prompt in task.held_out):
+        raise ValueError("no held-out row of the task has an answer to compare with: choose another task or task.path")
+    policy = make_policy(config.model, tokenizer, config.seed)
+    check_lengths(config, task, policy)
+    with ExitStack() as stack:
+        journal = stack.enter_context(closing(Journal(folder / JOURNALS / "trainer.jsonl")))
+        transfer = stack.enter_context(make_transfer(config.transfer, folder, config.rollout.in_flight, journal))
+        workers = stack.enter_context(Workers(worker_spec(policy, config, transfer.endpoint), config, folder, policy))
+        senders = workers.senders()
+        transfer.open(policy.state_dict(keep_vars=True), senders)
+        transfer.push(policy.state_dict())
+        numbers = scored(task, RolloutClient(senders, tokenizer, config.rollout, transfer.recover), config)
+    written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
+    (folder / "evaluation.json").write_text(json.dumps(written, indent=1) + "\n")
+    _print(numbers, written, folder)
+    return written
+
+
+def scored(task: Task, sampler: Sampler, config: EvaluationConfig) -> dict[str, float]:
+    """Answer the held-out prompts that have gold scores, once greedily and `evaluate.samples` times, and score."""
+    prompts = [prompt for prompt in task.held_out if task.score(prompt, "") is not None]
+    seed, n = config.seed + SEED_OFFSET, config.evaluate.samples
+    greedy = sampler.sample(prompts, n=1, temperature=0.0, seed=seed)
+    sampled = sampler.sample(prompts, n=n, temperature=config.rollout.temperature, seed=seed)
+    exact, gold = right(_gold(task, greedy)), _gold(task, sampled)
+    hits = right(gold)
+    right_P = [sum(hit or 0.0 for hit in hits[p * n : (p + 1) * n]) for p in range(len(prompts))]
+    cut = [float(row.finish_reason == TRUNCATED) for row in sampled.completions]
+    numbers = {"greedy_accuracy": mean(exact), "sampled_gold": mean(gold)}
+    numbers |= {f"pass@{k}": mean([pass_at_k(n, int(c), k) for c in right_P]) for k in sorted(set(config.evaluate.k))}
+    numbers |= {"truncated": mean(cut), "tokens_per_answer": sampled.tokens / len(cut), "prompts": float(len(prompts))}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _gold(task: Task, rollouts: Rollouts) -> Gold:
+    return [task.score(prompt, text) for prompt, text in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
+
+
+def _about(config: EvaluationConfig) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    return {
+        "model": config.model.path if isinstance(config.model, HfModelConfig) else choice(config.model),
+        "task": choice(config.task),
+        "seed": config.seed,
+        "samples": config.evaluate.samples,
+        "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+    }
+
+
+def _print(numbers: dict[str, float], written: dict[str, Any], folder: Path) -> None:
+    title = (
+        f"{written['model']} on {written['task']}: {numbers['prompts']:.0f} held-out prompts, "
+        f"{written['samples']} samples each at temperature {written['temperature']:g}"
+    )
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in numbers.items():
+        if name != "prompts":
+            table.add_row(name.replace("_", " "), f"{value:.3f}")
+    console = Console()
+    console.print(title, soft_wrap=True, highlight=False)
+    console.print(table)
+    console.print(f"written: {folder / 'evaluation.json'}", soft_wrap=True, highlight=False)

@@ -1,0 +1,21 @@
+"""(prompt, answer) -> number: the task's verifier, a reward model, the user's function or server, or a weighted sum."""
+
+from rlhf.rewards.failures import usable
+from rlhf.rewards.function import FunctionReward
+from rlhf.rewards.http import HttpReward
+from rlhf.rewards.make import check_reward, combine, given_rewards
+from rlhf.rewards.model import ModelReward
+from rlhf.rewards.verifier import VerifierReward
+from rlhf.rewards.weighted_sum import WeightedSum
+
+__all__ = [
+    "FunctionReward",
+    "HttpReward",
+    "ModelReward",
+    "VerifierReward",
+    "WeightedSum",
+    "check_reward",
+    "combine",
+    "given_rewards",
+    "usable",
+]

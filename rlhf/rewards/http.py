@@ -1,0 +1,172 @@
+"""The user's server: texts by POST, rewards as JSON."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import requests
+from urllib3.exceptions import MaxRetryError, NewConnectionError
+
+from rlhf.config import HttpRewardConfig
+from rlhf.ending import RunError
+from rlhf.rewards.columns import columns
+from rlhf.rewards.failures import as_rewards
+from rlhf.types import Prompt
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts to connect, doubled each time
+BUSY = (429, 503)
+
+
+class HttpReward:
+    """POSTs {"prompts": [...], "completions": [...], "columns": {name: [...]}}, reads {"rewards": [number | null]}.
+
+    Asks again, `retries` times a request, only where the server has not begun: it refused the connection, or answered
+    429 or 503 with Retry-After. Anything else that is no answer within `timeout_s` is a RunError. A bearer token is
+    sent if the environment variable `token_variable` has one.
+    """
+
+    def __init__(self, config: HttpRewardConfig) -> None:
+        self.config = config
+        self._token = _token(config.token_variable)
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        rewards: list[float | None] = []
+        size = self.config.batch_size
+        for start in range(0, len(answers), size):
+            rewards += self._batch(prompts[start : start + size], answers[start : start + size])
+        return rewards
+
+    def _batch(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        asked = {
+            "prompts": [prompt.text for prompt in prompts],
+            "completions": list(answers),
+            "columns": columns(prompts),
+        }
+        try:
+            body = json.dumps(asked, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"reward.url={self.config.url} takes JSON, which a column of the task is not: {error}"
+            ) from None
+        response = self._response(body)
+        try:
+            answer = response.json()
+            given = answer["rewards"]
+        except (ValueError, TypeError, KeyError):
+            raise self._broken(f'must answer {{"rewards": [...]}} (got {response.text!r:.200})') from None
+        try:
+            return as_rewards(f"reward.url={self.config.url}", given, len(answers))
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+    def _response(self, body: bytes) -> requests.Response:
+        """The server's answer with status 200, asked for at most 1 + `retries` times."""
+        wait_s = FIRST_WAIT_S
+        for left in range(self.config.retries, -1, -1):
+            response = self._within_deadline(body)
+            if response is None:
+                what, pause_s, wait_s = "refused the connection", wait_s, min(2 * wait_s, LONGEST_WAIT_S)
+            elif response.status_code == 200:
+                return response
+            else:
+                what, pause_s = f"answered {response.status_code}", self._retry_after(response)
+            if left:
+                time.sleep(pause_s)
+        raise self._broken(
+            f"{what} {1 + self.config.retries} time(s): look whether it runs, or raise reward.retries "
+            f"({self.config.retries})"
+        )
+
+    def _within_deadline(self, body: bytes) -> requests.Response | None:
+        """One attempt, None if the connection is refused; `timeout_s` bounds all of it, requests' own only silence."""
+        outcome: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+
+        def attempt() -> None:
+            try:
+                outcome.put(self._post(body))
+            except Exception as error:
+                outcome.put(error)
+
+        threading.Thread(target=attempt, name="reward", daemon=True).start()
+        try:
+            result = outcome.get(timeout=self.config.timeout_s)
+        except queue.Empty:
+            raise self._late() from None
+        if isinstance(result, requests.Response):
+            return result
+        if _refused(result):
+            return None
+        if isinstance(result, requests.Timeout):
+            raise self._late() from None
+        raise self._broken(f"gave no answer: {type(result).__name__}: {result}") from result
+
+    def _post(self, body: bytes) -> requests.Response:
+        return requests.post(
+            self.config.url,
+            data=body,
+            headers={"Content-Type": "application/json"},
+            auth=self._authorised,  # also keeps requests from sending what ~/.netrc has
+            timeout=self.config.timeout_s,
+            allow_redirects=False,
+        )
+
+    def _authorised(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._token:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+    def _retry_after(self, response: requests.Response) -> float:
+        """Seconds that a busy server asks to wait; RunError for every other answer."""
+        status, asked = response.status_code, response.headers.get("Retry-After")
+        if status not in BUSY or asked is None:
+            hint = f" (token: the environment variable {self.config.token_variable})" if status in (401, 403) else ""
+            raise self._broken(f"answered {status}{hint}: {response.text!r:.200}")
+        wait_s = _seconds(asked)
+        if wait_s is None or wait_s > self.config.timeout_s:
+            raise self._broken(
+                f"answered {status} with Retry-After: {asked}, and a wait must be at most "
+                f"reward.timeout_s={self.config.timeout_s:g} seconds"
+            )
+        return wait_s
+
+    def _late(self) -> RunError:
+        return self._broken(
+            f"did not answer within reward.timeout_s={self.config.timeout_s:g} seconds: raise it, or lower "
+            f"reward.batch_size ({self.config.batch_size})"
+        )
+
+    def _broken(self, what: str) -> RunError:
+        return RunError(f"reward.url={self.config.url} {what}")
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the connection was refused, so that nothing can have been sent."""
+    reason: Any = error.args[0] if isinstance(error, requests.ConnectionError) and error.args else None
+    if isinstance(reason, MaxRetryError):
+        reason = reason.reason
+    return isinstance(reason, NewConnectionError) and isinstance(reason.__cause__, ConnectionRefusedError)
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Seconds from now of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None if it is neither."""
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _token(variable: str) -> str:
+    """The bearer token, or "" where there is none; ValueError, without the token, if no header can carry it."""
+    token = os.environ.get(variable, "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(f"the environment variable {variable} must be a token of printable ASCII characters")
+    return token

@@ -1,0 +1,76 @@
+"""The rewards that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf.config import (
+    FunctionRewardConfig,
+    HttpRewardConfig,
+    ModelConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    SumRewardConfig,
+    VerifierRewardConfig,
+)
+from rlhf.models import load_reward_model
+from rlhf.rewards.function import FunctionReward
+from rlhf.rewards.http import HttpReward
+from rlhf.rewards.model import ModelReward
+from rlhf.rewards.verifier import VerifierReward
+from rlhf.rewards.weighted_sum import WeightedSum
+from rlhf.rules import named_as_part
+from rlhf.types import Reward, Task
+
+
+def check_reward(config: RewardConfig, task: Task) -> None:
+    """Raise ValueError where a reward and the task's data do not fit."""
+    has_gold = any(task.score(prompt, "") is not None for prompt in task.train)
+    for name, part in config.weighted().items():
+        with named_as_part(name):
+            _check(part.reward, task, has_gold)
+
+
+def _check(config: RewardConfig, task: Task, has_gold: bool) -> None:
+    match config:
+        case VerifierRewardConfig() if not has_gold:
+            raise ValueError("reward=verifier needs answers to compare with, and no row has one: choose another reward")
+        case ModelRewardConfig(path=None) if not (task.preferences or has_gold):
+            raise ValueError(
+                "reward=model needs chosen/rejected rows, or answers by which sampled pairs can be judged, and the "
+                "task has neither: give reward.path, or choose another reward"
+            )
+        case FunctionRewardConfig(function=function):
+            FunctionReward(function).check(task.train)
+
+
+def given_rewards(config: RewardConfig, task: Task, model: ModelConfig) -> dict[str, Reward | None]:
+    """The parts of the reward by name, "" where it is one; None is a reward model that the run has to train."""
+    given = {}
+    for name, part in config.weighted().items():
+        with named_as_part(name):
+            given[name] = _given(part.reward, task, model)
+    return given
+
+
+def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | None:
+    match config:
+        case VerifierRewardConfig():
+            return VerifierReward(task)
+        case FunctionRewardConfig(function=function):
+            return FunctionReward(function)
+        case HttpRewardConfig():
+            return HttpReward(config)
+        case ModelRewardConfig(path=str(path)):
+            return ModelReward(*load_reward_model(path, model))
+        case ModelRewardConfig():
+            return None
+    raise AssertionError(config)
+
+
+def combine(config: RewardConfig, parts: Mapping[str, Reward | None]) -> Reward:
+    """One reward of its parts, all of which exist by now."""
+    there = {name: reward for name, reward in parts.items() if reward is not None}
+    if not isinstance(config, SumRewardConfig):
+        return there[""]
+    return WeightedSum({name: (part.weight, there[name]) for name, part in config.weighted().items()})

@@ -1,0 +1,42 @@
+"""A reward model's scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.stages.reward_model import score_texts
+from rlhf.types import Prompt, Tokenizer
+
+
+class ModelReward:
+    """A reward model's scalar, normalised to mean 0 and standard deviation 1 on `calibrate`'s samples, within +-10."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int = 512) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.mean = float(getattr(model.config, "reward_mean", 0.0))  # kept in the saved folder's config.json
+        self.std = float(getattr(model.config, "reward_std", 1.0))
+
+    def calibrate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
+        """Measure mean and standard deviation on these samples, and note them in the model's config."""
+        raw = torch.tensor(self._raw(prompts, answers))
+        self.mean, self.std = float(raw.mean()), float(raw.std().clamp(min=1e-6))
+        self.model.config.reward_mean, self.model.config.reward_std = self.mean, self.std
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        return [max(-10.0, min(10.0, (raw - self.mean) / self.std)) for raw in self._raw(prompts, answers)]
+
+    @torch.no_grad()
+    def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        rows = [(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        unique = list(dict.fromkeys(rows))  # samples repeat themselves
+        scores: dict[tuple[str, str], float] = {}
+        for start in range(0, len(unique), self.batch_size):
+            part = unique[start : start + self.batch_size]
+            values_U = score_texts(self.model, self.tokenizer, [text for text, _ in part], [text for _, text in part])
+            scores |= zip(part, values_U.tolist(), strict=True)
+        return [scores[row] for row in rows]

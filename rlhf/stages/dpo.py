@@ -1,0 +1,271 @@
+"""Direct preference optimisation (arXiv:2305.18290): the policy learns from preference pairs, without sampling.
+
+The reference is the policy as it is at first; what it says of the pairs is computed once, so that no copy is kept.
+Shapes: N pairs; B = 2N rows, the chosen and the rejected answer of one pair after the other; T response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.algorithm import DpoConfig
+from rlhf.config import RunConfig
+from rlhf.ending import RunError
+from rlhf.evaluate import measure
+from rlhf.learner import MAX_SKIPPED, Batch, make_optimizer, response_logits
+from rlhf.loop import Parts
+from rlhf.losses import dpo, token_logprobs
+from rlhf.schedules import scale
+from rlhf.stages.reward_model import pairs_from, split
+from rlhf.stages.sft import batches, encode
+from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
+
+TIE = 1e-4  # nats by which an implicit preference may be noise of floating point; half right, then
+SEED_OFFSET = 700_001  # added to the run's seed where pairs are sampled and divided
+
+
+def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig, version: int) -> None:
+    """Run `config.steps` steps on pairs; the workers hold `version` at first, and the newest at each evaluation."""
+    record = parts.record
+    _evaluate(parts, learner, config, step=0)
+    order = batches(len(learner.training.rows), config.prompts_per_step, config.steps, config.seed)
+    for step, rows in enumerate(order, start=1):
+        with record.time("learn"):
+            learned = learner.learn(rows)
+        due = step % config.evaluate_every == 0 or step == config.steps
+        if due:
+            with record.time("transfer"):
+                version = parts.transfer.push(learner.weights())
+            with record.time("verify"):
+                parts.probe(version)
+        record.learned(step, learned)
+        if due:
+            _evaluate(parts, learner, config, step)
+
+
+def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -> None:
+    """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
+    with parts.record.time("evaluate"):
+        pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
+        metrics = measure(parts.task, parts.sampler, parts.reward, config)
+        parts.transfer.withdraw()
+    parts.record.evaluation(step, metrics | pairs)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def check_data(config: RunConfig, task: Task) -> None:
+    """Raise ValueError where neither the task's data nor samples can give pairs."""
+    if task.preferences:
+        return
+    if all(task.score(prompt, "") is None for prompt in task.train):
+        raise ValueError(
+            f"algo={config.algo.name} needs chosen/rejected rows, or answers by which sampled pairs can be judged, and "
+            "the task has neither: choose another task, or another algo"
+        )
+    if config.samples_per_prompt < 2:
+        raise ValueError(
+            f"algo={config.algo.name} makes pairs of one prompt's samples: samples_per_prompt must be at least 2 "
+            f"(got {config.samples_per_prompt})"
+        )
+
+
+def preference_pairs(parts: Parts, config: RunConfig, algo: DpoConfig, version: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs, from the data or sampled from the policy of `version` and judged by the gold score.
+
+    No more training pairs than the steps can use; ValueError if they do not fill one step.
+    """
+    seed = config.seed + SEED_OFFSET
+    pairs = list(parts.task.preferences) or _sampled(parts, config, algo, version, seed)
+    training, held_out = split(pairs, algo.held_out, seed)
+    if len(training) < config.prompts_per_step:
+        raise ValueError(
+            f"a step takes prompts_per_step={config.prompts_per_step} pairs, and there are {len(training)} to train "
+            "on: lower it; or, where pairs are sampled, raise algo.prompts or samples_per_prompt, or change sft.steps "
+            "so that the policy is right only sometimes"
+        )
+    random.Random(seed).shuffle(training)
+    return training[: config.steps * config.prompts_per_step], held_out
+
+
+def _sampled(parts: Parts, config: RunConfig, algo: DpoConfig, version: int, seed: int) -> list[Pair]:
+    prompts = list(parts.task.train[: algo.prompts])
+    n, temperature = config.samples_per_prompt, config.rollout.temperature
+    rollouts = parts.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
+    parts.record.took(rollouts, version)
+    rows = zip(rollouts.prompts_B, rollouts.texts, rollouts.completions, strict=True)
+    cut = {(prompt.text, text) for prompt, text, row in rows if row.finish_reason == TRUNCATED}  # nobody ended them
+    pairs = pairs_from(rollouts, parts.task, algo.label_noise, seed)
+    return [p for p in pairs if not {(p.prompt.text, p.chosen), (p.prompt.text, p.rejected)} & cut]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One pair as token ids; the answers end with EOS."""
+
+    prompt: tuple[int, ...]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longer answer."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(slots=True)
+class Preferences:
+    """Tokenised pairs, and log pi_ref [N, 2] of their chosen and rejected answers."""
+
+    rows: list[Preference]
+    ref_N2: Tensor
+
+
+def tokenised(pairs: Sequence[Pair], tokenizer: Tokenizer, context: int) -> list[Preference]:
+    """The pairs as token ids; ValueError if any is longer than the model's `context`."""
+    if not pairs:
+        return []
+    chosen, rejected = (
+        encode(tokenizer, texts, end=True) for texts in zip(*[(p.chosen, p.rejected) for p in pairs], strict=True)
+    )
+    rows = [Preference(pair.prompt.ids, *ids) for pair, *ids in zip(pairs, chosen, rejected, strict=True)]
+    longest = max(row.length for row in rows)
+    if longest > context:
+        raise ValueError(
+            f"the longest preference pair has {longest} tokens, and the model's context is {context}: leave long rows "
+            "out of task.path, or take a model with a longer context (model.context)"
+        )
+    return rows
+
+
+# --- learner ----------------------------------------------------------------------------------------------------------
+
+
+def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference]) -> Tensor:
+    """Sums of the answers' token log-probs [N, 2] at temperature 1, in fp32: chosen, rejected."""
+    device = next(policy.parameters()).device
+    answers = [answer for row in rows for answer in (row.chosen, row.rejected)]
+    width = max(map(len, answers))
+    lengths_B = torch.tensor([len(answer) for answer in answers], device=device)
+    mask_BT = (torch.arange(width, device=device) < lengths_B[:, None]).float()
+    batch = Batch(
+        prompts=[row.prompt for row in rows],
+        prompt_of_B=[b // 2 for b in range(len(answers))],
+        ids_BT=torch.tensor([answer + [0] * (width - len(answer)) for answer in answers], device=device),
+        mask_BT=mask_BT,
+        sampled_BT=torch.zeros_like(mask_BT),
+        truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
+    )
+    logprobs_BT = token_logprobs(response_logits(policy, batch), batch.ids_BT, temperature=1.0)
+    return (logprobs_BT * mask_BT).sum(dim=1).view(-1, 2)
+
+
+class DpoLearner:
+    """Takes gradient steps on a policy; its reference is the policy that it is given."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: Tokenizer,
+        training: Sequence[Pair],
+        held_out: Sequence[Pair],
+        config: RunConfig,
+    ) -> None:
+        assert isinstance(config.algo, DpoConfig)
+        self.policy = policy.eval()
+        self.config = config
+        self.beta = config.algo.beta
+        self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
+        context = policy.config.get_text_config().max_position_embeddings
+        self.training = self._with_reference(tokenised(training, tokenizer, context))
+        self.held_out = self._with_reference(tokenised(held_out, tokenizer, context))
+        self.steps = 0
+        self.skipped = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The policy's parameters and persistent buffers by name, not copied."""
+        return self.policy.state_dict()
+
+    def learn(self, rows: Sequence[int]) -> dict[str, float]:
+        """One optimiser step on these training pairs; means over them, by name.
+
+        Raises RunError after three steps in a row without finite gradients.
+        """
+        optim = self.config.optim
+        rate = optim.lr * scale(optim.schedule, self.steps, self.config.steps, optim.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        means = self._over(self.training, rows, gradients=True)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm))
+        finite = math.isfinite(means["loss"]) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED:
+            raise RunError(
+                f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row (norm {norm}): the last "
+                f"weights are untouched; lower optim.lr ({optim.lr}) or algo.beta ({self.beta})"
+            )
+        tokens = sum(len(self.training.rows[row].chosen) + len(self.training.rows[row].rejected) for row in rows)
+        step = {"grad_norm": norm if finite else 0.0, "skipped_updates": float(not finite), "lr": rate}
+        return means | step | {"tokens": float(tokens)}
+
+    def measure(self) -> dict[str, float]:
+        """Loss, accuracy, margin and implicit rewards of the held-out pairs; nothing if there are none."""
+        with torch.no_grad():
+            return self._over(self.held_out, range(len(self.held_out.rows)), gradients=False)
+
+    def _over(self, pairs: Preferences, rows: Sequence[int], gradients: bool) -> dict[str, float]:
+        """Means over the pairs, and the gradients of their mean loss; both the same for any split into parts."""
+        totals: dict[str, float] = {}
+        for part in self._parts(pairs.rows, rows):
+            logprobs_N2 = answer_logprobs(self.policy, [pairs.rows[row] for row in part])
+            ratio_N2 = logprobs_N2 - pairs.ref_N2[part]
+            loss_N = dpo(ratio_N2[:, 0], ratio_N2[:, 1], self.beta)
+            if gradients:
+                (loss_N.sum() / len(rows)).backward()
+            reward_N2 = self.beta * ratio_N2.detach()
+            margin_N = reward_N2[:, 0] - reward_N2[:, 1]
+            numbers = {
+                "loss": loss_N.detach(),
+                "accuracy": torch.where(margin_N.abs() < self.beta * TIE, 0.5, (margin_N > 0).float()),
+                "margin": margin_N,
+                "chosen": reward_N2[:, 0],
+                "rejected": reward_N2[:, 1],
+            }
+            for name, value_N in numbers.items():
+                totals[name] = totals.get(name, 0.0) + float(value_N.sum()) / len(rows)
+        return totals
+
+    @torch.no_grad()
+    def _with_reference(self, rows: list[Preference]) -> Preferences:
+        parts = self._parts(rows, sorted(range(len(rows)), key=lambda row: rows[row].length))
+        device = next(self.policy.parameters()).device
+        ref_N2 = torch.zeros(len(rows), 2, device=device)
+        for part in parts:
+            ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part])
+        return Preferences(rows, ref_N2)
+
+    def _parts(self, pairs: Sequence[Preference], rows: Sequence[int]) -> Iterator[list[int]]:
+        """Split rows, in order, so that each part has at most `tokens_per_microbatch` tokens, or one pair."""
+        part: list[int] = []
+        width = 0
+        for row in rows:
+            longer = max(width, pairs[row].length)
+            if part and 2 * longer * (len(part) + 1) > self.config.tokens_per_microbatch:
+                yield part
+                part, longer = [], pairs[row].length
+            part.append(row)
+            width = longer
+        if part:
+            yield part

@@ -1,0 +1,159 @@
+"""Evaluation: pass@k against brute force, and a saved policy that is measured as its run has measured it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import CompactHydraException
+from hypothesis import given
+from hypothesis import strategies as st
+from test_train_cli import WITHOUT_HEAVY
+
+from rlhf.compose import CONF, checked_evaluation, register
+from rlhf.evaluate import pass_at_k, right
+from rlhf.evaluation import evaluate_policy
+from rlhf.run import run
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = ("task=sort", "task.letters=2", "task.max_length=4", "task.held_out=16")
+
+
+def composed(*overrides: str):
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return checked_evaluation(compose("evaluate", list(overrides)))
+
+
+# --- pass@k -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_one(n):
+    for c in range(n + 1):
+        answers = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            drawn = list(combinations(answers, k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, drawn)) / len(drawn), abs=1e-12)
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_grows_with_k_and_with_right_answers_and_at_1_is_their_share(drawn):
+    n, c, k = drawn
+    assert pass_at_k(n, c, 1) == pytest.approx(c / n)
+    assert 0 <= pass_at_k(n, c, k) <= 1
+    assert pass_at_k(n, c, k) >= pass_at_k(n, c, max(1, k - 1))
+    assert pass_at_k(n, min(n, c + 1), k) >= pass_at_k(n, c, k)
+    assert (pass_at_k(n, c, k) == 0) == (c == 0)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
+def test_pass_at_k_refuses_numbers_that_cannot_be(n, c, k):
+    with pytest.raises(ValueError, match=f"n={n}, c={c}, k={k}"):
+        pass_at_k(n, c, k)
+
+
+def test_an_answer_is_right_at_gold_score_1_alone_and_neither_where_there_is_none():
+    assert right([1.0, 0.99, 0.0, None]) == [1.0, 0.0, 0.0, None]
+
+
+# --- a saved policy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run of a few steps that is right now and then."""
+    from rlhf.compose import checked
+
+    folder = tmp_path_factory.mktemp("run")
+    overrides = ["experiment=smoke", *TASK, "transfer=local", "logger=jsonl", "sft.steps=120", "steps=2", "seed=3"]
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = checked(compose("config", overrides))
+    run(config, folder, overrides)
+    return folder
+
+
+def evaluated(trained: Path, folder: Path, *overrides: str) -> dict:
+    config = composed(f"model.path={trained}/policy", *TASK, "seed=3", *overrides)
+    numbers = evaluate_policy(config, folder)
+    assert json.loads((folder / "evaluation.json").read_text()) == numbers
+    return numbers
+
+
+def test_a_saved_policy_is_as_good_as_its_run_has_said(trained, tmp_path, capsys):
+    numbers = evaluated(trained, tmp_path, "evaluate.samples=4", "evaluate.k=[4,1,2]")
+    summary = json.loads((trained / "summary.json").read_text())
+    assert numbers["greedy_accuracy"] == summary["greedy_accuracy_end"]
+    assert numbers["sampled_gold"] == pytest.approx(summary["gold_end"], abs=0.15)  # 64 samples, and the run's 16
+    assert 0 < numbers["pass@1"] < numbers["pass@2"] < numbers["pass@4"] < 1
+    assert (numbers["task"], numbers["prompts"], numbers["samples"]) == ("sort", 16, 4)
+    screen = capsys.readouterr().out
+    assert f"{numbers['pass@4']:.3f}" in screen and str(tmp_path / "evaluation.json") in screen
+
+
+def test_the_same_evaluation_gives_the_same_numbers_and_another_temperature_others(trained, tmp_path):
+    def numbers(name: str, *overrides: str) -> dict:
+        measured = evaluated(trained, tmp_path / name, "evaluate.samples=4", "evaluate.k=[1]", *overrides)
+        return {key: value for key, value in measured.items() if key not in ("seconds", "temperature")}
+
+    first, again, cold = numbers("first"), numbers("again"), numbers("cold", "rollout.temperature=0.05")
+    assert first == again
+    assert cold["greedy_accuracy"] == first["greedy_accuracy"]
+    assert cold["pass@1"] == pytest.approx(cold["greedy_accuracy"], abs=0.1)
+    assert cold["sampled_gold"] != first["sampled_gold"]
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_numbers_of_one_process(trained, tmp_path):
+    alone = evaluated(trained, tmp_path / "local")
+    workers = evaluated(trained, tmp_path / "ipc", "transfer=ipc", "rollout.workers=2")
+    assert {**alone, "seconds": 0} == {**workers, "seconds": 0}
+
+
+def test_a_task_without_answers_is_refused(trained, tmp_path):
+    config = composed(f"model.path={trained}/policy", "task=jsonl", f"task.path={ROOT}/examples/preferences.jsonl")
+    with pytest.raises(ValueError, match=r"no held-out row of the task has an answer .* task\.path"):
+        evaluate_policy(config, tmp_path)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "screen"),
+    [
+        ("--help", 0, "task             arithmetic jsonl reverse sort"),
+        ("--help task=nothing", 1, "Could not find 'task/nothing'"),
+        ("--cfg job", 0, "samples: 16"),
+        ("", 1, "model.path has no value: add model.path=..."),
+        ("model.path=x algo=dpo", 1, "Could not override 'algo'"),
+        ("model.path=x evaluate.samples=4", 1, "evaluate.k must be at most evaluate.samples (4; got 8)"),
+    ],
+)
+def test_what_does_not_evaluate_imports_nothing_heavy(tmp_path, arguments, code, screen):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_HEAVY)
+    command = [sys.executable, "-m", "rlhf.evaluate", *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, screen in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.k=[0]"], r"evaluate\.k must be at least 1 \(got 0\)"),
+        (["evaluate.samples=0"], r"evaluate\.samples must be at least 1 \(got 0\)"),
+        (["rollout.workers=2"], r"rollout\.workers must be 1 \(got 2\)"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named_with_what_is_allowed(overrides, message):
+    with pytest.raises(CompactHydraException, match=message):
+        composed("model.path=x", *overrides)

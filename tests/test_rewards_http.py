@@ -1,0 +1,253 @@
+"""reward=http against a real server: what it is sent, when it is asked again, and what ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.config import HttpRewardConfig
+from rlhf.ending import RunError
+from rlhf.rewards import HttpReward
+from rlhf.types import Prompt
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def scored(asked: dict[str, Any]) -> Answer:
+    """The honest server: a completion's length; null for none at all."""
+    rewards = [len(text) or None for text in asked["completions"]]
+    return 200, {}, json.dumps({"rewards": rewards}).encode()
+
+
+def says(status: int, body: object = b"", **headers: str) -> Answer:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, text
+
+
+@dataclass
+class Server:
+    """Answers the n-th request with `script[n]`, if there is one, and honestly from then on."""
+
+    script: list[Answer | Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=list)
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    url: str = ""
+
+    @contextlib.contextmanager
+    def running(self, port: int = 0) -> Iterator[Server]:
+        server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{server.server_port}/score"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            thread.join()
+            server.socket.close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        ours = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                ours.asked.append(asked)
+                ours.headers.append(dict(self.headers))
+                number = len(ours.asked) - 1
+                answer = ours.script[number] if number < len(ours.script) else scored(asked)
+                if callable(answer):
+                    answer(self)
+                    return
+                status, headers, body = answer
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server().running() as running:
+        yield running
+
+
+def reward(server: Server, **options: Any) -> HttpReward:
+    return HttpReward(HttpRewardConfig(**{"url": server.url, "timeout_s": 5.0} | options))
+
+
+def ask(reward: HttpReward, *answers: str) -> list[float | None]:
+    return reward([Prompt(f"{n}?", (n,), {"answer": n}) for n in range(len(answers))], answers)
+
+
+def test_texts_and_columns_are_sent_in_batches_and_null_is_a_sample_left_out(server):
+    assert ask(reward(server, batch_size=2), "a", "bb", "", "dddd", "eeeee") == [1.0, 2.0, None, 4.0, 5.0]
+    assert server.asked == [
+        {"prompts": ["0?", "1?"], "completions": ["a", "bb"], "columns": {"answer": [0, 1]}},
+        {"prompts": ["2?", "3?"], "completions": ["", "dddd"], "columns": {"answer": [2, 3]}},
+        {"prompts": ["4?"], "completions": ["eeeee"], "columns": {"answer": [4]}},
+    ]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=9), st.integers(1, 4))
+def test_any_texts_arrive_as_they_are_whatever_the_batches(answers, batch_size):
+    with Server().running() as server:
+        assert ask(reward(server, batch_size=batch_size), *answers) == [len(text) or None for text in answers]
+        assert [text for asked in server.asked for text in asked["completions"]] == answers
+        assert len(server.asked) == -(-len(answers) // batch_size)
+
+
+def test_the_token_comes_from_the_environment_and_nothing_else_is_ever_sent(server, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("RLHF_REWARD_TOKEN", raising=False)
+    ask(reward(server), "a")
+    monkeypatch.setenv("RLHF_REWARD_TOKEN", "abc\n")
+    ask(reward(server), "a")
+    monkeypatch.setenv("OTHER", "def")
+    ask(reward(server, token_variable="OTHER"), "a")
+    assert [headers.get("Authorization") for headers in server.headers] == [None, "Bearer abc", "Bearer def"]
+
+
+def test_a_token_that_no_header_can_carry_is_refused_without_being_shown(server, monkeypatch):
+    monkeypatch.setenv("RLHF_REWARD_TOKEN", "se\ncret")
+    with pytest.raises(ValueError, match=r"environment variable RLHF_REWARD_TOKEN must be a token") as error:
+        reward(server)
+    assert "cret" not in str(error.value)
+
+
+# --- asked again: only where the server has not begun -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("wait", ["0", email.utils.formatdate(0, usegmt=True)])
+def test_a_busy_server_that_names_a_time_is_asked_again(server, status, wait):
+    server.script = [says(status, Retry_After=wait)] * 2
+    assert ask(reward(server, retries=2), "abc") == [3.0]
+    assert len(server.asked) == 3 and server.asked[0] == server.asked[2]
+
+
+def test_the_time_that_a_busy_server_names_is_waited(server):
+    server.script = [says(503, Retry_After="1")]
+    start = time.monotonic()
+    assert ask(reward(server), "abc") == [3.0]
+    assert time.monotonic() - start >= 1.0
+
+
+def test_a_server_that_stays_busy_ends_the_run_after_its_retries(server):
+    server.script = [says(503, Retry_After="0")] * 9
+    with pytest.raises(RunError, match=rf"reward\.url={server.url} answered 503 3 time\(s\): .*reward\.retries \(2\)"):
+        ask(reward(server, retries=2), "a")
+    assert len(server.asked) == 3
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+def test_a_server_that_starts_a_moment_later_is_waited_for():
+    port, late = free_port(), Server()
+    stop = threading.Event()
+
+    def start() -> None:
+        time.sleep(0.2)
+        with late.running(port):
+            stop.wait(20)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    try:
+        assert ask(HttpReward(HttpRewardConfig(url=f"http://127.0.0.1:{port}/score")), "abc") == [3.0]
+    finally:
+        stop.set()
+        thread.join()
+    assert len(late.asked) == 1
+
+
+def test_a_server_that_is_not_there_ends_the_run_with_its_address():
+    url = f"http://127.0.0.1:{free_port()}/score"
+    with pytest.raises(RunError, match=rf"reward\.url={url} refused the connection 2 time\(s\): look whether it runs"):
+        ask(HttpReward(HttpRewardConfig(url=url, retries=1)), "a")
+
+
+# --- never asked again ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (says(500, b"out of memory"), r"answered 500: 'out of memory'"),
+        (says(500, Retry_After="0"), r"answered 500"),
+        (says(503), r"answered 503"),
+        (says(503, Retry_After="later"), r"answered 503 with Retry-After: later, .*reward\.timeout_s=5 seconds"),
+        (says(429, Retry_After="3600"), r"answered 429 with Retry-After: 3600, .*at most reward\.timeout_s=5 seconds"),
+        (says(401), r"answered 401 \(token: the environment variable RLHF_REWARD_TOKEN\)"),
+        (says(302, Location="/score"), r"answered 302"),
+        (says(204), r"answered 204"),
+        (says(200, b"<html>"), r"must answer \{\"rewards\": \[\.\.\.\]\} \(got '<html>'\)"),
+        (says(200, b"\xff\xfe"), r"must answer"),
+        (says(200, [1.0, 2.0]), r"must answer"),
+        (says(200, {"reward": [1.0, 2.0]}), r"must answer"),
+        (says(200, {"rewards": [1.0]}), r"must return a list of 2 numbers or None \(got 1 values\)"),
+        (says(200, {"rewards": 1.0}), r"must return a list of 2 numbers or None \(got float\)"),
+        (says(200, {"rewards": [1.0, "2"]}), r"must return finite numbers or None \(got '2'\)"),
+        (says(200, {"rewards": [1.0, float("nan")]}), r"must return finite numbers or None \(got nan\)"),
+        (says(200, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), r"must return finite numbers or None"),
+        (lambda handler: handler.connection.shutdown(socket.SHUT_RDWR), r"gave no answer: ConnectionError"),
+        (says(200, b'{"rewards": [1', Content_Length="99"), r"gave no answer|must answer"),
+    ],
+)
+def test_a_broken_answer_ends_the_run_with_the_address_after_one_request(server, answer, message):
+    server.script = [answer]
+    with pytest.raises(RunError, match=rf"^reward\.url={server.url} {message}"):
+        ask(reward(server), "a", "bb")
+    assert len(server.asked) == 1
+
+
+def silence(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(2)
+
+
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    """A header that never ends; no pause is as long as the deadline."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    with contextlib.suppress(OSError):
+        for _ in range(40):
+            handler.wfile.write(b"x")
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("slow", [silence, drip])
+def test_an_answer_after_the_deadline_ends_the_run_at_the_deadline_after_one_request(server, slow):
+    server.script = [slow]
+    start = time.monotonic()
+    with pytest.raises(RunError, match=rf"reward\.url={server.url} did not answer within reward\.timeout_s=0\.5 sec"):
+        ask(reward(server, timeout_s=0.5), "a")
+    assert time.monotonic() - start < 1.5 and len(server.asked) == 1
+
+
+def test_a_column_that_json_cannot_say_ends_the_run_before_anything_is_sent(server):
+    with pytest.raises(RunError, match=rf"reward\.url={server.url} takes JSON, which a column of the task is not"):
+        reward(server)([Prompt("?", (1,), {"answer": float("nan")})], ["a"])
+    assert server.asked == []
