@@ -1,3 +1,3 @@
 """RLHF: sample, score, learn, hand the weights over; repeat."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
