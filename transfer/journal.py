@@ -37,6 +37,8 @@ class Journal:
 
     def write(self, op: str, **fields: Any) -> None:
         """Note one event."""
+        if self._file is None:
+            return
         line = json.dumps({"t": time.monotonic(), "who": self._who, "boot": self._boot, "op": op, **fields}) + "\n"
         with self._lock:
             if self._file is None:

@@ -4,7 +4,8 @@
 //     source address, target address (0: only read), index of its first 8-byte word in the digest,
 //     bytes in the target | kind of the target's values << 32 | cast << 40
 //
-// The digest is defined in digest.py. Addresses may have any alignment; multiples of 16 are fast.
+// The digest is defined in digest.py. Addresses may have any alignment; multiples of 16 are fast. Stores are marked as
+// streaming (__stcs): what is written is not read again soon, and 15 GB then take 2 to 3 % less.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
@@ -93,14 +94,14 @@ __device__ __forceinline__ void piece(const u8* source, u8* target, u64 first, u
 #pragma unroll
         for (u32 j = 0; j < UNROLL; j++) {
             u32 place = at + j * THREADS;
-            if (target) ((uint4*)target)[place] = v[j];
+            if (target) __stcs((uint4*)target + place, v[j]);
             sums.add<summed>(v[j].x, v[j].y, first + 2 * place, finite);
             sums.add<summed>(v[j].z, v[j].w, first + 2 * place + 1, finite);
         }
     }
     for (; at < vectors; at += THREADS) {
         uint4 v = loaded(source, at, cast);
-        if (target) ((uint4*)target)[at] = v;
+        if (target) __stcs((uint4*)target + at, v);
         sums.add<summed>(v.x, v.y, first + 2 * at, finite);
         sums.add<summed>(v.z, v.w, first + 2 * at + 1, finite);
     }
