@@ -27,6 +27,7 @@ from rlhf.config import (
     SumRewardConfig,
     TensorboardLoggerConfig,
     TinyModelConfig,
+    VllmRolloutConfig,
 )
 from transfer.config import CollectiveConfig, DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
 
@@ -44,7 +45,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "jsonl": JsonlTaskConfig,
     },
     "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
-    "rollout": {"hf": HfRolloutConfig},
+    "rollout": {"hf": HfRolloutConfig, "vllm": VllmRolloutConfig},
     "reward": {**REWARD_PARTS, "sum": SumRewardConfig},
     "algo": {"base": AlgoConfig, "dpo": DpoConfig},
     "optim": {"adamw": AdamWConfig},

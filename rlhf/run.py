@@ -18,7 +18,7 @@ import torch
 
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig
 from rlhf.compose import choice
-from rlhf.config import ConsoleLoggerConfig, EvaluationConfig, RunConfig, VerifierRewardConfig
+from rlhf.config import ConsoleLoggerConfig, EvaluationConfig, RunConfig, VerifierRewardConfig, VllmRolloutConfig
 from rlhf.learner import Learner
 from rlhf.loop import Parts, train
 from rlhf.metrics import Outlets, Recorder, make_loggers
@@ -29,6 +29,7 @@ from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.sleep import SleepingTransfer
 from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
@@ -102,6 +103,8 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
     _warm_up(site, task, tokenizer, policy)
     with site.bars.waiting("workers"):
         senders = workers.senders()
+    if isinstance(config.rollout, VllmRolloutConfig) and config.rollout.sleep_level:
+        transfer = SleepingTransfer(transfer, senders, config.rollout.sleep_level)
     transfer.open(policy.state_dict(keep_vars=True), senders)
     version = transfer.push(policy.state_dict())
     sampler = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)

@@ -18,7 +18,7 @@ from rlhf.config.reward import (
     SumRewardConfig,
     VerifierRewardConfig,
 )
-from rlhf.config.rollout import HfRolloutConfig, RolloutConfig
+from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfig
 from rlhf.config.run import EvaluateConfig, EvaluationConfig, RunConfig, SftConfig, check_transfer
 from rlhf.config.task import (
     ArithmeticTaskConfig,
@@ -62,5 +62,6 @@ __all__ = [
     "TensorboardLoggerConfig",
     "TinyModelConfig",
     "VerifierRewardConfig",
+    "VllmRolloutConfig",
     "check_transfer",
 ]

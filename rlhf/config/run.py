@@ -10,7 +10,7 @@ from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
 from rlhf.config.reward import RewardConfig
-from rlhf.config.rollout import RolloutConfig
+from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
 from rlhf.config.task import TaskConfig
 from rlhf.rules import at_least
 from transfer.config import (
@@ -22,6 +22,7 @@ from transfer.config import (
     Library,
     LocalConfig,
     Staging,
+    Take,
     TransferConfig,
     positive,
 )
@@ -130,6 +131,8 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
             "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
             f"(got {run.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
         )
+    if isinstance(run.rollout, VllmRolloutConfig):
+        _check_vllm(run)
     nccl = isinstance(run.transfer, CollectiveConfig) and run.transfer.library is Library.nccl
     if nccl and run.model.device is Device.cpu:
         raise ValueError(
@@ -140,6 +143,21 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
         raise ValueError(
             "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
             "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
+        )
+
+
+def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
+    """Raise ValueError where vLLM cannot take the weights, or sample as asked."""
+    if isinstance(run.transfer, LocalConfig):
+        raise ValueError("rollout=vllm holds weights of its own: transfer must be ipc or disk (got local)")
+    if isinstance(run.transfer, CollectiveConfig):
+        raise ValueError(
+            f"rollout=vllm takes weights from memory or files: transfer must be ipc or disk "
+            f"(got {run.transfer.library.value})"
+        )
+    if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
+        raise ValueError(
+            "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"
         )
 
 

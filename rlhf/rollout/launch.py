@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig
+from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
 from rlhf.ending import RunError, keeping_sigterm
-from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
-from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
+from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
+from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
 from transfer.process import WorkerProcess, python_path
 from transfer.wire import TOKEN_VARIABLE
 
@@ -47,9 +47,23 @@ def worker_spec(policy: Any, config: RunConfig | EvaluationConfig, endpoint: Map
         dtype=dtype.name,
         device=parameter.device.type,
         attention=config.model.attention,
+        **_engine(config.rollout),
         threads=config.threads,
         token=secrets.token_urlsafe(32),
     )
+
+
+def _engine(config: RolloutConfig) -> dict[str, Any]:
+    """Which engine samples, and how it is made."""
+    if not isinstance(config, VllmRolloutConfig):
+        return {}
+    settings = {"enable_sleep_mode": True} if config.sleep_level else {}
+    if config.in_flight is InFlight.keep:
+        settings["async_scheduling"] = False  # so that a step's tokens are those of the step before new weights
+    return {
+        "engine": "vllm",
+        "engine_args": {**settings, **config.engine_args, "keep_prefix_cache": config.keep_prefix_cache},
+    }
 
 
 class Workers:
@@ -96,7 +110,7 @@ def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
     """One worker around the learner's own module."""
     from transfer.senders.direct import DirectSender
 
-    worker = Worker(policy, spec.endpoint, spec.journal)
+    worker = Worker.around(policy, spec.endpoint, spec.journal)
     yield lambda: [DirectSender(worker, "worker 0 (local)")]
 
 
@@ -152,10 +166,7 @@ class RayWorker(Worker):
     """A worker as a Ray actor: built in the actor's process."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        import torch
-
-        torch.set_num_threads(spec.threads)
-        super().__init__(build_model(spec), spec.endpoint, spec.journal)
+        super().__init__(*parts_of(spec))
 
 
 @contextmanager
