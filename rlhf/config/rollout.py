@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.model import Precision
@@ -58,15 +58,14 @@ class VllmRolloutConfig(RolloutConfig):
     Weights are copied into vLLM's own memory: transfer.take=copy.
     """
 
-    engine_args: Any = field(
-        default_factory=dict
-    )  # of vllm.LLM, as {gpu_memory_utilization: 0.4, enforce_eager: true};
+    engine_args: Any = None  # of vllm.LLM, as {gpu_memory_utilization: 0.4, enforce_eager: true}; null: its defaults;
     # what decides about weights and samples is set here: model, dtype, logprobs, the loading of weights
     sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
     keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
 
     def __post_init__(self) -> None:
         RolloutConfig.__post_init__(self)
+        self.engine_args = {} if self.engine_args is None else self.engine_args
         if not isinstance(self.engine_args, dict) or not all(isinstance(key, str) for key in self.engine_args):
             raise ValueError(
                 f"rollout.engine_args must be like {{gpu_memory_utilization: 0.4}} (got {self.engine_args!r})"

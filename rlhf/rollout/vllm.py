@@ -50,7 +50,7 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     keeps_cache = bool(spec.engine_args.get("keep_prefix_cache", False))
     engine = VllmEngine(_llm(spec), keeps_cache)
     ranks = Ranks(engine.rpc)
-    landing = RemoteLanding(_manifest_of(shape, spec.dtype), _device(spec), ranks, engine.weights_changed)
+    landing = RemoteLanding(_manifest_of(shape, spec.dtype), _device(spec), ranks)
     receiver = Receiver(
         RemoteIntake(spec.endpoint, ranks), landing, Journal(Path(spec.journal) if spec.journal else None)
     )
@@ -79,11 +79,6 @@ class VllmEngine:
         """Call `rlhf_weights` in each of vLLM's workers."""
         return self._llm.collective_rpc("rlhf_weights", args=(verb, body))
 
-    def weights_changed(self) -> None:
-        """What was computed with the old weights must not be found again, unless it was asked to stay."""
-        if not self._keeps_prefix_cache:
-            self._llm.reset_prefix_cache()
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -100,7 +95,9 @@ class VllmEngine:
         with self._alone(turn) as alone:
             if not alone:
                 return rows
-            waiting = self._submit(prompts, seeds, sampling)
+            if (version := turn()) is None:
+                return rows
+            waiting = self._submit(prompts, seeds, sampling, version)
             try:
                 while waiting and (version := turn()) is not None:
                     for output in self._engine.step():
@@ -124,8 +121,13 @@ class VllmEngine:
         self._asleep -= set(tags) or self._asleep
         return not self._asleep
 
-    def _submit(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> dict[str, int]:
-        """Hand all rows over; the row of each request."""
+    def _submit(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, version: int
+    ) -> dict[str, int]:
+        """Hand all rows over; the row of each request.
+
+        The prefix cache finds what has the same salt, here the version: emptying it takes vLLM a step a block.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -145,7 +147,10 @@ class VllmEngine:
                     detokenize=False,
                     output_kind=RequestOutputKind.DELTA,
                 )
-                self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+                asked: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+                if not self._keeps_prefix_cache:
+                    asked["cache_salt"] = str(version)
+                self._engine.add_request(name, asked, params)
                 waiting[name] = place * sampling.n + sample
         return waiting
 

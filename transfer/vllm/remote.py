@@ -66,12 +66,11 @@ class RemoteIntake:
 class RemoteLanding:
     """The weights of an engine, known by the manifest of the checkpoint that it was made for."""
 
-    def __init__(self, manifest: Manifest, device: torch.device, ranks: Ranks, after: Callable[[], None]) -> None:
+    def __init__(self, manifest: Manifest, device: torch.device, ranks: Ranks) -> None:
         self.manifest = manifest
         self.parameters: set[str] = set(manifest.by_name)
         self.device = device
         self._ranks = ranks
-        self._after = after  # called when weights have changed: what was cached of the old ones is no good
         self._last: Mapping[str, Any] = {}
 
     @property
@@ -102,7 +101,6 @@ class RemoteLanding:
         if not all(said["finite"] for said in answers):
             raise NotFinite("the weights have values that are not finite")
         self._last = staged
-        self._after()
         digests = {said["digest"] for said in answers}
         return digests.pop() if len(answers) == 1 else None
 
