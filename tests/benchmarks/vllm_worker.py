@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ class BenchWorker(Worker):
     def completions(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Without asking whose weights these are."""
         request = completions.parse(body, self._limits)
-        samples = self._engine.generate(request.prompts, request.seeds, request.sampling, lambda: 0)
+        samples = self._engine.generate(request.prompts, request.seeds, request.sampling, lambda turn=time.monotonic_ns(): turn)
         return completions.answer(request, samples)
 
     def update_weights(self, body: Mapping[str, Any]) -> dict[str, Any]:
