@@ -29,7 +29,15 @@ from rlhf.config import (
     TinyModelConfig,
     VllmRolloutConfig,
 )
-from transfer.config import CollectiveConfig, DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
+from transfer.config import (
+    CollectiveConfig,
+    DiskConfig,
+    HandlesConfig,
+    HttpSenderConfig,
+    IpcConfig,
+    LocalConfig,
+    RaySenderConfig,
+)
 
 CONF = next(
     folder
@@ -54,6 +62,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gloo": CollectiveConfig,
         "nccl": CollectiveConfig,
         "disk": DiskConfig,
+        "handles": HandlesConfig,
         "local": LocalConfig,
     },
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},

@@ -42,7 +42,7 @@ def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
 @pytest.mark.parametrize(
     ("arguments", "code", "screen"),
     [
-        ("--help", 0, "transfer         disk gloo ipc local nccl"),
+        ("--help", 0, "transfer         disk gloo handles ipc local nccl"),
         ("--help algo=rloo", 0, "advantage: leave_one_out"),
         ("--help algo=nothing", 1, "Could not find 'algo/nothing'"),
         ("--help typo=1", 1, "Could not override 'typo'"),

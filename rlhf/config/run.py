@@ -16,6 +16,7 @@ from rlhf.rules import at_least
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
+    HandlesConfig,
     HttpSenderConfig,
     InFlight,
     IpcConfig,
@@ -133,13 +134,16 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
         )
     if isinstance(run.rollout, VllmRolloutConfig):
         _check_vllm(run)
+    elif isinstance(run.transfer, HandlesConfig):
+        raise ValueError("transfer=handles speaks to vLLM servers: set rollout=vllm")
     nccl = isinstance(run.transfer, CollectiveConfig) and run.transfer.library is Library.nccl
     if nccl and run.model.device is Device.cpu:
         raise ValueError(
             "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
         )
     sender = run.transfer.sender
-    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig):
+    ours = not isinstance(run.rollout, VllmRolloutConfig)  # vLLM's servers are told where the memory is
+    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig) and ours:
         raise ValueError(
             "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
             "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
@@ -149,7 +153,7 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
 def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
     """Raise ValueError where vLLM cannot take the weights, or sample as asked."""
     if isinstance(run.transfer, LocalConfig):
-        raise ValueError("rollout=vllm holds weights of its own: transfer must be ipc or disk (got local)")
+        raise ValueError("rollout=vllm holds weights of its own: transfer must be ipc, disk or handles (got local)")
     if isinstance(run.transfer, CollectiveConfig):
         raise ValueError(
             f"rollout=vllm takes weights from memory or files: transfer must be ipc or disk "

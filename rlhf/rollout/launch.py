@@ -98,6 +98,8 @@ class Workers:
                 return in_process(self._policy, told)
             case _, HttpSenderConfig(url=[]) as sender:
                 return processes(self._spec, rollout, sender, self._folder)
+            case _, HttpSenderConfig() as sender if isinstance(rollout, VllmRolloutConfig):
+                return vllm_servers(self._policy, self._spec, rollout, sender, self._folder)
             case _, HttpSenderConfig() as sender:
                 return running(rollout.workers, sender)
             case _, RaySenderConfig() as sender:
@@ -119,14 +121,42 @@ def running(count: int, config: HttpSenderConfig) -> Iterator[Connect]:
     """Workers that somebody else started and will end; their token is in the environment."""
     from transfer.senders.http import HttpSender
 
-    if count not in (1, len(config.url)):
-        raise ValueError(
-            f"transfer.sender.url names {len(config.url)} workers: rollout.workers must be as many, or 1 (got {count})"
-        )
+    _check_count(count, config)
     token = os.environ.get(TOKEN_VARIABLE)
     yield lambda: [
         HttpSender(url, token, f"worker {index} ({url})", config.timeout_s) for index, url in enumerate(config.url)
     ]
+
+
+def _check_count(count: int, config: HttpSenderConfig) -> None:
+    """ValueError unless `rollout.workers` is left alone, or says what the URLs say."""
+    if count not in (1, len(config.url)):
+        raise ValueError(
+            f"transfer.sender.url names {len(config.url)} workers: rollout.workers must be as many, or 1 (got {count})"
+        )
+
+
+@contextmanager
+def vllm_servers(
+    policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
+) -> Iterator[Connect]:
+    """vLLM servers that somebody else started and will end; their API key is in the environment, if they have one."""
+    from rlhf.rollout.vllm_server import server_worker
+    from transfer.senders.direct import DirectSender
+
+    _check_count(config.workers, sender)
+    key = os.environ.get(TOKEN_VARIABLE)
+    with ExitStack() as stack:
+
+        def connect() -> list[Sender]:
+            senders: list[Sender] = []
+            for url, told in zip(sender.url, specs(spec, len(sender.url), folder), strict=True):
+                worker = server_worker(url, policy, told, config, key)
+                stack.callback(worker.close)
+                senders.append(DirectSender(worker, f"server {url}"))
+            return senders
+
+        yield connect
 
 
 @contextmanager

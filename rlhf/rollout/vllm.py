@@ -46,11 +46,11 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    shape = _config_of(spec.architecture)
+    shape = config_of(spec.architecture)
     keeps_cache = bool(spec.engine_args.get("keep_prefix_cache", False))
     engine = VllmEngine(_llm(spec), keeps_cache)
     ranks = Ranks(engine.rpc)
-    landing = RemoteLanding(_manifest_of(shape, spec.dtype), _device(spec), ranks)
+    landing = RemoteLanding(manifest_of(shape, spec.dtype), _device(spec), ranks)
     receiver = Receiver(
         RemoteIntake(spec.endpoint, ranks), landing, Journal(Path(spec.journal) if spec.journal else None)
     )
@@ -217,7 +217,8 @@ def _empty_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=nothing, unk_token="<unk>")
 
 
-def _config_of(architecture: dict[str, Any]) -> Any:
+def config_of(architecture: dict[str, Any]) -> Any:
+    """The transformers config of a spec's architecture."""
     from transformers import CONFIG_MAPPING
 
     settings = dict(architecture)
@@ -227,8 +228,8 @@ def _config_of(architecture: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[model_type].from_dict(settings)
 
 
-def _manifest_of(shape: Any, dtype: str) -> Manifest:
-    """Of the checkpoint that transformers would make for this architecture; no memory is taken."""
+def manifest_of(shape: Any, dtype: str) -> Manifest:
+    """Of the weights that transformers would make for this architecture, in this dtype; no memory is taken."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -157,6 +157,10 @@ class Worker:
         """A worker with a model of its own; this process then computes with `spec.threads` threads."""
         return cls(*parts_of(spec))
 
+    def close(self) -> None:
+        """Serve nothing any more."""
+        self._receiver.close()
+
     def completions(self, body: Body) -> Answer:
         """Answer the message of completions.py; 503 while paused or without weights."""
         request = completions.parse(body, self._limits)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from transfer.config import Take
 from transfer.digest import digest_of
 from transfer.finite import not_finite
 from transfer.manifest import Manifest
@@ -50,12 +51,12 @@ class RankWeights:
 
     def prepare(self, endpoint: Mapping[str, Any], manifest: Mapping[str, Any], where: Mapping[str, Any]) -> None:
         """Map the trainer's memory; ValueError if it cannot be."""
-        intake = make_intake(endpoint)
-        if not intake.in_place:
+        if endpoint.get("take") == Take.view.value:
             raise ValueError(
                 "inside vLLM weights are copied, because its CUDA graphs have their addresses: transfer.take must be "
                 "copy (got view)"
             )
+        intake = make_intake(endpoint)
         self.close()
         self._manifest = Manifest.from_json(manifest)
         intake.prepare(self._manifest, where, self._device)
@@ -81,15 +82,20 @@ class RankWeights:
         return digest_of([staged[entry.name] for entry in self._manifest.entries], like)
 
     def live_digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
-        """Of the model's own bytes, put in the trainer's order; ValueError where that cannot be."""
-        found = self._replays.get(id(self._staged(version, where)))
-        digest = None if found is None else found.live_digest(like)
-        if digest is None:
+        """Of the model's own bytes, put in the trainer's order; ValueError where nobody can tell.
+
+        Where vLLM's own loader has loaded bytes that nobody had looked at before, of those.
+        """
+        staged = self._staged(version, where)
+        found = self._replays.get(id(staged))
+        if found is not None:
+            return found.live_digest(like)
+        if self.settled:
             raise ValueError(
-                "transfer.verify=full reads the model's own weights, which vLLM holds here in another form or in "
-                f"several parts: use transfer.verify=digest ({self._why or 'cut or repacked'})"
+                "transfer.verify=full reads the model's own weights, which vLLM holds in another form than they came "
+                f"in: use transfer.verify=digest ({self._why})"
             )
-        return digest
+        return self.digest(version, where, like)
 
     @property
     def settled(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from transfer.digest import digest_of
+from transfer.digest import SUMS, digest_of
 from transfer.manifest import Manifest
 from transfer.one_pass import OnePass, available
 from transfer.pieces import CASTS
@@ -20,7 +20,7 @@ class Replay:
 
     def __init__(self, found: Recording, manifest: Manifest, staged: Staged, owner: torch.device) -> None:
         pairs = [(target, source) for target, source in found.copies if target.numel()]
-        self._constants = found.constants
+        self._found = found
         self._entries = [staged[entry.name] for entry in manifest.entries]
         device = pairs[0][0].device if pairs else owner
         on_gpu = device.type == "cuda" and available(device)
@@ -52,20 +52,18 @@ class Replay:
             digest, finite = self._pass.run(with_digest and self._summed)
         if self._others:
             torch._foreach_copy_([target for target, _ in self._others], [source for _, source in self._others])
-        for target, value in self._constants:
+        for target, value in self._found.constants:
             target.fill_(value)
-        if self._others or self._constants:
+        if self._others or self._found.constants:
             synchronize(self._device)
         return digest, finite
 
-    def live_digest(self, like: str) -> str | None:
-        """Of the model's bytes, as if they lay in the slot; None where they cannot be put together again."""
-        if self._summed and like.startswith("sums:"):
+    def live_digest(self, like: str) -> str:
+        """Of the model's bytes, as if they lay in the slot; ValueError if they are not those that lie there."""
+        if self._summed and like.startswith(SUMS):
             return OnePass(self._targets, None, self._device, offsets=self._offsets).digest()
-        return None
-
-    def staged_digest(self, like: str) -> str:
-        """Of the slot."""
+        if not holds_now(self._found):
+            raise ValueError("the model does not hold what was copied into it")
         return digest_of(self._entries, like)
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from transfer.vllm.stock_payload import Payload, StockIpc
+from transfer.vllm.stock_payload import Payload, RlhfIpc, StockIpc
 from transfer.vllm.stock_routes import Dialect
 from transfer.vllm.stock_server import StockServer, UpdatePolicy
 from transfer.wire import RemoteError, TransferError
@@ -34,7 +34,7 @@ from transfer.wire import RemoteError, TransferError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dialect", "Payload", "StockIpc", "StockServer", "UpdatePolicy", "update"]
+__all__ = ["Dialect", "Payload", "RlhfIpc", "StockIpc", "StockServer", "UpdatePolicy", "update"]
 
 Step = Callable[[StockServer], None]
 

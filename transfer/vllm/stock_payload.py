@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Payload(Protocol):
     """The words of one `--weight-transfer-config` backend, for one server."""
 
+    reloads: bool  # whether vLLM is to prepare its own reloading at a start (0.24 asks)
+
     def init_info(self, dialect: Dialect, world_size: int) -> dict[str, Any]:
         """For /init_weight_transfer_engine; ValueError if the server has another number of ranks than this can feed."""
 
@@ -34,6 +36,8 @@ class StockIpc:
     process, with `gpus`; a tensor that lies elsewhere is copied there for the time of the update. Two ranks on one GPU
     would read one handle and release it twice: the form has no place for a second one, so that is refused.
     """
+
+    reloads = True
 
     def __init__(self, gpus: Sequence[int] | None = None) -> None:
         if gpus is not None and len(set(gpus)) != len(gpus):
@@ -80,3 +84,24 @@ class StockIpc:
             return exporter.add(name, tensor)[0]
         copies = [tensor.detach().to(f"cuda:{gpu}") for gpu in self._gpus]  # itself, where it is there already
         return {uuid: fields for copy in copies for uuid, fields in exporter.add(name, copy)[0].items()}
+
+
+class RlhfIpc:
+    """Our own backend (plugin.py): where the trainer's memory is, once, and then which version to take from it."""
+
+    reloads = False
+
+    def __init__(self) -> None:
+        self.agreed: dict[str, Any] = {}  # what a session has agreed on: endpoint, manifest, where
+        self.next: dict[str, Any] = {}  # of the update that is to come: version, where, digest
+
+    def init_info(self, dialect: Dialect, world_size: int) -> dict[str, Any]:
+        """Every rank maps the memory for itself."""
+        return self.agreed
+
+    def update_info(self, weights: Mapping[str, torch.Tensor], version: int) -> dict[str, Any]:
+        """No tensor is named: all are where they were agreed to be."""
+        return self.next
+
+    def release(self) -> None:
+        """The session keeps the memory."""

@@ -62,6 +62,11 @@ class StockServer:
         self._updating = False
         self._asleep: set[str] = set()  # what we have put to sleep and not woken
 
+    @property
+    def asleep(self) -> bool:
+        """Whether we have put anything to sleep and not woken it."""
+        return bool(self._asleep)
+
     # --- agreement ----------------------------------------------------------------------------------------------------
 
     def open(self, weights: Mapping[str, torch.Tensor], version: int | None = None, found_paused: bool = False) -> None:
@@ -78,6 +83,11 @@ class StockServer:
             raise TransferError(_not_awake(self.name))
         self.plan = {name: _form(tensor) for name, tensor in weights.items()}
         self.version = version
+        self.agree()
+
+    def agree(self) -> None:
+        """Tell the server, or tell it anew, what its backend agrees on once; TransferError if it does not."""
+        assert self.dialect is not None
         try:
             init_info = self.payload.init_info(self.dialect, self.world_size)
             self.routes.post("/init_weight_transfer_engine", {"init_info": init_info})
@@ -136,7 +146,7 @@ class StockServer:
     def start(self) -> None:
         """From here on the weights are no version until they are finished."""
         self._updating = True
-        body = {"is_checkpoint_format": True} if self.dialect is Dialect.v24 else None
+        body = {"is_checkpoint_format": self.payload.reloads} if self.dialect is Dialect.v24 else None
         self.routes.post("/start_weight_update", body)
 
     def send(self, update_info: Mapping[str, Any]) -> None:
