@@ -60,6 +60,7 @@ class VllmRolloutConfig(RolloutConfig):
 
     engine_args: Any = None  # of vllm.LLM, as {gpu_memory_utilization: 0.4, enforce_eager: true}; null: its defaults;
     # what decides about weights and samples is set here: model, dtype, logprobs, the loading of weights
+    serve: bool = False  # start `vllm serve` and drive its own routes, in place of a worker process around vllm.LLM
     sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
     keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
 

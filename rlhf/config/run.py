@@ -159,6 +159,8 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
             f"rollout=vllm takes weights from memory or files: transfer must be ipc or disk "
             f"(got {run.transfer.library.value})"
         )
+    if run.rollout.serve and not isinstance(run.transfer.sender, HttpSenderConfig):  # type: ignore[attr-defined]
+        raise ValueError("rollout.serve=true starts servers that speak HTTP: set transfer/sender=http")
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
         raise ValueError(
             "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,8 @@ class Workers:
             case LocalConfig(), _:
                 (told,) = specs(self._spec, 1, self._folder)
                 return in_process(self._policy, told)
+            case _, HttpSenderConfig(url=[]) as sender if isinstance(rollout, VllmRolloutConfig) and rollout.serve:
+                return served(self._policy, self._spec, rollout, sender, self._folder)
             case _, HttpSenderConfig(url=[]) as sender:
                 return processes(self._spec, rollout, sender, self._folder)
             case _, HttpSenderConfig() as sender if isinstance(rollout, VllmRolloutConfig):
@@ -157,6 +160,23 @@ def vllm_servers(
             return senders
 
         yield connect
+
+
+@contextmanager
+def served(
+    policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
+) -> Iterator[Connect]:
+    """`vllm serve` processes of this run, started all at once, and again if they die."""
+    from rlhf.rollout.vllm_server import ServerSender, server_worker
+
+    with ExitStack() as stack:
+        started = []
+        for index, told in enumerate(specs(spec, config.workers, folder)):
+            log = folder / f"worker-{index}.log"
+            process = WorkerProcess(f"server {index}", "rlhf.rollout.vllm_serve", told.to_json(), log, config.restarts)
+            make = partial(server_worker, policy=policy, spec=told, config=config, api_key=None)
+            started.append((stack.enter_context(process), make))
+        yield lambda: [ServerSender(process.name, process, make, sender.start_timeout_s) for process, make in started]
 
 
 @contextmanager

@@ -185,8 +185,7 @@ def _llm(spec: WorkerSpec) -> Any:
         ) from None
     given = {key: value for key, value in spec.engine_args.items() if key != "keep_prefix_cache"}
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({**spec.architecture, "architectures": [_class_of(spec)]}))
-        _empty_tokenizer().save_pretrained(folder)
+        write_model(spec, Path(folder))
         return LLM(
             **{
                 "load_format": "dummy",
@@ -215,6 +214,12 @@ def _empty_tokenizer() -> Any:
 
     nothing = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=nothing, unk_token="<unk>")
+
+
+def write_model(spec: WorkerSpec, folder: Path) -> None:
+    """What vLLM wants to see of a model whose weights will be sent."""
+    (folder / "config.json").write_text(json.dumps({**spec.architecture, "architectures": [_class_of(spec)]}))
+    _empty_tokenizer().save_pretrained(folder)
 
 
 def config_of(architecture: dict[str, Any]) -> Any:

@@ -6,7 +6,8 @@ worker (worker.py) in the trainer's process around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from pathlib import Path
@@ -16,9 +17,12 @@ from rlhf.rollout.sampling import ABORTED, Sample, Sampling
 from rlhf.rollout.vllm import config_of, manifest_of
 from rlhf.rollout.worker import Worker, WorkerSpec, limits_of
 from transfer.journal import Journal
+from transfer.process import WorkerProcess
 from transfer.receiver import Receiver
+from transfer.senders.direct import DirectSender
 from transfer.vllm.server_ends import ServerIntake, ServerLanding
 from transfer.vllm.stock import RlhfIpc, StockIpc, StockServer, UpdatePolicy
+from transfer.wire import RemoteError
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +46,31 @@ def server_worker(url: str, policy: Any, spec: WorkerSpec, config: VllmRolloutCo
     journal = Journal(Path(spec.journal) if spec.journal else None)
     receiver = Receiver(ServerIntake(spec.endpoint, server, weights), landing, journal)
     return Worker(ServerEngine(server), receiver, limits_of(shape.get_text_config()))
+
+
+class ServerSender(DirectSender):
+    """To the worker around a server of this run, which is started again if it dies: then the worker is another, too."""
+
+    def __init__(self, name: str, process: WorkerProcess, make: Callable[[str], Worker], timeout_s: float) -> None:
+        self._process, self._make, self._start_timeout_s = process, make, timeout_s
+        super().__init__(self._made(), name)
+
+    def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """As the worker answers; RemoteError, with status 0, once the server is gone."""
+        if not self._process.alive:
+            raise RemoteError(self.name, verb, 0, "the server has died")
+        return super().call(verb, body, timeout_s)
+
+    def restart(self) -> bool:
+        """Start the server anew that has died; False if it lives, or was started too often."""
+        if not self._process.restarted():
+            return False
+        self._worker = self._made()
+        return True
+
+    def _made(self) -> Worker:
+        port = self._process.port(time.monotonic() + self._start_timeout_s)
+        return self._make(f"http://127.0.0.1:{port}")
 
 
 class ServerEngine:
