@@ -2,15 +2,11 @@
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-import requests
 
 from transfer.process import python_path
 
@@ -104,47 +100,10 @@ def kill_worker_of(trainer, folder):
     os.kill(worker, signal.SIGKILL)
 
 
-@contextmanager
-def vllm_serve(model, folder, backend):
-    """An ordinary server; its URL."""
-    port = 20000 + secrets.randbelow(20000)
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--load-format", "dummy", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "128", "--logprobs-mode", "processed_logprobs"]
-    command += ["--weight-transfer-config", json.dumps({"backend": backend})]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "server.log").open("w") as log:
-        variables = environment() | {"VLLM_SERVER_DEV_MODE": "1"}
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        while not _is_up(url):
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-3000:]
-            time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _is_up(url):
-    try:
-        return requests.get(f"{url}/health", timeout=5).status_code == 200
-    except requests.RequestException:
-        return False
-
-
-def test_an_ordinary_vllm_server_with_our_plugin_is_trained_and_remembers_the_version(tmp_path):
-    shape = tmp_path / "shape"
-    trained(shape, "rollout=hf", "~rollout.engine_args", "steps=1", "sft.steps=1", "transfer.take=view")
-    with vllm_serve(shape / "policy", tmp_path, "rlhf_ipc") as url:
-        own = ("~rollout.engine_args", f"transfer.sender.url=[{url}]")
-        rows = trained(tmp_path / "run", *LEARNS, *own)
-        check_run(rows)
-        assert requests.get(f"{url}/weight_info", timeout=10).json() == {"weight_version": "20"}
-        assert requests.get(f"{url}/is_paused", timeout=10).json() == {"is_paused": False}
-        log = (tmp_path / "server.log").read_text()
-    assert Path(tmp_path / "run" / "policy").is_dir() and "rlhf_ipc" in log
+def test_vllm_serve_is_started_trained_through_its_own_routes_and_ended(tmp_path):
+    folder = tmp_path / "served"
+    rows = trained(folder, *LEARNS, "rollout.serve=true")
+    check_run(rows)
+    assert "vllm.entrypoints" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    log = (folder / "worker-0.log").read_text()
+    assert "POST /update_weights" in log and "POST /finish_weight_update" in log

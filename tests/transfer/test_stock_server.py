@@ -215,6 +215,8 @@ def test_values_are_not_looked_at_where_the_policy_says_so(serve):
 
 def test_another_backend_has_words_of_its_own(serve, version):
     class Ours:
+        reloads = True
+
         def init_info(self, dialect, world_size):
             return {"dialect": dialect.value, "ranks": world_size}
 
