@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,17 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf import advantages as adv
 from rlhf import losses
 from rlhf.algorithm import Advantage, AlgoConfig, KlIn, Truncated
-from rlhf.config import AdamWConfig, OptimConfig, RunConfig
+from rlhf.config import RunConfig
 from rlhf.correction import effective_share
 from rlhf.ending import RunError
 from rlhf.kl_control import KlController
+from rlhf.microbatches import Sizes, length_groups, split
 from rlhf.objective import clipped, correction_weights, policy_loss
+from rlhf.optimizer import make_optimizer
 from rlhf.reference import refresh
 from rlhf.schedules import scale
 from rlhf.types import TRUNCATED, Rollouts
 
-ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
 GROUPS = {
     Advantage.group_norm: adv.group_norm,
     Advantage.group_mean: adv.group_mean,
@@ -155,21 +156,6 @@ def _of_rows(cache: DynamicCache, prompt_of_rows: Tensor) -> DynamicCache:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(prompt_of_rows)
     return chosen
-
-
-def length_groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """The rows in one group, or the shorter and the longer ones in two, each with its longest length.
-
-    Two where that leaves out at least 64 tokens of padding and an eighth of all; the first a multiple of ROW_STEP rows.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    longest = lengths[order[-1]]
-    saved = {cut: cut * (longest - lengths[order[cut - 1]]) for cut in range(ROW_STEP, len(order), ROW_STEP)}
-    cut = max(saved, key=saved.__getitem__, default=0)
-    if saved.get(cut, 0) < max(64, len(order) * longest // 8):
-        cut = 0
-    groups = [group for group in (order[:cut], order[cut:]) if group]
-    return [(group, lengths[group[-1]]) for group in groups if lengths[group[-1]] > 1]  # one token: the prompt's pass
 
 
 class Learner:
@@ -372,31 +358,8 @@ class Learner:
             out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
         return out_BT * batch.mask_BT
 
-    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Split rows, in order, so that each part has at most `tokens_per_microbatch` tokens, or one row."""
+    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+        """Split rows into parts of at most `tokens_per_microbatch` tokens, with little padding (microbatches.py)."""
         lengths = batch.mask_BT.sum(dim=1).long().tolist()
-        part: list[int] = []
-        width = prompt_tokens = 0
-        for row in rows:
-            prompt = batch.prompt_of_B[row]
-            new_prompt = not part or prompt != batch.prompt_of_B[part[-1]]
-            longer = max(width, lengths[row])
-            grown = prompt_tokens + new_prompt * len(batch.prompts[prompt])
-            if part and grown + longer * (len(part) + 1) > self.config.tokens_per_microbatch:
-                yield part
-                part, longer, grown = [], lengths[row], len(batch.prompts[prompt])
-            part.append(row)
-            width, prompt_tokens = longer, grown
-        if part:
-            yield part
-
-
-def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimiser that `config` names, over all parameters of `model`."""
-    match config:
-        case AdamWConfig():
-            betas = (config.beta1, config.beta2)
-            return torch.optim.AdamW(
-                model.parameters(), lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-            )
-    raise AssertionError(config)
+        sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, lengths)
+        return split(sizes, rows, self.config.tokens_per_microbatch)

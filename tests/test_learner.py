@@ -1,16 +1,18 @@
 """The learner: its log-probs against brute force, its gradients for any split, its refusal of what is not finite."""
 
 import copy
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rlhf.learner import Learner, collate, length_groups, response_logits
+from rlhf.algorithm import Aggregation
+from rlhf.learner import Batch, Learner, collate, response_logits
 from rlhf.losses import token_logprobs
+from rlhf.microbatches import length_groups
 from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.types import Completion, Prompt, Rollouts
 
@@ -85,31 +87,33 @@ CONF_ALGO = Path(__file__).parents[1] / "conf" / "algo"
 ALGOS = sorted(path.stem for path in CONF_ALGO.glob("*.yaml") if "/schema/algo/base@" in path.read_text())  # of RL
 
 
-@pytest.mark.parametrize("algo", ALGOS)
-def test_gradients_are_the_same_for_any_split_into_micro_batches(make_learner, algo):
+AGGREGATIONS = [f"algo=grpo algo.aggregation={aggregation.value}" for aggregation in Aggregation]
+
+
+def by_rows(size: int) -> Callable[..., list[list[int]]]:
+    """A split into parts of so many rows each, in an order that has nothing to do with theirs."""
+
+    def parts(batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+        shuffled = random.Random(size).sample(list(rows), len(rows))
+        return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+
+    return parts
+
+
+@pytest.mark.parametrize("algo", [*(f"algo={name}" for name in ALGOS), *AGGREGATIONS])
+def test_gradients_are_the_same_for_any_split_into_micro_batches_and_any_order(make_learner, algo):
     rollouts = sampled()
     rewards: list[float | None] = [float(b % 3) for b in range(len(rollouts.texts))]
     rewards[2] = None
-    whole = gradients(make_learner(f"algo={algo}"), rollouts, rewards)
-    for tokens in (1, 20, 50):
-        split = gradients(make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}"), rollouts, rewards)
-        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    whole = gradients(make_learner(*algo.split()), rollouts, rewards)
     assert whole.abs().max() > 1e-3
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=200))
-def test_length_groups_hold_every_row_of_two_tokens_or_more_once(lengths):
-    groups = length_groups(lengths)
-    held = [row for rows, _ in groups for row in rows]
-    assert len(held) == len(set(held)) and set(held) >= {row for row, length in enumerate(lengths) if length > 1}
-    assert all(width == max(lengths[row] for row in rows) for rows, width in groups)
-    assert len(groups) <= 2
-
-
-def test_short_rows_are_computed_apart_from_long_ones():
-    lengths = [2, 9, 2, 2, 3, 9] * 40
-    (short, width), (rest, longest) = length_groups(lengths)
-    assert (width, longest) == (3, 9) and len(short) % 32 == 0 and len(short) + len(rest) == 240
+    for tokens in (1, 20, 50):
+        split = gradients(make_learner(*algo.split(), f"tokens_per_microbatch={tokens}"), rollouts, rewards)
+        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    for size in (1, 5, 12):
+        learner = make_learner(*algo.split())
+        learner._microbatches = by_rows(size)  # type: ignore[method-assign]
+        assert (gradients(learner, rollouts, rewards) - whole).abs().max() < 2e-6 * whole.abs().max(), size
 
 
 def test_rows_in_two_length_groups_have_the_log_probs_that_they_have_alone(make_learner):
@@ -124,15 +128,14 @@ def test_rows_in_two_length_groups_have_the_log_probs_that_they_have_alone(make_
             assert torch.allclose(alone[0, :length], together[row, :length], atol=1e-5)
 
 
-def test_micro_batches_hold_every_row_once_and_stay_within_their_tokens(make_learner):
+def test_a_micro_batch_has_at_most_the_configured_tokens_padding_and_prompts_included(make_learner):
     learner = make_learner("tokens_per_microbatch=30")
     batch = collate(sampled(), torch.device("cpu"))
-    parts = list(learner._microbatches(batch, range(12)))
-    assert [row for part in parts for row in part] == list(range(12))
-    assert len(parts) > 1
+    parts = learner._microbatches(batch, range(12))
+    assert sorted(row for part in parts for row in part) == list(range(12)) and len(parts) > 1
     for part in parts:
         rows = batch.rows(part)
-        assert sum(map(len, rows.prompts)) + rows.ids_BT.numel() <= 30 or len(part) == 1
+        assert len(rows.prompts) * max(map(len, rows.prompts)) + rows.ids_BT.numel() <= 30 or len(part) == 1
 
 
 def test_a_group_without_signal_gives_no_gradient_but_that_of_the_kl(make_learner):

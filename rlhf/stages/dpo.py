@@ -19,9 +19,10 @@ from rlhf.algorithm import DpoConfig
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
 from rlhf.evaluate import measure
-from rlhf.learner import MAX_SKIPPED, Batch, make_optimizer, response_logits
+from rlhf.learner import MAX_SKIPPED, Batch, response_logits
 from rlhf.loop import Parts
 from rlhf.losses import dpo, token_logprobs
+from rlhf.optimizer import make_optimizer
 from rlhf.schedules import scale
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches, encode

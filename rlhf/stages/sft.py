@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
-from rlhf.learner import make_optimizer
+from rlhf.optimizer import make_optimizer
 from rlhf.types import Prompt, Tokenizer
 
 
