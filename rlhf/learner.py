@@ -26,7 +26,7 @@ from rlhf.ending import RunError
 from rlhf.kl_control import KlController
 from rlhf.microbatches import Sizes, length_groups, split
 from rlhf.objective import clipped, correction_weights, policy_loss
-from rlhf.optimizer import make_optimizer
+from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.reference import refresh
 from rlhf.schedules import scale
 from rlhf.types import TRUNCATED, Rollouts
@@ -328,7 +328,8 @@ class Learner:
         optimizers = {"grad_norm": self.optimizer}
         if self.critic_optimizer is not None:
             optimizers["critic_grad_norm"] = self.critic_optimizer
-        norms = {name: self._clipped_norm(optimizer) for name, optimizer in optimizers.items()}
+        most = self.config.optim.max_grad_norm
+        norms = {name: clip_gradients(optimizer, most) for name, optimizer in optimizers.items()}
         finite = loss_is_finite and all(map(math.isfinite, norms.values()))
         for name, optimizer in optimizers.items():
             warm = name != "grad_norm" or self.critic is None or self.steps >= self.algo.critic_warmup_steps
@@ -342,10 +343,6 @@ class Learner:
                 f"are untouched; lower optim.lr ({self.config.optim.lr}) or look at the rewards"
             )
         return (norms if finite else dict.fromkeys(norms, 0.0)) | {"skipped_updates": float(not finite)}
-
-    def _clipped_norm(self, optimizer: torch.optim.Optimizer) -> float:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm))
 
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return losses.token_logprobs(response_logits(model, batch), batch.ids_BT, self.config.rollout.temperature)

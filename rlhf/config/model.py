@@ -27,7 +27,7 @@ class Device(enum.Enum):
 class ModelConfig:
     """The policy."""
 
-    dtype: Precision = Precision.float32  # trained in place: bfloat16 rounds steps away below a rate of about 1e-4
+    dtype: Precision = Precision.float32  # of weights and arithmetic; optim.master_weights has what is stepped
     device: Device = Device.auto
     attention: str = "sdpa"  # transformers' attn_implementation
 

@@ -22,7 +22,7 @@ from rlhf.evaluate import measure
 from rlhf.learner import MAX_SKIPPED, Batch, response_logits
 from rlhf.loop import Parts
 from rlhf.losses import dpo, token_logprobs
-from rlhf.optimizer import make_optimizer
+from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.schedules import scale
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches, encode
@@ -205,7 +205,7 @@ class DpoLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         means = self._over(self.training, rows, gradients=True)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm))
+        norm = clip_gradients(self.optimizer, optim.max_grad_norm)
         finite = math.isfinite(means["loss"]) and math.isfinite(norm)
         if finite:
             self.optimizer.step()

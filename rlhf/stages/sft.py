@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
-from rlhf.optimizer import make_optimizer
+from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.types import Prompt, Tokenizer
 
 
@@ -34,7 +34,7 @@ def sft(
         loss_BL = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), ids_BL[:, 1:], reduction="none")
         loss = (loss_BL * mask_BL[:, 1:]).sum() / mask_BL[:, 1:].sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.max_grad_norm)
+        clip_gradients(optimizer, optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield {"loss": float(loss.detach())}
