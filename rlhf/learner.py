@@ -27,6 +27,7 @@ from rlhf.kl_control import KlController
 from rlhf.microbatches import Sizes, length_groups, split
 from rlhf.objective import clipped, correction_weights, policy_loss
 from rlhf.optimizer import clip_gradients, make_optimizer
+from rlhf.recompute import recomputing
 from rlhf.reference import refresh
 from rlhf.schedules import scale
 from rlhf.types import TRUNCATED, Rollouts
@@ -104,13 +105,14 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     logits_BTV[:, 0] = first_BV
     for rows, width in length_groups(batch.mask_BT.sum(dim=1).long().tolist()):
         of_rows = prompt_of_B[rows]
-        logits_BTV[rows, 1:width] = model(
-            input_ids=batch.ids_BT[rows, : width - 1],
-            attention_mask=prompts.mask(of_rows, width - 1),
-            position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
-            past_key_values=_of_rows(cache, of_rows),
-            use_cache=True,
-        ).logits
+        with recomputing(model, of_rows) as late:
+            logits_BTV[rows, 1:width] = model(
+                input_ids=batch.ids_BT[rows, : width - 1],
+                attention_mask=prompts.mask(of_rows, width - 1),
+                position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
+                past_key_values=cache if late else _of_rows(cache, of_rows),
+                use_cache=True,
+            ).logits
     return logits_BTV
 
 
@@ -139,14 +141,15 @@ def _prompt_pass(
     padded = min(len(prompt) for prompt in prompts) < longest
     cache = DynamicCache(config=model.config)
     last_only = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
-    outputs = model(
-        **last_only,
-        input_ids=ids_PL,
-        attention_mask=mask_PL if padded else None,
-        position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with recomputing(model):
+        outputs = model(
+            **last_only,
+            input_ids=ids_PL,
+            attention_mask=mask_PL if padded else None,
+            position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
     return Prompts(lengths_P, mask_PL if padded else None), cache, outputs.logits[:, -1]
 
 

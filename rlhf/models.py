@@ -110,6 +110,8 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     import torch
     from transformers import GenerationConfig
 
+    from rlhf.recompute import enable
+
     device = resolve_device(config.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew, for 0.1 s, for each new length
     match config:
@@ -122,6 +124,8 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.config.update(ends)
     policy.generation_config = GenerationConfig(**ends)  # sampling is the run's to choose, not the checkpoint's
+    if config.gradient_checkpointing:
+        enable(policy)
     return policy.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -178,6 +182,8 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+    from rlhf.recompute import enable, enabled
+
     auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
     shape = _without_dropout(copy.deepcopy(policy.config))
     shape.num_labels = 1
@@ -193,6 +199,8 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     model.base_model.load_state_dict(policy.base_model.state_dict())
     for parameter in _score_layer(model).parameters():
         torch.nn.init.zeros_(parameter)
+    if enabled(policy):
+        enable(model)
     return model.to(policy.device).eval()
 
 
@@ -225,8 +233,11 @@ def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    from rlhf.recompute import recomputing
+
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    with recomputing(model):
+        output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return output.last_hidden_state
 
 

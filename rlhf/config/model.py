@@ -30,6 +30,7 @@ class ModelConfig:
     dtype: Precision = Precision.float32  # of weights and arithmetic; optim.master_weights has what is stepped
     device: Device = Device.auto
     attention: str = "sdpa"  # transformers' attn_implementation
+    gradient_checkpointing: bool = False  # compute each layer twice, and keep less between: memory for time
 
     def __post_init__(self) -> None:
         one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
