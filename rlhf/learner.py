@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf import advantages as adv
 from rlhf import losses
+from rlhf.adapter import sent_weights
 from rlhf.algorithm import Advantage, AlgoConfig, KlIn, Truncated
 from rlhf.config import RunConfig
 from rlhf.correction import effective_share
@@ -28,7 +29,7 @@ from rlhf.microbatches import Sizes, length_groups, split
 from rlhf.objective import clipped, correction_weights, policy_loss
 from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.recompute import recomputing
-from rlhf.reference import refresh
+from rlhf.reference import acting, refresh
 from rlhf.schedules import scale
 from rlhf.types import TRUNCATED, Rollouts
 
@@ -180,12 +181,12 @@ class Learner:
         self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
-        self._weights = policy.state_dict(keep_vars=True)  # the same tensors at each push, which it can see
+        self._weights = sent_weights(policy)  # the same tensors at each push, which it can see
         self.steps = 0
         self.skipped = 0
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's parameters and persistent buffers by name, not copied."""
+        """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
         return self._weights
 
     def score(self, rollouts: Rollouts) -> Batch:
@@ -195,8 +196,8 @@ class Learner:
             if self.config.updates_per_step > 1:
                 batch.old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows))
             if self.reference is not None:
-                reference = self.reference
-                batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
+                with acting(self.reference, self.policy) as reference:
+                    batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
             if self.critic is not None:
                 critic = self.critic
                 batch.values_BT = self._over(batch, lambda rows: response_logits(critic, rows).squeeze(-1).float())

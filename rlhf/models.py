@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf.adapter import AdapterSpec
+
 # Decoders that name their layers, heads, ... alike and have value heads. Not qwen2, though it would fit: AutoTokenizer
 # reads any qwen2 folder with Qwen2Tokenizer, whatever tokenizer was saved in it.
 ARCHITECTURES = ("llama", "mistral", "qwen3")
@@ -174,6 +176,26 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
+def load_base(spec: AdapterSpec, **options: Any) -> PreTrainedModel:
+    """A worker's model, on the CPU: the base, and an adapter whose weights are nothing yet.
+
+    ValueError where the base is not the trainer's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.adapter import add_adapter, base_digest
+
+    model = _load_weights(AutoModelForCausalLM, spec.base, "the worker's adapter.base", **options)
+    found = base_digest(model, options["dtype"])
+    if spec.digest and found != spec.digest:
+        raise ValueError(
+            f"the weights of {spec.base} have the digest {found}, and those that the trainer's adapter builds on "
+            f"{spec.digest}"
+        )
+    add_adapter(model, spec.rank, spec.alpha, spec.target)
+    return model
+
+
 # --- reward model and critic ------------------------------------------------------------------------------------------
 
 
@@ -182,6 +204,7 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+    from rlhf.adapter import base_weights
     from rlhf.recompute import enable, enabled
 
     auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
@@ -196,7 +219,7 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
             f"transformers has no {head.value} classifier of the architecture {shape.model_type!r}, which a reward "
             "model (reward=model) or a critic (algo=ppo) needs: choose another model, or reward=verifier and algo=grpo"
         ) from error
-    model.base_model.load_state_dict(policy.base_model.state_dict())
+    model.base_model.load_state_dict(base_weights(policy.base_model))
     for parameter in _score_layer(model).parameters():
         torch.nn.init.zeros_(parameter)
     if enabled(policy):

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.adapter import without_adapter
 from rlhf.algorithm import AlgoConfig
+
+
+@contextmanager
+def acting(reference: PreTrainedModel, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The reference, to compute with: a model of its own, or the policy while its adapter is off."""
+    if reference is not policy:
+        yield reference
+        return
+    with without_adapter(policy):
+        yield policy
 
 
 @torch.no_grad()

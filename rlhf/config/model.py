@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf.rules import at_least, one_of
+from transfer.config import positive
 
 
 class Precision(enum.Enum):
@@ -24,6 +25,19 @@ class Device(enum.Enum):
 
 
 @dataclass(slots=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter (arXiv:2106.09685) that RL and DPO train in the policy's place; it has no dropout."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float = 16.0  # what the adapter adds is scaled by alpha / rank
+    target: list[str] = field(default_factory=list)  # linear layers, like q_proj; none: all but the output layer
+
+    def __post_init__(self) -> None:
+        at_least("model.lora.rank", self.rank, 0)
+        positive("model.lora.alpha", self.alpha)
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """The policy."""
 
@@ -31,6 +45,7 @@ class ModelConfig:
     device: Device = Device.auto
     attention: str = "sdpa"  # transformers' attn_implementation
     gradient_checkpointing: bool = False  # compute each layer twice, and keep less between: memory for time
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))

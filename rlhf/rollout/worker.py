@@ -50,6 +50,7 @@ class WorkerSpec:
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
     journal: str = ""  # file in which the worker notes what it did with weights; empty: nowhere
+    adapter: dict[str, Any] | None = None  # an AdapterSpec: updates carry the adapter alone; null: all weights
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -82,22 +83,26 @@ def architecture_of(model: Any) -> dict[str, Any]:
 
 
 def build_model(spec: WorkerSpec) -> torch.nn.Module:
-    """A model of the spec's architecture; its weights are nothing until the first update."""
+    """A model of the spec's architecture; its weights, or those of its adapter, are nothing until the first update."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
+
+    from rlhf.adapter import AdapterSpec
+    from rlhf.models import load_base
 
     settings = dict(spec.architecture)
     model_type = settings.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
+    shape = CONFIG_MAPPING[model_type].from_dict(settings)
+    build = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    if spec.adapter is not None:
+        based: torch.nn.Module = load_base(AdapterSpec(**spec.adapter), config=shape, **build)
+        return based.to(spec.device).requires_grad_(False)
     with no_init_weights():  # on the CPU, where the trainer makes its model: rotary frequencies have the same bits
-        model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[model_type].from_dict(settings),
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attention,
-        )
+        model = AutoModelForCausalLM.from_config(shape, **build)
     model.tie_weights()
     return model.to(spec.device).eval().requires_grad_(False)
 
@@ -106,6 +111,7 @@ class Worker:
     """One rollout worker around a transformers causal LM; a method per verb, Refused if it will not."""
 
     def __init__(self, model: Any, endpoint: Mapping[str, Any], journal: str = "") -> None:
+        from rlhf.adapter import receiving
         from rlhf.rollout.hf import HfEngine
 
         text = model.config.get_text_config()
@@ -116,7 +122,7 @@ class Worker:
             stop_ids=tuple(stop if isinstance(stop, list) else [] if stop is None else [stop]),
         )
         self._engine = HfEngine(model)
-        self._receiver = make_receiver(endpoint, model, Journal(Path(journal) if journal else None))
+        self._receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
         self._gate = PauseGate()
         self._asleep = False
 

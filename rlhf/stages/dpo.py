@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.adapter import sent_weights
 from rlhf.algorithm import DpoConfig
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
@@ -192,8 +193,8 @@ class DpoLearner:
         self.skipped = 0
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's parameters and persistent buffers by name, not copied."""
-        return self.policy.state_dict()
+        """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
+        return sent_weights(self.policy)
 
     def learn(self, rows: Sequence[int]) -> dict[str, float]:
         """One optimiser step on these training pairs; means over them, by name.
