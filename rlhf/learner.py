@@ -182,6 +182,7 @@ class Learner:
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
         self._weights = sent_weights(policy)  # the same tensors at each push, which it can see
+        self._averages: dict[str, Tensor] = {}  # what the reference rounds, where it is one of past policies
         self.steps = 0
         self.skipped = 0
 
@@ -227,7 +228,7 @@ class Learner:
             kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
             self.kl.observe(float(kl_B.mean()), len(kl_B))
         if self.reference is not None:
-            refresh(self.reference, self.policy, self.algo, self.steps)
+            refresh(self.reference, self.policy, self.algo, self.steps, self._averages)
         return totals
 
     def _set_rates(self) -> float:

@@ -216,11 +216,63 @@ def test_a_sample_without_a_reward_gives_no_gradient(make_learner):
     assert torch.allclose(gradients(make_learner(), changed, rewards), before, atol=1e-6)
 
 
-def test_several_updates_a_step_move_away_from_the_old_policy(make_learner):
+def test_several_updates_a_step_take_each_prompt_once_and_measure_against_the_policy_before_all_of_them(make_learner):
     learner = make_learner("updates_per_step=3", "optim.lr=0.01")
+    batch = learner.score(sampled())
+    before = batch.old_BT.clone()
+    taken, far = [], []
+    update = learner._update
+
+    def watched(batch: Batch, rows: list[int]) -> dict[str, float]:
+        taken.append(rows)
+        far.append(update(batch, rows))
+        return far[-1]
+
+    learner._update = watched  # type: ignore[method-assign]
+    means = learner.learn(batch, [float(b % 2) for b in range(12)])
+    assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert torch.equal(batch.old_BT, before)
+    assert far[0]["approx_kl"] < 1e-8 < 1e-4 < far[1]["approx_kl"] and far[2]["approx_kl"] > 1e-4
+    assert means["approx_kl"] == pytest.approx(sum(each["approx_kl"] for each in far) / 3) and learner.steps == 1
+
+
+def test_each_step_has_the_rate_of_its_schedule_for_policy_and_critic(make_learner):
+    schedule = ("optim.schedule=linear", "optim.warmup_steps=1", "steps=4", "optim.lr=0.01", "algo.critic_lr=0.1")
+    learner = make_learner("algo=ppo", "algo.critic_warmup_steps=0", *schedule)
+    before = copy.deepcopy(learner.weights())
     rewards: list[float | None] = [float(b % 2) for b in range(12)]
-    first = learner.learn(learner.score(sampled()), rewards)
-    assert first["clip_fraction"] >= 0 and learner.steps == 1
+    first = learner.learn(learner.score(sampled()), rewards)["lr"]
+    moved = max(float((before[name] - value).detach().abs().max()) for name, value in learner.weights().items())
+    assert moved == pytest.approx(first, rel=0.01), "AdamW's first step is as long as its rate"
+    rates = [first, *(learner.learn(learner.score(sampled()), rewards)["lr"] for _ in range(3))]
+    assert rates == pytest.approx([0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+    assert learner.critic_optimizer is not None
+    assert learner.critic_optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 3)
+
+
+def test_gradients_are_clipped_before_a_step_and_their_norm_is_told_as_it_was(make_learner):
+    told, stepped = {}, {}
+    for most in (1e9, 0.01):
+        learner = make_learner(f"optim.max_grad_norm={most}")
+
+        def step(most=most, learner=learner) -> None:
+            gradients = [p.grad.flatten() for p in learner.policy.parameters() if p.grad is not None]
+            stepped[most] = float(torch.cat(gradients).norm())
+
+        learner.optimizer.step = step  # type: ignore[method-assign]
+        told[most] = learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])["grad_norm"]
+    assert told[0.01] == told[1e9] == pytest.approx(stepped[1e9], rel=1e-5)
+    assert stepped[0.01] == pytest.approx(0.01, rel=1e-3) and told[0.01] > 0.1
+
+
+def test_the_kl_is_to_the_reference_that_follows_the_policy(make_learner):
+    def kls(*dials: str) -> list[float]:
+        learner = make_learner("optim.lr=0.01", *dials)
+        return [learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])["kl"] for _ in range(3)]
+
+    fixed, copied, averaged = kls(), kls("algo.ref_every=2"), kls("algo.ref_decay=0.5")
+    assert copied[:2] == fixed[:2] and fixed[2] > 0.01 and copied[2] == pytest.approx(0, abs=1e-9)
+    assert averaged[0] == fixed[0] and 0 < averaged[1] < 0.9 * fixed[1] and 0 < averaged[2] < 0.9 * fixed[2]
 
 
 def test_three_updates_in_a_row_without_finite_gradients_stop_the_run_with_the_weights_untouched(make_learner):
