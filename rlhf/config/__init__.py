@@ -6,7 +6,7 @@ message says what was given, what is allowed and which key to change. compose.py
 """
 
 from rlhf.config.logger import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
-from rlhf.config.model import Device, HfModelConfig, ModelConfig, Precision, TinyModelConfig
+from rlhf.config.model import Device, HfModelConfig, LoraConfig, ModelConfig, Precision, TinyModelConfig
 from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     REWARD_PARTS,
@@ -44,6 +44,7 @@ __all__ = [
     "JsonlLoggerConfig",
     "JsonlTaskConfig",
     "LoggerConfig",
+    "LoraConfig",
     "ModelConfig",
     "ModelRewardConfig",
     "OptimConfig",

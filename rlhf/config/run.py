@@ -105,6 +105,11 @@ class RunConfig:
                 f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
                 f"{self.rollout.max_new_tokens} (got {algo.overlong_buffer})"
             )
+        if self.model.lora.rank and (algo.ref_every or algo.ref_decay is not None):
+            raise ValueError(
+                "the reference of an adapter is the base below it, which stays: set algo.ref_every=0 and "
+                f"algo.ref_decay=null (got {algo.ref_every} and {algo.ref_decay}), or model.lora.rank=0"
+            )
         if self.updates_per_step > self.prompts_per_step:
             raise ValueError(
                 f"updates_per_step splits the step's prompts: it must be at most prompts_per_step "
@@ -197,4 +202,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         at_least("seed", self.seed, 0)
         at_least("threads", self.threads, 1)
+        if self.model.lora.rank:
+            raise ValueError(
+                f"model.lora.rank must be 0: a run's policy/ has its adapter merged (got {self.model.lora.rank})"
+            )
         check_transfer(self)

@@ -38,8 +38,17 @@ RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its o
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
 
 
-def worker_spec(policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any]) -> WorkerSpec:
-    """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`."""
+def worker_spec(
+    policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any], base: str | None = None
+) -> WorkerSpec:
+    """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`.
+
+    `base`: from where it loads the weights below the policy's adapter.
+    """
+    import torch
+
+    from rlhf.adapter import spec_of
+
     parameter = next(policy.parameters())
     dtype = config.rollout.dtype or config.model.dtype
     return WorkerSpec(
@@ -51,6 +60,7 @@ def worker_spec(policy: Any, config: RunConfig | EvaluationConfig, endpoint: Map
         **_engine(config.rollout),
         threads=config.threads,
         token=secrets.token_urlsafe(32),
+        adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
     )
 
 

@@ -55,6 +55,7 @@ class WorkerSpec:
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
     journal: str = ""  # file in which the worker notes what it did with weights; empty: nowhere
+    adapter: dict[str, Any] | None = None  # an AdapterSpec: updates carry the adapter alone; null: all weights
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -89,22 +90,26 @@ def architecture_of(model: Any) -> dict[str, Any]:
 
 
 def build_model(spec: WorkerSpec) -> torch.nn.Module:
-    """A model of the spec's architecture; its weights are nothing until the first update."""
+    """A model of the spec's architecture; its weights, or those of its adapter, are nothing until the first update."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
+
+    from rlhf.adapter import AdapterSpec
+    from rlhf.models import load_base
 
     settings = dict(spec.architecture)
     model_type = settings.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
+    shape = CONFIG_MAPPING[model_type].from_dict(settings)
+    build = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    if spec.adapter is not None:
+        based: torch.nn.Module = load_base(AdapterSpec(**spec.adapter), config=shape, **build)
+        return based.to(spec.device).requires_grad_(False)
     with no_init_weights():  # on the CPU, where the trainer makes its model: rotary frequencies have the same bits
-        model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[model_type].from_dict(settings),
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attention,
-        )
+        model = AutoModelForCausalLM.from_config(shape, **build)
     model.tie_weights()
     return model.to(spec.device).eval().requires_grad_(False)
 
@@ -288,9 +293,10 @@ def parts_of(spec: WorkerSpec) -> tuple[Engine, Receiver, completions.Limits]:
 
 
 def _around(model: Any, endpoint: Mapping[str, Any], journal: str) -> tuple[Engine, Receiver, completions.Limits]:
+    from rlhf.adapter import receiving
     from rlhf.rollout.hf import HfEngine
 
-    receiver = make_receiver(endpoint, model, Journal(Path(journal) if journal else None))
+    receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
     return HfEngine(model), receiver, limits_of(model.config.get_text_config())
 
 
