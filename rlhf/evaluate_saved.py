@@ -29,7 +29,7 @@ With the run's own `seed` and task dials, the held-out prompts are those that it
 Choices (group=choice):
 {choices}
 
-The dials of the composed evaluation (key=value; what each means is in rlhf/config.py and transfer/config.py):
+The dials of the composed evaluation (key=value; what each means is in rlhf/config/ and transfer/config.py):
 
 {dials}"""
 

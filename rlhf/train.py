@@ -28,7 +28,7 @@ RLHF: sample, score, learn, hand the new weights over; repeat.
 Choices (group=choice):
 {choices}
 
-The dials of the composed run (key=value; what each means is in rlhf/config.py and transfer/config.py):
+The dials of the composed run (key=value; what each means is in rlhf/config/ and transfer/config.py):
 
 {dials}"""
 

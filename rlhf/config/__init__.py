@@ -1,0 +1,66 @@
+"""The schema of a run: every dial, its default and its rules; imports no torch, so that mistakes answer at once.
+
+A file a group of conf/, as far as the schema is here: algo's is in rlhf/algorithm.py, transfer's in transfer/config.py.
+Rules inside one group live in that class's `__post_init__`, rules across groups in `RunConfig.__post_init__`. A
+message says what was given, what is allowed and which key to change. compose.py makes the choices known to Hydra.
+"""
+
+from rlhf.config.logger import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
+from rlhf.config.model import Device, HfModelConfig, ModelConfig, Precision, TinyModelConfig
+from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
+from rlhf.config.reward import (
+    REWARD_PARTS,
+    FunctionRewardConfig,
+    HttpRewardConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    RewardPart,
+    SumRewardConfig,
+    VerifierRewardConfig,
+)
+from rlhf.config.rollout import HfRolloutConfig, RolloutConfig
+from rlhf.config.run import EvaluateConfig, EvaluationConfig, RunConfig, SftConfig, check_transfer
+from rlhf.config.task import (
+    ArithmeticTaskConfig,
+    JsonlTaskConfig,
+    ReverseTaskConfig,
+    SequenceTaskConfig,
+    SortTaskConfig,
+    TaskConfig,
+)
+
+__all__ = [
+    "REWARD_PARTS",
+    "AdamWConfig",
+    "ArithmeticTaskConfig",
+    "ConsoleLoggerConfig",
+    "Device",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "FunctionRewardConfig",
+    "HfModelConfig",
+    "HfRolloutConfig",
+    "HttpRewardConfig",
+    "JsonlLoggerConfig",
+    "JsonlTaskConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "ModelRewardConfig",
+    "OptimConfig",
+    "Precision",
+    "ReverseTaskConfig",
+    "RewardConfig",
+    "RewardPart",
+    "RolloutConfig",
+    "RunConfig",
+    "Schedule",
+    "SequenceTaskConfig",
+    "SftConfig",
+    "SortTaskConfig",
+    "SumRewardConfig",
+    "TaskConfig",
+    "TensorboardLoggerConfig",
+    "TinyModelConfig",
+    "VerifierRewardConfig",
+    "check_transfer",
+]

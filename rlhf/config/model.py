@@ -1,0 +1,61 @@
+"""The policy and its tokenizer."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from rlhf.rules import at_least, one_of
+
+
+class Precision(enum.Enum):
+    """The dtype of a model's weights and arithmetic."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(enum.Enum):
+    """Where models live; auto takes a GPU when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The policy."""
+
+    dtype: Precision = Precision.float32  # trained in place: bfloat16 rounds steps away below a rate of about 1e-4
+    device: Device = Device.auto
+    attention: str = "sdpa"  # transformers' attn_implementation
+
+    def __post_init__(self) -> None:
+        one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass(slots=True, kw_only=True)
+class TinyModelConfig(ModelConfig):
+    """A transformers architecture made from these numbers, with a character-level tokenizer made from the task."""
+
+    architecture: str = "qwen3"  # or llama, mistral
+    layers: int = 3
+    hidden: int = 64
+    heads: int = 4
+    intermediate: int = 192
+    context: int = 512  # positions
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        for key in ("layers", "hidden", "heads", "intermediate", "context"):
+            at_least(f"model.{key}", getattr(self, key), 1)
+        if self.hidden % self.heads:
+            raise ValueError(f"model.hidden must be a multiple of model.heads (got {self.hidden} and {self.heads})")
+
+
+@dataclass(slots=True, kw_only=True)
+class HfModelConfig(ModelConfig):
+    """Any transformers causal LM with its tokenizer."""
+
+    path: str  # a folder, or a name on the Hugging Face hub

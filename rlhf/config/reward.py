@@ -1,0 +1,189 @@
+"""Rewards: (prompt, answer) -> number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf.rules import at_least, in_range, named_as_part
+from transfer.config import positive
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardConfig:
+    """The training signal."""
+
+    max_failed: float = 0.5  # share of a step's samples without a reward, above which the run stops
+
+    def __post_init__(self) -> None:
+        in_range("reward.max_failed", self.max_failed, 0.0, 1.0)
+
+    def weighted(self) -> dict[str, RewardPart]:
+        """The rewards that this one is made of, by name; itself, named "", where it is no sum."""
+        return {"": RewardPart(self)}
+
+
+@dataclass(slots=True)
+class RewardPart:
+    """One reward of a sum, and what it is multiplied by."""
+
+    reward: RewardConfig
+    weight: float = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class VerifierRewardConfig(RewardConfig):
+    """The task's own score."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelRewardConfig(RewardConfig):
+    """A Bradley-Terry reward model: loaded from `path`, or trained on preferences when `path` is null.
+
+    Preferences come from the task's file, else pairs are sampled from the policy and the gold score prefers one.
+    """
+
+    path: str | None = None
+    prompts: int = 4096  # prompts from which pairs are sampled, at most
+    samples: int = 4  # answers sampled a prompt; every two whose gold scores differ make a pair
+    label_noise: float = 0.05  # share of sampled pairs whose preference is flipped: people err, too
+    steps: int = 300
+    prompts_per_batch: int = 32  # with all pairs of each
+    lr: float = 2e-3
+    centring: float = 0.0  # weight of (s_chosen + s_rejected)^2, which keeps scores around 0 (arXiv:2312.09244)
+    held_out: float = 0.1  # share of the pairs kept to measure accuracy and margin
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        at_least("reward.centring", self.centring, 0)
+        at_least("reward.prompts", self.prompts, 1)
+        at_least("reward.samples", self.samples, 2)
+        in_range("reward.label_noise", self.label_noise, 0.0, 0.5)
+        at_least("reward.steps", self.steps, 1)
+        at_least("reward.prompts_per_batch", self.prompts_per_batch, 1)
+        positive("reward.lr", self.lr)
+        in_range("reward.held_out", self.held_out, 0.0, 0.9)
+
+
+@dataclass(slots=True, kw_only=True)
+class FunctionRewardConfig(RewardConfig):
+    """The user's `(prompts, completions, **columns) -> list[float | None]`, as `package.module:name`."""
+
+    function: str
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        module, _, name = self.function.partition(":")
+        if not module or not name:
+            raise ValueError(f"reward.function must be like package.module:name (got {self.function!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class HttpRewardConfig(RewardConfig):
+    """The user's server: rlhf/rewards/http.py has what it is sent and must answer."""
+
+    url: str
+    batch_size: int = 64  # samples a request
+    timeout_s: float = 60.0  # deadline of one request, seconds
+    retries: int = 3  # of a request, where the server refused the connection or was busy (429, 503 with Retry-After)
+    token_variable: str = "RLHF_REWARD_TOKEN"  # the environment variable that has the bearer token, if there is one
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        _check_url("reward.url", self.url)
+        at_least("reward.batch_size", self.batch_size, 1)
+        positive("reward.timeout_s", self.timeout_s)
+        at_least("reward.retries", self.retries, 0)
+        if not (self.token_variable.isascii() and self.token_variable.isidentifier()):
+            raise ValueError("reward.token_variable must be the name of an environment variable, not the token itself")
+
+
+REWARD_PARTS: dict[str, type[RewardConfig]] = {
+    "verifier": VerifierRewardConfig,
+    "model": ModelRewardConfig,
+    "function": FunctionRewardConfig,
+    "http": HttpRewardConfig,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class SumRewardConfig(RewardConfig):
+    """Several rewards, weighted: `parts={right: {kind: verifier}, short: {kind: http, url: "...", weight: 0.1}}`.
+
+    A part has the keys of its kind, but for `max_failed`, which is the sum's: None of any part leaves the sample out.
+    """
+
+    parts: Any  # {name: {kind: ..., weight: 1.0, KEY: VALUE}, ...}; a typed dict takes no new name from Hydra
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        if not self.parts or not isinstance(self.parts, dict):
+            raise ValueError(f"reward.parts must be like {{right: {{kind: verifier}}}} (got {self.parts!r})")
+        self.parts = {name: _part(name, given) for name, given in self.parts.items()}
+        trained = [
+            name
+            for name, part in self.parts.items()
+            if isinstance(part.reward, ModelRewardConfig) and part.reward.path is None
+        ]
+        if len(trained) > 1:
+            raise ValueError(
+                f"reward.parts may have one reward model that is trained here (got {', '.join(trained)}): give "
+                f"reward.parts.{trained[-1]}.path"
+            )
+
+    def weighted(self) -> dict[str, RewardPart]:
+        return self.parts
+
+
+def _check_url(key: str, url: str) -> None:
+    """Raise ValueError, which leaves out what may be a password, unless it is a plain http(s) URL."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"{key} must be like http://127.0.0.1:8000/score (got {url!r})")
+    if "@" in parts.netloc:
+        raise ValueError(f"{key} must have no user and password in it: a token belongs into the environment")
+
+
+def _part(name: Any, given: Any) -> RewardPart:
+    """What `reward.parts.NAME` says, checked and converted as if it were the only reward."""
+    if isinstance(given, RewardPart):
+        return given
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"reward.parts: a part's name must be letters, digits and _ (got {name!r})")
+    if not isinstance(given, dict):
+        raise ValueError(f"reward.parts.{name} must be like {{kind: verifier, weight: 1.0}} (got {given!r})")
+    values = dict(given)
+    kind, weight = values.pop("kind", None), values.pop("weight", 1.0)
+    if not isinstance(kind, str) or kind not in REWARD_PARTS:
+        raise ValueError(f"reward.parts.{name}.kind must be one of {', '.join(REWARD_PARTS)} (got {kind!r})")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"reward.parts.{name}.weight must be a finite number (got {weight!r})")
+    with named_as_part(name):
+        return RewardPart(_typed(kind, values), float(weight))
+
+
+def _typed(kind: str, values: dict[str, Any]) -> RewardConfig:
+    """The schema of this kind with these values, converted as the command line's are."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = REWARD_PARTS[kind]
+    keys = [key.name for key in fields(schema) if key.name != "max_failed"]
+    if unknown := [key for key in values if key not in keys]:
+        raise ValueError(f"reward.{unknown[0]} is no key of {kind}, which has {', '.join(['weight', *keys])}")
+    needed = [key.name for key in fields(schema) if key.default is MISSING and key.name not in values]
+    if needed:
+        raise ValueError(f"reward.{needed[0]} has no value: add it to the part, {{kind: {kind}, {needed[0]}: ...}}")
+    node = OmegaConf.structured(schema)
+    for key, value in values.items():
+        try:
+            node[key] = value
+        except OmegaConfBaseException as error:
+            raise ValueError(f"reward.{key}: {str(error).splitlines()[0]}") from None
+    return schema(**{str(key): value for key, value in node.items()})

@@ -1,0 +1,176 @@
+"""A run and an evaluation: the groups together, the dials outside of groups, and the rules across groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf.alarms import AlarmsConfig
+from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
+from rlhf.config.logger import LoggerConfig
+from rlhf.config.model import Device, ModelConfig
+from rlhf.config.optim import OptimConfig
+from rlhf.config.reward import RewardConfig
+from rlhf.config.rollout import RolloutConfig
+from rlhf.config.task import TaskConfig
+from rlhf.rules import at_least
+from transfer.config import (
+    NO_KEEP,
+    CollectiveConfig,
+    HttpSenderConfig,
+    InFlight,
+    IpcConfig,
+    Library,
+    LocalConfig,
+    Staging,
+    TransferConfig,
+    positive,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class SftConfig:
+    """The supervised warm-up on the task's demonstrations; `steps=0` leaves it out."""
+
+    steps: int = 200
+    batch_size: int = 64
+    lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        at_least("sft.steps", self.steps, 0)
+        at_least("sft.batch_size", self.batch_size, 1)
+        positive("sft.lr", self.lr)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """One run, in the order of its data flow."""
+
+    task: TaskConfig
+    model: ModelConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    algo: TrainingConfig
+    optim: OptimConfig
+    transfer: TransferConfig
+    logger: dict[str, LoggerConfig] = field(default_factory=dict)
+    sft: SftConfig = field(default_factory=SftConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    seed: int = 0
+    steps: int = 60
+    prompts_per_step: int = 32
+    samples_per_prompt: int = 8
+    updates_per_step: int = 1  # optimiser steps on one step's samples
+    tokens_per_microbatch: int = 16384  # bounds memory only; gradients are the same for any value
+    evaluate_every: int = 10  # steps between evaluations on held-out prompts
+    threads: int = 1  # torch threads a process; another number changes the last bits of floats
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        for key in ("prompts_per_step", "samples_per_prompt", "updates_per_step", "tokens_per_microbatch"):
+            at_least(key, getattr(self, key), 1)
+        at_least("evaluate_every", self.evaluate_every, 1)
+        at_least("threads", self.threads, 1)
+        at_least("seed", self.seed, 0)
+        match self.algo:
+            case AlgoConfig() as algo:
+                self._check_algorithm(algo)
+            case DpoConfig() if self.updates_per_step != 1:
+                raise ValueError(
+                    f"{self.algo.name} takes one optimiser step on a step's pairs: updates_per_step must be 1 "
+                    f"(got {self.updates_per_step})"
+                )
+        check_transfer(self)
+
+    @property
+    def rl(self) -> AlgoConfig:
+        """The algorithm, in a run that trains by RL."""
+        assert isinstance(self.algo, AlgoConfig)
+        return self.algo
+
+    def _check_algorithm(self, algo: AlgoConfig) -> None:
+        if algo.group_based and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"{algo.name} compares samples of one prompt: samples_per_prompt must be at least 2 "
+                f"(got {self.samples_per_prompt})"
+            )
+        if algo.advantage is Advantage.gae and algo.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
+                f"(got {algo.critic_warmup_steps} and {self.steps})"
+            )
+        if algo.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
+                f"{self.rollout.max_new_tokens} (got {algo.overlong_buffer})"
+            )
+        if self.updates_per_step > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_step splits the step's prompts: it must be at most prompts_per_step "
+                f"({self.prompts_per_step}; got {self.updates_per_step})"
+            )
+
+
+def check_transfer(run: RunConfig | EvaluationConfig) -> None:
+    """Raise ValueError where the transfer does not fit the workers or the model."""
+    if isinstance(run.transfer, LocalConfig) and run.rollout.workers != 1:
+        raise ValueError(
+            f"transfer=local samples inside the trainer's process: rollout.workers must be 1 "
+            f"(got {run.rollout.workers}); choose transfer=ipc for more"
+        )
+    if isinstance(run.transfer, LocalConfig) and run.rollout.dtype not in (None, run.model.dtype):
+        raise ValueError(
+            "transfer=local samples with the learner's own weights: rollout.dtype must be null "
+            f"(got {run.rollout.dtype.name})"  # type: ignore[union-attr]
+        )
+    if isinstance(run.transfer, IpcConfig) and run.transfer.exposes and run.rollout.in_flight is InFlight.keep:
+        raise ValueError(NO_KEEP)
+    live = isinstance(run.transfer, IpcConfig) and run.transfer.staging is Staging.live
+    if live and run.rollout.dtype not in (None, run.model.dtype):
+        raise ValueError(
+            "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
+            f"(got {run.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
+        )
+    nccl = isinstance(run.transfer, CollectiveConfig) and run.transfer.library is Library.nccl
+    if nccl and run.model.device is Device.cpu:
+        raise ValueError(
+            "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
+        )
+    sender = run.transfer.sender
+    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig):
+        raise ValueError(
+            "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
+            "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """What is sampled of each held-out prompt, and what is told of it."""
+
+    samples: int = 16  # answers sampled a prompt
+    k: list[int] = field(default_factory=lambda: [1, 4, 8])  # pass@k: one of k answers is right (arXiv:2107.03374)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.samples", self.samples, 1)
+        for k in self.k:
+            at_least("evaluate.k", k, 1)
+            if k > self.samples:
+                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluationConfig:
+    """An evaluation of a saved policy alone (python -m rlhf.evaluate)."""
+
+    task: TaskConfig
+    model: ModelConfig
+    rollout: RolloutConfig
+    transfer: TransferConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = 0  # with the seed of the policy's run, the held-out prompts are those that it never trained on
+    threads: int = 1  # torch threads a process; another number changes the last bits of floats
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        at_least("threads", self.threads, 1)
+        check_transfer(self)

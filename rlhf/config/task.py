@@ -1,0 +1,72 @@
+"""Tasks: prompts, and how an answer is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.rules import at_least, in_range
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """Prompts and a gold score; procedural tasks draw their prompts from `seed`, files are read once."""
+
+    held_out: int = 128  # prompts kept for evaluation, never trained on
+
+    def __post_init__(self) -> None:
+        at_least("task.held_out", self.held_out, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceTaskConfig(TaskConfig):
+    """Shared dials of the tasks on a string of letters."""
+
+    letters: int = 6  # size of the alphabet, from "a"
+    min_length: int = 3
+    max_length: int = 5
+    prompts: int = 4096  # distinct training prompts, at most
+    demonstration_errors: float = 0.3  # share of a demonstration's letters drawn at random: people err, too
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        in_range("task.demonstration_errors", self.demonstration_errors, 0.0, 1.0)
+        in_range("task.letters", self.letters, 2, 26)
+        at_least("task.min_length", self.min_length, 1)
+        at_least("task.max_length", self.max_length, self.min_length)
+        at_least("task.prompts", self.prompts, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class SortTaskConfig(SequenceTaskConfig):
+    """`dbca=` -> `abcd`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReverseTaskConfig(SequenceTaskConfig):
+    """`dbca=` -> `acbd`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ArithmeticTaskConfig(TaskConfig):
+    """`12+7=` -> `19`."""
+
+    max_number: int = 20  # both operands are drawn from 0..max_number
+    operators: str = "+-"
+    prompts: int = 4096
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        at_least("task.max_number", self.max_number, 1)
+        at_least("task.prompts", self.prompts, 1)
+        if not self.operators or set(self.operators) - set("+-*"):
+            raise ValueError(f"task.operators must be made of '+', '-' and '*' (got {self.operators!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class JsonlTaskConfig(TaskConfig):
+    """A JSON-lines file as TRL users have it: prompt/answer, prompt/chosen/rejected, or conversations."""
+
+    held_out: int = 64  # rows are fewer than a generator's
+    path: str  # the file
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
