@@ -100,7 +100,7 @@ def cispo(delta_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip_low
 
 
 def sapo(delta_BT: Tensor, advantages_BT: Tensor, tau_positive: float, tau_negative: float) -> Tensor:
-    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A: the gradient fades where r leaves 1 (arXiv:2511.20347)."""
+    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A: the gradient fades beyond r = 1 (arXiv:2511.20347)."""
     tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative)
     return -advantages_BT * (4 / tau_BT) * torch.sigmoid(tau_BT * (delta_BT.exp() - 1))
 

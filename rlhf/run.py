@@ -71,7 +71,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
         gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
         train_policy()
         save_model(policy, tokenizer, folder / "policy")
-    summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
+    summary = site.notes | summarise(parts.record.rows)
+    summary |= {"seconds": time.monotonic() - start, "threads": torch.get_num_threads()}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)

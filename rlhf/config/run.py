@@ -42,6 +42,21 @@ class SftConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """What is sampled of each held-out prompt, and what is told of it."""
+
+    samples: int = 1  # answers sampled a prompt, beside the greedy one
+    k: list[int] = field(default_factory=lambda: [1])  # pass@k: one of k answers is right (arXiv:2107.03374)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.samples", self.samples, 1)
+        for k in self.k:
+            at_least("evaluate.k", k, 1)
+            if k > self.samples:
+                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+
+
+@dataclass(slots=True, kw_only=True)
 class RunConfig:
     """One run, in the order of its data flow."""
 
@@ -54,6 +69,7 @@ class RunConfig:
     transfer: TransferConfig
     logger: dict[str, LoggerConfig] = field(default_factory=dict)
     sft: SftConfig = field(default_factory=SftConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     seed: int = 0
     steps: int = 60
@@ -141,21 +157,6 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
             "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
             "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class EvaluateConfig:
-    """What is sampled of each held-out prompt, and what is told of it."""
-
-    samples: int = 16  # answers sampled a prompt
-    k: list[int] = field(default_factory=lambda: [1, 4, 8])  # pass@k: one of k answers is right (arXiv:2107.03374)
-
-    def __post_init__(self) -> None:
-        at_least("evaluate.samples", self.samples, 1)
-        for k in self.k:
-            at_least("evaluate.k", k, 1)
-            if k > self.samples:
-                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
 
 
 @dataclass(slots=True, kw_only=True)
