@@ -29,6 +29,7 @@ from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.turns import conversing
 from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
@@ -105,7 +106,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
         senders = workers.senders()
     transfer.open(policy.state_dict(keep_vars=True), senders)
     version = transfer.push(policy.state_dict())
-    sampler = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+    sampler = conversing(RolloutClient(senders, tokenizer, config.rollout, transfer.recover), task.environment)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
     for name, part in config.reward.weighted().items():
@@ -186,6 +187,14 @@ def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreT
     """Raise ValueError unless prompts and answers fit the model's context."""
     longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
     limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
+    told = task.environment
+    later = (told.turns - 1) * (new + told.longest_reply) if told is not None else 0
+    if later and longest + new + later > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {config.task.most_answers} answers (task.turns) of up to {new} "
+            f"tokens (rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one "
+            "of them, or take a model with a longer context (model.context)"
+        )
     if longest + new > limit:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "

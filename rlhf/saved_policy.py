@@ -18,6 +18,7 @@ from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.turns import conversing
 from rlhf.run import check_lengths
 from rlhf.tasks import make_task, read_task
 from rlhf.types import TRUNCATED, Sampler, Task
@@ -47,7 +48,8 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
         senders = workers.senders()
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
-        numbers = scored(task, RolloutClient(senders, tokenizer, config.rollout, transfer.recover), config)
+        client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+        numbers = scored(task, conversing(client, task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
     (folder / "evaluation.json").write_text(json.dumps(written, indent=1) + "\n")
     _print(numbers, written, folder)

@@ -22,6 +22,7 @@ from rlhf.config.rollout import HfRolloutConfig, RolloutConfig
 from rlhf.config.run import EvaluateConfig, EvaluationConfig, RunConfig, SftConfig, check_transfer
 from rlhf.config.task import (
     ArithmeticTaskConfig,
+    GuessTaskConfig,
     JsonlTaskConfig,
     ReverseTaskConfig,
     SequenceTaskConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "FunctionRewardConfig",
+    "GuessTaskConfig",
     "HfModelConfig",
     "HfRolloutConfig",
     "HttpRewardConfig",

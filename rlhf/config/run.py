@@ -9,7 +9,7 @@ from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
-from rlhf.config.reward import RewardConfig
+from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import RolloutConfig
 from rlhf.config.task import TaskConfig
 from rlhf.rules import at_least
@@ -95,13 +95,33 @@ class RunConfig:
                     f"{self.algo.name} takes one optimiser step on a step's pairs: updates_per_step must be 1 "
                     f"(got {self.updates_per_step})"
                 )
+        if self.task.most_answers > 1:
+            self._check_conversation()
         check_transfer(self)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the policy may sample of one row, at most."""
+        return self.rollout.max_new_tokens * self.task.most_answers
 
     @property
     def rl(self) -> AlgoConfig:
         """The algorithm, in a run that trains by RL."""
         assert isinstance(self.algo, AlgoConfig)
         return self.algo
+
+    def _check_conversation(self) -> None:
+        if isinstance(self.algo, DpoConfig):
+            raise ValueError(
+                f"{self.algo.name} compares two answers to one prompt, and this task is a conversation of up to "
+                f"{self.task.most_answers} answers: set task.turns=1, or choose another algo"
+            )
+        for part in self.reward.weighted().values():
+            if isinstance(part.reward, ModelRewardConfig):
+                raise ValueError(
+                    "a reward model reads a prompt and one answer, and this task is a conversation of up to "
+                    f"{self.task.most_answers} answers: choose reward=verifier, or set task.turns=1"
+                )
 
     def _check_algorithm(self, algo: AlgoConfig) -> None:
         if algo.group_based and self.samples_per_prompt < 2:
@@ -114,10 +134,10 @@ class RunConfig:
                 f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
                 f"(got {algo.critic_warmup_steps} and {self.steps})"
             )
-        if algo.overlong_buffer > self.rollout.max_new_tokens:
+        if algo.overlong_buffer > self.row_tokens:
             raise ValueError(
                 f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
-                f"{self.rollout.max_new_tokens} (got {algo.overlong_buffer})"
+                f"{self.row_tokens} (got {algo.overlong_buffer})"
             )
         if self.updates_per_step > self.prompts_per_step:
             raise ValueError(

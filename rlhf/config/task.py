@@ -16,6 +16,11 @@ class TaskConfig:
     def __post_init__(self) -> None:
         at_least("task.held_out", self.held_out, 1)
 
+    @property
+    def most_answers(self) -> int:
+        """Answers of one row, at most."""
+        return 1
+
 
 @dataclass(slots=True, kw_only=True)
 class SequenceTaskConfig(TaskConfig):
@@ -60,6 +65,29 @@ class ArithmeticTaskConfig(TaskConfig):
         at_least("task.prompts", self.prompts, 1)
         if not self.operators or set(self.operators) - set("+-*"):
             raise ValueError(f"task.operators must be made of '+', '-' and '*' (got {self.operators!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class GuessTaskConfig(TaskConfig):
+    """`bh?` -> `e`, told `<` -> `c`, told `>` -> `d`: a conversation, whose last answer is scored."""
+
+    held_out: int = 64  # ranges with a secret are few
+    letters: int = 12  # size of the alphabet, from "a"
+    min_range: int = 3  # letters among which the secret is
+    max_range: int = 7
+    turns: int = 3  # guesses, at most
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        in_range("task.letters", self.letters, 2, 26)
+        in_range("task.min_range", self.min_range, 2, self.letters)
+        in_range("task.max_range", self.max_range, self.min_range, self.letters)
+        at_least("task.turns", self.turns, 1)
+
+    @property
+    def most_answers(self) -> int:
+        """Answers of one row, at most."""
+        return self.turns
 
 
 @dataclass(slots=True, kw_only=True)
