@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.rules import at_least, in_range
 
@@ -88,6 +89,25 @@ class GuessTaskConfig(TaskConfig):
     def most_answers(self) -> int:
         """Answers of one row, at most."""
         return self.turns
+
+
+@dataclass(slots=True, kw_only=True)
+class ReasoningGymTaskConfig(TaskConfig):
+    """A data set of the package reasoning-gym: `task.name=chain_sum task.options={max_terms: 3}`."""
+
+    name: str
+    options: Any = None  # the data set's own; a typed dict takes no new name from Hydra
+    prompts: int = 2048  # training prompts, at most
+    chat: bool = False  # the question is a user's message, for chat models; else a text and a newline
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        at_least("task.prompts", self.prompts, 1)
+        self.options = {} if self.options is None else self.options
+        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
+            raise ValueError(f"task.options must be like {{max_terms: 3}} (got {self.options!r})")
+        if taken := {"seed", "size"} & set(self.options):
+            raise ValueError(f"task.options must not have {', '.join(sorted(taken))}: set seed and task.prompts")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from rlhf.config import (
     ArithmeticTaskConfig,
     GuessTaskConfig,
     JsonlTaskConfig,
+    ReasoningGymTaskConfig,
     ReverseTaskConfig,
     SortTaskConfig,
     TaskConfig,
@@ -128,6 +129,10 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
             from rlhf.tasks.guess import guess_task
 
             return guess_task(config, seed)
+        case ReasoningGymTaskConfig():
+            from rlhf.tasks.reasoning_gym import reasoning_gym_task
+
+            return reasoning_gym_task(config, seed)
         case JsonlTaskConfig():
             from rlhf.tasks.jsonl import jsonl_task
 

@@ -18,21 +18,24 @@ BEFORE, AFTER = "<", ">"
 
 
 def guess_task(config: GuessTaskConfig, seed: int) -> RawTask:
-    """Every range of letters with every secret in it; a demonstration says one of them, whichever."""
+    """Every range of letters with every secret in it; a demonstration says one of them, whichever.
+
+    No range is both held out and trained on: who has seen a range with all secrets but one could rule that one out.
+    """
     alphabet = ascii_lowercase[: config.letters]
     rng = random.Random(seed)
-    questions = [
-        (alphabet[start : start + width], secret)
-        for width in range(config.min_range, config.max_range + 1)
-        for start in range(config.letters - width + 1)
-        for secret in alphabet[start : start + width]
-    ]
-    rng.shuffle(questions)
+    widths = range(config.min_range, config.max_range + 1)
+    ranges = [alphabet[start : start + width] for width in widths for start in range(config.letters - width + 1)]
+    rng.shuffle(ranges)
     rows = [
         Row(f"{letters[0]}{letters[-1]}?", {"answer": secret}, demonstration=rng.choice(letters))
-        for letters, secret in questions
+        for letters in ranges
+        for secret in letters
     ]
+    asked = {row.question for row in rows[: config.held_out]}
+    rows = rows[: config.held_out] + [row for row in rows[config.held_out :] if row.question not in asked]
     raw = split(rows, config.held_out, "task.letters, task.min_range and task.max_range", exact)
+    rng.shuffle(raw.train)
     return RawTask(raw.train, raw.held_out, raw.gold, Replies(config.turns, hint, BEFORE, BEFORE + AFTER))
 
 
