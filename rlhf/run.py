@@ -160,7 +160,7 @@ def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
 
 
 def check(config: RunConfig, task: Task) -> None:
-    """Raise ValueError, before anything is trained, where the configuration and the task's data do not fit."""
+    """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
     if config.sft.steps and not task.demonstrations:
         raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
     on_pairs = isinstance(config.algo, DpoConfig)
