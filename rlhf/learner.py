@@ -58,10 +58,15 @@ class Batch:
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None
 
+    def lengths(self, rows: Sequence[int] | slice = slice(None)) -> list[int]:
+        """Tokens of each row up to the last that counts, with those before it that the policy did not sample."""
+        places_T = torch.arange(1, self.mask_BT.shape[1] + 1, device=self.mask_BT.device)
+        return (self.mask_BT[rows] * places_T).amax(dim=1).long().tolist()
+
     def rows(self, rows: Sequence[int]) -> Batch:
         """These rows alone, padding cut to the longest of them."""
         used = sorted({self.prompt_of_B[row] for row in rows})
-        width = max(1, int(self.mask_BT[rows].sum(dim=1).max())) if rows else 1
+        width = max([1, *self.lengths(rows)])
 
         def cut(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor[rows, :width]
@@ -75,7 +80,7 @@ class Batch:
 
 
 def collate(rollouts: Rollouts, device: torch.device) -> Batch:
-    """Pad the rows on the right; the mask comes from their lengths, never from token values."""
+    """Pad the rows on the right; the mask comes from who said a token, never from token values."""
     rows = [completion.ids for completion in rollouts.completions]
     width = max(1, *(len(row) for row in rows))
 
@@ -87,7 +92,7 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
         prompts=[prompt.ids for prompt in rollouts.prompts],
         prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
         ids_BT=pad(rows, torch.long),
-        mask_BT=pad([[1.0] * len(row) for row in rows], torch.float32),
+        mask_BT=pad([completion.mask for completion in rollouts.completions], torch.float32),
         sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
         truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
     )
@@ -104,7 +109,7 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     first_BV = first_PV[prompt_of_B]
     logits_BTV = first_BV.new_zeros(*batch.ids_BT.shape, first_BV.shape[-1])
     logits_BTV[:, 0] = first_BV
-    for rows, width in length_groups(batch.mask_BT.sum(dim=1).long().tolist()):
+    for rows, width in length_groups(batch.lengths()):
         of_rows = prompt_of_B[rows]
         with recomputing(model, of_rows) as late:
             logits_BTV[rows, 1:width] = model(
@@ -249,7 +254,7 @@ class Learner:
         lengths_B, algo = batch.mask_BT.sum(dim=1), self.algo
         if not algo.overlong_buffer:
             return torch.zeros_like(lengths_B)
-        limit = self.config.rollout.max_new_tokens
+        limit = self.config.row_tokens
         return -algo.overlong_penalty * adv.overlong(lengths_B, limit, algo.overlong_buffer)
 
     def _estimate(self, batch: Batch, rewards_B: Tensor) -> None:
@@ -279,7 +284,7 @@ class Learner:
         weights_B = losses.row_weights(
             self.algo.aggregation.value,
             batch.mask_BT[rows].sum(dim=1),
-            self.config.rollout.max_new_tokens,
+            self.config.row_tokens,
             torch.tensor(batch.prompt_of_B, device=self.device)[rows],
         )
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
@@ -362,6 +367,6 @@ class Learner:
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
         """Split rows into parts of at most `tokens_per_microbatch` tokens, with little padding (microbatches.py)."""
-        lengths = batch.mask_BT.sum(dim=1).long().tolist()
+        lengths = batch.lengths()
         sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, lengths)
         return split(sizes, rows, self.config.tokens_per_microbatch)

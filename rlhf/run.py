@@ -37,6 +37,7 @@ from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
 from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
@@ -81,7 +82,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
         gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
         train_policy()
         _save(policy, tokenizer, site)
-    summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
+    summary = site.notes | summarise(parts.record.rows)
+    summary |= {"seconds": time.monotonic() - start, "threads": torch.get_num_threads()}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)
@@ -123,7 +125,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
     transfer.open(sent_weights(policy), senders)
     version = transfer.push(sent_weights(policy))
-    sampler = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+    sampler = conversing(RolloutClient(senders, tokenizer, config.rollout, transfer.recover), task.environment)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
     for name, part in config.reward.weighted().items():
@@ -211,7 +213,7 @@ def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
 
 
 def check(config: RunConfig, task: Task) -> None:
-    """Raise ValueError, before anything is trained, where the configuration and the task's data do not fit."""
+    """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
     if config.sft.steps and not task.demonstrations:
         raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
     on_pairs = isinstance(config.algo, DpoConfig)
@@ -238,6 +240,14 @@ def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreT
     """Raise ValueError unless prompts and answers fit the model's context."""
     longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
     limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
+    told = task.environment
+    later = (told.turns - 1) * (new + told.longest_reply) if told is not None else 0
+    if later and longest + new + later > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {config.task.most_answers} answers (task.turns) of up to {new} "
+            f"tokens (rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one "
+            "of them, or take a model with a longer context (model.context)"
+        )
     if longest + new > limit:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "

@@ -306,3 +306,42 @@ def test_a_finite_critic_does_not_hide_a_policy_whose_gradients_are_not(make_lea
     learner.learn(learner.score(sampled()), rewards)
     with pytest.raises(RuntimeError, match="not finite in 3 updates in a row"):
         learner.learn(learner.score(sampled()), rewards)
+
+
+def conversations() -> Rollouts:
+    """Rows of which the environment has said some tokens, one of them none at all."""
+    rollouts = sampled()
+    completions = [
+        replace(c, sampled=[t % 3 != 1 or t + 1 == len(c.ids) for t in range(len(c.ids))]) if b % 4 else c
+        for b, c in enumerate(rollouts.completions)
+    ]
+    return replace(rollouts, completions=completions)
+
+
+def test_what_the_environment_said_is_context_and_teaches_nothing(make_learner):
+    rollouts, rewards = conversations(), [float(b % 3) for b in range(12)]
+    assert 20 < rollouts.tokens < sum(len(c.ids) for c in rollouts.completions)
+    dials = ("algo=rloo", "algo.kl_coef=0", "rollout.temperature=1")
+    ours = gradients(make_learner(*dials), rollouts, list(rewards))
+    policy = make_learner(*dials).policy
+    group = torch.tensor(rewards).view(3, 4)
+    advantages = ((group - group.mean(1, keepdim=True)) * 4 / 3).flatten()
+    loss = torch.zeros(())
+    for b, row in enumerate(rollouts.completions):
+        for t, token in enumerate(row.ids):
+            if row.mask[t]:
+                prefix = torch.tensor([[*rollouts.prompts_B[b].ids, *row.ids[:t]]])
+                loss = loss - advantages[b] * policy(input_ids=prefix).logits[0, -1].log_softmax(0)[token]
+    (loss / rollouts.tokens).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert torch.allclose(ours, expected, atol=2e-6) and expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_gradients_of_conversations_are_the_same_for_any_split_into_micro_batches(make_learner, algo):
+    rewards: list[float | None] = [float(b % 3) for b in range(12)]
+    whole = gradients(make_learner(f"algo={algo}"), conversations(), rewards)
+    for tokens in (1, 30):
+        split = gradients(make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}"), conversations(), rewards)
+        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    assert whole.abs().max() > 1e-3

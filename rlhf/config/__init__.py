@@ -22,7 +22,9 @@ from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfi
 from rlhf.config.run import EvaluateConfig, EvaluationConfig, RunConfig, SftConfig, check_transfer
 from rlhf.config.task import (
     ArithmeticTaskConfig,
+    GuessTaskConfig,
     JsonlTaskConfig,
+    ReasoningGymTaskConfig,
     ReverseTaskConfig,
     SequenceTaskConfig,
     SortTaskConfig,
@@ -38,6 +40,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "FunctionRewardConfig",
+    "GuessTaskConfig",
     "HfModelConfig",
     "HfRolloutConfig",
     "HttpRewardConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "ModelRewardConfig",
     "OptimConfig",
     "Precision",
+    "ReasoningGymTaskConfig",
     "ReverseTaskConfig",
     "RewardConfig",
     "RewardPart",

@@ -9,7 +9,7 @@ from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
-from rlhf.config.reward import RewardConfig
+from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
 from rlhf.config.task import TaskConfig
 from rlhf.rules import at_least
@@ -44,6 +44,21 @@ class SftConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """What is sampled of each held-out prompt, and what is told of it."""
+
+    samples: int = 1  # answers sampled a prompt, beside the greedy one
+    k: list[int] = field(default_factory=lambda: [1])  # pass@k: one of k answers is right (arXiv:2107.03374)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.samples", self.samples, 1)
+        for k in self.k:
+            at_least("evaluate.k", k, 1)
+            if k > self.samples:
+                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+
+
+@dataclass(slots=True, kw_only=True)
 class RunConfig:
     """One run, in the order of its data flow."""
 
@@ -56,6 +71,7 @@ class RunConfig:
     transfer: TransferConfig
     logger: dict[str, LoggerConfig] = field(default_factory=dict)
     sft: SftConfig = field(default_factory=SftConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     seed: int = 0
     steps: int = 60
@@ -81,13 +97,33 @@ class RunConfig:
                     f"{self.algo.name} takes one optimiser step on a step's pairs: updates_per_step must be 1 "
                     f"(got {self.updates_per_step})"
                 )
+        if self.task.most_answers > 1:
+            self._check_conversation()
         check_transfer(self)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the policy may sample of one row, at most."""
+        return self.rollout.max_new_tokens * self.task.most_answers
 
     @property
     def rl(self) -> AlgoConfig:
         """The algorithm, in a run that trains by RL."""
         assert isinstance(self.algo, AlgoConfig)
         return self.algo
+
+    def _check_conversation(self) -> None:
+        if isinstance(self.algo, DpoConfig):
+            raise ValueError(
+                f"{self.algo.name} compares two answers to one prompt, and this task is a conversation of up to "
+                f"{self.task.most_answers} answers: set task.turns=1, or choose another algo"
+            )
+        for part in self.reward.weighted().values():
+            if isinstance(part.reward, ModelRewardConfig):
+                raise ValueError(
+                    "a reward model reads a prompt and one answer, and this task is a conversation of up to "
+                    f"{self.task.most_answers} answers: choose reward=verifier, or set task.turns=1"
+                )
 
     def _check_algorithm(self, algo: AlgoConfig) -> None:
         if algo.group_based and self.samples_per_prompt < 2:
@@ -100,10 +136,10 @@ class RunConfig:
                 f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
                 f"(got {algo.critic_warmup_steps} and {self.steps})"
             )
-        if algo.overlong_buffer > self.rollout.max_new_tokens:
+        if algo.overlong_buffer > self.row_tokens:
             raise ValueError(
                 f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
-                f"{self.rollout.max_new_tokens} (got {algo.overlong_buffer})"
+                f"{self.row_tokens} (got {algo.overlong_buffer})"
             )
         if self.model.lora.rank and (algo.ref_every or algo.ref_decay is not None):
             raise ValueError(
@@ -170,21 +206,6 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
         raise ValueError(
             "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class EvaluateConfig:
-    """What is sampled of each held-out prompt, and what is told of it."""
-
-    samples: int = 16  # answers sampled a prompt
-    k: list[int] = field(default_factory=lambda: [1, 4, 8])  # pass@k: one of k answers is right (arXiv:2107.03374)
-
-    def __post_init__(self) -> None:
-        at_least("evaluate.samples", self.samples, 1)
-        for k in self.k:
-            at_least("evaluate.k", k, 1)
-            if k > self.samples:
-                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
 
 
 @dataclass(slots=True, kw_only=True)

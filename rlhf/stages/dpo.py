@@ -19,7 +19,7 @@ from rlhf.adapter import sent_weights
 from rlhf.algorithm import DpoConfig
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
-from rlhf.evaluate import measure
+from rlhf.held_out import evaluated
 from rlhf.learner import MAX_SKIPPED, Batch, response_logits
 from rlhf.loop import Parts
 from rlhf.losses import dpo, token_logprobs
@@ -56,7 +56,7 @@ def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -
     """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
     with parts.record.time("evaluate"):
         pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
-        metrics = measure(parts.task, parts.sampler, parts.reward, config)
+        metrics = evaluated(parts.task, parts.sampler, parts.reward, config)
         parts.transfer.withdraw()
     parts.record.evaluation(step, metrics | pairs)
 
