@@ -75,7 +75,7 @@ def played(config, folder: Path, swapped: bool) -> tuple[float, float]:
     tokenizer = make_tokenizer(config.model, [], chat=False)
     policy, task = make_policy(config.model, tokenizer, seed=0), make_task(raw, tokenizer)
     with make_transfer(LocalConfig(), folder) as transfer:
-        senders = [DirectSender(Worker(policy, transfer.endpoint), "worker 0")]
+        senders = [DirectSender(Worker.around(policy, transfer.endpoint), "worker 0")]
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
         sampler = Conversations(RolloutClient(senders, tokenizer, config.rollout), task.environment)

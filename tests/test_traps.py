@@ -81,7 +81,7 @@ def world(compose_run, tmp_path) -> Iterator[Callable[..., World]]:
         policy = make_policy(config.model, tokenizer, config.seed)
         opened.append(transfer := make_transfer(config.transfer, tmp_path).__enter__())
         model = worker(policy)
-        senders = [DirectSender(Worker(model, transfer.endpoint), "worker 0")]
+        senders = [DirectSender(Worker.around(model, transfer.endpoint), "worker 0")]
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
         sampler = RolloutClient(senders, tokenizer, config.rollout)

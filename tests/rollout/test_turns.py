@@ -62,7 +62,7 @@ def clients(model, tokenizer, tmp_path):
     def made(count=1, **dials):
         transfer = make_transfer(LocalConfig(), tmp_path).__enter__()
         opened.append(transfer)
-        senders = [Asked(DirectSender(Worker(model, transfer.endpoint), f"worker {i}")) for i in range(count)]
+        senders = [Asked(DirectSender(Worker.around(model, transfer.endpoint), f"worker {i}")) for i in range(count)]
         transfer.open(model.state_dict(), senders)
         transfer.push(model.state_dict())
         return RolloutClient(senders, tokenizer, HfRolloutConfig(max_new_tokens=16, **dials)), senders
