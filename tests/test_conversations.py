@@ -1,4 +1,4 @@
-"""Runs of task=guess: what they log, that it is the same by every way of the weights, and that hints come to be used."""
+"""Runs of task=guess: what they log, that the way of the weights changes no number, and that hints come to be used."""
 
 from __future__ import annotations
 
