@@ -227,6 +227,8 @@ class Learner:
         if self.algo.truncated is Truncated.drop:
             batch.mask_BT = batch.mask_BT * (~batch.truncated_B)[:, None]
         totals = {"kl_coef": self.kl.coefficient, "lr": self._set_rates()}
+        if batch.values_BT is not None and batch.returns_BT is not None:
+            totals["explained_variance"] = adv.explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)
         updates = self.config.updates_per_step
         for update in range(updates):
             rows = [b for b, p in enumerate(batch.prompt_of_B) if p in self._chosen(batch, update)]
