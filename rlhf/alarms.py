@@ -145,7 +145,7 @@ def truncated(rows: Rows, run: RunConfig) -> str | None:
 def length(rows: Rows, run: RunConfig) -> str | None:
     """Rows have become several times as long, and near the limit."""
     most, value, start = run.alarms.length, rows[-1].get("train/tokens_per_row"), _first(rows, "train/tokens_per_row")
-    limit = run.rollout.max_new_tokens
+    limit = run.row_tokens
     if most is None or value is None or start is None or value < NEAR_LIMIT * limit or not value > most * start:
         return None
     return (

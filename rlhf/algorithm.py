@@ -29,6 +29,7 @@ class PolicyLoss(enum.Enum):
     clip = "clip"  # PPO's clipped surrogate
     gspo = "gspo"  # the same with one ratio a row
     cispo = "cispo"  # the clipped ratio as a weight of -A log pi
+    sapo = "sapo"  # the ratio through a sigmoid, a gate that closes softly
     reinforce = "reinforce"  # -A log pi
 
 
@@ -108,6 +109,8 @@ class AlgoConfig(TrainingConfig):
     clip_low: float = 0.2
     clip_high: float = 0.2
     clip_dual: float | None = None  # bounds the loss of bad tokens at -clip_dual * A; null: no such bound
+    tau_positive: float = 1.0  # how fast sapo's gate closes for good tokens,
+    tau_negative: float = 1.05  # and for bad ones
     kl_coef: float = 0.2  # 0: no reference policy is kept
     kl_in: KlIn = KlIn.loss
     kl_estimator: KlEstimator | None = None  # null: k1 in the reward, k3 in the loss
@@ -137,7 +140,8 @@ class AlgoConfig(TrainingConfig):
         at_least("algo.overlong_penalty", self.overlong_penalty, 0)
         at_least("algo.dynamic_sampling", self.dynamic_sampling, 0)
         at_least("algo.kl_horizon", self.kl_horizon, 1)
-        positive("algo.critic_lr", self.critic_lr)
+        for key in ("critic_lr", "tau_positive", "tau_negative"):
+            positive(f"algo.{key}", getattr(self, key))
         self._check_kl()
         self._check_ratio()
         if self.dynamic_sampling and not self.group_based:

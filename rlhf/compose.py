@@ -17,18 +17,29 @@ from rlhf.config import (
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
     EvaluationConfig,
+    GuessTaskConfig,
     HfModelConfig,
     HfRolloutConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
+    ReasoningGymTaskConfig,
     ReverseTaskConfig,
     RunConfig,
     SortTaskConfig,
     SumRewardConfig,
     TensorboardLoggerConfig,
     TinyModelConfig,
+    VllmRolloutConfig,
 )
-from transfer.config import CollectiveConfig, DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
+from transfer.config import (
+    CollectiveConfig,
+    DiskConfig,
+    HandlesConfig,
+    HttpSenderConfig,
+    IpcConfig,
+    LocalConfig,
+    RaySenderConfig,
+)
 
 CONF = next(
     folder
@@ -41,10 +52,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sort": SortTaskConfig,
         "reverse": ReverseTaskConfig,
         "arithmetic": ArithmeticTaskConfig,
+        "guess": GuessTaskConfig,
         "jsonl": JsonlTaskConfig,
+        "reasoning_gym": ReasoningGymTaskConfig,
     },
     "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
-    "rollout": {"hf": HfRolloutConfig},
+    "rollout": {"hf": HfRolloutConfig, "vllm": VllmRolloutConfig},
     "reward": {**REWARD_PARTS, "sum": SumRewardConfig},
     "algo": {"base": AlgoConfig, "dpo": DpoConfig},
     "optim": {"adamw": AdamWConfig},
@@ -53,6 +66,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "gloo": CollectiveConfig,
         "nccl": CollectiveConfig,
         "disk": DiskConfig,
+        "handles": HandlesConfig,
         "local": LocalConfig,
     },
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},

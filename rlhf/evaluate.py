@@ -1,63 +1,65 @@
-"""Held-out prompts, answered greedily and by sampling: the gold score beside the reward that is trained on.
+"""The command line that evaluates a saved policy alone; imports nothing heavy before the configuration is checked.
 
-`python -m rlhf.evaluate` does this, and pass@k, for a saved policy alone (evaluate_saved.py).
+What it does is in saved_policy.py, and what is measured, there and during a run, in held_out.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import comb
+import sys
+from pathlib import Path
+from typing import Any
 
-from rlhf.config import RunConfig
-from rlhf.metrics import Recorder, mean
-from rlhf.types import Reward, Sampler, Task
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 
-SEED_OFFSET = 1_000_003  # evaluation draws from seeds that training does not use
+from rlhf.compose import CONF, checked_evaluation, register
+from rlhf.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
+from rlhf.train import print_help
 
+register()
 
-def evaluate(
-    task: Task, sampler: Sampler, reward: Reward, config: RunConfig, record: Recorder, step: int
-) -> dict[str, float]:
-    """Log and return reward and gold score of sampled answers, and the share of greedy answers with gold score 1."""
-    with record.time("evaluate"):
-        metrics = measure(task, sampler, reward, config)
-    record.evaluation(step, metrics)
-    return metrics
+HELP = """\
+A saved policy on a task's held-out prompts: greedy accuracy, sampled gold score, pass@k.
 
+  python -m rlhf.evaluate model.path=FOLDER                     the policy/ of a run, or any transformers causal LM
+  python -m rlhf.evaluate model.path=FOLDER task=arithmetic evaluate.k=[1,16] evaluate.samples=64
+  python -m rlhf.evaluate -m model.path=FOLDER,ANOTHER          one after the other
+  python -m rlhf.evaluate model.path=FOLDER --cfg job           print the composed evaluation and stop
 
-def measure(task: Task, sampler: Sampler, reward: Reward, config: RunConfig) -> dict[str, float]:
-    """The same without logging; what no held-out prompt has is left out."""
-    prompts = list(task.held_out)
-    seed = config.seed + SEED_OFFSET
-    sampled = sampler.sample(prompts, n=1, temperature=config.rollout.temperature, seed=seed)
-    greedy = sampler.sample(prompts, n=1, temperature=0.0, seed=seed)
-    rewards = reward(prompts, sampled.texts)
-    gold = [task.score(prompt, text) for prompt, text in zip(prompts, sampled.texts, strict=True)]
-    exact = [task.score(prompt, text) for prompt, text in zip(prompts, greedy.texts, strict=True)]
-    metrics = {
-        "eval/reward": mean(rewards),
-        "eval/gold": mean(gold),
-        "eval/greedy_accuracy": mean(right(exact)),
-    }
-    return {name: value for name, value in metrics.items() if value is not None}
+With the run's own `seed` and task dials, the held-out prompts are those that it never trained on.
+
+Choices (group=choice):
+{choices}
+
+The dials of the composed evaluation (key=value; what each means is in rlhf/config/ and transfer/config.py):
+
+{dials}"""
 
 
-def right(gold: Sequence[float | None]) -> list[float | None]:
-    """1 where the gold score is 1, else 0; None where there is none."""
-    return [None if score is None else float(score == 1.0) for score in gold]
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def _job(config: Any) -> None:
+    evaluation = checked_evaluation(config)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        from rlhf.saved_policy import evaluate_policy
+
+        evaluate_policy(evaluation, folder)
+    except EXPLAINED as error:
+        raise CompactHydraException(str(error)) from error
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The probability that one of k answers is right, without bias, from n answers of which c are (arXiv:2107.03374).
-
-    1 - C(n-c, k) / C(n, k): the share of all choices of k among the n that hold a right one; k is at most n.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n (got n={n}, c={c}, k={k})")
-    return 1 - comb(n - c, k) / comb(n, k)
+def main() -> None:
+    """`python -m rlhf.evaluate`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_help([argument for argument in sys.argv[1:] if "=" in argument], "evaluate", HELP)
+        return
+    terminate_as_interrupt()
+    try:
+        _job()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
-    from rlhf.evaluate_saved import main
-
     main()

@@ -62,22 +62,36 @@ class Gather:
         return rollouts, usable(rewards, self.config.reward.max_failed, report.error if report else "")
 
 
-Group = tuple[Prompt, int, list[Completion], list[str], list[float | None]]  # prompt, seed; answers, texts, rewards
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt with all that belongs to it."""
+
+    prompt: Prompt
+    seed: int
+    completions: list[Completion]
+    texts: list[str]
+    conversations: list[list[str]]
+    rewards: list[float | None]
 
 
 def _with_signal(rollouts: Rollouts, rewards: list[float | None]) -> list[Group]:
-    """The prompts with all that belongs to them, of which at least two samples have different rewards."""
+    """The groups of which at least two samples have different rewards."""
     n = rollouts.samples_per_prompt
-    parts = [range(p * n, (p + 1) * n) for p in range(len(rollouts.prompts))]
-    groups: list[Group] = [
-        (prompt, seed, [rollouts.completions[b] for b in of], [rollouts.texts[b] for b in of], [rewards[b] for b in of])
-        for prompt, seed, of in zip(rollouts.prompts, rollouts.seeds, parts, strict=True)
-    ]
-    return [group for group in groups if len({reward for reward in group[4] if reward is not None}) > 1]
+    groups = []
+    for p, (prompt, seed) in enumerate(zip(rollouts.prompts, rollouts.seeds, strict=True)):
+        of = slice(p * n, (p + 1) * n)
+        parts = rollouts.completions[of], rollouts.texts[of], rollouts.conversations[of]
+        groups.append(Group(prompt, seed, *parts, rewards[of]))
+    return [group for group in groups if len({reward for reward in group.rewards if reward is not None}) > 1]
 
 
 def _joined(groups: list[Group]) -> Scored:
-    prompts, seeds = [group[0] for group in groups], [group[1] for group in groups]
-    completions, texts = [c for group in groups for c in group[2]], [text for group in groups for text in group[3]]
-    rollouts = Rollouts(prompts, completions, texts, seeds, len(groups[0][2]))
-    return rollouts, [reward for group in groups for reward in group[4]]
+    rollouts = Rollouts(
+        prompts=[group.prompt for group in groups],
+        completions=[completion for group in groups for completion in group.completions],
+        texts=[text for group in groups for text in group.texts],
+        seeds=[group.seed for group in groups],
+        samples_per_prompt=len(groups[0].completions),
+        conversations=[said for group in groups for said in group.conversations],
+    )
+    return rollouts, [reward for group in groups for reward in group.rewards]

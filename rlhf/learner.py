@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,20 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf import advantages as adv
 from rlhf import losses
+from rlhf.adapter import sent_weights
 from rlhf.algorithm import Advantage, AlgoConfig, KlIn, Truncated
-from rlhf.config import AdamWConfig, OptimConfig, RunConfig
+from rlhf.config import RunConfig
 from rlhf.correction import effective_share
 from rlhf.ending import RunError
 from rlhf.kl_control import KlController
+from rlhf.microbatches import Sizes, length_groups, split
 from rlhf.objective import clipped, correction_weights, policy_loss
-from rlhf.reference import refresh
+from rlhf.optimizer import clip_gradients, make_optimizer
+from rlhf.recompute import recomputing
+from rlhf.reference import acting, refresh
 from rlhf.schedules import scale
 from rlhf.types import TRUNCATED, Rollouts
 
-ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
 GROUPS = {
     Advantage.group_norm: adv.group_norm,
     Advantage.group_mean: adv.group_mean,
@@ -55,10 +58,15 @@ class Batch:
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None
 
+    def lengths(self, rows: Sequence[int] | slice = slice(None)) -> list[int]:
+        """Tokens of each row up to the last that counts, with those before it that the policy did not sample."""
+        places_T = torch.arange(1, self.mask_BT.shape[1] + 1, device=self.mask_BT.device)
+        return (self.mask_BT[rows] * places_T).amax(dim=1).long().tolist()
+
     def rows(self, rows: Sequence[int]) -> Batch:
         """These rows alone, padding cut to the longest of them."""
         used = sorted({self.prompt_of_B[row] for row in rows})
-        width = max(1, int(self.mask_BT[rows].sum(dim=1).max())) if rows else 1
+        width = max([1, *self.lengths(rows)])
 
         def cut(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor[rows, :width]
@@ -72,7 +80,7 @@ class Batch:
 
 
 def collate(rollouts: Rollouts, device: torch.device) -> Batch:
-    """Pad the rows on the right; the mask comes from their lengths, never from token values."""
+    """Pad the rows on the right; the mask comes from who said a token, never from token values."""
     rows = [completion.ids for completion in rollouts.completions]
     width = max(1, *(len(row) for row in rows))
 
@@ -84,7 +92,7 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
         prompts=[prompt.ids for prompt in rollouts.prompts],
         prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
         ids_BT=pad(rows, torch.long),
-        mask_BT=pad([[1.0] * len(row) for row in rows], torch.float32),
+        mask_BT=pad([completion.mask for completion in rollouts.completions], torch.float32),
         sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
         truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
     )
@@ -101,15 +109,16 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     first_BV = first_PV[prompt_of_B]
     logits_BTV = first_BV.new_zeros(*batch.ids_BT.shape, first_BV.shape[-1])
     logits_BTV[:, 0] = first_BV
-    for rows, width in length_groups(batch.mask_BT.sum(dim=1).long().tolist()):
+    for rows, width in length_groups(batch.lengths()):
         of_rows = prompt_of_B[rows]
-        logits_BTV[rows, 1:width] = model(
-            input_ids=batch.ids_BT[rows, : width - 1],
-            attention_mask=prompts.mask(of_rows, width - 1),
-            position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
-            past_key_values=_of_rows(cache, of_rows),
-            use_cache=True,
-        ).logits
+        with recomputing(model, of_rows) as late:
+            logits_BTV[rows, 1:width] = model(
+                input_ids=batch.ids_BT[rows, : width - 1],
+                attention_mask=prompts.mask(of_rows, width - 1),
+                position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
+                past_key_values=cache if late else _of_rows(cache, of_rows),
+                use_cache=True,
+            ).logits
     return logits_BTV
 
 
@@ -138,14 +147,15 @@ def _prompt_pass(
     padded = min(len(prompt) for prompt in prompts) < longest
     cache = DynamicCache(config=model.config)
     last_only = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
-    outputs = model(
-        **last_only,
-        input_ids=ids_PL,
-        attention_mask=mask_PL if padded else None,
-        position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with recomputing(model):
+        outputs = model(
+            **last_only,
+            input_ids=ids_PL,
+            attention_mask=mask_PL if padded else None,
+            position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
     return Prompts(lengths_P, mask_PL if padded else None), cache, outputs.logits[:, -1]
 
 
@@ -155,21 +165,6 @@ def _of_rows(cache: DynamicCache, prompt_of_rows: Tensor) -> DynamicCache:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(prompt_of_rows)
     return chosen
-
-
-def length_groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """The rows in one group, or the shorter and the longer ones in two, each with its longest length.
-
-    Two where that leaves out at least 64 tokens of padding and an eighth of all; the first a multiple of ROW_STEP rows.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    longest = lengths[order[-1]]
-    saved = {cut: cut * (longest - lengths[order[cut - 1]]) for cut in range(ROW_STEP, len(order), ROW_STEP)}
-    cut = max(saved, key=saved.__getitem__, default=0)
-    if saved.get(cut, 0) < max(64, len(order) * longest // 8):
-        cut = 0
-    groups = [group for group in (order[:cut], order[cut:]) if group]
-    return [(group, lengths[group[-1]]) for group in groups if lengths[group[-1]] > 1]  # one token: the prompt's pass
 
 
 class Learner:
@@ -191,12 +186,13 @@ class Learner:
         self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
-        self._weights = policy.state_dict(keep_vars=True)  # the same tensors at each push, which it can see
+        self._weights = sent_weights(policy)  # the same tensors at each push, which it can see
+        self._averages: dict[str, Tensor] = {}  # what the reference rounds, where it is one of past policies
         self.steps = 0
         self.skipped = 0
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's parameters and persistent buffers by name, not copied."""
+        """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
         return self._weights
 
     def score(self, rollouts: Rollouts) -> Batch:
@@ -208,8 +204,8 @@ class Learner:
                 old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows), later)
                 batch.old_BT = batch.sampled_BT.index_copy(0, torch.tensor(later, device=self.device), old_BT[later])
             if self.reference is not None:
-                reference = self.reference
-                batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
+                with acting(self.reference, self.policy) as reference:
+                    batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
             if self.critic is not None:
                 critic = self.critic
                 batch.values_BT = self._over(batch, lambda rows: response_logits(critic, rows).squeeze(-1).float())
@@ -239,7 +235,7 @@ class Learner:
             kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
             self.kl.observe(float(kl_B.mean()), len(kl_B))
         if self.reference is not None:
-            refresh(self.reference, self.policy, self.algo, self.steps)
+            refresh(self.reference, self.policy, self.algo, self.steps, self._averages)
         return totals
 
     def _chosen(self, batch: Batch, update: int) -> range:
@@ -265,7 +261,7 @@ class Learner:
         lengths_B, algo = batch.mask_BT.sum(dim=1), self.algo
         if not algo.overlong_buffer:
             return torch.zeros_like(lengths_B)
-        limit = self.config.rollout.max_new_tokens
+        limit = self.config.row_tokens
         return -algo.overlong_penalty * adv.overlong(lengths_B, limit, algo.overlong_buffer)
 
     def _estimate(self, batch: Batch, rewards_B: Tensor) -> None:
@@ -295,7 +291,7 @@ class Learner:
         weights_B = losses.row_weights(
             self.algo.aggregation.value,
             batch.mask_BT[rows].sum(dim=1),
-            self.config.rollout.max_new_tokens,
+            self.config.row_tokens,
             torch.tensor(batch.prompt_of_B, device=self.device)[rows],
         )
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
@@ -349,7 +345,8 @@ class Learner:
         optimizers = {"grad_norm": self.optimizer}
         if self.critic_optimizer is not None:
             optimizers["critic_grad_norm"] = self.critic_optimizer
-        norms = {name: self._clipped_norm(optimizer) for name, optimizer in optimizers.items()}
+        most = self.config.optim.max_grad_norm
+        norms = {name: clip_gradients(optimizer, most) for name, optimizer in optimizers.items()}
         finite = loss_is_finite and all(map(math.isfinite, norms.values()))
         for name, optimizer in optimizers.items():
             warm = name != "grad_norm" or self.critic is None or self.steps >= self.algo.critic_warmup_steps
@@ -364,10 +361,6 @@ class Learner:
             )
         return (norms if finite else dict.fromkeys(norms, 0.0)) | {"skipped_updates": float(not finite)}
 
-    def _clipped_norm(self, optimizer: torch.optim.Optimizer) -> float:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm))
-
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return losses.token_logprobs(response_logits(model, batch), batch.ids_BT, self.config.rollout.temperature)
 
@@ -379,31 +372,8 @@ class Learner:
             out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
         return out_BT * batch.mask_BT
 
-    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Split rows, in order, so that each part has at most `tokens_per_microbatch` tokens, or one row."""
-        lengths = batch.mask_BT.sum(dim=1).long().tolist()
-        part: list[int] = []
-        width = prompt_tokens = 0
-        for row in rows:
-            prompt = batch.prompt_of_B[row]
-            new_prompt = not part or prompt != batch.prompt_of_B[part[-1]]
-            longer = max(width, lengths[row])
-            grown = prompt_tokens + new_prompt * len(batch.prompts[prompt])
-            if part and grown + longer * (len(part) + 1) > self.config.tokens_per_microbatch:
-                yield part
-                part, longer, grown = [], lengths[row], len(batch.prompts[prompt])
-            part.append(row)
-            width, prompt_tokens = longer, grown
-        if part:
-            yield part
-
-
-def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimiser that `config` names, over all parameters of `model`."""
-    match config:
-        case AdamWConfig():
-            betas = (config.beta1, config.beta2)
-            return torch.optim.AdamW(
-                model.parameters(), lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-            )
-    raise AssertionError(config)
+    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+        """Split rows into parts of at most `tokens_per_microbatch` tokens, with little padding (microbatches.py)."""
+        lengths = batch.lengths()
+        sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, lengths)
+        return split(sizes, rows, self.config.tokens_per_microbatch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config import RunConfig
-from rlhf.evaluate import evaluate
 from rlhf.gather import Gather
+from rlhf.held_out import evaluate
 from rlhf.learner import Learner
 from rlhf.metrics import Recorder
 from rlhf.probe import Probe

@@ -127,6 +127,12 @@ def cispo(delta_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip_low
     return -weight_BT * advantages_BT * logprobs_BT
 
 
+def sapo(delta_BT: Tensor, advantages_BT: Tensor, tau_positive: float, tau_negative: float) -> Tensor:
+    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A: the gradient fades beyond r = 1 (arXiv:2511.20347)."""
+    tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative)
+    return -advantages_BT * (4 / tau_BT) * torch.sigmoid(tau_BT * (delta_BT.exp() - 1))
+
+
 def reinforce(logprobs_BT: Tensor, advantages_BT: Tensor) -> Tensor:
     """-A log pi (Williams, 1992)."""
     return -advantages_BT * logprobs_BT

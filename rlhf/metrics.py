@@ -127,6 +127,7 @@ class Recorder:
             "train/tokens_per_row": rollouts.tokens / rows,
             "train/truncated": sum(c.finish_reason == TRUNCATED for c in rollouts.completions) / rows,
             "train/zero_std": zero_std(rewards_B, rollouts.samples_per_prompt),
+            "train/turns": mean([(len(said) + 1) / 2 for said in rollouts.conversations]),
             "rollout/version": float(rollouts.version),
             **self.lag,
             **self._rewarded(),
@@ -187,6 +188,8 @@ class Recorder:
                     "finish_reason": completion.finish_reason,
                     "version": completion.versions[0],
                 }
+                if rollouts.conversations:
+                    row["conversation"] = rollouts.conversations[b]
                 file.write(json.dumps(row) + "\n")
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf.adapter import AdapterSpec
+
 # Decoders that name their layers, heads, ... alike and have value heads. Not qwen2, though it would fit: AutoTokenizer
 # reads any qwen2 folder with Qwen2Tokenizer, whatever tokenizer was saved in it.
 ARCHITECTURES = ("llama", "mistral", "qwen3")
@@ -110,6 +112,8 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     import torch
     from transformers import GenerationConfig
 
+    from rlhf.recompute import enable
+
     device = resolve_device(config.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew, for 0.1 s, for each new length
     match config:
@@ -122,6 +126,8 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.config.update(ends)
     policy.generation_config = GenerationConfig(**ends)  # sampling is the run's to choose, not the checkpoint's
+    if config.gradient_checkpointing:
+        enable(policy)
     return policy.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -170,6 +176,26 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
+def load_base(spec: AdapterSpec, **options: Any) -> PreTrainedModel:
+    """A worker's model, on the CPU: the base, and an adapter whose weights are nothing yet.
+
+    ValueError where the base is not the trainer's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.adapter import add_adapter, base_digest
+
+    model = _load_weights(AutoModelForCausalLM, spec.base, "the worker's adapter.base", **options)
+    found = base_digest(model, options["dtype"])
+    if spec.digest and found != spec.digest:
+        raise ValueError(
+            f"the weights of {spec.base} have the digest {found}, and those that the trainer's adapter builds on "
+            f"{spec.digest}"
+        )
+    add_adapter(model, spec.rank, spec.alpha, spec.target)
+    return model
+
+
 # --- reward model and critic ------------------------------------------------------------------------------------------
 
 
@@ -177,6 +203,9 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     """A copy of the policy's backbone under a new scalar head of zeros, which begins with no opinion."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    from rlhf.adapter import base_weights
+    from rlhf.recompute import enable, enabled
 
     auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
     shape = _without_dropout(copy.deepcopy(policy.config))
@@ -190,9 +219,11 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
             f"transformers has no {head.value} classifier of the architecture {shape.model_type!r}, which a reward "
             "model (reward=model) or a critic (algo=ppo) needs: choose another model, or reward=verifier and algo=grpo"
         ) from error
-    model.base_model.load_state_dict(policy.base_model.state_dict())
+    model.base_model.load_state_dict(base_weights(policy.base_model))
     for parameter in _score_layer(model).parameters():
         torch.nn.init.zeros_(parameter)
+    if enabled(policy):
+        enable(model)
     return model.to(policy.device).eval()
 
 
@@ -225,8 +256,11 @@ def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    from rlhf.recompute import recomputing
+
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    with recomputing(model):
+        output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return output.last_hidden_state
 
 

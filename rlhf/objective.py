@@ -24,6 +24,8 @@ def policy_loss(
             loss_BT = losses.clipped_surrogate(delta_BT, advantages_BT, algo.clip_low, algo.clip_high, algo.clip_dual)
         case PolicyLoss.cispo:
             loss_BT = losses.cispo(delta_BT, logprobs_BT, advantages_BT, algo.clip_low, algo.clip_high)
+        case PolicyLoss.sapo:
+            loss_BT = losses.sapo(delta_BT, advantages_BT, algo.tau_positive, algo.tau_negative)
         case PolicyLoss.reinforce:
             loss_BT = losses.reinforce(logprobs_BT, advantages_BT)
     return loss_BT, delta_BT.detach()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def summarise(rows: Rows) -> dict[str, float]:
     `alarm/<name>` is the step at which that alarm fired first.
     """
     summary: dict[str, float] = {}
-    for name in ("reward", "gold", "greedy_accuracy", "pair_accuracy"):
+    passed = [f"pass_at_{k}" for k in _ks(name.removeprefix("eval/") for row in rows for name in row)]
+    for name in ("reward", "gold", "greedy_accuracy", *passed, "pair_accuracy"):
         _, values = series(rows, f"eval/{name}")
         if values:
             summary |= {f"{name}_start": values[0], f"{name}_end": values[-1]}
@@ -45,6 +47,12 @@ def summarise(rows: Rows) -> dict[str, float]:
     for name in sorted({name for row in rows for name in row if name.startswith(ALARM)}):
         summary[name] = series(rows, name)[0][0]
     return summary
+
+
+def _ks(names: Iterable[str]) -> list[int]:
+    """Each k of names like `pass_at_4_end`, in order."""
+    found = [re.fullmatch(r"pass_at_(\d+)(_end)?", name) for name in names]
+    return sorted({int(match[1]) for match in found if match})
 
 
 def write_summary(folder: Path, status: str, overrides: Sequence[str], numbers: Mapping[str, Any]) -> None:
@@ -75,6 +83,7 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
         ("reward", "reward (held-out)" if "pair_accuracy_end" in summary else "reward (trained on)"),
         ("gold", "gold reward (held-out)"),
         ("greedy_accuracy", "greedy accuracy"),
+        *((f"pass_at_{k}", f"pass@{k}") for k in _ks(summary)),
         ("pair_accuracy", "accuracy on held-out pairs"),
     ):
         if f"{name}_end" in summary:

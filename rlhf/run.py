@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf.adapter import add_adapter, check_peft, has_adapter, merged, save_adapter, sent_weights
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig
 from rlhf.compose import choice
-from rlhf.config import ConsoleLoggerConfig, EvaluationConfig, RunConfig, VerifierRewardConfig
+from rlhf.config import (
+    ConsoleLoggerConfig,
+    EvaluationConfig,
+    HfModelConfig,
+    RunConfig,
+    VerifierRewardConfig,
+    VllmRolloutConfig,
+)
 from rlhf.learner import Learner
 from rlhf.loop import Parts, train
 from rlhf.metrics import Outlets, Recorder, make_loggers
@@ -29,6 +37,8 @@ from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.turns import conversing
+from rlhf.rollout.vllm_transfer import for_vllm
 from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
@@ -40,6 +50,7 @@ from transfer.journal import Journal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BASE = "base"  # folder of a run: the policy below its adapter, after the warm-up
 PAIRS_SEED = 500_009  # added to the run's seed where preference pairs are sampled
 
 
@@ -70,8 +81,9 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
         gc.collect()
         gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
         train_policy()
-        save_model(policy, tokenizer, folder / "policy")
-    summary = site.notes | summarise(parts.record.rows) | {"seconds": time.monotonic() - start}
+        _save(policy, tokenizer, site)
+    summary = site.notes | summarise(parts.record.rows)
+    summary |= {"seconds": time.monotonic() - start, "threads": torch.get_num_threads()}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)
@@ -85,6 +97,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
 def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase, int]:
     """The parts of the loop, warmed up, with the policy's first version live in every worker."""
     config = site.config
+    if config.model.lora.rank:
+        check_peft()
     raw = read_task(config.task, config.seed)
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
     task = make_task(raw, tokenizer)
@@ -97,14 +111,21 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
         site.bars.say(warning)
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
-    spec = worker_spec(policy, config, transfer.endpoint)
-    workers = stack.enter_context(Workers(spec, config, site.folder, policy))  # they start while the policy warms up
-    _warm_up(site, task, tokenizer, policy)
+    base = _base(config, site.folder)
+    if base is not None:  # workers load it, so that it must be there when they start
+        _warm_up(site, task, tokenizer, policy)
+        _put_adapter_on(policy, tokenizer, site, base)
+    spec = worker_spec(policy, config, transfer.endpoint, base)
+    workers = stack.enter_context(Workers(spec, config, site.folder, policy))
+    if base is None:  # workers start meanwhile
+        _warm_up(site, task, tokenizer, policy)
     with site.bars.waiting("workers"):
         senders = workers.senders()
-    transfer.open(policy.state_dict(keep_vars=True), senders)
-    version = transfer.push(policy.state_dict())
-    sampler = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+    if isinstance(config.rollout, VllmRolloutConfig):
+        transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
+    transfer.open(sent_weights(policy), senders)
+    version = transfer.push(sent_weights(policy))
+    sampler = conversing(RolloutClient(senders, tokenizer, config.rollout, transfer.recover), task.environment)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
     for name, part in config.reward.weighted().items():
@@ -132,12 +153,45 @@ def _trainer(
         case AlgoConfig() as algo:
             learner = Learner(
                 policy,
-                reference=copy.deepcopy(policy).requires_grad_(False) if algo.kl_coef > 0 else None,
+                reference=_reference(policy) if algo.kl_coef > 0 else None,
                 critic=value_model(policy, Head.token) if algo.advantage is Advantage.gae else None,
                 config=config,
             )
             return partial(train, parts, learner, config, version)
     raise AssertionError(config.algo)
+
+
+def _reference(policy: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the policy as it is, or the policy itself, which without its adapter is what it was."""
+    return policy if has_adapter(policy) else copy.deepcopy(policy).requires_grad_(False)
+
+
+def _base(config: RunConfig, folder: Path) -> str | None:
+    """From where workers load what the adapter builds on: the checkpoint, unless the warm-up changes it; else None."""
+    if not config.model.lora.rank:
+        return None
+    if not (isinstance(config.model, HfModelConfig) and config.sft.steps == 0):
+        return str(folder.resolve() / BASE)
+    path = Path(config.model.path).expanduser()
+    return str(path.resolve()) if path.is_dir() else config.model.path
+
+
+def _put_adapter_on(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site, base: str) -> None:
+    """Write the base where it is not yet, and let an adapter learn from now on."""
+    if base == str(site.folder.resolve() / BASE):
+        save_model(policy, tokenizer, Path(base))
+    lora = site.config.model.lora
+    add_adapter(policy, lora.rank, lora.alpha, lora.target, site.config.seed)
+
+
+def _save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site) -> None:
+    """`policy/`, a plain Hugging Face folder; of one with an adapter, merged, and beside it the adapter alone."""
+    base = _base(site.config, site.folder)
+    if base is None:
+        save_model(policy, tokenizer, site.folder / "policy")
+    else:
+        save_model(merged(policy), tokenizer, site.folder / "policy")
+        save_adapter(policy, site.folder / "adapter", base)
 
 
 def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
@@ -149,16 +203,17 @@ def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
         else f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples "
         f"({rows} rows a step, {config.updates_per_step} update(s))"
     )
+    lora = f", an adapter of rank {config.model.lora.rank}" if config.model.lora.rank else ""
     by = "/".join(choice(part) for part in (config.transfer, config.transfer.sender))
     return (
         f"{choice(config.task)}: {config.steps} steps x {step}; "
-        f"{policy.num_parameters():,} parameters on {policy.device}; "
+        f"{policy.num_parameters():,} parameters{lora} on {policy.device}; "
         f"{config.rollout.workers} worker(s), weights by {by}"
     )
 
 
 def check(config: RunConfig, task: Task) -> None:
-    """Raise ValueError, before anything is trained, where the configuration and the task's data do not fit."""
+    """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
     if config.sft.steps and not task.demonstrations:
         raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
     on_pairs = isinstance(config.algo, DpoConfig)
@@ -185,6 +240,14 @@ def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreT
     """Raise ValueError unless prompts and answers fit the model's context."""
     longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
     limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
+    told = task.environment
+    later = (told.turns - 1) * (new + told.longest_reply) if told is not None else 0
+    if later and longest + new + later > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {config.task.most_answers} answers (task.turns) of up to {new} "
+            f"tokens (rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one "
+            "of them, or take a model with a longer context (model.context)"
+        )
     if longest + new > limit:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "

@@ -33,16 +33,23 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled answer as a worker returns it.
+    """One sampled answer as a worker returns it, or a conversation: answers, and what an environment said in between.
 
     `ids` end with the EOS token if `finish_reason` is "stop"; `logprobs[t]` is the log-probability of `ids[t]` under
-    the sampling distribution (temperature applied), `versions[t]` the version of the weights that sampled it.
+    the sampling distribution (temperature applied), `versions[t]` the version of the weights that sampled it. Where
+    `sampled[t]` is false, the environment has said the token: its log-prob is 0 and its version the answer's before it.
     """
 
     ids: list[int]
     logprobs: list[float]
     versions: list[int]
     finish_reason: str
+    sampled: list[bool] | None = None  # None: the policy has sampled all of them
+
+    @property
+    def mask(self) -> list[bool]:
+        """For each token, whether the policy has sampled it."""
+        return [True] * len(self.ids) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,12 @@ class Rollouts:
 
     prompts: list[Prompt]  # P
     completions: list[Completion]  # B
-    texts: list[str]  # B, decoded without special tokens
+    texts: list[str]  # B, decoded without special tokens; of a conversation, the last answer
     seeds: list[int]  # P; no two samples of a run have one seed, unless they are the same sample
     samples_per_prompt: int
+    conversations: list[list[str]] = field(
+        default_factory=list
+    )  # B: answer, reply, ..., answer; empty: one answer each
 
     @property
     def prompts_B(self) -> list[Prompt]:
@@ -67,12 +77,32 @@ class Rollouts:
 
     def lags(self, version: int) -> list[int]:
         """How many versions each sampled token is behind the trainer's `version`."""
-        return [version - sampled for completion in self.completions for sampled in completion.versions]
+        return [
+            version - sampled
+            for completion in self.completions
+            for sampled, ours in zip(completion.versions, completion.mask, strict=True)
+            if ours
+        ]
 
     @property
     def tokens(self) -> int:
         """How many tokens were sampled."""
-        return sum(len(completion.ids) for completion in self.completions)
+        return sum(sum(completion.mask) for completion in self.completions)
+
+
+class Environment(Protocol):
+    """What answers the policy in a conversation of at most `turns` answers."""
+
+    @property
+    def turns(self) -> int: ...
+    @property
+    def longest_reply(self) -> int: ...  # tokens
+
+    def reply(self, prompt: Prompt, answers: Sequence[str]) -> str | None:
+        """What is said after these answers to the prompt, the same each time; None ends the conversation."""
+
+    def encode(self, reply: str) -> list[int]:
+        """The reply's tokens, which follow the EOS of the answer before it."""
 
 
 class Task(Protocol):
@@ -82,9 +112,10 @@ class Task(Protocol):
     held_out: Sequence[Prompt]
     demonstrations: Sequence[tuple[Prompt, str]]  # for SFT: a good answer, as text without EOS
     preferences: Sequence[Pair]  # human preferences shipped with the data
+    environment: Environment | None  # None: one answer a prompt
 
     def score(self, prompt: Prompt, answer: str) -> float | None:
-        """The task's own (gold) reward in [0, 1], or None where the data holds no reference to score against."""
+        """The task's own (gold) reward in [0, 1] of the (last) answer; None where the data holds no reference."""
 
 
 class Tokenizer(Protocol):

@@ -271,16 +271,17 @@ def test_an_alarm_ends_the_run_where_it_is_told_to(compose_run, tmp_path, indiff
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_against_a_weak_reward_model_reward_and_kl_rise_while_gold_falls_and_the_alarm_says_so(
-    compose_run, tmp_path, capfd
+    compose_run, tmp_path, capfd, seed
 ):
-    config = compose_run("experiment=overoptimisation", "seed=0", "transfer=local", "logger=[console,jsonl]")
+    config = compose_run("experiment=overoptimisation", f"seed={seed}", "transfer=local", "logger=[console,jsonl]")
     summary = run(config, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     golds = [row["eval/gold"] for row in rows if "eval/gold" in row]
     kls = [row["train/kl"] for row in rows if "train/kl" in row]
     assert summary["reward_end"] > summary["reward_start"] + 0.5, "in standard deviations of the reward model's scores"
     assert golds[-1] < max(golds) - 0.2, golds
-    assert kls[0] == pytest.approx(0, abs=1e-6) and sum(kls[-10:]) / 10 > 2 * sum(kls[10:20]) / 10 > 0.1, kls
+    assert kls[0] == pytest.approx(0, abs=1e-6) and sum(kls[-10:]) / 10 > 2 * sum(kls[:20]) / 20 > 0.1, kls
     assert 0 < summary["alarm/overoptimisation"] <= config.steps
     assert capfd.readouterr().out.count("eval/reward has risen") == 1

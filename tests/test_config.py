@@ -12,10 +12,17 @@ from rlhf.compose import CONF, SCHEMAS, misplaced
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
+    "task=reasoning_gym": "task.name=chain_sum",
     "model=hf": "model.path=a/checkpoint",
     "reward=function": "reward.function=package.module:name",
     "reward=http": "reward.url=http://127.0.0.1:8000/score",
     "reward=sum": "reward.parts={right: {kind: verifier}}",
+}
+
+WITH = {choice: (needed,) for choice, needed in NEEDS.items()} | {  # what it does not go with is the default
+    "task=guess": ("reward=verifier",),
+    "rollout=vllm": ("transfer.take=copy",),
+    "transfer=handles": ("rollout=vllm", "transfer.sender.url=[http://127.0.0.1:8000]"),
 }
 
 
@@ -41,7 +48,7 @@ EXPERIMENTS = [file.stem for file in files("experiment")]
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_choice_composes_into_its_schema(compose_run, group, name):
     choice = f"{group}={name}"
-    run = compose_run(choice, *([NEEDS[choice]] if choice in NEEDS else []))
+    run = compose_run(choice, *WITH.get(choice, ()))
     part = run
     for attribute in group.split("/"):
         part = getattr(part, attribute)
@@ -179,10 +186,28 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (["algo=dapo", "algo.ref_every=5"], r"need a reference: algo\.kl_coef must be greater than 0"),
         (["algo.ref_every=5", "algo.ref_decay=0.9"], r"algo\.ref_every \(5\) and algo\.ref_decay exclude each other"),
         (["optim.warmup_steps=-1"], r"optim\.warmup_steps must be at least 0"),
+        (["model.lora.rank=-1"], r"model\.lora\.rank must be at least 0 \(got -1\)"),
+        (["model.lora.alpha=0"], r"model\.lora\.alpha must be greater than 0 \(got 0\.0\)"),
+        (
+            ["model.lora.rank=4", "algo.ref_decay=0.9"],
+            r"algo\.ref_decay=null \(got 0 and 0\.9\), or model",
+        ),
         (["algo.kl_target=0"], r"algo\.kl_target must be greater than 0"),
         (["algo.correction_low=2"], r"correction_low must be at most 1, .* \(got 2\.0 and 2\.0\)"),
         (["algo.overlong_buffer=17"], r"algo\.overlong_buffer .* must be at most 16 \(got 17\)"),
         (["algo.clip_low=1.5"], r"algo\.clip_low must be between 0\.0 and 1\.0 \(got 1\.5\)"),
+        (["task=guess"], r"a reward model reads .* one answer, and .* up to 3 answers: choose reward=verifier"),
+        (
+            ["task=guess", "algo=dpo"],
+            r"dpo compares two answers to one prompt, and .* up to 3 answers: set task\.turns=1",
+        ),
+        (["task=guess", "task.min_range=9"], r"task\.max_range must be between 9 and 12 \(got 7\)"),
+        (
+            ["task=reasoning_gym", "task.name=x", "task.options={seed: 3}"],
+            r"task\.options must not have seed",
+        ),
+        (["task=reasoning_gym", "task.name=x", "task.options=3"], r"task\.options must be like \{max_terms: 3\}"),
+        (["algo=sapo", "algo.tau_negative=0"], r"algo\.tau_negative must be greater than 0"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named_with_what_is_allowed(compose_run, overrides, message):
@@ -199,7 +224,10 @@ def test_a_value_that_makes_no_sense_is_named_with_what_is_allowed(compose_run, 
             "belongs to the gloo or nccl transfer: transfer.bucket_mib needs transfer=gloo",
         ),
         (["experiment=smoke", "reward.steps=3"], "belongs to the model reward: reward.steps needs reward=model"),
-        (["task=arithmetic", "+task.letters=4"], "belongs to the sort or reverse task: task.letters needs task=sort"),
+        (
+            ["task=arithmetic", "+task.letters=4"],
+            "belongs to the sort or reverse or guess task: task.letters needs task=sort",
+        ),
     ],
 )
 def test_a_key_of_another_choice_is_told_apart_from_a_typo(overrides, hint):

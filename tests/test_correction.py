@@ -20,6 +20,8 @@ def test_weights_match_the_golden_numbers():
     assert torch.allclose(correction.truncated(TRAINER, WORKER, 1.0), W.clamp(max=1.0), atol=1e-6)
     assert torch.allclose(correction.icepop(TRAINER, WORKER, 0.5, 2.0), W * torch.tensor([1, 1, 0]), atol=1e-6)
     assert float(correction.geometric_mean(TRAINER, WORKER, ALL).exp()) == pytest.approx(0.530819, abs=1e-6)
+    total = float((TRAINER - WORKER).sum().exp())
+    assert total == pytest.approx(0.149570, abs=2e-6), "the row by its sum, which no decision is taken by"
 
 
 @given(st.integers(1, 200), st.floats(-0.5, 0.5), st.integers(1, 4))

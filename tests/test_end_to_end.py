@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf.ending import RunError
 from rlhf.report import PHASES
@@ -136,6 +137,30 @@ def test_the_numbers_do_not_depend_on_how_many_workers_there_are_or_how_they_tak
         assert row == pytest.approx(
             expected, rel=1e-4, abs=1e-6
         )  # two halves of a batch round otherwise than the whole
+
+
+@pytest.mark.parametrize(
+    ("way", "sender"),
+    [
+        ("transfer=ipc", "http"),
+        ("transfer=disk", "http"),
+        pytest.param("transfer=ipc", "ray", marks=pytest.mark.slow),
+        pytest.param("transfer=ipc transfer.staging=live", "http", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_travels_alone_and_gives_the_same_numbers_by_every_way(train, request, way, sender):
+    if sender == "ray":
+        request.getfixturevalue("ray_for_all")
+    lora = (*SMOKE, "model.lora.rank=4", "optim.lr=0.01", "transfer.verify_every=1")
+    reference = train(*lora, "transfer=local", "transfer.verify=off", name="local")
+    folder = train(*lora, *way.split(), f"transfer/sender={sender}")
+    assert numbers(folder) == numbers(reference) and samples(folder) == samples(reference)
+    losses = [row["train/loss"] for row in rows(folder) if "train/loss" in row]
+    assert len(set(losses)) == 3 and rows(folder)[-2]["train/kl"] > 0.01, "it learns"
+    adapter = sum(tensor.nbytes for tensor in load_file(folder / "adapter" / "adapter_model.safetensors").values())
+    base = sum(tensor.nbytes for tensor in load_file(folder / "base" / "model.safetensors").values())
+    moved = {row["transfer/bytes"] for row in rows(folder) if "transfer/bytes" in row}
+    assert moved == {0.0} if "live" in way else all(adapter <= each < base / 3 for each in moved)
 
 
 def test_another_seed_gives_other_numbers(train):

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from test_train_cli import WITHOUT_HEAVY
 
 from rlhf.compose import CONF, checked_evaluation, register
-from rlhf.evaluate import pass_at_k, right
-from rlhf.evaluation import evaluate_policy
+from rlhf.held_out import pass_at_k, right
 from rlhf.run import run
+from rlhf.saved_policy import evaluate_policy
 
 ROOT = Path(__file__).resolve().parent.parent
-TASK = ("task=sort", "task.letters=2", "task.max_length=4", "task.held_out=16")
+TASK = ("task=sort", "task.letters=3", "task.max_length=4", "task.held_out=16")
 
 
 def composed(*overrides: str):
@@ -123,13 +123,30 @@ def test_a_task_without_answers_is_refused(trained, tmp_path):
         evaluate_policy(config, tmp_path)
 
 
+def test_during_a_run_held_out_prompts_have_pass_at_k_and_the_first_sample_is_the_one_that_is_always_drawn(
+    compose_run, tmp_path
+):
+    def rows(name: str, *overrides: str) -> list[dict]:
+        config = compose_run("experiment=smoke", *TASK, "transfer=local", "logger=jsonl", "steps=2", *overrides)
+        run(config, tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "eval/gold" in row]
+
+    once, often = rows("once"), rows("often", "evaluate.samples=4", "evaluate.k=[4,1]")
+    assert all({"eval/pass_at_1"} == {name for name in row if "pass" in name} for row in once)
+    assert all(0 < row["eval/pass_at_1"] < row["eval/pass_at_4"] for row in often)
+    assert [row["eval/greedy_accuracy"] for row in often] == [row["eval/greedy_accuracy"] for row in once]
+    summary = json.loads((tmp_path / "often" / "summary.json").read_text())
+    assert summary["pass_at_4_end"] == often[-1]["eval/pass_at_4"]
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "screen"),
     [
-        ("--help", 0, "task             arithmetic jsonl reverse sort"),
+        ("--help", 0, "task             arithmetic guess jsonl reasoning_gym reverse sort"),
         ("--help task=nothing", 1, "Could not find 'task/nothing'"),
         ("--cfg job", 0, "samples: 16"),
         ("", 1, "model.path has no value: add model.path=..."),

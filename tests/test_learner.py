@@ -1,16 +1,18 @@
 """The learner: its log-probs against brute force, its gradients for any split, its refusal of what is not finite."""
 
 import copy
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rlhf.learner import Learner, collate, length_groups, response_logits
+from rlhf.algorithm import Aggregation
+from rlhf.learner import Batch, Learner, collate, response_logits
 from rlhf.losses import token_logprobs
+from rlhf.microbatches import length_groups
 from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.types import Completion, Prompt, Rollouts
 
@@ -51,6 +53,8 @@ def gradients(learner: Learner, rollouts: Rollouts, rewards: list[float | None])
     def keep(loss_is_finite: bool) -> dict[str, float]:
         models = [learner.policy] if learner.critic is None else [learner.policy, learner.critic]
         taken.extend(p.grad.flatten() for m in models for p in m.parameters() if p.grad is not None)
+        for model in models:
+            model.zero_grad(set_to_none=True)
         return {}
 
     learner._step_optimizers = keep  # type: ignore[method-assign]
@@ -85,31 +89,34 @@ CONF_ALGO = Path(__file__).parents[1] / "conf" / "algo"
 ALGOS = sorted(path.stem for path in CONF_ALGO.glob("*.yaml") if "/schema/algo/base@" in path.read_text())  # of RL
 
 
-@pytest.mark.parametrize("algo", ALGOS)
-def test_gradients_are_the_same_for_any_split_into_micro_batches(make_learner, algo):
+AGGREGATIONS = [f"algo=grpo algo.aggregation={aggregation.value}" for aggregation in Aggregation]
+
+
+def by_rows(size: int) -> Callable[..., list[list[int]]]:
+    """A split into parts of so many rows each, in an order that has nothing to do with theirs."""
+
+    def parts(batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+        shuffled = random.Random(size).sample(list(rows), len(rows))
+        return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+
+    return parts
+
+
+@pytest.mark.parametrize("algo", [*(f"algo={name}" for name in ALGOS), *AGGREGATIONS])
+def test_gradients_are_the_same_for_any_split_into_micro_batches_and_any_order(make_learner, algo):
     rollouts = sampled()
     rewards: list[float | None] = [float(b % 3) for b in range(len(rollouts.texts))]
     rewards[2] = None
-    whole = gradients(make_learner(f"algo={algo}"), rollouts, rewards)
-    for tokens in (1, 20, 50):
-        split = gradients(make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}"), rollouts, rewards)
-        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    learner = make_learner(*algo.split())
+    whole = gradients(learner, rollouts, rewards)
     assert whole.abs().max() > 1e-3
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=200))
-def test_length_groups_hold_every_row_of_two_tokens_or_more_once(lengths):
-    groups = length_groups(lengths)
-    held = [row for rows, _ in groups for row in rows]
-    assert len(held) == len(set(held)) and set(held) >= {row for row, length in enumerate(lengths) if length > 1}
-    assert all(width == max(lengths[row] for row in rows) for rows, width in groups)
-    assert len(groups) <= 2
-
-
-def test_short_rows_are_computed_apart_from_long_ones():
-    lengths = [2, 9, 2, 2, 3, 9] * 40
-    (short, width), (rest, longest) = length_groups(lengths)
-    assert (width, longest) == (3, 9) and len(short) % 32 == 0 and len(short) + len(rest) == 240
+    for tokens in (1, 20, 50):
+        learner.config.tokens_per_microbatch = tokens
+        split = gradients(learner, rollouts, rewards)
+        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    for size in (1, 5, 12):
+        learner._microbatches = by_rows(size)  # type: ignore[method-assign]
+        assert (gradients(learner, rollouts, rewards) - whole).abs().max() < 2e-6 * whole.abs().max(), size
 
 
 def test_rows_in_two_length_groups_have_the_log_probs_that_they_have_alone(make_learner):
@@ -124,15 +131,14 @@ def test_rows_in_two_length_groups_have_the_log_probs_that_they_have_alone(make_
             assert torch.allclose(alone[0, :length], together[row, :length], atol=1e-5)
 
 
-def test_micro_batches_hold_every_row_once_and_stay_within_their_tokens(make_learner):
+def test_a_micro_batch_has_at_most_the_configured_tokens_padding_and_prompts_included(make_learner):
     learner = make_learner("tokens_per_microbatch=30")
     batch = collate(sampled(), torch.device("cpu"))
-    parts = list(learner._microbatches(batch, range(12)))
-    assert [row for part in parts for row in part] == list(range(12))
-    assert len(parts) > 1
+    parts = learner._microbatches(batch, range(12))
+    assert sorted(row for part in parts for row in part) == list(range(12)) and len(parts) > 1
     for part in parts:
         rows = batch.rows(part)
-        assert sum(map(len, rows.prompts)) + rows.ids_BT.numel() <= 30 or len(part) == 1
+        assert len(rows.prompts) * max(map(len, rows.prompts)) + rows.ids_BT.numel() <= 30 or len(part) == 1
 
 
 def test_a_group_without_signal_gives_no_gradient_but_that_of_the_kl(make_learner):
@@ -210,11 +216,63 @@ def test_a_sample_without_a_reward_gives_no_gradient(make_learner):
     assert torch.allclose(gradients(make_learner(), changed, rewards), before, atol=1e-6)
 
 
-def test_several_updates_a_step_move_away_from_the_old_policy(make_learner):
+def test_several_updates_a_step_take_each_prompt_once_and_measure_against_the_policy_before_all_of_them(make_learner):
     learner = make_learner("updates_per_step=3", "optim.lr=0.01")
+    batch = learner.score(sampled())
+    before = batch.old_BT.clone()
+    taken, far = [], []
+    update = learner._update
+
+    def watched(batch: Batch, rows: list[int]) -> dict[str, float]:
+        taken.append(rows)
+        far.append(update(batch, rows))
+        return far[-1]
+
+    learner._update = watched  # type: ignore[method-assign]
+    means = learner.learn(batch, [float(b % 2) for b in range(12)])
+    assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert torch.equal(batch.old_BT, before)
+    assert far[0]["approx_kl"] < 1e-8 < 1e-4 < far[1]["approx_kl"] and far[2]["approx_kl"] > 1e-4
+    assert means["approx_kl"] == pytest.approx(sum(each["approx_kl"] for each in far) / 3) and learner.steps == 1
+
+
+def test_each_step_has_the_rate_of_its_schedule_for_policy_and_critic(make_learner):
+    schedule = ("optim.schedule=linear", "optim.warmup_steps=1", "steps=4", "optim.lr=0.01", "algo.critic_lr=0.1")
+    learner = make_learner("algo=ppo", "algo.critic_warmup_steps=0", *schedule)
+    before = copy.deepcopy(learner.weights())
     rewards: list[float | None] = [float(b % 2) for b in range(12)]
-    first = learner.learn(learner.score(sampled()), rewards)
-    assert first["clip_fraction"] >= 0 and learner.steps == 1
+    first = learner.learn(learner.score(sampled()), rewards)["lr"]
+    moved = max(float((before[name] - value).detach().abs().max()) for name, value in learner.weights().items())
+    assert moved == pytest.approx(first, rel=0.01), "AdamW's first step is as long as its rate"
+    rates = [first, *(learner.learn(learner.score(sampled()), rewards)["lr"] for _ in range(3))]
+    assert rates == pytest.approx([0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+    assert learner.critic_optimizer is not None
+    assert learner.critic_optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 3)
+
+
+def test_gradients_are_clipped_before_a_step_and_their_norm_is_told_as_it_was(make_learner):
+    told, stepped = {}, {}
+    for most in (1e9, 0.01):
+        learner = make_learner(f"optim.max_grad_norm={most}")
+
+        def step(most=most, learner=learner) -> None:
+            gradients = [p.grad.flatten() for p in learner.policy.parameters() if p.grad is not None]
+            stepped[most] = float(torch.cat(gradients).norm())
+
+        learner.optimizer.step = step  # type: ignore[method-assign]
+        told[most] = learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])["grad_norm"]
+    assert told[0.01] == told[1e9] == pytest.approx(stepped[1e9], rel=1e-5)
+    assert stepped[0.01] == pytest.approx(0.01, rel=1e-3) and told[0.01] > 0.1
+
+
+def test_the_kl_is_to_the_reference_that_follows_the_policy(make_learner):
+    def kls(*dials: str) -> list[float]:
+        learner = make_learner("optim.lr=0.01", *dials)
+        return [learner.learn(learner.score(sampled()), [float(b % 2) for b in range(12)])["kl"] for _ in range(3)]
+
+    fixed, copied, averaged = kls(), kls("algo.ref_every=2"), kls("algo.ref_decay=0.5")
+    assert copied[:2] == fixed[:2] and fixed[2] > 0.01 and copied[2] == pytest.approx(0, abs=1e-9)
+    assert averaged[0] == fixed[0] and 0 < averaged[1] < 0.9 * fixed[1] and 0 < averaged[2] < 0.9 * fixed[2]
 
 
 @pytest.mark.parametrize("updates", [1, 3])
@@ -290,3 +348,42 @@ def test_a_finite_critic_does_not_hide_a_policy_whose_gradients_are_not(make_lea
     learner.learn(learner.score(sampled()), rewards)
     with pytest.raises(RuntimeError, match="not finite in 3 updates in a row"):
         learner.learn(learner.score(sampled()), rewards)
+
+
+def conversations() -> Rollouts:
+    """Rows of which the environment has said some tokens, one of them none at all."""
+    rollouts = sampled()
+    completions = [
+        replace(c, sampled=[t % 3 != 1 or t + 1 == len(c.ids) for t in range(len(c.ids))]) if b % 4 else c
+        for b, c in enumerate(rollouts.completions)
+    ]
+    return replace(rollouts, completions=completions)
+
+
+def test_what_the_environment_said_is_context_and_teaches_nothing(make_learner):
+    rollouts, rewards = conversations(), [float(b % 3) for b in range(12)]
+    assert 20 < rollouts.tokens < sum(len(c.ids) for c in rollouts.completions)
+    dials = ("algo=rloo", "algo.kl_coef=0", "rollout.temperature=1")
+    ours = gradients(make_learner(*dials), rollouts, list(rewards))
+    policy = make_learner(*dials).policy
+    group = torch.tensor(rewards).view(3, 4)
+    advantages = ((group - group.mean(1, keepdim=True)) * 4 / 3).flatten()
+    loss = torch.zeros(())
+    for b, row in enumerate(rollouts.completions):
+        for t, token in enumerate(row.ids):
+            if row.mask[t]:
+                prefix = torch.tensor([[*rollouts.prompts_B[b].ids, *row.ids[:t]]])
+                loss = loss - advantages[b] * policy(input_ids=prefix).logits[0, -1].log_softmax(0)[token]
+    (loss / rollouts.tokens).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert torch.allclose(ours, expected, atol=2e-6) and expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_gradients_of_conversations_are_the_same_for_any_split_into_micro_batches(make_learner, algo):
+    rewards: list[float | None] = [float(b % 3) for b in range(12)]
+    whole = gradients(make_learner(f"algo={algo}"), conversations(), rewards)
+    for tokens in (1, 30):
+        split = gradients(make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}"), conversations(), rewards)
+        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
+    assert whole.abs().max() > 1e-3

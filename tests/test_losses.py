@@ -12,6 +12,8 @@ ADVANTAGES = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
 
 
 def test_the_clipped_surrogate_matches_the_golden_numbers():
+    ratio = losses.log_ratio(NEW, OLD).exp()
+    assert torch.allclose(ratio, torch.tensor([[1.491825, 1.491825, 0.548812, 3.319785]]), atol=1e-5)
     loss = losses.clipped_surrogate(losses.log_ratio(NEW, OLD), ADVANTAGES, 0.2, 0.28)
     assert torch.allclose(loss, torch.tensor([[-1.28, 1.491825, -0.548812, 3.319785]]), atol=1e-5)
 
@@ -33,6 +35,27 @@ def test_cispo_matches_the_golden_numbers_and_clipped_tokens_keep_a_gradient():
         ].tolist()[0][0]
         == 0.0
     ), "where PPO's clip has none"
+
+
+def test_sapo_matches_the_golden_numbers_and_begins_with_the_gradient_of_an_unclipped_ratio():
+    loss = losses.sapo(losses.log_ratio(NEW, OLD), ADVANTAGES, 1.0, 1.05)
+    assert torch.allclose(loss, torch.tensor([[-2.482145, 2.385941, -1.556313, 3.502914]]), atol=1e-5)
+    new = OLD.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.sapo(losses.log_ratio(new, OLD), ADVANTAGES, 1.0, 1.05).sum(), new)
+    assert torch.allclose(gradient, -ADVANTAGES, atol=1e-6)
+
+
+def test_sapos_gradient_fades_where_the_ratio_leaves_1_faster_for_bad_tokens():
+    delta = torch.tensor([[0.0, 1.0, 2.0]]).log1p().requires_grad_()
+    ratio = delta.exp()
+
+    def of_ratio(advantage):
+        (gradient,) = torch.autograd.grad(losses.sapo(delta, torch.full((1, 3), advantage), 1.0, 2.0).sum(), delta)
+        return (gradient / ratio).abs()[0].tolist()
+
+    good, bad = of_ratio(1.0), of_ratio(-1.0)
+    assert good[0] == pytest.approx(1.0) and good[0] > good[1] > good[2] > 0
+    assert all(fast < slow for fast, slow in zip(bad[1:], good[1:], strict=True))
 
 
 def test_the_ratio_of_a_row_is_the_geometric_mean_and_matches_the_golden_numbers():
@@ -104,11 +127,18 @@ def test_the_prompt_mean_weighs_prompts_alike_whatever_their_tokens():
 
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
-    [("token_mean", 1.2), ("seq_mean_token_mean", 1.5), ("seq_mean_token_sum_norm", 0.75), ("prompt_mean", 1.2)],
+    [
+        ("token_mean", 1.2),  # not 1.5, the mean of the rows' token means
+        ("seq_mean_token_mean", 1.5),
+        ("seq_mean_token_sum_norm", 0.75),
+        ("seq_mean_token_sum_norm, undivided", 3.0),
+        ("prompt_mean", 1.2),
+    ],
 )
 def test_aggregations_match_the_golden_numbers(aggregation, expected):
     loss = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
-    weights = losses.row_weights(aggregation, torch.tensor([4, 1]), 4, torch.tensor([0, 0]))
+    name, _, undivided = aggregation.partition(", ")
+    weights = losses.row_weights(name, torch.tensor([4, 1]), 1 if undivided else 4, torch.tensor([0, 0]))
     assert float((weights * loss.sum(1)).sum()) == pytest.approx(expected)
 
 

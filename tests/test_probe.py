@@ -28,7 +28,7 @@ def probed(compose_run, tmp_path):
         policy = make_policy(config.model, tokenizer, config.seed)
         task = make_task(raw, tokenizer)
         with make_transfer(config.transfer, tmp_path) as transfer:
-            sender = DirectSender(Worker(of(policy), transfer.endpoint), "worker 0")
+            sender = DirectSender(Worker.around(of(policy), transfer.endpoint), "worker 0")
             transfer.open(policy.state_dict(), [sender])
             transfer.push(policy.state_dict())
             sampler = RolloutClient([sender], tokenizer, config.rollout)

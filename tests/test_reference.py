@@ -29,22 +29,33 @@ def state(module):
 def test_by_default_the_reference_stays_bit_for_bit():
     policy, reference = pair()
     before = state(reference)
-    refresh(reference, policy, algo(), step=10)
+    refresh(reference, policy, algo(), step=10, averages={})
     assert all(torch.equal(before[name], tensor) for name, tensor in reference.state_dict().items())
 
 
 def test_every_so_many_steps_the_policy_becomes_its_own_reference():
     policy, reference = pair()
-    refresh(reference, policy, algo(ref_every=4), step=6)
+    refresh(reference, policy, algo(ref_every=4), step=6, averages={})
     assert not torch.equal(reference.weight, policy.weight)
-    refresh(reference, policy, algo(ref_every=4), step=8)
+    refresh(reference, policy, algo(ref_every=4), step=8, averages={})
     assert all(torch.equal(state(policy)[name], tensor) for name, tensor in reference.state_dict().items())
     assert reference.weight.data_ptr() != policy.weight.data_ptr()
 
 
 def test_a_moving_average_keeps_its_share_of_the_reference():
     policy, reference = pair()
-    refresh(reference, policy, algo(ref_decay=0.9), step=1)
+    refresh(reference, policy, algo(ref_decay=0.9), step=1, averages={})
     assert torch.allclose(reference.weight, torch.full((3,), 1.1))
     assert float(reference.running_mean[0]) == pytest.approx(0.2)
     assert reference.num_batches_tracked == 5, "what cannot be averaged is copied"
+
+
+def test_a_moving_average_in_bfloat16_gets_to_where_one_in_fp32_gets():
+    policy, reference = (model.bfloat16() for model in pair())
+    averages: dict[str, torch.Tensor] = {}
+    for step in range(1, 2001):
+        refresh(reference, policy, algo(ref_decay=0.999), step, averages)
+    assert float(reference.weight.detach()[0]) == pytest.approx(2 - 0.999**2000, abs=0.01), (
+        "rounded at each step it stays at 1"
+    )
+    assert torch.equal(reference.weight, averages["weight"].bfloat16())

@@ -191,6 +191,17 @@ def test_a_trained_reward_model_saved_and_loaded_again_rewards_exactly_alike(tmp
     assert (loaded.mean, loaded.std) == (reward.mean, reward.std) != (0.0, 1.0)
 
 
+def test_a_calibrated_reward_model_scores_its_samples_with_mean_0_and_standard_deviation_1_and_within_10():
+    reward = trained()
+    raw = torch.tensor(reward(PROMPTS, ANSWERS))
+    reward.calibrate(PROMPTS, ANSWERS)
+    scores = torch.tensor(reward(PROMPTS, ANSWERS))
+    assert abs(float(scores.mean())) < 1e-5 and float(scores.std()) == pytest.approx(1.0, abs=1e-4)
+    assert torch.equal(raw.argsort(stable=True), scores.argsort(stable=True)), "their order stays"
+    reward.std = 1e-6
+    assert {abs(score) for score in reward(PROMPTS, ANSWERS)} == {10.0}
+
+
 def test_centring_keeps_scores_around_zero_and_the_margins_right():
     sums = {}
     for centring in (0.0, 1.0):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from rlhf.config import HttpRewardConfig
 from rlhf.ending import RunError
 from rlhf.rewards import HttpReward
+from rlhf.run import run
 from rlhf.types import Prompt
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -189,6 +190,29 @@ def test_a_server_that_is_not_there_ends_the_run_with_its_address():
     url = f"http://127.0.0.1:{free_port()}/score"
     with pytest.raises(RunError, match=rf"reward\.url={url} refused the connection 2 time\(s\): look whether it runs"):
         ask(HttpReward(HttpRewardConfig(url=url, retries=1)), "a")
+
+
+def test_a_server_that_is_not_there_is_noticed_before_a_worker_is_started_or_anything_trained(
+    compose_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rlhf.run.sft", lambda *_: pytest.fail("SFT began"))
+    url = f"http://127.0.0.1:{free_port()}/score"
+    for reward in (
+        ["reward=http", f"reward.url={url}", "reward.retries=0"],
+        ["reward=sum", f"reward.parts={{mine: {{kind: http, url: '{url}', retries: 0}}}}"],
+    ):
+        key = "reward.parts.mine.url" if reward[0] == "reward=sum" else "reward.url"
+        config = compose_run("experiment=smoke", *reward)
+        with pytest.raises(RunError, match=rf"^{key}={url} refused the connection 1 time\(s\): look whether it runs"):
+            run(config, tmp_path / "run")
+        assert not list((tmp_path / "run").iterdir()), "no worker, no journal, no metrics"
+
+
+def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):
+    reward(server).check()
+    assert server.asked == [] and server.headers == []
+    with pytest.raises(RunError, match=r"reward\.url=.* cannot be reached: .*"):
+        HttpReward(HttpRewardConfig(url="http://nowhere.invalid/score")).check()
 
 
 # --- never asked again ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "ray", "transformers", "matplotlib", "fastapi", "numpy", "requests")
+HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "fastapi", "numpy", "requests")
 WITHOUT_HEAVY = f"""\
 import sys
 
@@ -42,13 +42,14 @@ def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
 @pytest.mark.parametrize(
     ("arguments", "code", "screen"),
     [
-        ("--help", 0, "transfer         disk gloo ipc local nccl"),
+        ("--help", 0, "transfer         disk gloo handles ipc local nccl"),
         ("--help algo=rloo", 0, "advantage: leave_one_out"),
         ("--help algo=nothing", 1, "Could not find 'algo/nothing'"),
         ("--help typo=1", 1, "Could not override 'typo'"),
         ("--cfg job", 0, "samples_per_prompt: 8"),
         ("experiment=compare_transfers --cfg job", 0, "evaluate_every: 3"),
         ("steps=3 stepz=4", 1, "Could not override 'stepz'"),
+        ("model.lora.rank=8 algo.ref_every=5", 1, "the reference of an adapter is the base below it, which stays"),
         ("prompts_per_step=0", 1, "prompts_per_step must be at least 1 (got 0)"),
         ("-m seed=0,1 typo=1", 1, "Could not override 'typo'"),
     ],

@@ -60,8 +60,13 @@ class Sender(Protocol):
 class Transfer(AbstractContextManager["Transfer"], Protocol):
     """A session that carries versions of one policy to a fixed set of workers."""
 
-    endpoint: Mapping[str, Any]  # what a worker must be told, privately, when it is launched; JSON
-    last: PushStats  # what the last push took
+    @property
+    def endpoint(self) -> Mapping[str, Any]:
+        """What a worker must be told, privately, when it is launched; JSON."""
+
+    @property
+    def last(self) -> PushStats:
+        """What the last push took."""
 
     def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
         """Agree with every worker on the manifest; ValueError with the first differences, before any byte moves."""
@@ -93,9 +98,10 @@ def make_transfer(
 
 def make_receiver(endpoint: Mapping[str, Any], module: torch.nn.Module, journal: Journal | None = None) -> Receiver:
     """The worker's half: takes updates into `module`, by the backend that `endpoint` names; `journal` notes them."""
-    from transfer.receiver import Receiver
+    from transfer.landing import Landing
+    from transfer.receiver import Receiver, make_intake
 
-    return Receiver(endpoint, module, journal or Journal())
+    return Receiver(make_intake(endpoint), Landing.of(module), journal or Journal())
 
 
 ONE_SHOT = {  # the one-shot API, vLLM's names; imported at the first use, which `--help` never makes

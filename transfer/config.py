@@ -173,6 +173,23 @@ class LocalConfig(TransferConfig):
             raise ValueError(f"transfer=local moves nothing: transfer.verify must be off (got {self.verify.value})")
 
 
+@dataclass(slots=True, kw_only=True)
+class HandlesConfig(TransferConfig):
+    """vLLM's own `ipc` backend in servers that run already: a handle of every tensor, made anew for each update."""
+
+    verify: Verify = Verify.off
+
+    def __post_init__(self) -> None:
+        TransferConfig.__post_init__(self)
+        if self.verify is not Verify.off:
+            raise ValueError(
+                f"transfer=handles is for servers that compare no digest: transfer.verify must be off "
+                f"(got {self.verify.value})"
+            )
+        if not isinstance(self.sender, HttpSenderConfig) or not self.sender.url:
+            raise ValueError("transfer=handles needs servers that run already: set transfer.sender.url=[http://...]")
+
+
 def positive(key: str, value: float) -> None:
     """Raise ValueError unless `value` > 0."""
     if not value > 0:

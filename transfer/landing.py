@@ -23,7 +23,8 @@ class Landing:
     """
 
     def __init__(self, manifest: Manifest, held: Staged) -> None:
-        self._manifest = manifest
+        self.manifest = self._manifest = manifest
+        self.parameters = {name for name, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
         self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in manifest.entries}
         self._all = [(name, tensor) for name, tensors in self._tensors.items() for tensor in tensors]
         self._taken: Staged = {}  # what `view` has put in the place of the module's
@@ -32,6 +33,12 @@ class Landing:
         self._copies: dict[int, tuple[Staged, OnePass]] = {}  # by the staged dict, which a slot has for good
         self._reads: dict[int, tuple[Staged, OnePass]] = {}
         self.device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Landing:
+        """The parameters and persistent buffers of a module, by the names of its state_dict."""
+        held = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+        return cls(Manifest.of(held), held)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -70,6 +77,10 @@ class Landing:
         """Of staged tensors, all of them in the manifest's order, of the kind of `like`."""
         found = self._reads.get(id(staged)) if like.startswith(SUMS) else None
         return digest_of(staged.values(), like) if found is None else found[1].digest()
+
+    def live_digest(self, like: str) -> str:
+        """Of the module's own tensors."""
+        return digest_of(self.tensors, like)
 
     @torch.no_grad()
     def copy(self, staged: Staged, unchecked: bool, with_digest: bool) -> str | None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,9 +62,23 @@ class Manifest:
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Manifest:
         """The plan for `weights`; floating-point tensors travel as `dtype` if given; ValueError if one cannot."""
+        return cls._grouped(weights, dtype, _identity)
+
+    @classmethod
+    def planned(cls, weights: Mapping[str, torch.Tensor]) -> Manifest:
+        """The plan for tensors on the meta device, which have no memory: two names of one tensor object are tied."""
+        return cls._grouped(weights, None, lambda name, tensor: id(tensor))
+
+    @classmethod
+    def _grouped(
+        cls,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None,
+        identity: Callable[[str, torch.Tensor], Any],
+    ) -> Manifest:
         groups: dict[Any, list[str]] = {}
         for name in sorted(weights):
-            groups.setdefault(_identity(name, weights[name]), []).append(name)
+            groups.setdefault(identity(name, weights[name]), []).append(name)
         return cls._laid_out(
             (first, _dtype_name(first, weights[first], dtype), tuple(weights[first].shape), tuple(aliases))
             for first, *aliases in groups.values()

@@ -35,7 +35,8 @@ class OnePass:
     """Copies `sources` to `targets`, tensor by tensor, or only reads them, on one GPU; both must stay where they are.
 
     `padded`: both sides lie in slots, whose gaps between tensors are zero and may be copied, too. `owner`: the sources
-    are memory of this GPU, opened here, whatever device torch takes them for.
+    are memory of this GPU, opened here, whatever device torch takes them for. `offsets`: where each pair stands in the
+    digest, if not one after the other.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class OnePass:
         device: torch.device,
         padded: bool = False,
         owner: torch.device | None = None,
+        offsets: Sequence[int] | None = None,
     ) -> None:
         self._device = device = _indexed(device)
         self._places = [list(map(place, sources)) for place in PLACES]
@@ -60,7 +62,7 @@ class OnePass:
             raise ValueError(f"only contiguous tensors on {device} can be read where they lie")
         ranges = [
             range_of(s, t if targets is not None else None, offset) if fits else range_of(t, None, offset)
-            for (s, t), fits, offset in zip(pairs, direct, offsets_of(written), strict=True)
+            for (s, t), fits, offset in zip(pairs, direct, offsets or offsets_of(written), strict=True)
         ]
         self.ranges = merged(ranges, ALIGNMENT if padded else 1)
         others = owner not in (None, device)

@@ -19,8 +19,9 @@ import torch
 
 from transfer.digest import digest_of
 from transfer.journal import Journal
+from transfer.landing import Landing
 from transfer.manifest import Manifest
-from transfer.receiver import Receiver
+from transfer.receiver import Receiver, make_intake
 from transfer.serve import serve_parent
 
 
@@ -51,7 +52,8 @@ class PlainWorker(Receiver):
         for entry in self._entries:
             tensor = torch.zeros(entry.shape, dtype=entry.torch_dtype, device=spec.device)
             self.weights |= dict.fromkeys(entry.names, tensor)
-        super().__init__(spec.endpoint, Bag(self.weights), Journal(Path(spec.journal) if spec.journal else None))
+        journal = Journal(Path(spec.journal) if spec.journal else None)
+        super().__init__(make_intake(spec.endpoint), Landing.of(Bag(self.weights)), journal)
 
     def health(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """That the process answers."""

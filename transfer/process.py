@@ -52,6 +52,11 @@ class WorkerProcess:
                 self._process.kill()
 
     @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         """The process's number; only within the context."""
         assert self._process is not None

@@ -34,10 +34,10 @@ import torch
 
 from transfer import protocol, wire
 from transfer.config import InFlight, Verify
-from transfer.digest import SUMS, digest_of
+from transfer.digest import SUMS
 from transfer.gate import Gate
 from transfer.journal import Journal
-from transfer.landing import Landing
+from transfer.landing import Staged
 from transfer.manifest import Manifest
 from transfer.oneshot import Chunks
 
@@ -54,11 +54,14 @@ class Intake(Protocol):
     in_place: bool  # copy staged tensors into the module's own memory, rather than put them in its place
     settled: bool  # staged bytes stay as they are until `finish`; else only what was copied can be verified
     unchecked: bool  # nobody has looked yet for values that are not finite
-    slots: Sequence[dict[str, torch.Tensor]]  # memory from which updates come again and again, as `stage` returns it
-    owner: torch.device  # whose memory that is
+    owner: torch.device  # whose memory `slots` are
+
+    @property
+    def slots(self) -> Sequence[Staged]:
+        """Memory from which updates come again and again, as `stage` returns it."""
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None: ...
-    def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]: ...
+    def stage(self, version: int, where: Mapping[str, Any]) -> Staged: ...
     def close(self) -> None: ...
 
 
@@ -84,6 +87,25 @@ def make_intake(endpoint: Mapping[str, Any]) -> Intake:
     raise ValueError(f"the endpoint's backend must be ipc, gloo, nccl, disk or local (got {endpoint.get('backend')!r})")
 
 
+class Place(Protocol):
+    """Where weights land: a module in this process, or one that is reached by other means."""
+
+    manifest: Manifest  # of the weights that it holds
+    parameters: set[str]  # the names of those that every one-shot update must bring
+    device: torch.device
+
+    @property
+    def plan(self) -> str: ...
+    def wants_block(self, slots: Sequence[Staged]) -> bool: ...
+    def prepare(self, slots: Sequence[Staged], owner: torch.device, copied: bool, empty: bool) -> None: ...
+    def digest(self, staged: Staged, like: str) -> str: ...
+    def live_digest(self, like: str) -> str: ...
+    def copy(self, staged: Staged, unchecked: bool, with_digest: bool) -> str | None: ...
+    def view(self, staged: Staged) -> None: ...
+    def forget(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Turns:
     """Asked before each token of a completion; `versions` are those that it was told, each once."""
 
@@ -100,16 +122,15 @@ class Turns:
 
 
 class Receiver:
-    """Takes updates into `module`: its parameters and persistent buffers, by the names of its state_dict."""
+    """Takes updates from `intake` to where weights land, a module's tensors for one (landing.py)."""
 
-    def __init__(self, endpoint: Mapping[str, Any], module: torch.nn.Module, journal: Journal) -> None:
-        held = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
-        self._manifest = Manifest.of(held)
-        self._landing = Landing(self._manifest, held)
-        self._device = self._landing.device
-        self._intake = make_intake(endpoint)
-        self._chunks = Chunks(self._manifest, self._device, {n for n, t in held.items() if _is_parameter(t)})
-        self._staged: dict[str, torch.Tensor] = {}
+    def __init__(self, intake: Intake, landing: Place, journal: Journal) -> None:
+        self._landing = landing
+        self._manifest = landing.manifest
+        self._device = landing.device
+        self._intake = intake
+        self._chunks = Chunks(self._manifest, self._device, landing.parameters)
+        self._staged: Staged = {}
         self._state = protocol.State()
         self._boot = secrets.token_hex(4)
         self._timeout_s = TIMEOUT_S
@@ -160,6 +181,15 @@ class Receiver:
         if version is None:
             raise wire.Refused(503, f"no weights to serve: this worker is {self._state.phase.value}")
         return version
+
+    def lose_weights(self) -> None:
+        """The weights are gone, and only an update brings any back: serve nothing until then."""
+        with self._alone(), self._gate.exclusive(self._timeout_s):
+            if self._state.version is not None:
+                message = protocol.Withdraw(self._state.epoch, self._state.version)
+                self._state, _ = self._step(message)
+                self._journal.write("withdraw", epoch=message.epoch, version=message.version, result="lost")
+            self._forget()
 
     def close(self) -> None:
         """Serve nothing any more and give up what the backend holds."""
@@ -325,7 +355,7 @@ class Receiver:
             self._finish(protocol.Finish(epoch, version))
         return self._standing()
 
-    def _update(self, message: protocol.Update, stage: Callable[[], dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def _update(self, message: protocol.Update, stage: Callable[[], Staged]) -> dict[str, Any]:
         state, decision = self._step(message)
         if isinstance(decision, protocol.Do):
             with self._or_failed(f"staging version {message.version}"):
@@ -363,7 +393,7 @@ class Receiver:
     def _live_digest(self, like: str) -> str:
         """Of the module's tensors; unless all is to be looked at, of the slot that has just become them."""
         if self._intake.in_place or self._verify is Verify.full:
-            return digest_of(self._landing.tensors, like)
+            return self._landing.live_digest(like)
         return self._landing.digest(self._staged, like)
 
     def _compare(self, state: protocol.State, digest: Callable[[str], str], which: str) -> None:
@@ -485,10 +515,6 @@ def _is_epoch(value: Any) -> bool:
 
 def _is_version(value: Any) -> bool:
     return isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18
-
-
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
     DiskConfig,
+    HandlesConfig,
     InFlight,
     IpcConfig,
     LocalConfig,
@@ -122,11 +123,11 @@ def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
             from transfer.disk import DiskPublisher
 
             return DiskPublisher(config, folder)
-        case LocalConfig():
+        case LocalConfig() | HandlesConfig():
             from transfer.local import LocalPublisher
 
             return LocalPublisher()
-    raise ValueError(f"transfer must be one of ipc, gloo, nccl, disk, local (got {type(config).__name__})")
+    raise ValueError(f"transfer must be one of ipc, gloo, nccl, disk, handles, local (got {type(config).__name__})")
 
 
 class Session:

@@ -6,7 +6,7 @@ message says what was given, what is allowed and which key to change. compose.py
 """
 
 from rlhf.config.logger import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
-from rlhf.config.model import Device, HfModelConfig, ModelConfig, Precision, TinyModelConfig
+from rlhf.config.model import Device, HfModelConfig, LoraConfig, ModelConfig, Precision, TinyModelConfig
 from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     REWARD_PARTS,
@@ -18,11 +18,13 @@ from rlhf.config.reward import (
     SumRewardConfig,
     VerifierRewardConfig,
 )
-from rlhf.config.rollout import HfRolloutConfig, RolloutConfig
+from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfig
 from rlhf.config.run import EvaluateConfig, EvaluationConfig, RunConfig, SftConfig, check_transfer
 from rlhf.config.task import (
     ArithmeticTaskConfig,
+    GuessTaskConfig,
     JsonlTaskConfig,
+    ReasoningGymTaskConfig,
     ReverseTaskConfig,
     SequenceTaskConfig,
     SortTaskConfig,
@@ -38,16 +40,19 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "FunctionRewardConfig",
+    "GuessTaskConfig",
     "HfModelConfig",
     "HfRolloutConfig",
     "HttpRewardConfig",
     "JsonlLoggerConfig",
     "JsonlTaskConfig",
     "LoggerConfig",
+    "LoraConfig",
     "ModelConfig",
     "ModelRewardConfig",
     "OptimConfig",
     "Precision",
+    "ReasoningGymTaskConfig",
     "ReverseTaskConfig",
     "RewardConfig",
     "RewardPart",
@@ -62,5 +67,6 @@ __all__ = [
     "TensorboardLoggerConfig",
     "TinyModelConfig",
     "VerifierRewardConfig",
+    "VllmRolloutConfig",
     "check_transfer",
 ]

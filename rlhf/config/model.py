@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf.rules import at_least, one_of
+from transfer.config import positive
 
 
 class Precision(enum.Enum):
@@ -24,12 +25,27 @@ class Device(enum.Enum):
 
 
 @dataclass(slots=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter (arXiv:2106.09685) that RL and DPO train in the policy's place; it has no dropout."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float = 16.0  # what the adapter adds is scaled by alpha / rank
+    target: list[str] = field(default_factory=list)  # linear layers, like q_proj; none: all but the output layer
+
+    def __post_init__(self) -> None:
+        at_least("model.lora.rank", self.rank, 0)
+        positive("model.lora.alpha", self.alpha)
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """The policy."""
 
-    dtype: Precision = Precision.float32  # trained in place: bfloat16 rounds steps away below a rate of about 1e-4
+    dtype: Precision = Precision.float32  # of weights and arithmetic; optim.master_weights has what is stepped
     device: Device = Device.auto
     attention: str = "sdpa"  # transformers' attn_implementation
+    gradient_checkpointing: bool = False  # compute each layer twice, and keep less between: memory for time
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))

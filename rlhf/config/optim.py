@@ -25,6 +25,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     schedule: Schedule = Schedule.constant  # of RL; the other stages have their own
     warmup_steps: int = 0  # in which the rate grows to lr
+    master_weights: bool = True  # step fp32 copies of weights that are not: bfloat16 rounds small steps away
 
     def __post_init__(self) -> None:
         at_least("optim.warmup_steps", self.warmup_steps, 0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.config.model import Precision
-from rlhf.rules import at_least
+from rlhf.rules import at_least, in_range
 from transfer.config import InFlight, positive
 
 
@@ -37,3 +38,41 @@ class RolloutConfig:
 @dataclass(slots=True, kw_only=True)
 class HfRolloutConfig(RolloutConfig):
     """Engine `hf`: transformers models with a key/value cache, one prefill a prompt."""
+
+
+OWN_ARGS = (
+    "model",
+    "tokenizer",
+    "load_format",
+    "dtype",
+    "skip_tokenizer_init",
+    "worker_extension_cls",
+    "logprobs_mode",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class VllmRolloutConfig(RolloutConfig):
+    """Engine `vllm`: each worker is a process (or a Ray actor) that holds a `vllm.LLM`; needs vLLM 0.24 or later.
+
+    Weights are copied into vLLM's own memory: transfer.take=copy.
+    """
+
+    engine_args: Any = None  # of vllm.LLM, as {gpu_memory_utilization: 0.4, enforce_eager: true}; null: its defaults;
+    # what decides about weights and samples is set here: model, dtype, logprobs, the loading of weights
+    serve: bool = False  # start `vllm serve` and drive its own routes, in place of a worker process around vllm.LLM
+    sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
+    keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
+
+    def __post_init__(self) -> None:
+        RolloutConfig.__post_init__(self)
+        self.engine_args = {} if self.engine_args is None else self.engine_args
+        if not isinstance(self.engine_args, dict) or not all(isinstance(key, str) for key in self.engine_args):
+            raise ValueError(
+                f"rollout.engine_args must be like {{gpu_memory_utilization: 0.4}} (got {self.engine_args!r})"
+            )
+        if taken := [key for key in OWN_ARGS if key in self.engine_args]:
+            raise ValueError(
+                f"rollout.engine_args.{taken[0]} is set by the harness: leave it out (the dtype is rollout.dtype)"
+            )
+        in_range("rollout.sleep_level", self.sleep_level, 0, 2)

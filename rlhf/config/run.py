@@ -9,19 +9,21 @@ from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
-from rlhf.config.reward import RewardConfig
-from rlhf.config.rollout import RolloutConfig
+from rlhf.config.reward import ModelRewardConfig, RewardConfig
+from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
 from rlhf.config.task import TaskConfig
 from rlhf.rules import at_least
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
+    HandlesConfig,
     HttpSenderConfig,
     InFlight,
     IpcConfig,
     Library,
     LocalConfig,
     Staging,
+    Take,
     TransferConfig,
     positive,
 )
@@ -42,6 +44,21 @@ class SftConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """What is sampled of each held-out prompt, and what is told of it."""
+
+    samples: int = 1  # answers sampled a prompt, beside the greedy one
+    k: list[int] = field(default_factory=lambda: [1])  # pass@k: one of k answers is right (arXiv:2107.03374)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.samples", self.samples, 1)
+        for k in self.k:
+            at_least("evaluate.k", k, 1)
+            if k > self.samples:
+                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+
+
+@dataclass(slots=True, kw_only=True)
 class RunConfig:
     """One run, in the order of its data flow."""
 
@@ -54,6 +71,7 @@ class RunConfig:
     transfer: TransferConfig
     logger: dict[str, LoggerConfig] = field(default_factory=dict)
     sft: SftConfig = field(default_factory=SftConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     seed: int = 0
     steps: int = 60
@@ -79,13 +97,33 @@ class RunConfig:
                     f"{self.algo.name} takes one optimiser step on a step's pairs: updates_per_step must be 1 "
                     f"(got {self.updates_per_step})"
                 )
+        if self.task.most_answers > 1:
+            self._check_conversation()
         check_transfer(self)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the policy may sample of one row, at most."""
+        return self.rollout.max_new_tokens * self.task.most_answers
 
     @property
     def rl(self) -> AlgoConfig:
         """The algorithm, in a run that trains by RL."""
         assert isinstance(self.algo, AlgoConfig)
         return self.algo
+
+    def _check_conversation(self) -> None:
+        if isinstance(self.algo, DpoConfig):
+            raise ValueError(
+                f"{self.algo.name} compares two answers to one prompt, and this task is a conversation of up to "
+                f"{self.task.most_answers} answers: set task.turns=1, or choose another algo"
+            )
+        for part in self.reward.weighted().values():
+            if isinstance(part.reward, ModelRewardConfig):
+                raise ValueError(
+                    "a reward model reads a prompt and one answer, and this task is a conversation of up to "
+                    f"{self.task.most_answers} answers: choose reward=verifier, or set task.turns=1"
+                )
 
     def _check_algorithm(self, algo: AlgoConfig) -> None:
         if algo.group_based and self.samples_per_prompt < 2:
@@ -98,10 +136,15 @@ class RunConfig:
                 f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
                 f"(got {algo.critic_warmup_steps} and {self.steps})"
             )
-        if algo.overlong_buffer > self.rollout.max_new_tokens:
+        if algo.overlong_buffer > self.row_tokens:
             raise ValueError(
                 f"algo.overlong_buffer is a part of rollout.max_new_tokens: it must be at most "
-                f"{self.rollout.max_new_tokens} (got {algo.overlong_buffer})"
+                f"{self.row_tokens} (got {algo.overlong_buffer})"
+            )
+        if self.model.lora.rank and (algo.ref_every or algo.ref_decay is not None):
+            raise ValueError(
+                "the reference of an adapter is the base below it, which stays: set algo.ref_every=0 and "
+                f"algo.ref_decay=null (got {algo.ref_every} and {algo.ref_decay}), or model.lora.rank=0"
             )
         if self.updates_per_step > self.prompts_per_step:
             raise ValueError(
@@ -130,32 +173,39 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
             "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
             f"(got {run.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
         )
+    if isinstance(run.rollout, VllmRolloutConfig):
+        _check_vllm(run)
+    elif isinstance(run.transfer, HandlesConfig):
+        raise ValueError("transfer=handles speaks to vLLM servers: set rollout=vllm")
     nccl = isinstance(run.transfer, CollectiveConfig) and run.transfer.library is Library.nccl
     if nccl and run.model.device is Device.cpu:
         raise ValueError(
             "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
         )
     sender = run.transfer.sender
-    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig):
+    ours = not isinstance(run.rollout, VllmRolloutConfig)  # vLLM's servers are told where the memory is
+    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig) and ours:
         raise ValueError(
             "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
             "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
         )
 
 
-@dataclass(slots=True, kw_only=True)
-class EvaluateConfig:
-    """What is sampled of each held-out prompt, and what is told of it."""
-
-    samples: int = 16  # answers sampled a prompt
-    k: list[int] = field(default_factory=lambda: [1, 4, 8])  # pass@k: one of k answers is right (arXiv:2107.03374)
-
-    def __post_init__(self) -> None:
-        at_least("evaluate.samples", self.samples, 1)
-        for k in self.k:
-            at_least("evaluate.k", k, 1)
-            if k > self.samples:
-                raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
+    """Raise ValueError where vLLM cannot take the weights, or sample as asked."""
+    if isinstance(run.transfer, LocalConfig):
+        raise ValueError("rollout=vllm holds weights of its own: transfer must be ipc, disk or handles (got local)")
+    if isinstance(run.transfer, CollectiveConfig):
+        raise ValueError(
+            f"rollout=vllm takes weights from memory or files: transfer must be ipc or disk "
+            f"(got {run.transfer.library.value})"
+        )
+    if run.rollout.serve and not isinstance(run.transfer.sender, HttpSenderConfig):  # type: ignore[attr-defined]
+        raise ValueError("rollout.serve=true starts servers that speak HTTP: set transfer/sender=http")
+    if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
+        raise ValueError(
+            "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,4 +223,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         at_least("seed", self.seed, 0)
         at_least("threads", self.threads, 1)
+        if self.model.lora.rank:
+            raise ValueError(
+                f"model.lora.rank must be 0: a run's policy/ has its adapter merged (got {self.model.lora.rank})"
+            )
         check_transfer(self)

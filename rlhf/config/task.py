@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.rules import at_least, in_range
 
@@ -15,6 +16,11 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         at_least("task.held_out", self.held_out, 1)
+
+    @property
+    def most_answers(self) -> int:
+        """Answers of one row, at most."""
+        return 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +66,48 @@ class ArithmeticTaskConfig(TaskConfig):
         at_least("task.prompts", self.prompts, 1)
         if not self.operators or set(self.operators) - set("+-*"):
             raise ValueError(f"task.operators must be made of '+', '-' and '*' (got {self.operators!r})")
+
+
+@dataclass(slots=True, kw_only=True)
+class GuessTaskConfig(TaskConfig):
+    """`bh?` -> `e`, told `<` -> `c`, told `>` -> `d`: a conversation, whose last answer is scored."""
+
+    held_out: int = 64  # ranges with a secret are few
+    letters: int = 12  # size of the alphabet, from "a"
+    min_range: int = 3  # letters among which the secret is
+    max_range: int = 7
+    turns: int = 3  # guesses, at most
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        in_range("task.letters", self.letters, 2, 26)
+        in_range("task.min_range", self.min_range, 2, self.letters)
+        in_range("task.max_range", self.max_range, self.min_range, self.letters)
+        at_least("task.turns", self.turns, 1)
+
+    @property
+    def most_answers(self) -> int:
+        """Answers of one row, at most."""
+        return self.turns
+
+
+@dataclass(slots=True, kw_only=True)
+class ReasoningGymTaskConfig(TaskConfig):
+    """A data set of the package reasoning-gym: `task.name=chain_sum task.options={max_terms: 3}`."""
+
+    name: str
+    options: Any = None  # the data set's own; a typed dict takes no new name from Hydra
+    prompts: int = 2048  # training prompts, at most
+    chat: bool = False  # the question is a user's message, for chat models; else a text and a newline
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        at_least("task.prompts", self.prompts, 1)
+        self.options = {} if self.options is None else self.options
+        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
+            raise ValueError(f"task.options must be like {{max_terms: 3}} (got {self.options!r})")
+        if taken := {"seed", "size"} & set(self.options):
+            raise ValueError(f"task.options must not have {', '.join(sorted(taken))}: set seed and task.prompts")
 
 
 @dataclass(slots=True, kw_only=True)

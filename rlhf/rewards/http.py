@@ -6,12 +6,15 @@ import email.utils
 import json
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
+from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from rlhf.config import HttpRewardConfig
@@ -42,6 +45,25 @@ class HttpReward:
         for start in range(0, len(answers), size):
             rewards += self._batch(prompts[start : start + size], answers[start : start + size])
         return rewards
+
+    def check(self) -> None:
+        """RunError if nothing listens where the requests will go; waits for it as they do, and sends nothing."""
+        parts = urlsplit(self.config.url)
+        if select_proxy(self.config.url, get_environ_proxies(self.config.url)):
+            return  # what listens there is the proxy
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        wait_s = FIRST_WAIT_S
+        for left in range(self.config.retries, -1, -1):
+            try:
+                socket.create_connection(address, self.config.timeout_s).close()
+                return
+            except ConnectionRefusedError:
+                if left:
+                    time.sleep(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            except OSError as error:
+                raise self._broken(f"cannot be reached: {error}") from None
+        raise self._absent("refused the connection")
 
     def _batch(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         asked = {
@@ -79,10 +101,7 @@ class HttpReward:
                 what, pause_s = f"answered {response.status_code}", self._retry_after(response)
             if left:
                 time.sleep(pause_s)
-        raise self._broken(
-            f"{what} {1 + self.config.retries} time(s): look whether it runs, or raise reward.retries "
-            f"({self.config.retries})"
-        )
+        raise self._absent(what)
 
     def _within_deadline(self, body: bytes) -> requests.Response | None:
         """One attempt, None if the connection is refused; `timeout_s` bounds all of it, requests' own only silence."""
@@ -140,6 +159,12 @@ class HttpReward:
         return self._broken(
             f"did not answer within reward.timeout_s={self.config.timeout_s:g} seconds: raise it, or lower "
             f"reward.batch_size ({self.config.batch_size})"
+        )
+
+    def _absent(self, what: str) -> RunError:
+        return self._broken(
+            f"{what} {1 + self.config.retries} time(s): look whether it runs, or raise reward.retries "
+            f"({self.config.retries})"
         )
 
     def _broken(self, what: str) -> RunError:

@@ -24,7 +24,7 @@ from rlhf.types import Reward, Task
 
 
 def check_reward(config: RewardConfig, task: Task) -> None:
-    """Raise ValueError where a reward and the task's data do not fit."""
+    """Raise ValueError where a reward and the task's data do not fit, RunError where a reward's server is not there."""
     has_gold = any(task.score(prompt, "") is not None for prompt in task.train)
     for name, part in config.weighted().items():
         with named_as_part(name):
@@ -42,6 +42,8 @@ def _check(config: RewardConfig, task: Task, has_gold: bool) -> None:
             )
         case FunctionRewardConfig(function=function):
             FunctionReward(function).check(task.train)
+        case HttpRewardConfig():
+            HttpReward(config).check()
 
 
 def given_rewards(config: RewardConfig, task: Task, model: ModelConfig) -> dict[str, Reward | None]:

@@ -43,6 +43,17 @@ class RolloutClient:
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
         seeds = [seed_of(seed, index) for index in range(len(prompts))]
+        completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature)
+        return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
+
+    def texts(self, completions: Sequence[Completion]) -> list[str]:
+        """Each completion without its special tokens."""
+        return self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], n: int, temperature: float
+    ) -> list[Completion]:
+        """n answers to each of these prompts, which are token ids with a seed of their own."""
         settings = {
             "n": n,
             "max_tokens": self._config.max_new_tokens,
@@ -52,7 +63,7 @@ class RolloutClient:
             "return_token_ids": True,
         }
         jobs = [
-            (sender, {"prompt": [list(prompt.ids) for prompt in prompts[block]], "seeds": seeds[block], **settings})
+            (sender, {"prompt": [list(ids) for ids in prompts[block]], "seeds": list(seeds[block]), **settings})
             for sender, block in zip(self._senders, blocks(len(prompts), len(self._senders)), strict=True)
             if block.start < block.stop
         ]
@@ -62,9 +73,7 @@ class RolloutClient:
             answers = [self._answer(pool, *job, future) for job, future in zip(jobs, asked, strict=True)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure or Ctrl-C, do not wait for slow workers
-        completions = [completion for answer in answers for completion in answer]
-        texts = self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-        return Rollouts(list(prompts), completions, texts, seeds, n)
+        return [completion for answer in answers for completion in answer]
 
     def _answer(
         self, pool: ThreadPoolExecutor, sender: Sender, body: Body, future: Future[list[Completion]]

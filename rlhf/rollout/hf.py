@@ -25,13 +25,19 @@ EXACT_VOCABULARY = 32768  # up to here the distribution is summed in float64; be
 class HfEngine:
     """Samples from `model`, which stays the caller's: its weights may change between two calls."""
 
+    sleep_levels = (1,)  # between completions it holds nothing but the weights
+
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def release(self) -> None:
+    def sleep(self, level: int) -> None:
         """Give cached GPU memory back to the device."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def wake_up(self, tags: Sequence[str]) -> bool:
+        """True: all is there at once."""
+        return True
 
     @torch.inference_mode()
     def generate(

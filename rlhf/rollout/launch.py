@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig
+from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
 from rlhf.ending import RunError, keeping_sigterm
-from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
-from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
+from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
+from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
 from transfer.process import WorkerProcess, python_path
 from transfer.wire import TOKEN_VARIABLE
 
@@ -37,8 +38,17 @@ RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its o
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
 
 
-def worker_spec(policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any]) -> WorkerSpec:
-    """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`."""
+def worker_spec(
+    policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any], base: str | None = None
+) -> WorkerSpec:
+    """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`.
+
+    `base`: from where it loads the weights below the policy's adapter.
+    """
+    import torch
+
+    from rlhf.adapter import spec_of
+
     parameter = next(policy.parameters())
     dtype = config.rollout.dtype or config.model.dtype
     return WorkerSpec(
@@ -47,9 +57,24 @@ def worker_spec(policy: Any, config: RunConfig | EvaluationConfig, endpoint: Map
         dtype=dtype.name,
         device=parameter.device.type,
         attention=config.model.attention,
+        **_engine(config.rollout),
         threads=config.threads,
         token=secrets.token_urlsafe(32),
+        adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
     )
+
+
+def _engine(config: RolloutConfig) -> dict[str, Any]:
+    """Which engine samples, and how it is made."""
+    if not isinstance(config, VllmRolloutConfig):
+        return {}
+    settings = {"enable_sleep_mode": True} if config.sleep_level else {}
+    if config.in_flight is InFlight.keep:
+        settings["async_scheduling"] = False  # so that a step's tokens are those of the step before new weights
+    return {
+        "engine": "vllm",
+        "engine_args": {**settings, **config.engine_args, "keep_prefix_cache": config.keep_prefix_cache},
+    }
 
 
 class Workers:
@@ -82,8 +107,12 @@ class Workers:
             case LocalConfig(), _:
                 (told,) = specs(self._spec, 1, self._folder)
                 return in_process(self._policy, told)
+            case _, HttpSenderConfig(url=[]) as sender if isinstance(rollout, VllmRolloutConfig) and rollout.serve:
+                return served(self._policy, self._spec, rollout, sender, self._folder)
             case _, HttpSenderConfig(url=[]) as sender:
                 return processes(self._spec, rollout, sender, self._folder)
+            case _, HttpSenderConfig() as sender if isinstance(rollout, VllmRolloutConfig):
+                return vllm_servers(self._policy, self._spec, rollout, sender, self._folder)
             case _, HttpSenderConfig() as sender:
                 return running(rollout.workers, sender)
             case _, RaySenderConfig() as sender:
@@ -96,7 +125,7 @@ def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
     """One worker around the learner's own module."""
     from transfer.senders.direct import DirectSender
 
-    worker = Worker(policy, spec.endpoint, spec.journal)
+    worker = Worker.around(policy, spec.endpoint, spec.journal)
     yield lambda: [DirectSender(worker, "worker 0 (local)")]
 
 
@@ -105,14 +134,59 @@ def running(count: int, config: HttpSenderConfig) -> Iterator[Connect]:
     """Workers that somebody else started and will end; their token is in the environment."""
     from transfer.senders.http import HttpSender
 
-    if count not in (1, len(config.url)):
-        raise ValueError(
-            f"transfer.sender.url names {len(config.url)} workers: rollout.workers must be as many, or 1 (got {count})"
-        )
+    _check_count(count, config)
     token = os.environ.get(TOKEN_VARIABLE)
     yield lambda: [
         HttpSender(url, token, f"worker {index} ({url})", config.timeout_s) for index, url in enumerate(config.url)
     ]
+
+
+def _check_count(count: int, config: HttpSenderConfig) -> None:
+    """ValueError unless `rollout.workers` is left alone, or says what the URLs say."""
+    if count not in (1, len(config.url)):
+        raise ValueError(
+            f"transfer.sender.url names {len(config.url)} workers: rollout.workers must be as many, or 1 (got {count})"
+        )
+
+
+@contextmanager
+def vllm_servers(
+    policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
+) -> Iterator[Connect]:
+    """vLLM servers that somebody else started and will end; their API key is in the environment, if they have one."""
+    from rlhf.rollout.vllm_server import server_worker
+    from transfer.senders.direct import DirectSender
+
+    _check_count(config.workers, sender)
+    key = os.environ.get(TOKEN_VARIABLE)
+    with ExitStack() as stack:
+
+        def connect() -> list[Sender]:
+            senders: list[Sender] = []
+            for url, told in zip(sender.url, specs(spec, len(sender.url), folder), strict=True):
+                worker = server_worker(url, policy, told, config, key)
+                stack.callback(worker.close)
+                senders.append(DirectSender(worker, f"server {url}"))
+            return senders
+
+        yield connect
+
+
+@contextmanager
+def served(
+    policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
+) -> Iterator[Connect]:
+    """`vllm serve` processes of this run, started all at once, and again if they die."""
+    from rlhf.rollout.vllm_server import ServerSender, server_worker
+
+    with ExitStack() as stack:
+        started = []
+        for index, told in enumerate(specs(spec, config.workers, folder)):
+            log = folder / f"worker-{index}.log"
+            process = WorkerProcess(f"server {index}", "rlhf.rollout.vllm_serve", told.to_json(), log, config.restarts)
+            make = partial(server_worker, policy=policy, spec=told, config=config, api_key=None)
+            started.append((stack.enter_context(process), make))
+        yield lambda: [ServerSender(process.name, process, make, sender.start_timeout_s) for process, make in started]
 
 
 @contextmanager
@@ -152,10 +226,7 @@ class RayWorker(Worker):
     """A worker as a Ray actor: built in the actor's process."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        import torch
-
-        torch.set_num_threads(spec.threads)
-        super().__init__(build_model(spec), spec.endpoint, spec.journal)
+        super().__init__(*parts_of(spec))
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import __version__
 from rlhf.rollout import completions
@@ -28,6 +28,9 @@ from transfer.wire import Refused
 
 if TYPE_CHECKING:
     import torch
+
+    from rlhf.rollout.sampling import Sample, Sampling
+    from transfer.receiver import Receiver
 
 PAUSE_S = 300.0  # how long `pause` waits for running completions to end
 PAUSE_MODES = ("abort", "wait", "keep")
@@ -45,15 +48,20 @@ class WorkerSpec:
     dtype: str = "float32"
     device: str = "cpu"
     attention: str = "sdpa"
+    engine: str = "hf"  # or vllm
+    engine_args: dict[str, Any] = field(default_factory=dict)  # of engine vllm (rlhf/config/rollout.py)
     threads: int = 1
     token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
     journal: str = ""  # file in which the worker notes what it did with weights; empty: nowhere
+    adapter: dict[str, Any] | None = None  # an AdapterSpec: updates carry the adapter alone; null: all weights
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype of a worker must be float32, bfloat16 or float16 (got {self.dtype!r})")
+        if self.engine not in ("hf", "vllm"):
+            raise ValueError(f"engine of a worker must be hf or vllm (got {self.engine!r})")
         if "model_type" not in self.architecture:
             raise ValueError("architecture of a worker must be a transformers config with a model_type")
 
@@ -68,7 +76,7 @@ class WorkerSpec:
             values = wire.loads(raw)
         except Refused as error:
             raise ValueError(f"the worker's spec: {error}") from None
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"the worker's spec has unknown keys {unknown}; known: {sorted(known)}")
         if missing := {"architecture", "endpoint"} - set(values):
@@ -82,51 +90,81 @@ def architecture_of(model: Any) -> dict[str, Any]:
 
 
 def build_model(spec: WorkerSpec) -> torch.nn.Module:
-    """A model of the spec's architecture; its weights are nothing until the first update."""
+    """A model of the spec's architecture; its weights, or those of its adapter, are nothing until the first update."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
+
+    from rlhf.adapter import AdapterSpec
+    from rlhf.models import load_base
 
     settings = dict(spec.architecture)
     model_type = settings.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
+    shape = CONFIG_MAPPING[model_type].from_dict(settings)
+    build = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    if spec.adapter is not None:
+        based: torch.nn.Module = load_base(AdapterSpec(**spec.adapter), config=shape, **build)
+        return based.to(spec.device).requires_grad_(False)
     with no_init_weights():  # on the CPU, where the trainer makes its model: rotary frequencies have the same bits
-        model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[model_type].from_dict(settings),
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation=spec.attention,
-        )
+        model = AutoModelForCausalLM.from_config(shape, **build)
     model.tie_weights()
     return model.to(spec.device).eval().requires_grad_(False)
 
 
+class Engine(Protocol):
+    """What samples inside a worker, with weights that may change between two tokens."""
+
+    @property
+    def sleep_levels(self) -> tuple[int, ...]:
+        """Those that `sleep` knows; 2 gives the weights away."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        turn: Callable[[], int | None],
+    ) -> list[Sample]: ...
+    def sleep(self, level: int) -> None: ...
+    def wake_up(self, tags: Sequence[str]) -> bool: ...
+
+
+def limits_of(text: Any, positions: int | None = None) -> completions.Limits:
+    """What a model with this transformers config can take, `positions` of its context at most."""
+    stop = text.eos_token_id
+    return completions.Limits(
+        vocabulary=text.vocab_size,
+        positions=positions or getattr(text, "max_position_embeddings", None),
+        stop_ids=tuple(stop if isinstance(stop, list) else [] if stop is None else [stop]),
+    )
+
+
 class Worker:
-    """One rollout worker around a transformers causal LM; a method per verb, Refused if it will not."""
+    """One rollout worker: an engine, and the receiver of its weights; a method per verb, Refused if it will not."""
 
-    def __init__(self, model: Any, endpoint: Mapping[str, Any], journal: str = "") -> None:
-        from rlhf.rollout.hf import HfEngine
-
-        text = model.config.get_text_config()
-        stop = text.eos_token_id
-        self._limits = completions.Limits(
-            vocabulary=text.vocab_size,
-            positions=getattr(text, "max_position_embeddings", None),
-            stop_ids=tuple(stop if isinstance(stop, list) else [] if stop is None else [stop]),
-        )
-        self._engine = HfEngine(model)
-        self._receiver = make_receiver(endpoint, model, Journal(Path(journal) if journal else None))
+    def __init__(self, engine: Engine, receiver: Receiver, limits: completions.Limits) -> None:
+        self._engine = engine
+        self._receiver = receiver
+        self._limits = limits
         self._gate = PauseGate()
         self._asleep = False
 
     @classmethod
+    def around(cls, model: Any, endpoint: Mapping[str, Any], journal: str = "") -> Worker:
+        """A worker that samples from a transformers causal LM."""
+        return cls(*_around(model, endpoint, journal))
+
+    @classmethod
     def from_spec(cls, spec: WorkerSpec) -> Worker:
         """A worker with a model of its own; this process then computes with `spec.threads` threads."""
-        import torch
+        return cls(*parts_of(spec))
 
-        torch.set_num_threads(spec.threads)
-        return cls(build_model(spec), spec.endpoint, spec.journal)
+    def close(self) -> None:
+        """Serve nothing any more."""
+        self._receiver.close()
 
     def completions(self, body: Body) -> Answer:
         """Answer the message of completions.py; 503 while paused or without weights."""
@@ -154,25 +192,31 @@ class Worker:
         return {"status": "resumed"}
 
     def sleep(self, body: Body) -> Answer:
-        """Wait for running completions, serve none until `wake_up`, and give cached GPU memory back.
+        """Wait for running completions, serve none until `wake_up`, and give GPU memory back.
 
-        Level 1 alone: between completions this engine holds nothing but the weights, which may be the trainer's memory.
+        Level 1 gives back what is cached. Level 2, which engine hf does not know because its weights may be the
+        trainer's memory, gives the weights away, too: nothing is served before an update has brought new ones.
         """
-        wire.only(dict(body), {"level": lambda value: value in ("1", 1) and type(value) in (int, str)})
+        levels = [form for level in self._engine.sleep_levels for form in (level, str(level))]
+        wire.only(dict(body), {"level": lambda value: value in levels and type(value) in (int, str)})
+        level = int(body.get("level", 1))
         self._gate.pause("wait")
         self._asleep = True
-        self._engine.release()
+        if level > 1:
+            self._receiver.lose_weights()
+        self._engine.sleep(level)
         return {"is_sleeping": True}
 
     def wake_up(self, body: Body) -> Answer:
-        """Serve again; what `tags` name (vLLM's: weights, kv_cache) is there at once."""
+        """Serve again, once all is there; `tags` (vLLM's: weights, kv_cache) name a part that is wanted first."""
         wire.only(
             dict(body), {"tags": lambda value: all(map(wire.is_str, value if isinstance(value, list) else [value]))}
         )
-        if self._asleep:
+        tags = body.get("tags", [])
+        if self._asleep and self._engine.wake_up(tags if isinstance(tags, list) else [tags]):
             self._asleep = False
             self._gate.resume()
-        return {"is_sleeping": False}
+        return {"is_sleeping": self._asleep}
 
     def is_sleeping(self, body: Body) -> Answer:
         """Whether the worker is asleep."""
@@ -234,6 +278,26 @@ class Worker:
     def status(self, body: Body) -> Answer:
         """Where the worker stands in the state machine of an update."""
         return self._receiver.status(dict(body))
+
+
+def parts_of(spec: WorkerSpec) -> tuple[Engine, Receiver, completions.Limits]:
+    """What a worker of this spec is made of; this process then computes with `spec.threads` threads."""
+    import torch
+
+    torch.set_num_threads(spec.threads)
+    if spec.engine == "vllm":
+        from rlhf.rollout.vllm import parts
+
+        return parts(spec)
+    return _around(build_model(spec), spec.endpoint, spec.journal)
+
+
+def _around(model: Any, endpoint: Mapping[str, Any], journal: str) -> tuple[Engine, Receiver, completions.Limits]:
+    from rlhf.adapter import receiving
+    from rlhf.rollout.hf import HfEngine
+
+    receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
+    return HfEngine(model), receiver, limits_of(model.config.get_text_config())
 
 
 class PauseGate:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.adapter import sent_weights
 from rlhf.algorithm import DpoConfig
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
-from rlhf.evaluate import measure
-from rlhf.learner import MAX_SKIPPED, Batch, make_optimizer, response_logits
+from rlhf.held_out import evaluated
+from rlhf.learner import MAX_SKIPPED, Batch, response_logits
 from rlhf.loop import Parts
 from rlhf.losses import dpo, token_logprobs
+from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.schedules import scale
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches, encode
@@ -54,7 +56,7 @@ def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -
     """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
     with parts.record.time("evaluate"):
         pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
-        metrics = measure(parts.task, parts.sampler, parts.reward, config)
+        metrics = evaluated(parts.task, parts.sampler, parts.reward, config)
         parts.transfer.withdraw()
     parts.record.evaluation(step, metrics | pairs)
 
@@ -191,8 +193,8 @@ class DpoLearner:
         self.skipped = 0
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's parameters and persistent buffers by name, not copied."""
-        return self.policy.state_dict()
+        """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
+        return sent_weights(self.policy)
 
     def learn(self, rows: Sequence[int]) -> dict[str, float]:
         """One optimiser step on these training pairs; means over them, by name.
@@ -204,7 +206,7 @@ class DpoLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         means = self._over(self.training, rows, gradients=True)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm))
+        norm = clip_gradients(self.optimizer, optim.max_grad_norm)
         finite = math.isfinite(means["loss"]) and math.isfinite(norm)
         if finite:
             self.optimizer.step()

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ModelRewardConfig, OptimConfig
-from rlhf.learner import make_optimizer
 from rlhf.losses import bradley_terry
 from rlhf.models import scores
+from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.stages.sft import batches, encode, join
 from rlhf.types import Pair, Rollouts, Task, Tokenizer
 
@@ -71,7 +71,7 @@ def train_reward_model(
         chosen_B, rejected_B = pair_scores(model, tokenizer, [pair for i in batch for pair in groups[i]])
         loss = bradley_terry(chosen_B, rejected_B, centring=config.centring).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        clip_gradients(optimizer, optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         margins_B = (chosen_B - rejected_B).detach()

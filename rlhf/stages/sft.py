@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
-from rlhf.learner import make_optimizer
+from rlhf.optimizer import clip_gradients, make_optimizer
+from rlhf.recompute import recomputing
 from rlhf.types import Prompt, Tokenizer
 
 
@@ -30,11 +31,12 @@ def sft(
         for group in optimizer.param_groups:  # linear decay: a warm-up has an end
             group["lr"] = config.lr * (1 - step / config.steps)
         ids_BL, mask_BL = join([rows[i] for i in batch], device)
-        logits_BLV = policy(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
+        with recomputing(policy):
+            logits_BLV = policy(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
         loss_BL = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), ids_BL[:, 1:], reduction="none")
         loss = (loss_BL * mask_BL[:, 1:]).sum() / mask_BL[:, 1:].sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.max_grad_norm)
+        clip_gradients(optimizer, optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield {"loss": float(loss.detach())}

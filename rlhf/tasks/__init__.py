@@ -10,8 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config import ArithmeticTaskConfig, JsonlTaskConfig, ReverseTaskConfig, SortTaskConfig, TaskConfig
-from rlhf.types import Pair, Prompt, Task, Tokenizer
+from rlhf.config import (
+    ArithmeticTaskConfig,
+    GuessTaskConfig,
+    JsonlTaskConfig,
+    ReasoningGymTaskConfig,
+    ReverseTaskConfig,
+    SortTaskConfig,
+    TaskConfig,
+)
+from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Gold = Callable[[Mapping[str, Any], str], float | None]  # (a row's columns, an answer) -> score in [0, 1]
@@ -34,12 +42,23 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Replies:
+    """What answers the policy: (a row's columns, the answers so far) -> a text of `characters`; None: it is over."""
+
+    turns: int  # answers of a conversation, at most
+    reply: Callable[[Mapping[str, Any], Sequence[str]], str | None]
+    longest: str
+    characters: str
+
+
+@dataclass(frozen=True, slots=True)
 class RawTask:
     """A task before there is a tokenizer."""
 
     train: list[Row]
     held_out: list[Row]
     gold: Gold
+    replies: Replies | None = None  # None: one answer a prompt
 
     @property
     def conversational(self) -> bool:
@@ -49,7 +68,8 @@ class RawTask:
     def characters(self) -> list[str]:
         """Every character of the task's texts, sorted."""
         rows = [*self.train, *self.held_out]
-        return sorted({character for row in rows for text in row.texts() for character in text})
+        said = self.replies.characters if self.replies is not None else ""
+        return sorted({character for row in rows for text in row.texts() for character in text} | set(said))
 
 
 @dataclass(slots=True)
@@ -61,10 +81,37 @@ class TokenisedTask:
     demonstrations: Sequence[tuple[Prompt, str]]
     preferences: Sequence[Pair]
     gold: Gold
+    environment: Environment | None = None
 
     def score(self, prompt: Prompt, answer: str) -> float | None:
         """The gold reward in [0, 1], or None where the data hold no reference."""
         return self.gold(prompt.columns, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedReplies:
+    """An `Environment` around a task's replies."""
+
+    replies: Replies
+    tokenizer: Tokenizer
+
+    @property
+    def turns(self) -> int:
+        """Answers of a conversation, at most."""
+        return self.replies.turns
+
+    @property
+    def longest_reply(self) -> int:
+        """Tokens."""
+        return len(self.encode(self.replies.longest))
+
+    def reply(self, prompt: Prompt, answers: Sequence[str]) -> str | None:
+        """What is said after these answers; None where the conversation is over."""
+        return self.replies.reply(prompt.columns, answers) if len(answers) < self.replies.turns else None
+
+    def encode(self, reply: str) -> list[int]:
+        """The reply's tokens, as they stand: no chat template is put around them."""
+        return self.tokenizer.encode(reply, add_special_tokens=False)
 
 
 def read_task(config: TaskConfig, seed: int) -> RawTask:
@@ -78,6 +125,14 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
             from rlhf.tasks.procedural import arithmetic_task
 
             return arithmetic_task(config, seed)
+        case GuessTaskConfig():
+            from rlhf.tasks.guess import guess_task
+
+            return guess_task(config, seed)
+        case ReasoningGymTaskConfig():
+            from rlhf.tasks.reasoning_gym import reasoning_gym_task
+
+            return reasoning_gym_task(config, seed)
         case JsonlTaskConfig():
             from rlhf.tasks.jsonl import jsonl_task
 
@@ -95,6 +150,7 @@ def make_task(raw: RawTask, tokenizer: Tokenizer) -> Task:
         demonstrations=[(prompt, row.demonstration) for prompt, row in pairs if row.demonstration is not None],
         preferences=[Pair(prompt, *row.preference) for prompt, row in pairs if row.preference is not None],
         gold=raw.gold,
+        environment=TokenisedReplies(raw.replies, tokenizer) if raw.replies is not None else None,
     )
 
 

@@ -37,7 +37,7 @@ def sequence_task(config: SequenceTaskConfig, seed: int) -> RawTask:
         Row(f"{text}=", {"answer": answer(text)}, demonstration=_erring(answer(text), alphabet, rate, rng))
         for text in questions
     ]
-    return _split(rows, config.held_out, space, share_right)
+    return split(rows, config.held_out, space, share_right)
 
 
 def arithmetic_task(config: ArithmeticTaskConfig, seed: int) -> RawTask:
@@ -57,7 +57,7 @@ def arithmetic_task(config: ArithmeticTaskConfig, seed: int) -> RawTask:
         Row(f"{a}{sign}{b}=", {"answer": answer}, demonstration=answer)
         for (a, sign, b), answer in zip(questions, answers, strict=True)
     ]
-    return _split(rows, config.held_out, "task.max_number and task.operators", exact)
+    return split(rows, config.held_out, "task.max_number and task.operators", exact)
 
 
 def share_right(columns: Mapping[str, Any], answer: str) -> float:
@@ -90,7 +90,8 @@ def _erring(answer: str, alphabet: str, rate: float, rng: random.Random) -> str:
     return "".join(rng.choice(alphabet) if rng.random() < rate else letter for letter in answer)
 
 
-def _split(rows: list[Row], held_out: int, space: str, gold: Gold) -> RawTask:
+def split(rows: list[Row], held_out: int, space: str, gold: Gold) -> RawTask:
+    """The first `held_out` rows, and the others to train on; ValueError names the keys of `space` if none are left."""
     if len(rows) <= held_out:
         raise ValueError(
             f"task.held_out must leave prompts to train on: there are only {len(rows)} different prompts "

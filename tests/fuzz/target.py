@@ -212,7 +212,7 @@ class Target:
             self.tensors = [held[name] for name in self.names]  # the parameters, whatever memory they view
             for tensor in self.tensors:
                 tensor.data.zero_()
-            self.worker = Worker(self.model, self.publisher.endpoint)
+            self.worker = Worker.around(self.model, self.publisher.endpoint)
             self.app = make_app(self.worker, TOKEN)
         self.held = self.live()  # what it must go on holding
         self.label: int | None = None

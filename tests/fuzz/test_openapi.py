@@ -31,7 +31,7 @@ def worker():
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 12}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    return Worker(AutoModelForCausalLM.from_config(Qwen3Config(**sizes, **heads)), LocalPublisher().endpoint)
+    return Worker.around(AutoModelForCausalLM.from_config(Qwen3Config(**sizes, **heads)), LocalPublisher().endpoint)
 
 
 SESSION = {"epoch": 1, "version": 0}

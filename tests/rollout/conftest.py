@@ -126,4 +126,4 @@ def http_fleet(model, tmp_path_factory):
 def local_worker(model, tmp_path):
     """A worker in this process around `model`, without weights, and the session that would label them."""
     with make_transfer(LocalConfig(), tmp_path) as transfer:
-        yield Worker(model, transfer.endpoint), transfer
+        yield Worker.around(model, transfer.endpoint), transfer

@@ -93,7 +93,9 @@ def test_an_answer_that_makes_no_sense_is_an_error_that_names_the_worker(tokeniz
 def test_the_number_of_workers_does_not_change_what_is_sampled(model, tokenizer, tmp_path):
     def sampled(count):
         with make_transfer(LocalConfig(), tmp_path) as transfer:
-            senders = [DirectSender(Worker(model, transfer.endpoint), f"worker {index}") for index in range(count)]
+            senders = [
+                DirectSender(Worker.around(model, transfer.endpoint), f"worker {index}") for index in range(count)
+            ]
             transfer.open(model.state_dict(), senders)
             transfer.push(model.state_dict())
             return RolloutClient(senders, tokenizer, CONFIG).sample(PROMPTS, n=4, temperature=0.6, seed=1)

@@ -12,7 +12,9 @@ from worker_process import Float8Model, OddModel, PlainModel, fingerprint, in_pr
 from transfer import make_receiver, make_transfer, wire
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, LocalConfig, SenderConfig, Staging, Take, Verify
 from transfer.journal import Journal
+from transfer.landing import Landing
 from transfer.protocol import Phase
+from transfer.receiver import make_intake
 from transfer.senders.direct import DirectSender
 
 SENDER = SenderConfig(timeout_s=20.0)
@@ -627,7 +629,9 @@ def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(
         old.push(plain(0))
         new.open(plain(0), senders)
         new.push(plain(1))
-        receivers[1].__init__(old.endpoint, PlainModel(seed=9), Journal())  # as if it had been started again
+        receivers[1].__init__(
+            make_intake(old.endpoint), Landing.of(PlainModel(seed=9)), Journal()
+        )  # as if it had been started again
         assert not old.recover(senders[1])
         assert receivers[1].phase is Phase.EMPTY
         for _ in range(3):

@@ -14,18 +14,16 @@ from rich.table import Table
 
 from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig
-from rlhf.evaluate import SEED_OFFSET, pass_at_k, right
-from rlhf.metrics import mean
+from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.turns import conversing
 from rlhf.run import check_lengths
 from rlhf.tasks import make_task, read_task
-from rlhf.types import TRUNCATED, Rollouts, Sampler, Task
+from rlhf.types import TRUNCATED, Sampler, Task
 from transfer import make_transfer
 from transfer.journal import Journal
-
-Gold = list[float | None]  # one score an answer; None where the data hold no reference
 
 
 def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
@@ -50,7 +48,8 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
         senders = workers.senders()
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
-        numbers = scored(task, RolloutClient(senders, tokenizer, config.rollout, transfer.recover), config)
+        client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+        numbers = scored(task, conversing(client, task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
     (folder / "evaluation.json").write_text(json.dumps(written, indent=1) + "\n")
     _print(numbers, written, folder)
@@ -58,23 +57,14 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
 
 
 def scored(task: Task, sampler: Sampler, config: EvaluationConfig) -> dict[str, float]:
-    """Answer the held-out prompts that have gold scores, once greedily and `evaluate.samples` times, and score."""
+    """What is measured of the held-out prompts that have gold scores, by the names of `evaluation.json`."""
     prompts = [prompt for prompt in task.held_out if task.score(prompt, "") is not None]
-    seed, n = config.seed + SEED_OFFSET, config.evaluate.samples
-    greedy = sampler.sample(prompts, n=1, temperature=0.0, seed=seed)
-    sampled = sampler.sample(prompts, n=n, temperature=config.rollout.temperature, seed=seed)
-    exact, gold = right(_gold(task, greedy)), _gold(task, sampled)
-    hits = right(gold)
-    right_P = [sum(hit or 0.0 for hit in hits[p * n : (p + 1) * n]) for p in range(len(prompts))]
-    cut = [float(row.finish_reason == TRUNCATED) for row in sampled.completions]
-    numbers = {"greedy_accuracy": mean(exact), "sampled_gold": mean(gold)}
-    numbers |= {f"pass@{k}": mean([pass_at_k(n, int(c), k) for c in right_P]) for k in sorted(set(config.evaluate.k))}
-    numbers |= {"truncated": mean(cut), "tokens_per_answer": sampled.tokens / len(cut), "prompts": float(len(prompts))}
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-def _gold(task: Task, rollouts: Rollouts) -> Gold:
-    return [task.score(prompt, text) for prompt, text in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
+    measured, sampled = measure(task, prompts, sampler, config)
+    gold = {"greedy_accuracy": measured["greedy_accuracy"], "sampled_gold": measured["gold"]}
+    passed = {f"pass@{k}": measured[f"pass_at_{k}"] for k in sorted(set(config.evaluate.k))}
+    rows = len(sampled.completions)
+    cut = sum(row.finish_reason == TRUNCATED for row in sampled.completions) / rows
+    return gold | passed | {"truncated": cut, "tokens_per_answer": sampled.tokens / rows, "prompts": len(prompts)}
 
 
 def _about(config: EvaluationConfig) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""LoRA (arXiv:2106.09685) by peft: an adapter in the linear layers of a model learns, and the base stays as it is.
+
+The base is what the policy was before RL. Trainer and workers each hold it, and an update carries the adapter alone;
+without its adapter the policy is its own reference. peft is imported where an adapter is made, and only there.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import LoraConfig
+from transfer.digest import XXH3, digest_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "default"  # peft's name of an only adapter
+PARTS = (f".lora_A.{NAME}.", f".lora_B.{NAME}.")  # in the names of an adapter's weights
+BASE = ".base_layer"  # peft's addition to the names of a layer that has an adapter
+
+
+@dataclass(slots=True)
+class AdapterSpec:
+    """What a worker makes its adapter and its base from, as JSON."""
+
+    rank: int
+    alpha: float
+    target: list[str]
+    base: str  # a folder or a hub name, as `from_pretrained` takes it
+    digest: str = ""  # of the base's weights in the worker's dtype; empty: nobody compares
+
+
+def check_peft() -> None:
+    """Raise ValueError, naming the extra, where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("model.lora.rank needs the package peft: pip install 'rlhf-transfer[lora]', or set it to 0")
+
+
+def add_adapter(model: PreTrainedModel, rank: int, alpha: float, target: list[str], seed: int = 0) -> None:
+    """Give the model an adapter, which at first changes nothing; from now on only the adapter learns.
+
+    `target` names linear layers, none means all but the output layer; ValueError if the model has no such layer.
+    """
+    import peft
+
+    known = linear_layers(model)
+    if unknown := [name for name in target if name not in known]:
+        raise ValueError(
+            f"model.lora.target must be among the linear layers of {type(model).__name__}: {', '.join(known)} "
+            f"(got {', '.join(unknown)})"
+        )
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=target or known)  # type: ignore[arg-type]
+    learning = any(parameter.requires_grad for parameter in model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model, NAME)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learning and _of_adapter(name))
+    model.eval()
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names, without their path, of all linear layers but the output layer."""
+    output = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output}
+    return sorted({name.rpartition(".")[2] for name in layers})
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether the model has an adapter."""
+    return any(_of_adapter(name) for name, _ in model.named_parameters())
+
+
+def sent_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What an update carries, not copied: the adapter's weights, or all parameters and persistent buffers."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if _of_adapter(name)} or state
+
+
+def receiving(model: torch.nn.Module) -> Any:
+    """What an update of the model arrives in, for `make_receiver`: the model, or its adapter."""
+    return Receiving(model) if has_adapter(model) else model
+
+
+class Receiving:
+    """The adapter of a model, as a module of its own would look."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """The tensors by name, not copied."""
+        return sent_weights(self._model)
+
+
+@contextmanager
+def without_adapter(model: torch.nn.Module) -> Iterator[None]:
+    """The model is its base inside; what learns is the same afterwards."""
+    layers = [layer for _, layer in _layers(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def base_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers without the adapter, named as if there had never been one; not copied."""
+    state = model.state_dict(keep_vars=True)
+    return {name.replace(BASE, ""): tensor for name, tensor in state.items() if not _of_adapter(name)}
+
+
+def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """The digest of the base's weights, cast to `dtype`, in the order of their names."""
+    weights = base_weights(model)
+    cast = (weights[n].detach() for n in sorted(weights))
+    return digest_of((t.to(dtype) if t.is_floating_point() else t for t in cast), like=XXH3)
+
+
+@torch.no_grad()
+def merged(policy: PreTrainedModel) -> PreTrainedModel:
+    """A plain model that computes what the policy does; it shares the memory of what has no adapter."""
+    weights = {name: tensor.detach() for name, tensor in base_weights(policy).items()}
+    for path, layer in _layers(policy):
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(NAME)
+    with torch.device("meta"):
+        plain = type(policy)(policy.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = policy.generation_config
+    return plain
+
+
+@torch.no_grad()
+def merge_into(policy: PreTrainedModel, plain: Mapping[str, Tensor]) -> None:
+    """Bring `merged(policy)`'s weights, by name, up to the adapter as it is now."""
+    base = base_weights(policy)
+    for path, layer in _layers(policy):
+        plain[f"{path}.weight"].copy_(base[f"{path}.weight"] + layer.get_delta_weight(NAME))
+
+
+def save_adapter(policy: PreTrainedModel, folder: Path, base: str) -> None:
+    """Write the adapter as peft does: `PeftModel.from_pretrained(a model from base, folder)` loads it."""
+    from safetensors.torch import save_file
+
+    config: Any = copy.copy(policy.peft_config[NAME])  # type: ignore[operator, index]
+    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base, True
+    config.save_pretrained(str(folder))
+    weights = {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.detach().contiguous()
+        for name, tensor in sent_weights(policy).items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def spec_of(policy: PreTrainedModel, lora: LoraConfig, base: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The AdapterSpec of the policy, as JSON, for workers that compute in `dtype`."""
+    return asdict(AdapterSpec(lora.rank, lora.alpha, lora.target, base, base_digest(policy, dtype)))
+
+
+def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """peft's layers by their paths."""
+    return [(path, module) for path, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part in name for part in PARTS)

@@ -1,0 +1,91 @@
+"""Which rows are computed together: at most so many tokens at a time, rows of like lengths, prompts once.
+
+A micro-batch is a tensor of its prompts, padded to the longest, and one of its rows' responses, padded to the longest.
+Rows are sorted, not packed behind each other: packed rows could not share their prompt's keys and values, and need
+attention kernels that are not there for every model and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Tokens of each prompt and each row's response, and the prompt of each row."""
+
+    prompts: Sequence[int]
+    prompt_of_B: Sequence[int]
+    responses_B: Sequence[int]
+
+    def tokens(self, part: Sequence[int]) -> int:
+        """Of a micro-batch of these rows, padding included."""
+        prompts = {self.prompt_of_B[row] for row in part}
+        widest = max(1, max(self.responses_B[row] for row in part))
+        return _tokens(len(prompts), max(self.prompts[p] for p in prompts), len(part), widest)
+
+
+def split(sizes: Sizes, rows: Sequence[int], budget: int) -> list[list[int]]:
+    """The rows in parts, each of at most `budget` tokens, or one row; all rows as they are where they fit in one part.
+
+    Of three orders the one with the least tokens in all: as they are; by length, all the rows of a prompt together; by
+    length alone, where several parts may compute one prompt.
+    """
+    parts = _cut(sizes, rows, budget)
+    if len(parts) <= 1:
+        return parts
+    longest = [0] * len(sizes.prompts)
+    for row in rows:
+        prompt = sizes.prompt_of_B[row]
+        longest[prompt] = max(longest[prompt], sizes.responses_B[row])
+
+    def by_prompt(row: int) -> tuple[int, ...]:
+        prompt = sizes.prompt_of_B[row]
+        return longest[prompt], sizes.prompts[prompt], prompt, sizes.responses_B[row]
+
+    def by_length(row: int) -> tuple[int, ...]:
+        return sizes.responses_B[row], sizes.prompts[sizes.prompt_of_B[row]], sizes.prompt_of_B[row]
+
+    orders = (sorted(rows, key=by_prompt), sorted(rows, key=by_length))
+    plans = [parts, *(_cut(sizes, order, budget) for order in orders)]
+    return min(plans, key=lambda plan: sum(map(sizes.tokens, plan)))
+
+
+def _cut(sizes: Sizes, rows: Iterable[int], budget: int) -> list[list[int]]:
+    """The rows in this order, a new part where the next row does not fit any more."""
+    parts: list[list[int]] = []
+    prompts: set[int] = set()
+    longest = widest = 0
+    for row in rows:
+        prompt = sizes.prompt_of_B[row]
+        grown = prompts | {prompt}
+        longest, widest = max(longest, sizes.prompts[prompt]), max(widest, 1, sizes.responses_B[row])
+        if parts and _tokens(len(grown), longest, len(parts[-1]) + 1, widest) <= budget:
+            parts[-1].append(row)
+            prompts = grown
+        else:
+            parts.append([row])
+            prompts, longest, widest = {prompt}, sizes.prompts[prompt], max(1, sizes.responses_B[row])
+    return parts
+
+
+def _tokens(prompts: int, longest: int, rows: int, widest: int) -> int:
+    return prompts * longest + rows * widest
+
+
+def length_groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """The rows in one group, or the shorter and the longer ones in two, each with its longest length.
+
+    Two where that leaves out at least 64 tokens of padding and an eighth of all; the first a multiple of ROW_STEP rows.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    longest = lengths[order[-1]]
+    saved = {cut: cut * (longest - lengths[order[cut - 1]]) for cut in range(ROW_STEP, len(order), ROW_STEP)}
+    cut = max(saved, key=saved.__getitem__, default=0)
+    if saved.get(cut, 0) < max(64, len(order) * longest // 8):
+        cut = 0
+    groups = [group for group in (order[:cut], order[cut:]) if group]
+    return [(group, lengths[group[-1]]) for group in groups if lengths[group[-1]] > 1]  # one token: the prompt's pass

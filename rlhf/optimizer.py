@@ -1,0 +1,68 @@
+"""The optimiser that a configuration names, and the fp32 weights that it steps where a model's own are coarser."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import AdamWConfig, OptimConfig
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser that `config` names, over all parameters of `model` that learn, or over fp32 masters of them."""
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    masters = [_master(p) for p in parameters] if config.master_weights else parameters
+    match config:
+        case AdamWConfig():
+            betas = (config.beta1, config.beta2)
+            optimizer = torch.optim.AdamW(
+                masters, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+            )
+        case _:
+            raise AssertionError(config)
+    _connect([(p, m) for p, m in zip(parameters, masters, strict=True) if p is not m], optimizer)
+    return optimizer
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Scale the gradients that `optimizer` is about to step along to a norm of at most `max_norm`; what it was."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
+
+
+def _connect(pairs: list[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Each master gets its parameter's gradients, one backward pass after the other, and gives it what a step makes.
+
+    Gradients are added up in fp32, too: in bfloat16 a sum of micro-batches stops to grow after a few hundred.
+    """
+    if not pairs:
+        return
+    hooks = [parameter.register_post_accumulate_grad_hook(partial(_take, master)) for parameter, master in pairs]
+    optimizer.register_step_post_hook(partial(_round, pairs))
+    weakref.finalize(optimizer, _remove, hooks)  # one optimiser after the other may train a model
+
+
+def _take(master: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None, "two optimisers with master weights at once"
+    gradient, parameter.grad = parameter.grad.float(), None
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+
+@torch.no_grad()
+def _round(pairs: list[tuple[Tensor, Tensor]], *_: Any) -> None:
+    for parameter, master in pairs:
+        parameter.copy_(master)
+
+
+def _remove(hooks: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()

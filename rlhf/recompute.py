@@ -1,0 +1,79 @@
+"""Gradient checkpointing: decoder layers keep their input, and compute the rest again in the backward pass.
+
+transformers' own turns the key/value cache off, and the learner's prompts are shared through it. Here each layer has a
+cache of its own for each time it is computed: what is computed again does not find what it has written the first time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+CACHE_NAMES = ("cache", "past_key_values")  # of a layer's argument, by the version of transformers
+
+
+def enable(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `recomputing` take effect on the model; ValueError if its architecture cannot."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"model.gradient_checkpointing: no layers to checkpoint in {type(model).__name__}: set it to false"
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+    return model
+
+
+def enabled(model: torch.nn.Module) -> bool:
+    """Whether `enable` was called on the model, or on one that it is a copy of."""
+    return any(isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing for m in model.modules())
+
+
+@contextmanager
+def recomputing(model: torch.nn.Module, rows: torch.Tensor | None = None) -> Iterator[bool]:
+    """Forward passes inside keep little, where gradients are recorded and `enable` was called; whether that is so.
+
+    `rows`: the cache that is passed has a row a prompt, and these are the prompts of the batch's rows; each layer takes
+    its keys and values itself, so that they are not kept a row, and the cache stays as it is.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    if not layers or not torch.is_grad_enabled():
+        yield False
+        return
+    for index, layer in enumerate(layers):
+        layer.forward = partial(_forward, layer.forward, index, rows)
+    try:
+        yield True
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is there again
+
+
+def _forward(forward: Callable[..., Any], index: int, rows: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    """One layer, of which nothing but the input is kept."""
+    name = next((name for name in CACHE_NAMES if isinstance(kwargs.get(name), Cache)), None)
+    if name is None:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    cache = kwargs[name]
+    before = cache.layers[index]
+
+    def again(*args: Any) -> tuple[Any, Any]:
+        own = copy.copy(cache)
+        own.layers = list(cache.layers)
+        own.layers[index] = copy.copy(before)
+        if rows is not None:
+            own.layers[index].batch_select_indices(rows)
+        return forward(*args, **{**kwargs, name: own}), own.layers[index]
+
+    output, after = checkpoint(again, *args, use_reentrant=False)
+    if rows is None:
+        cache.layers[index] = after
+    return output

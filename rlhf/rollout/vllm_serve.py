@@ -1,0 +1,121 @@
+"""A `vllm serve` process of the run: `python -m rlhf.rollout.vllm_serve`, for WorkerProcess.
+
+Reads a worker's spec from stdin, starts vLLM's own server with our plug-in on a free loopback port, reports the port
+once it answers, and ends it when stdin ends, however the trainer ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf.rollout.vllm import ENVIRONMENT, write_model
+from rlhf.rollout.worker import WorkerSpec
+from transfer.senders.kept_alive import KeptAlive
+from transfer.serve import PR_SET_PDEATHSIG
+from transfer.vllm.plugin import BACKEND
+
+LOOK_S = 0.5
+STOP_S = 4.0  # less than a trainer waits for this process
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = WorkerSpec.from_json(sys.stdin.buffer.readline())
+    with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
+        write_model(spec, Path(folder))
+        port = _free_port()
+        process = _started(spec, folder, port)
+        try:
+            threading.Thread(target=_end_with_stdin, args=(process,), daemon=True).start()
+            if _answers(process, port):
+                print(json.dumps({"port": port}), flush=True)
+                process.wait()
+        finally:
+            _stop(process)
+
+
+def _started(spec: WorkerSpec, folder: str, port: int) -> subprocess.Popen[bytes]:
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": spec.dtype,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "weight_transfer_config": {"backend": BACKEND},
+        **{key: value for key, value in spec.engine_args.items() if key != "keep_prefix_cache"},
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1"]
+    command += ["--port", str(port)]
+    for key, value in options.items():
+        command += _option(key, value)
+    variables = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # the log
+        env=os.environ | variables | {"VLLM_SERVER_DEV_MODE": "1"},
+        start_new_session=True,
+        preexec_fn=_die_with_us,
+    )
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """An engine argument as vLLM's command line has it."""
+    name = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [name] if value else [name.replace("--", "--no-", 1)]
+    return [name, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+
+
+def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether the server comes up; it may take as long as the trainer is willing to wait."""
+    client = KeptAlive(f"http://127.0.0.1:{port}")
+    while process.poll() is None:
+        try:
+            if client.request("GET", "/health", "", b"", 5.0).status == 200:
+                return True
+        except OSError:
+            time.sleep(LOOK_S)
+    return False
+
+
+def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    _stop(process)
+    os._exit(0)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server with all its processes."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_S)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_us() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What a session does besides, where vLLM samples: weights that vLLM can load, and workers that sleep meanwhile.
+
+withdraw    before the gradient step: workers go to sleep, and their memory is the trainer's
+push        an adapter is merged into what it adapts; workers take memory for weights, the new ones come, and then
+            they take memory for the key/value cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf.adapter import has_adapter, merge_into, merged
+from transfer.wire import RemoteError, TransferError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from transfer import Sender, Transfer
+    from transfer.session import PushStats
+
+    Weights = Mapping[str, torch.Tensor]
+
+
+def for_vllm(transfer: Transfer, policy: PreTrainedModel, senders: Sequence[Sender], sleep_level: int) -> Transfer:
+    """The session with what the policy and the configuration ask for."""
+    if has_adapter(policy):
+        transfer = MergingTransfer(transfer, policy)
+    return SleepingTransfer(transfer, senders, sleep_level) if sleep_level else transfer
+
+
+class AroundTransfer:
+    """A session that does what `inner` does."""
+
+    def __init__(self, inner: Transfer) -> None:
+        self._inner = inner
+
+    @property
+    def endpoint(self) -> Mapping[str, Any]:
+        """As the session's."""
+        return self._inner.endpoint
+
+    @property
+    def last(self) -> PushStats:
+        """As the session's."""
+        return self._inner.last
+
+    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
+        """As the session does."""
+        self._inner.open(weights, senders)
+
+    def push(self, weights: Weights) -> int:
+        """As the session does."""
+        return self._inner.push(weights)
+
+    def withdraw(self) -> None:
+        """As the session does."""
+        self._inner.withdraw()
+
+    def recover(self, sender: Sender) -> bool:
+        """As the session does."""
+        return self._inner.recover(sender)
+
+    def close(self) -> None:
+        """As the session does."""
+        self._inner.close()
+
+    def __enter__(self) -> AroundTransfer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class MergingTransfer(AroundTransfer):
+    """Sends a policy's adapter merged into its base, whatever weights it is given."""
+
+    def __init__(self, inner: Transfer, policy: PreTrainedModel) -> None:
+        super().__init__(inner)
+        self._policy = policy
+        self._merged = merged(policy).state_dict(keep_vars=True)  # the same tensors at each push
+
+    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
+        """Agree on the merged weights."""
+        super().open(self._merged, senders)
+
+    def push(self, weights: Weights) -> int:
+        """Merge anew, and send."""
+        merge_into(self._policy, self._merged)
+        return super().push(self._merged)
+
+
+class SleepingTransfer(AroundTransfer):
+    """Its workers sleep, at this level, from each `withdraw` to the next `push`."""
+
+    def __init__(self, inner: Transfer, senders: Sequence[Sender], level: int) -> None:
+        super().__init__(inner)
+        self._senders = senders
+        self._level = level
+
+    def push(self, weights: Weights) -> int:
+        """Wake the workers, and give them the weights before they take memory for anything else."""
+        self._tell("wake_up", {"tags": ["weights"]})
+        version = super().push(weights)
+        self._tell("wake_up", {"tags": ["kv_cache"]})
+        return version
+
+    def withdraw(self) -> None:
+        """Send the workers to sleep; they finish what they sample first."""
+        super().withdraw()
+        self._tell("sleep", {"level": self._level})
+
+    def _tell(self, verb: str, body: Mapping[str, Any]) -> None:
+        """Each worker in turn; one that has died is asleep enough, and the session will start it again."""
+        for sender in self._senders:
+            try:
+                sender.call(verb, body)
+            except RemoteError as error:
+                if error.status:
+                    raise TransferError(f"{verb} failed: {error}") from error

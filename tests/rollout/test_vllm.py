@@ -1,0 +1,109 @@
+"""Runs with a real vLLM: in the environment whose Python RLHF_VLLM_PYTHON names (.ci/run makes one, without a GPU)."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from transfer.process import python_path
+
+PYTHON = os.environ.get("RLHF_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="RLHF_VLLM_PYTHON names no Python that has vLLM"),
+]
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+DEADLINE_S = 400.0
+TRAIN = (
+    *("experiment=smoke", "rollout=vllm", "transfer.take=copy", "model.hidden=64", "logger=[jsonl]"),
+    *("rollout.engine_args={max_model_len: 128, enforce_eager: true}", "transfer.sender.start_timeout_s=300"),
+)
+LEARNS = (
+    "sft.steps=60",
+    "optim.lr=3e-3",
+    "prompts_per_step=16",
+    "samples_per_prompt=8",
+    "steps=20",
+    "evaluate_every=20",
+)
+
+
+def environment():
+    return os.environ | ENVIRONMENT | {"PYTHONPATH": python_path()}
+
+
+def started(folder, *overrides):
+    command = [PYTHON, "-m", "rlhf.train", *TRAIN, f"hydra.run.dir={folder}", *overrides]
+    log = folder.with_suffix(".log").open("w")
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
+
+
+def trained(folder, *overrides):
+    """The metrics of one run."""
+    with started(folder, *overrides) as process:
+        assert process.wait(DEADLINE_S) == 0, folder.with_suffix(".log").read_text()[-3000:]
+    return rows_of(folder)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(rows):
+    skipped = ("seconds/", "transfer/", "tokens_per")
+    return [{key: value for key, value in row.items() if not key.startswith(skipped)} for row in rows]
+
+
+def series(rows, key):
+    return [row[key] for row in rows if key in row]
+
+
+def check_run(rows):
+    """Every step was sampled with the weights of the step before, and vLLM computes what the trainer does."""
+    assert series(rows, "rollout/version") == [float(step) for step in range(len(series(rows, "train/reward")))]
+    assert max(series(rows, "train/mismatch")) < 1e-5
+    rewards = series(rows, "train/reward")
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.05, f"rewards do not rise: {rewards}"
+
+
+def test_vllm_learns_over_http_and_ray_with_the_same_numbers_and_survives_a_kill(tmp_path):
+    by_http, by_ray = tmp_path / "http", tmp_path / "ray"
+    process = started(by_http, *LEARNS)
+    try:
+        kill_worker_of(process, by_http)
+        assert process.wait(DEADLINE_S) == 0, by_http.with_suffix(".log").read_text()[-3000:]
+    finally:
+        process.kill()
+    rows = rows_of(by_http)
+    check_run(rows)
+    assert sum(series(rows, "transfer/restarts")) >= 0
+    journal = (by_http / "journal" / "worker-0.jsonl").read_text().splitlines()
+    boots = {json.loads(line)["boot"] for line in journal}
+    assert len(boots) == 2, "the worker was killed, started again, and brought to the newest version"
+    assert numbers(trained(by_ray, *LEARNS, "transfer/sender=ray")) == numbers(rows)
+
+
+def kill_worker_of(trainer, folder):
+    """kill -9 the worker once it has served a few versions."""
+    journal = folder / "journal" / "worker-0.jsonl"
+    deadline = time.monotonic() + DEADLINE_S
+    while not (journal.exists() and journal.read_text().count('"finish"') >= 4):
+        assert time.monotonic() < deadline and trainer.poll() is None, folder.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.1)
+    children = subprocess.run(
+        ["pgrep", "-P", str(trainer.pid), "-f", "rlhf.rollout.worker"], capture_output=True, text=True
+    )
+    (worker,) = map(int, children.stdout.split())
+    os.kill(worker, signal.SIGKILL)
+
+
+def test_vllm_serve_is_started_trained_through_its_own_routes_and_ended(tmp_path):
+    folder = tmp_path / "served"
+    rows = trained(folder, *LEARNS, "rollout.serve=true")
+    check_run(rows)
+    assert "vllm.entrypoints" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    log = (folder / "worker-0.log").read_text()
+    assert "POST /update_weights" in log and "POST /finish_weight_update" in log

@@ -1,0 +1,317 @@
+"""The engine inside vLLM, with a model that loads as vLLM's do; tests/rollout/test_vllm.py has the real one."""
+
+import dataclasses
+from contextlib import contextmanager
+
+import pytest
+import torch
+from worker_process import plain
+
+from transfer import make_transfer
+from transfer.config import DiskConfig, IpcConfig, SenderConfig, Staging, Take, Verify
+from transfer.digest import digest_of
+from transfer.journal import Journal
+from transfer.manifest import Manifest
+from transfer.protocol import Phase
+from transfer.receiver import Receiver
+from transfer.senders.direct import DirectSender
+from transfer.vllm.engine import RlhfIpcEngine
+from transfer.vllm.rank import RankWeights
+from transfer.vllm.recorder import Unsupported, record
+from transfer.vllm.remote import Ranks, RemoteIntake, RemoteLanding
+from transfer.wire import TransferError
+
+SENDER = SenderConfig(timeout_s=5.0)
+ARENA = IpcConfig(sender=SENDER, take=Take.copy)
+LIVE = IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy)
+
+
+def checkpoint(seed, dtype=torch.float32):
+    """Weights as a trainer names them: two that are fused, one that is cut, one that is padded, a tied one, a norm."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    embedding = made(11, 8)
+    return {
+        "embed.weight": embedding,
+        "head.weight": embedding,
+        "k.weight": made(4, 8),
+        "norm.weight": made(8),
+        "o.weight": made(8, 6),
+        "q.weight": made(6, 8),
+    }
+
+
+class FusedModel(torch.nn.Module):
+    """What vLLM makes of it: q and k in one parameter, a padded embedding, and the half of `o` that is this rank's."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        for name, shape in {"embed": (16, 8), "qk": (10, 8), "o": (8, 3), "norm": (8,)}.items():
+            setattr(self, name, torch.nn.Parameter(torch.full(shape, 7.0, dtype=dtype), requires_grad=False))
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            match name:
+                case "embed.weight":
+                    self.embed.data[:11].copy_(tensor)
+                    self.embed.data[11:].fill_(0)
+                case "head.weight":
+                    continue  # tied
+                case "q.weight":
+                    self.qk.data.narrow(0, 0, 6).copy_(tensor)
+                case "k.weight":
+                    self.qk.data.narrow(0, 6, 4).copy_(tensor)
+                case "o.weight":
+                    self.o.data.copy_(tensor.narrow(1, 3, 3))
+                case "norm.weight":
+                    self.norm.data.copy_(tensor)
+                case _:
+                    raise KeyError(name)
+
+
+class OwnWay:
+    """vLLM's reloading, which here is the loader; counts."""
+
+    def __init__(self, model, after=lambda model: None):
+        self.model, self.after, self.reloads = model, after, 0
+
+    def load(self, pairs):
+        self.model.load_weights(pairs)
+
+    def reload(self, pairs):
+        self.reloads += 1
+        self.model.load_weights(pairs)
+        self.after(self.model)
+
+
+def loaded(seed, dtype=torch.float32):
+    model = FusedModel(dtype)
+    model.load_weights(checkpoint(seed).items())
+    return dict(model.named_parameters())
+
+
+def same(model, seed, dtype=torch.float32):
+    wanted = loaded(seed, dtype)
+    return all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters())
+
+
+def rpc_of(ranks):
+    """What extension.py does in vLLM's workers."""
+
+    def rpc(verb, body):
+        answers = []
+        for rank in ranks:
+            try:
+                said = getattr(rank, verb)(**body)
+            except (ValueError, OSError, RuntimeError) as error:
+                answers.append({"error": str(error)})
+                continue
+            answers.append({**(said if isinstance(said, dict) else {"digest": said}), "plan": rank.plan})
+        return answers
+
+    return rpc
+
+
+@contextmanager
+def session(config, folder, model, own_way=None, weights=None):
+    """An open session to an engine with one rank, and the receiver before it."""
+    rank = RankWeights(model, torch.device("cpu"), own_way or OwnWay(model))
+    ranks = Ranks(rpc_of([rank]))
+    weights = checkpoint(0) if weights is None else weights
+    with make_transfer(config, folder) as transfer:
+        landing = RemoteLanding(Manifest.of(weights), torch.device("cpu"), ranks)
+        receiver = Receiver(RemoteIntake(transfer.endpoint, ranks), landing, Journal())
+        transfer.open(weights, [DirectSender(receiver, "worker 0")])
+        yield transfer, receiver, rank
+
+
+def put(weights, seed):
+    with torch.no_grad():
+        for name, tensor in checkpoint(seed).items():
+            weights[name].copy_(tensor)
+
+
+@pytest.mark.parametrize("config", [ARENA, LIVE, dataclasses.replace(LIVE, verify=Verify.off)])
+def test_weights_arrive_by_the_loader_first_and_by_recorded_copies_from_then_on(config, tmp_path):
+    model, weights = FusedModel(), checkpoint(0)
+    own_way = OwnWay(model)
+    with session(config, tmp_path, model, own_way, weights) as (transfer, receiver, rank):
+        for seed in range(5):
+            put(weights, seed)
+            assert transfer.push(weights) == seed
+            assert same(model, seed) and receiver.version == seed
+        assert own_way.reloads == 1, "after one update the loader is not needed any more"
+        assert "copies by torch" in rank.plan
+
+
+def test_files_go_through_the_loader_every_time(tmp_path):
+    model, weights = FusedModel(), checkpoint(0)
+    own_way = OwnWay(model)
+    with session(DiskConfig(sender=SENDER), tmp_path, model, own_way, weights) as (transfer, _, _):
+        for seed in range(3):
+            put(weights, seed)
+            transfer.push(weights)
+            assert same(model, seed)
+    assert own_way.reloads == 3
+
+
+def test_a_model_that_is_repacked_after_loading_keeps_its_own_way_and_says_why(tmp_path):
+    model, weights = FusedModel(), checkpoint(0)
+
+    def repack(model):
+        model.qk.data.copy_(model.qk.data.flip(0))
+
+    own_way = OwnWay(model, repack)
+    with session(ARENA, tmp_path, model, own_way, weights) as (transfer, _, rank):
+        for seed in range(3):
+            put(weights, seed)
+            transfer.push(weights)
+        assert own_way.reloads == 3
+        assert "another form than they come in" in rank.plan
+
+
+def test_a_tensor_made_from_weights_beside_the_parameters_keeps_the_own_way(tmp_path):
+    model, weights = FusedModel(), checkpoint(0)
+    model.absorbed = torch.zeros(64, 64)  # as MLA's
+    own_way = OwnWay(model)
+    with session(ARENA, tmp_path, model, own_way, weights) as (transfer, _, rank):
+        transfer.push(weights)
+        transfer.push(weights)
+        assert own_way.reloads == 2 and "absorbed may be made from weights" in rank.plan
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m.norm.data.add_(m.staged["norm.weight"]), "computes norm"),
+        (lambda m: m.norm.data.copy_(m.staged["norm.weight"] + 1), "computes norm"),
+        (lambda m: m.norm.data.fill_(m.staged["norm.weight"][0].item()), "reads the value"),
+        (lambda m: m.norm.data[:4].copy_(m.staged["norm.weight"][:4]), "does not write all of norm"),
+        (lambda m: [m.norm.data[s].copy_(m.staged["norm.weight"][s]) for s in (slice(0, 5), slice(4, 8))], "twice"),
+    ],
+)
+def test_a_loader_that_does_more_than_copy_is_refused_with_the_reason(change, why):
+    staged = checkpoint(0)
+    model = FusedModel()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    others = [(name, tensor) for name, tensor in staged.items() if name != "norm.weight"]
+
+    def load():
+        model.load_weights(others)
+        model.staged = staged
+        change(model)
+
+    with pytest.raises(Unsupported, match=why):
+        record(model, load, staged.values())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()), (
+        "nothing is written"
+    )
+
+
+def test_recording_writes_nothing_and_finds_every_copy():
+    staged, model = checkpoint(0), FusedModel()
+    found = record(model, lambda: model.load_weights(staged.items()), staged.values())
+    assert all(bool((parameter == 7).all()) for parameter in model.parameters())
+    assert len(found.copies) == 5 and len(found.constants) == 1
+    assert found.places(0) == record(model, lambda: model.load_weights(staged.items()), staged.values()).places(0)
+
+
+def test_weights_that_are_not_finite_never_reach_the_model(tmp_path):
+    model, weights = FusedModel(), checkpoint(0)
+    with session(ARENA, tmp_path, model, weights=weights) as (transfer, receiver, _):
+        transfer.push(weights)
+        weights["norm.weight"][3] = torch.nan
+        with pytest.raises(TransferError, match="not finite"):
+            transfer.push(weights)
+        assert same(model, 0) and receiver.version == 0
+
+
+def test_a_rank_that_fails_in_the_middle_of_a_copy_serves_nothing_until_an_update_succeeds(tmp_path):
+    model, weights = FusedModel(), checkpoint(0)
+    with session(ARENA, tmp_path, model, weights=weights) as (transfer, receiver, rank):
+        transfer.push(weights)
+        copy = rank.copy
+
+        def broken(**body):
+            copy(**body)
+            raise RuntimeError("the GPU has fallen off the bus")
+
+        rank.copy = broken
+        put(weights, 1)
+        with pytest.raises(TransferError, match="fallen off the bus"):
+            transfer.push(weights)
+        assert receiver.phase is Phase.QUARANTINED and receiver.version is None
+        rank.copy = copy
+        transfer.push(weights)
+        assert same(model, 1) and receiver.phase is Phase.READY
+
+
+def test_weights_that_do_not_fit_are_refused_before_any_byte_moves(tmp_path):
+    with pytest.raises(ValueError, match=r"shape: .*norm.weight"):
+        weights = checkpoint(0)
+        with make_transfer(ARENA, tmp_path) as transfer:
+            ranks = Ranks(rpc_of([]))
+            other = {**checkpoint(0), "norm.weight": torch.zeros(9)}
+            landing = RemoteLanding(Manifest.of(other), torch.device("cpu"), ranks)
+            receiver = Receiver(RemoteIntake(transfer.endpoint, ranks), landing, Journal())
+            transfer.open(weights, [DirectSender(receiver, "worker 0")])
+
+
+def test_views_are_refused_because_addresses_must_stay(tmp_path):
+    model = FusedModel()
+    rank = RankWeights(model, torch.device("cpu"), OwnWay(model))
+    with (
+        make_transfer(IpcConfig(sender=SENDER), tmp_path) as transfer,
+        pytest.raises(ValueError, match="take must be copy"),
+    ):
+        rank.prepare(transfer.endpoint, Manifest.of(plain(0)).to_json(), {})
+
+
+class Config:
+    parallel_config = "tensor parallel"
+    model_config = "model"
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["0.24", "later"])
+def test_the_plugin_takes_updates_in_both_of_vllms_forms(later, tmp_path):
+    from transfer.arena import ArenaPublisher
+
+    model, weights = FusedModel(), checkpoint(0)
+    engine = (
+        RlhfIpcEngine("config", Config(), torch.device("cpu"), model)
+        if later
+        else RlhfIpcEngine("config", "parallel", model)
+    )
+    engine._rank = RankWeights(model, torch.device("cpu"), OwnWay(model))
+    manifest = Manifest.of(weights)
+    publisher = ArenaPublisher(ARENA)
+    try:
+        where = publisher.prepare(manifest, weights)
+        told = {"endpoint": publisher.endpoint, "manifest": manifest.to_json(), "where": where}
+        engine.init_transfer_engine(engine.parse_init_info(told))
+        for version in range(3):
+            put(weights, version)
+            slot, digest = publisher.write(version, weights, (), True)
+            info = {"version": version, "where": slot, "digest": digest}
+            if later:
+                engine.start_weight_update()
+                engine.update_weights(info)
+                engine.finish_weight_update()
+            else:
+                parsed = engine.parse_update_info(info)
+                assert parsed.update_kind == "dense"
+                engine.receive_weights(parsed, load_weights=model.load_weights)
+            assert same(model, version)
+        with pytest.raises(ValueError, match="older than the live 2"):
+            engine.receive_weights(engine.parse_update_info({"version": 1, "where": slot}))
+        with pytest.raises(ValueError, match="the staged weights have the digest"):
+            wrong = digest_of([torch.ones(3)])
+            engine.receive_weights(engine.parse_update_info({"version": 3, "where": slot, "digest": wrong}))
+        assert same(model, 2)
+        engine.finish_weight_update()
+    finally:
+        engine.shutdown()
+        publisher.close()

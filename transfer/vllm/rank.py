@@ -1,0 +1,180 @@
+"""The weights of one vLLM worker: the trainer's memory, mapped into this process, and the ways from it into the model.
+
+The first update goes through vLLM's own reloading, which is right for every model, and slow. Then the loader is
+recorded (recorder.py), and if the model holds exactly what the recorded copies would have written, they replace the
+loader from then on. If not, vLLM's own way stays, and the reason is logged: weights that are quantised, repacked for a
+kernel or changed by the loader need it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from transfer.config import Take
+from transfer.digest import digest_of
+from transfer.finite import not_finite
+from transfer.manifest import Manifest
+from transfer.receiver import Intake, make_intake
+from transfer.vllm.recorder import Recording, Unsupported, record
+from transfer.vllm.replay import Replay, holds_now, synchronize
+
+LOG = logging.getLogger(__name__)
+DERIVED_NUMEL = 4096  # a tensor beside the parameters with as many elements may have been made from them
+CACHES = ("kv_cache", "cos_sin_cache", "inv_freq")  # attributes that depend on no weight
+
+Pairs = Iterable[tuple[str, torch.Tensor]]
+
+
+class Loader(Protocol):
+    """vLLM's own way: the whole of it, and the model's loader alone."""
+
+    def reload(self, pairs: Pairs) -> None: ...
+    def load(self, pairs: Pairs) -> None: ...
+
+
+class RankWeights:
+    """Takes updates into `model`, a vLLM model or its shard, where it is; `own_way` is vLLM's."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, own_way: Loader) -> None:
+        self._model = model
+        self._device = device
+        self._own_way = own_way
+        self._intake: Intake | None = None
+        self._manifest = Manifest((), 0)
+        self._replays: dict[int, Replay] = {}  # by the staged dict, which a slot has for good
+        self._proven: tuple[Recording, int] | None = None  # and where its slot begins
+        self._why = ""  # why there is no replay
+
+    def prepare(self, endpoint: Mapping[str, Any], manifest: Mapping[str, Any], where: Mapping[str, Any]) -> None:
+        """Map the trainer's memory; ValueError if it cannot be."""
+        if endpoint.get("take") == Take.view.value:
+            raise ValueError(
+                "inside vLLM weights are copied, because its CUDA graphs have their addresses: transfer.take must be "
+                "copy (got view)"
+            )
+        intake = make_intake(endpoint)
+        self.close()
+        self._manifest = Manifest.from_json(manifest)
+        intake.prepare(self._manifest, where, self._device)
+        self._intake = intake
+
+    def copy(self, version: int, where: Mapping[str, Any], with_digest: bool) -> dict[str, Any]:
+        """Make the staged weights the model's; `digest` if it cost nothing, and whether all were `finite`."""
+        staged = self._staged(version, where)
+        found = self._replay_of(staged)
+        if found is not None:
+            digest, finite = found.run(with_digest)
+        else:
+            digest, finite = None, not_finite(staged, self._manifest) is None
+            if finite:
+                self._own_way.reload(self._named(staged))
+                synchronize(self._device)
+                self._prove(staged)
+        return {"digest": digest, "finite": finite}
+
+    def digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
+        """Of the staged weights."""
+        staged = self._staged(version, where)
+        return digest_of([staged[entry.name] for entry in self._manifest.entries], like)
+
+    def live_digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
+        """Of the model's own bytes, put in the trainer's order; ValueError where nobody can tell.
+
+        Where vLLM's own loader has loaded bytes that nobody had looked at before, of those.
+        """
+        staged = self._staged(version, where)
+        found = self._replays.get(id(staged))
+        if found is not None:
+            return found.live_digest(like)
+        if self.settled:
+            raise ValueError(
+                "transfer.verify=full reads the model's own weights, which vLLM holds in another form than they came "
+                f"in: use transfer.verify=digest ({self._why})"
+            )
+        return self.digest(version, where, like)
+
+    @property
+    def settled(self) -> bool:
+        """Whether staged bytes stay as they are, so that they can be verified before they are copied."""
+        return self._intake is not None and self._intake.settled
+
+    @property
+    def plan(self) -> str:
+        """How weights get here, in words."""
+        plans = [replay.plan for replay in self._replays.values()]
+        return plans[0] if plans else f"vLLM's own loader{f': {self._why}' if self._why else ''}"
+
+    def close(self) -> None:
+        """Give up the trainer's memory; the model's is its own."""
+        self._replays, self._proven, self._why = {}, None, ""
+        if self._intake is not None:
+            self._intake.close()
+            self._intake = None
+
+    def _staged(self, version: int, where: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        if self._intake is None:
+            raise ValueError("no trainer has said yet where its weights are: initialise the weight transfer first")
+        return self._intake.stage(version, where)
+
+    def _named(self, staged: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Under every name of each: the model's loader knows which of two tied ones it wants."""
+        return [(name, staged[entry.name]) for entry in self._manifest.entries for name in entry.names]
+
+    def _replay_of(self, staged: Mapping[str, torch.Tensor]) -> Replay | None:
+        """The replay from this slot; made now, if another slot's has been proven."""
+        if id(staged) not in self._replays and self._proven is not None:
+            proven, base = self._proven
+            found = self._recorded(staged)
+            if found.places(_begin(staged)) != proven.places(base):
+                raise ValueError("the model's loader does not treat two sets of weights alike")
+            self._add(found, staged)
+        return self._replays.get(id(staged))
+
+    def _prove(self, staged: Mapping[str, torch.Tensor]) -> None:
+        """After vLLM's own way: record the loader, and trust the copies if they lead to the very same bytes."""
+        assert self._intake is not None
+        if self._why or not any(staged is slot for slot in self._intake.slots):
+            return
+        try:
+            if made := _derived(self._model):
+                raise Unsupported(f"{made} may be made from weights")
+            found = self._recorded(staged)
+            if not holds_now(found):
+                raise Unsupported("the model holds its weights in another form than they come in")
+        except Exception as error:  # a loader may raise anything when its weights have been repacked
+            self._why = f"{error}" if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
+            LOG.warning("weights go through vLLM's own loader at every update: %s", self._why)
+            return
+        self._proven = found, _begin(staged)
+        self._add(found, staged)
+        LOG.info("weights are copied from now on: %s", self.plan)
+
+    def _recorded(self, staged: Mapping[str, torch.Tensor]) -> Recording:
+        return record(self._model, lambda: self._own_way.load(self._named(staged)), staged.values())
+
+    def _add(self, found: Recording, staged: Mapping[str, torch.Tensor]) -> None:
+        assert self._intake is not None
+        self._replays[id(staged)] = Replay(found, self._manifest, staged, self._intake.owner)
+
+
+def _begin(staged: Mapping[str, torch.Tensor]) -> int:
+    return min((tensor.data_ptr() for tensor in staged.values() if tensor.numel()), default=0)
+
+
+def _derived(model: torch.nn.Module) -> str | None:
+    """A large floating-point tensor that some layer holds beside its parameters and buffers; None if there is none."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") or name in CACHES or not isinstance(value, torch.Tensor):
+                continue
+            if (
+                value.is_floating_point()
+                and value.numel() >= DERIVED_NUMEL
+                and not isinstance(value, torch.nn.Parameter)
+            ):
+                return f"{path}.{name}"
+    return None

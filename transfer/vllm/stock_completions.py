@@ -1,0 +1,88 @@
+"""`/v1/completions` of an unmodified vLLM server, in the form of our own worker: token ids in, ids and log-probs out.
+
+What 0.24 and 0.32 do, from their code, and of 0.32 tried:
+
+- `return_token_ids` gives `token_ids` in each choice, with the stop token that ended it as the last.
+- `logprobs: 0` is the sampled token's alone (1 would add the likeliest token's), in `logprobs.token_logprobs`, never
+  below -9999. By `--logprobs-mode raw_logprobs`, the default, it is the log-softmax of the model's logits *before* the
+  temperature; `processed_logprobs` is that of the distribution that was sampled from.
+- Whatever a request leaves out (top_p, top_k, min_p, penalties, temperature) comes from the model's
+  generation_config.json, so every one is told. Unknown fields are ignored.
+- A sample also ends at the end-of-sequence tokens of the model and of generation_config.json, unless `ignore_eos`;
+  `stop_token_ids` count all the same.
+- `seed` is a signed 64-bit number, sample j of a prompt gets seed + j, and every prompt of a batch gets the same: so a
+  prompt is a request of its own here. The random numbers are vLLM's, other than our worker's, and so are the samples.
+- `n` above 1 with temperature 0 is refused: one sample is taken and given n times.
+- There is no weight version in the answer (0.32 has it in /inference/v1/generate only).
+- A paused server answers when it is resumed: requests queue (0.33: 503). Those that a pause cut short end with "abort".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from transfer.vllm.stock_routes import Routes
+from transfer.wire import RemoteError
+
+CONNECTIONS = 128  # at once; each carries one prompt's n samples
+SEEDS = 2**62  # vLLM adds the sample's index, and the sum must stay below 2**63
+PLAIN = {  # the model's own distribution, whatever its generation_config.json says
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "ignore_eos": True,  # stop_token_ids are all that ends a sample
+}
+
+
+def complete(routes: Routes, body: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+    """The choices, ordered, n a prompt, without versions, for a message like our worker's; RemoteError.
+
+    `body` has prompt (lists of ids), seeds (one a prompt), n, max_tokens, temperature and stop_token_ids.
+    """
+    requests = [_request(body, prompt, seed) for prompt, seed in zip(body["prompt"], body["seeds"], strict=True)]
+    pool = ThreadPoolExecutor(max(1, min(len(requests), CONNECTIONS)), thread_name_prefix="completions")
+    try:
+        answers = list(pool.map(lambda request: _choices(routes, request, timeout_s), requests))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after a failure, do not wait for the others
+    choices = [choice for answer in answers for choice in answer * (body["n"] // len(answer))]
+    return [{**choice, "index": index} for index, choice in enumerate(choices)]
+
+
+def _request(body: Mapping[str, Any], prompt: Sequence[int], seed: int) -> dict[str, Any]:
+    greedy = body["temperature"] == 0
+    return {
+        **PLAIN,
+        "prompt": list(prompt),
+        "seed": seed % SEEDS,
+        "n": 1 if greedy else body["n"],
+        "max_tokens": body["max_tokens"],
+        "temperature": body["temperature"],
+        "stop_token_ids": list(body["stop_token_ids"]),
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+
+
+def _choices(routes: Routes, request: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+    answer = routes.post("/v1/completions", request, timeout_s)
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(request["n"])):
+            raise ValueError(f"{len(choices)} choices where {request['n']} were asked for")
+        return [_choice(choice) for choice in choices]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RemoteError(routes.name, "v1/completions", 0, f"the answer makes no sense: {error!r}") from None
+
+
+def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+    ids = [int(token) for token in choice["token_ids"]]
+    logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]] if ids else []
+    if len(logprobs) != len(ids):
+        raise ValueError(f"{len(ids)} tokens and {len(logprobs)} log-probs")
+    return {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": choice["finish_reason"]}
