@@ -73,6 +73,13 @@ def gae(rho_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: f
     return advantages_BT, (advantages_BT + values_BT) * mask_BT
 
 
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
+    """1 - var(returns - values) / var(returns) over the sampled tokens: 1 for a perfect critic, 0 for a constant."""
+    sampled = mask_BT > 0
+    left, total = (returns_BT - values_BT)[sampled].var(unbiased=False), returns_BT[sampled].var(unbiased=False)
+    return float(1 - left / total) if total > 0 else 0.0
+
+
 def whiten(advantages_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the sampled tokens of the whole batch; unchanged when there are fewer than two."""
     count = mask_BT.sum()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Batch:
     mask_BT: Tensor
     sampled_BT: Tensor  # the workers' log-probs
     truncated_B: Tensor  # whether the length limit has cut the row
-    old_BT: Tensor | None = None  # None: this batch takes one update, so the policy that is updated is the old one
+    old_BT: Tensor | None = None  # None: the policy that is updated is the old one, as in a step's first update
     ref_BT: Tensor | None = None
     values_BT: Tensor | None = None
     advantages_BT: Tensor | None = None
@@ -199,8 +199,10 @@ class Learner:
         """Pad the rows and add what is needed before the update: old and reference log-probs, values. No gradient."""
         batch = collate(rollouts, self.device)
         with torch.no_grad():
-            if self.config.updates_per_step > 1:
-                batch.old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows))
+            if self.config.updates_per_step > 1:  # the first update's own pass gives its rows' old log-probs
+                later = [b for b, p in enumerate(batch.prompt_of_B) if p not in self._chosen(batch, 0)]
+                old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows), later)
+                batch.old_BT = batch.sampled_BT.index_copy(0, torch.tensor(later, device=self.device), old_BT[later])
             if self.reference is not None:
                 with acting(self.reference, self.policy) as reference:
                     batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
@@ -221,12 +223,12 @@ class Learner:
         if self.algo.truncated is Truncated.drop:
             batch.mask_BT = batch.mask_BT * (~batch.truncated_B)[:, None]
         totals = {"kl_coef": self.kl.coefficient, "lr": self._set_rates()}
-        prompts = len(batch.prompts)
+        if batch.values_BT is not None and batch.returns_BT is not None:
+            totals["explained_variance"] = adv.explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)
         updates = self.config.updates_per_step
         for update in range(updates):
-            chosen = range(update * prompts // updates, (update + 1) * prompts // updates)
-            rows = [b for b, p in enumerate(batch.prompt_of_B) if p in chosen]
-            for name, value in self._update(batch, rows).items():
+            rows = [b for b, p in enumerate(batch.prompt_of_B) if p in self._chosen(batch, update)]
+            for name, value in self._update(batch if update else replace(batch, old_BT=None), rows).items():
                 totals[name] = totals.get(name, 0.0) + value / updates
         self.steps += 1
         if batch.ref_BT is not None:
@@ -235,6 +237,11 @@ class Learner:
         if self.reference is not None:
             refresh(self.reference, self.policy, self.algo, self.steps, self._averages)
         return totals
+
+    def _chosen(self, batch: Batch, update: int) -> range:
+        """The prompts whose rows an update is made of."""
+        prompts, updates = len(batch.prompts), self.config.updates_per_step
+        return range(update * prompts // updates, (update + 1) * prompts // updates)
 
     def _set_rates(self) -> float:
         """Let the schedule set this step's learning rates; the policy's."""
@@ -357,10 +364,10 @@ class Learner:
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return losses.token_logprobs(response_logits(model, batch), batch.ids_BT, self.config.rollout.temperature)
 
-    def _over(self, batch: Batch, function: Callable[[Batch], Tensor]) -> Tensor:
-        """Apply `function` micro-batch by micro-batch; its [rows, T] outputs put together, 0 on padding."""
+    def _over(self, batch: Batch, function: Callable[[Batch], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
+        """Apply `function` to all (or the chosen) rows by micro-batches; its outputs together, [B, T], 0 elsewhere."""
         out_BT = torch.zeros_like(batch.mask_BT)
-        for part in self._microbatches(batch, range(len(batch.prompt_of_B))):
+        for part in self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen):
             rows = batch.rows(part)
             out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
         return out_BT * batch.mask_BT

@@ -58,9 +58,37 @@ def _parts(rows_NV: Tensor) -> list[slice]:
 
 
 def entropy(logits_BTV: Tensor, temperature: float) -> Tensor:
-    """H [B, T] of softmax(logits / temperature), in nats."""
-    scaled_BTV = logits_BTV.float() / temperature
-    return scaled_BTV.logsumexp(dim=-1) - (scaled_BTV.softmax(dim=-1) * scaled_BTV).sum(dim=-1)
+    """H [B, T] of softmax(logits / temperature), in nats; a few rows of the vocabulary at a time, as log-probs are."""
+    return _Entropy.apply(logits_BTV, temperature)
+
+
+class _Entropy(torch.autograd.Function):
+    """logsumexp(z) - sum p z with z = x / temperature, p = softmax(z); its gradient is -p (log p + H) / temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, temperature: float) -> Tensor:
+        """The entropies [B, T]."""
+        rows_NV = logits_BTV.flatten(0, -2)
+        total_N, mean_N = rows_NV.new_empty(2, len(rows_NV), dtype=torch.float32)
+        for part in _parts(rows_NV):
+            scaled_nV = rows_NV[part].float() / temperature
+            total_N[part] = scaled_nV.logsumexp(dim=-1)
+            mean_N[part] = (scaled_nV.softmax(dim=-1) * scaled_nV).sum(dim=-1)
+        ctx.save_for_backward(rows_NV, total_N, mean_N)
+        ctx.temperature, ctx.shape = temperature, logits_BTV.shape
+        return (total_N - mean_N).view(logits_BTV.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the logits [B, T, V], in their dtype: log p + H is z less its mean under p."""
+        rows_NV, total_N, mean_N = ctx.saved_tensors
+        scale_N1 = gradients[0].reshape(-1, 1) / ctx.temperature
+        gradient_NV = torch.empty_like(rows_NV)
+        for part in _parts(rows_NV):
+            scaled_nV = rows_NV[part].float() / ctx.temperature
+            softmax_nV = (scaled_nV - total_N[part, None]).exp_()
+            gradient_NV[part] = softmax_nV.mul_(scaled_nV.sub_(mean_N[part, None])).mul_(-scale_N1[part])
+        return gradient_NV.view(ctx.shape), None
 
 
 def log_ratio(logprobs_BT: Tensor, old_BT: Tensor) -> Tensor:

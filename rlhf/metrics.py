@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.alarms import OF_EVALUATIONS, OF_STEPS, Watch
-from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, RunConfig, TensorboardLoggerConfig
+from rlhf.config import (
+    ConsoleLoggerConfig,
+    JsonlLoggerConfig,
+    LoggerConfig,
+    RunConfig,
+    TensorboardLoggerConfig,
+    VerifierRewardConfig,
+)
 from rlhf.ending import RunError
 from rlhf.progress import Stage
 from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
@@ -60,6 +67,7 @@ class Recorder:
         self.transfer = transfer
         self.steps, self.evaluations = Watch(OF_STEPS, config), Watch(OF_EVALUATIONS, config)
         self.stop = config.alarms.stop
+        self.verified = isinstance(config.reward, VerifierRewardConfig)  # the gold score is what is trained on
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -108,7 +116,9 @@ class Recorder:
         self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], learned: Mapping[str, float], task: Task
     ) -> None:
         """One training step is done."""
-        gold_B = [task.score(p, t) for p, t in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
+        gold_B = list(rewards_B)
+        if not self.verified:
+            gold_B = [task.score(p, t) for p, t in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
         rows = len(rollouts.texts)
         metrics: dict[str, float | None] = {
             "train/reward": mean(rewards_B),

@@ -35,6 +35,7 @@ def summarise(rows: Rows) -> dict[str, float]:
         summary[f"seconds_{phase}"] = sum(series(rows, f"seconds/{phase}")[1])
     steps = series(rows, "seconds/step")[1]
     if steps:
+        summary["steps"] = len(steps)
         summary["step_ms"] = 1e3 * statistics.median(steps)
         summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1])
         summary["transfer_share"] = summary["seconds_transfer"] / sum(steps)
@@ -93,9 +94,11 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for name in [name for name in summary if name.startswith(ALARM)]:
         table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
     table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
+    steps, seconds = summary["steps"], sum(summary[f"seconds_{phase}"] for phase in PHASES)
+    table.add_row("a step, mean of all", "", f"{1e3 * seconds / steps:.1f} ms")
     for phase in PHASES:
-        share = summary[f"seconds_{phase}"] / max(1e-9, sum(summary[f"seconds_{p}"] for p in PHASES))
-        table.add_row(f"seconds in {phase} ({share:.1%})", "", f"{summary[f'seconds_{phase}']:.2f}")
+        spent = summary[f"seconds_{phase}"]
+        table.add_row(f"  {phase} ({spent / max(1e-9, seconds):.1%})", "", f"{1e3 * spent / steps:.1f} ms")
     console = Console()
     console.print(table)
     console.print(

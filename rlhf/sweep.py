@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import multiprocessing
 import signal
 import sys
@@ -15,9 +14,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
+from rlhf.comparison import plot_comparison
 from rlhf.config import RunConfig
 from rlhf.ending import EXPLAINED, RunError, end_with_parent, terminate_as_interrupt
-from rlhf.report import pyplot, read_summary, series, write_summary
+from rlhf.report import read_summary, write_summary
 
 COLUMNS = (
     "reward_end",
@@ -96,7 +96,7 @@ def write_table(sweep: Path) -> None:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(_cell(row[name]) for name in header) + " |" for row in rows]
     (sweep / "summary.md").write_text("\n".join(lines) + "\n")
-    _plot(jobs, sweep / "comparison.png")
+    plot_comparison(jobs, sweep / "comparison.png")
     print(f"sweep so far, {len(rows)} job(s): {sweep / 'summary.md'}")
 
 
@@ -118,31 +118,3 @@ def _cell(value: Any) -> str:
 
 def _number(job: Path) -> tuple[int, str]:
     return (int(job.name) if job.name.isdigit() else 10**9, job.name)
-
-
-def _plot(jobs: Sequence[Path], path: Path) -> None:
-    """Held-out gold (or reward) of every job over steps, and the milliseconds of each job's transfer."""
-    plt = pyplot()
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    for job in jobs:
-        rows = _metrics(job)
-        name = "eval/gold" if series(rows, "eval/gold")[1] else "eval/reward"
-        steps, values = series(rows, name)
-        label = " ".join(read_summary(job).get("overrides", [])) or job.name
-        if values:
-            curves.plot(steps, values, marker="o", markersize=3, label=f"{job.name}: {label}")
-    curves.set(title="gold reward (held-out)", xlabel="step")
-    milliseconds = [read_summary(job).get("transfer_ms", 0.0) for job in jobs]
-    bars.bar(range(len(jobs)), milliseconds, tick_label=[job.name for job in jobs])
-    bars.set(title="weight transfer, milliseconds a step", xlabel="job")
-    if curves.get_legend_handles_labels()[0]:
-        curves.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _metrics(job: Path) -> list[dict[str, float]]:
-    try:
-        return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        return []

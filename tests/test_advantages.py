@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.advantages import gae, group_mean, group_norm, leave_one_out, overlong, reward_to_go, token_rewards, whiten
+from rlhf.advantages import (
+    explained_variance,
+    gae,
+    group_mean,
+    group_norm,
+    leave_one_out,
+    overlong,
+    reward_to_go,
+    token_rewards,
+    whiten,
+)
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
 SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0])
@@ -92,3 +102,13 @@ def test_whitening_has_masked_mean_zero_and_variance_one_whatever_the_padding():
 
 def test_whitening_a_single_token_does_not_divide_by_zero():
     assert torch.isfinite(whiten(torch.tensor([[3.0]]), torch.tensor([[1.0]]))).all()
+
+
+def test_the_explained_variance_is_one_for_a_perfect_critic_zero_for_a_constant_and_blind_to_padding():
+    returns, mask = torch.tensor([[1.0, 3.0, 99.0], [5.0, 7.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    assert explained_variance(returns, returns, mask) == 1.0
+    assert explained_variance(torch.full_like(returns, 4.0), returns, mask) == pytest.approx(0.0)
+    half = returns + torch.tensor([[2.0, -2.0, 50.0], [0.0, 0.0, 0.0]])
+    assert explained_variance(half, returns, mask) == pytest.approx(1 - 1.6 / 8.0)
+    assert explained_variance(-returns, returns, mask) < 0
+    assert explained_variance(returns, torch.ones(2, 3), mask) == 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.ending import RunError
+from rlhf.report import PHASES
 from rlhf.rollout.launch import ray_running
 from rlhf.run import run
+from rlhf.tasks import TokenisedTask
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ("experiment=smoke", "steps=3", "logger=jsonl", "task.held_out=32", "sft.steps=4", "prompts_per_step=4")
@@ -171,6 +175,30 @@ def test_every_algorithm_takes_steps(train, name):
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["train/grad_norm"] > 0 and row["train/skipped_updates"] == 0 for row in steps)
     assert [row["rollout/version"] for row in steps] == [0, 1]
+
+
+def test_an_answer_is_scored_once_where_the_score_is_the_reward(train, monkeypatch):
+    scored: list[bool] = []
+    plain = TokenisedTask.score
+
+    def count(task, prompt, answer):
+        scored.append(prompt not in task.held_out)
+        return plain(task, prompt, answer)
+
+    monkeypatch.setattr(TokenisedTask, "score", count)
+    folder = train(*SMOKE, "transfer=local")
+    assert sum(scored) == 1 + 3 * 4 * 4, "a look at whether it scores at all; steps x prompts x samples"
+    assert all(row["train/gold"] == row["train/reward"] for row in rows(folder) if "train/loss" in row)
+
+
+def test_the_end_of_a_run_says_what_each_phase_takes_of_a_step(train, capsys):
+    folder = train(*SMOKE, "logger=[console,jsonl]", "transfer=local")
+    said, steps = capsys.readouterr().out, [row for row in rows(folder) if "seconds/step" in row]
+    shown = {phase: float(re.search(rf"{phase} \([\d.]+%\) .* ([\d.]+) ms", said)[1]) for phase in PHASES}
+    for phase, milliseconds in shown.items():
+        measured = 1e3 * statistics.fmean(row[f"seconds/{phase}"] for row in steps)
+        assert milliseconds == pytest.approx(measured, abs=0.06)
+    assert sum(shown.values()) == pytest.approx(1e3 * statistics.fmean(row["seconds/step"] for row in steps), abs=0.3)
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------

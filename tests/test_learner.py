@@ -275,13 +275,55 @@ def test_the_kl_is_to_the_reference_that_follows_the_policy(make_learner):
     assert averaged[0] == fixed[0] and 0 < averaged[1] < 0.9 * fixed[1] and 0 < averaged[2] < 0.9 * fixed[2]
 
 
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_no_pass_of_a_model_is_made_twice_and_each_computes_a_prompt_once_for_its_group(make_learner, algo, updates):
+    learner = make_learner(f"algo={algo}", f"updates_per_step={updates}", "tokens_per_microbatch=100000")
+    rollouts = sampled(n=8)
+    lengths = [len(completion.ids) for completion in rollouts.completions]
+    seen: dict[str, list[torch.Size]] = {}
+    for name in ("policy", "reference", "critic"):
+        if (model := getattr(learner, name)) is not None:
+            count = seen.setdefault(name, [])
+            model.register_forward_pre_hook(
+                lambda _, args, inputs, count=count: count.append(inputs["input_ids"].shape), with_kwargs=True
+            )
+    learner.learn(learner.score(rollouts), [float(b % 2) for b in range(24)])
+
+    def one_pass(prompts: range) -> list[tuple[int, int]]:
+        """The prompts once, then the rows of all their samples but for the last token, which predicts none."""
+        longest = max(lengths[8 * prompts.start : 8 * prompts.stop])
+        return [(len(prompts), max(len(PROMPTS[p]) for p in prompts)), (8 * len(prompts), longest - 1)]
+
+    all_of_them, by_update = range(3), [range(u * 3 // updates, (u + 1) * 3 // updates) for u in range(updates)]
+    learned = [shape for prompts in by_update for shape in one_pass(prompts)]
+    later = one_pass(range(1, 3)) if updates == 3 else []  # the old log-probs of all but the first update
+    assert seen["policy"] == later + learned
+    assert seen["reference"] == one_pass(all_of_them)
+    if algo == "ppo":
+        assert seen["critic"] == one_pass(all_of_them) + learned
+
+
+def test_a_steps_first_update_and_its_later_ones_know_the_policy_before_the_step(make_learner):
+    learner, rollouts = make_learner("updates_per_step=3", "optim.lr=1e-9"), sampled()
+    with torch.no_grad():
+        batch = learner.score(rollouts)
+        old_BT = learner._over(batch, lambda rows: learner._logprobs(learner.policy, rows))
+    assert batch.old_BT is not None
+    assert torch.equal(batch.old_BT[:4], batch.sampled_BT[:4]) and torch.allclose(batch.old_BT[4:], old_BT[4:])
+    learned = learner.learn(batch, [float(b % 2) for b in range(12)])
+    expected = ((old_BT - batch.sampled_BT).abs() * batch.mask_BT).sum(dim=1).view(3, 4).sum(dim=1)
+    tokens = batch.mask_BT.sum(dim=1).view(3, 4).sum(dim=1)
+    assert learned["approx_kl"] < 1e-9 and learned["mismatch"] == pytest.approx(float((expected / tokens).mean()))
+
+
 def test_three_updates_in_a_row_without_finite_gradients_stop_the_run_with_the_weights_untouched(make_learner):
     learner = make_learner("updates_per_step=3")
     before = copy.deepcopy(learner.weights())
     with pytest.raises(RuntimeError, match=r"not finite in 3 updates in a row.*optim\.lr"):
         batch = learner.score(sampled())
-        assert batch.old_BT is not None
-        batch.old_BT = batch.old_BT * float("nan")
+        assert batch.ref_BT is not None
+        batch.ref_BT = batch.ref_BT * float("nan")
         learner.learn(batch, [float(b % 2) for b in range(12)])
     assert all(torch.equal(before[name], value) for name, value in learner.weights().items())
 

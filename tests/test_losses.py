@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf import losses
 
@@ -155,19 +156,66 @@ def test_token_logprobs_are_those_of_the_tempered_softmax_and_leave_the_logits_a
     assert torch.equal(losses.token_logprobs(logits, ids, 0.6), first)
 
 
+def plainly(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Log-probs and entropies at temperature 0.6, by autograd and with copies of the whole vocabulary."""
+    logprobs = torch.log_softmax(logits.float() / 0.6, -1)
+    return {
+        "token_logprobs": logprobs.gather(-1, ids[..., None]).squeeze(-1),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+    }
+
+
+def ours(name: str, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The same number by the function of that name."""
+    return losses.token_logprobs(logits, ids, 0.6) if name == "token_logprobs" else losses.entropy(logits, 0.6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_token_logprobs_is_autograds_however_few_rows_are_taken_at_a_time(dtype, monkeypatch):
+@pytest.mark.parametrize("name", ["token_logprobs", "entropy"])
+def test_gradients_of_log_probs_and_entropy_are_autograds_however_few_rows_are_taken_at_a_time(
+    name, dtype, monkeypatch
+):
     torch.manual_seed(0)
     logits, ids = torch.randn(3, 4, 7).to(dtype).requires_grad_(), torch.randint(0, 7, (3, 4))
     weights = torch.randn(3, 4)
-    plain = torch.log_softmax(logits.float() / 0.6, -1).gather(-1, ids[..., None]).squeeze(-1)
+    plain = plainly(logits, ids)[name]
     (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
     for part in (1, 20, 2**22):
         monkeypatch.setattr(losses, "PART", part)
-        ours = losses.token_logprobs(logits, ids, 0.6)
-        (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
-        assert torch.allclose(ours, plain, atol=1e-6) and gradient.dtype == dtype
+        values = ours(name, logits, ids)
+        (gradient,) = torch.autograd.grad((values * weights).sum(), logits)
+        assert torch.allclose(values, plain, atol=1e-6) and gradient.dtype == dtype
         assert torch.allclose(gradient.float(), expected.float(), atol=1e-6 if dtype is torch.float32 else 1e-2)
+
+
+class Large(TorchDispatchMode):
+    """Counts the operations that make a tensor of `numbers` or more in memory of its own."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.made = numbers, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        taken = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.numel() >= self.numbers and out.data_ptr() not in taken:
+            self.made.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "entropy"])
+def test_neither_log_probs_nor_entropy_copy_the_vocabulary_and_their_gradient_is_the_one_tensor_of_its_size(
+    name, monkeypatch
+):
+    monkeypatch.setattr(losses, "PART", 3 * 50)
+    logits, ids = torch.randn(3, 40, 50).requires_grad_(), torch.randint(0, 50, (3, 40))
+    with Large(logits.numel()) as plain:
+        plainly(logits, ids)
+    with Large(logits.numel()) as forward:
+        values = ours(name, logits, ids)
+    with Large(logits.numel()) as backward:
+        values.sum().backward()
+    assert len(plain.made) > 1 and forward.made == [] and backward.made == ["aten.empty_like.default"]
 
 
 def test_entropy_is_that_of_the_tempered_softmax():

@@ -1,0 +1,76 @@
+"""The tables of docs/algorithms.md say what conf/ composes and what a run logs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf.algorithm import Advantage, Aggregation, PolicyLoss
+from rlhf.run import run
+
+ROOT = Path(__file__).resolve().parent.parent
+ADVANTAGES = {
+    Advantage.group_norm: "(R - group mean) / group std",
+    Advantage.group_mean: "R - group mean",
+    Advantage.leave_one_out: "R - mean of the group's others",
+    Advantage.reinforce_pp: "discounted return, whitened",
+    Advantage.reinforce_pp_baseline: "R - group mean, whitened",
+    Advantage.gae: "GAE with a critic, whitened",
+}
+RATIOS = {PolicyLoss.clip: "a token", PolicyLoss.gspo: "a row", PolicyLoss.reinforce: "none"}
+AGGREGATIONS = {
+    Aggregation.token_mean: "token mean",
+    Aggregation.seq_mean_token_mean: "mean over rows of token means",
+    Aggregation.seq_mean_token_sum_norm: "sum / (rows x max_new_tokens)",
+}
+SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "sft.steps=2", "steps=1", "task.held_out=8")
+
+
+def table(first: str) -> list[list[str]]:
+    """The cells of the table whose first column has this heading, without the heading."""
+    lines = (ROOT / "docs" / "algorithms.md").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    body = lines[start + 2 :]
+    end = next((number for number, line in enumerate(body) if not line.startswith("|")), len(body))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body[:end]]
+
+
+def test_the_table_of_algorithms_has_one_row_for_each_choice():
+    choices = {path.stem for path in (ROOT / "conf" / "algo").glob("*.yaml")} - {"dpo"}  # which has no such parts
+    assert {row[0].strip("`") for row in table("algo")} == choices
+
+
+@pytest.mark.parametrize("row", table("algo"), ids=lambda row: row[0].strip("`"))
+def test_the_table_of_algorithms_says_what_is_composed(compose_run, row):
+    name, advantage, ratio, clip, aggregation, kl, paper = (cell.strip("` ") for cell in row)
+    algo = compose_run(f"algo={name}").rl
+    assert advantage.partition(", of groups")[0] == ADVANTAGES[algo.advantage]
+    assert ("of groups with a signal" in advantage) == bool(algo.dynamic_sampling)
+    assert ratio.startswith(RATIOS.get(algo.loss, "a token"))
+    bounds = [] if clip.startswith("none") else [float(bound) for bound in clip.split(" / ")]
+    clips = algo.loss in (PolicyLoss.clip, PolicyLoss.gspo, PolicyLoss.cispo)
+    assert bounds == ([algo.clip_low, algo.clip_high] if clips else [])
+    assert aggregation == AGGREGATIONS[algo.aggregation]
+    assert kl == (f"in the {algo.kl_in.value}, {algo.kl_coef:g}" if algo.kl_coef else "none")
+    assert paper in (ROOT / "conf" / "algo" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "algo=ppo algo.critic_warmup_steps=0 alarms.truncated=0",
+        "algo=grpo reward=sum reward.parts={one:{kind:function,function:examples.reward_functions:brevity}}",
+        "algo=dpo algo.prompts=32 prompts_per_step=4",
+    ],
+)
+def test_every_metric_that_a_run_logs_is_in_the_table_of_metrics(compose_run, tmp_path, monkeypatch, overrides):
+    monkeypatch.chdir(ROOT)
+    run(compose_run(*SMALL, *overrides.split()), tmp_path)
+    logged = {name for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    known = {name for row in table("metric") for name in re.findall(r"`([^`]+)`", row[0])}
+    patterns = [re.compile(re.sub("[A-Z]+", "[a-z_0-9]+", name)) for name in known]
+    assert len(logged) > 20
+    assert {name for name in logged - {"step"} if not any(each.fullmatch(name) for each in patterns)} == set()
