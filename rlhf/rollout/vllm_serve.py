@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from transfer.serve import PR_SET_PDEATHSIG
 from transfer.vllm.plugin import BACKEND
 
 LOOK_S = 0.5
-STOP_S = 4.0  # less than a trainer waits for this process
+STOP_S = 2.0  # until what has not ended is killed; less than a trainer waits for this process
 
 
 def main() -> None:
     """Serve until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _terminated)
     spec = WorkerSpec.from_json(sys.stdin.buffer.readline())
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
         write_model(spec, Path(folder))
@@ -98,13 +100,16 @@ def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server with all its processes."""
+    """End the server with all its processes: also those that outlive it, as its engine does when it is killed."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+
+
+def _terminated(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def _free_port() -> int:

@@ -104,6 +104,7 @@ def test_vllm_serve_is_started_trained_through_its_own_routes_and_ended(tmp_path
     folder = tmp_path / "served"
     rows = trained(folder, *LEARNS, "rollout.serve=true")
     check_run(rows)
-    assert "vllm.entrypoints" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "vllm.entrypoints" not in running and "VLLM::" not in running, "nothing of the server is left"
     log = (folder / "worker-0.log").read_text()
     assert "POST /update_weights" in log and "POST /finish_weight_update" in log
