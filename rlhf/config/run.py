@@ -16,6 +16,7 @@ from rlhf.rules import at_least
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
+    DiskConfig,
     HandlesConfig,
     HttpSenderConfig,
     InFlight,
@@ -202,6 +203,12 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
         )
     if run.rollout.serve and not isinstance(run.transfer.sender, HttpSenderConfig):  # type: ignore[attr-defined]
         raise ValueError("rollout.serve=true starts servers that speak HTTP: set transfer/sender=http")
+    sender = run.transfer.sender
+    servers = run.rollout.serve or (isinstance(sender, HttpSenderConfig) and sender.url)  # type: ignore[attr-defined]
+    if isinstance(run.transfer, HandlesConfig) and run.model.lora.rank:
+        raise ValueError("transfer=handles sends the trainer's own tensors: model.lora.rank must be 0, or transfer=ipc")
+    if servers and isinstance(run.transfer, DiskConfig):
+        raise ValueError("vLLM servers take weights from memory: transfer must be ipc or handles (got disk)")
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
         raise ValueError(
             "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"

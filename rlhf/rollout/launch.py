@@ -73,7 +73,8 @@ def _engine(config: RolloutConfig) -> dict[str, Any]:
         settings["async_scheduling"] = False  # so that a step's tokens are those of the step before new weights
     return {
         "engine": "vllm",
-        "engine_args": {**settings, **config.engine_args, "keep_prefix_cache": config.keep_prefix_cache},
+        "engine_args": {**settings, **config.engine_args},
+        "keep_prefix_cache": config.keep_prefix_cache,
     }
 
 
@@ -154,7 +155,7 @@ def vllm_servers(
     policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
 ) -> Iterator[Connect]:
     """vLLM servers that somebody else started and will end; their API key is in the environment, if they have one."""
-    from rlhf.rollout.vllm_server import server_worker
+    from rlhf.rollout.vllm_server import server_at, worker_around
     from transfer.senders.direct import DirectSender
 
     _check_count(config.workers, sender)
@@ -164,9 +165,8 @@ def vllm_servers(
         def connect() -> list[Sender]:
             senders: list[Sender] = []
             for url, told in zip(sender.url, specs(spec, len(sender.url), folder), strict=True):
-                worker = server_worker(url, policy, told, config, key)
-                stack.callback(worker.close)
-                senders.append(DirectSender(worker, f"server {url}"))
+                server = stack.enter_context(closing(server_at(url, told, config, key)))
+                senders.append(DirectSender(worker_around(server, policy, told), f"server {url}"))
             return senders
 
         yield connect
@@ -177,15 +177,17 @@ def served(
     policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
 ) -> Iterator[Connect]:
     """`vllm serve` processes of this run, started all at once, and again if they die."""
-    from rlhf.rollout.vllm_server import ServerSender, server_worker
+    from rlhf.rollout.vllm_server import ServerSender, server_at, worker_around
+
+    def around(url: str, told: WorkerSpec) -> Worker:
+        return worker_around(server_at(url, told, config, None), policy, told)
 
     with ExitStack() as stack:
         started = []
         for index, told in enumerate(specs(spec, config.workers, folder)):
             log = folder / f"worker-{index}.log"
             process = WorkerProcess(f"server {index}", "rlhf.rollout.vllm_serve", told.to_json(), log, config.restarts)
-            make = partial(server_worker, policy=policy, spec=told, config=config, api_key=None)
-            started.append((stack.enter_context(process), make))
+            started.append((stack.enter_context(process), partial(around, told=told)))
         yield lambda: [ServerSender(process.name, process, make, sender.start_timeout_s) for process, make in started]
 
 

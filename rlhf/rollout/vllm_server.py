@@ -32,15 +32,19 @@ if TYPE_CHECKING:
 LOOK_S = 0.05  # between two looks at whether new weights want to come in
 
 
-def server_worker(url: str, policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, api_key: str | None) -> Worker:
-    """A worker around the server at `url`; `policy` is the trainer's module, whose tensors vLLM's own backend takes."""
+def server_at(url: str, spec: WorkerSpec, config: VllmRolloutConfig, api_key: str | None) -> StockServer:
+    """The server there, which takes weights by our plug-in, or by vLLM's own backend where nothing is shared."""
+    ours = spec.endpoint["backend"] != "local"
+    policy = UpdatePolicy(in_flight=config.in_flight, clear_cache=not config.keep_prefix_cache, finite=not ours)
+    return StockServer(url, config.timeout_s, RlhfIpc() if ours else StockIpc(), policy, api_key)
+
+
+def worker_around(server: StockServer, policy: Any, spec: WorkerSpec) -> Worker:
+    """A worker around the server; `policy` is the trainer's module, whose tensors vLLM's own backend takes."""
 
     def weights() -> Iterable[tuple[str, torch.Tensor]]:
         return ((name, parameter.detach()) for name, parameter in policy.named_parameters())
 
-    ours = spec.endpoint["backend"] != "local"
-    update = UpdatePolicy(in_flight=config.in_flight, clear_cache=not config.keep_prefix_cache, finite=not ours)
-    server = StockServer(url, config.timeout_s, RlhfIpc() if ours else StockIpc(), update, api_key)
     shape = config_of(spec.architecture)
     landing = ServerLanding(manifest_of(shape, spec.dtype), server, weights)
     journal = Journal(Path(spec.journal) if spec.journal else None)

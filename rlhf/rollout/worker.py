@@ -50,6 +50,7 @@ class WorkerSpec:
     attention: str = "sdpa"
     engine: str = "hf"  # or vllm
     engine_args: dict[str, Any] = field(default_factory=dict)  # of engine vllm (rlhf/config/rollout.py)
+    keep_prefix_cache: bool = False  # of engine vllm, across updates
     threads: int = 1
     token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
     host: str = "127.0.0.1"
@@ -161,10 +162,6 @@ class Worker:
     def from_spec(cls, spec: WorkerSpec) -> Worker:
         """A worker with a model of its own; this process then computes with `spec.threads` threads."""
         return cls(*parts_of(spec))
-
-    def close(self) -> None:
-        """Serve nothing any more."""
-        self._receiver.close()
 
     def completions(self, body: Body) -> Answer:
         """Answer the message of completions.py; 503 while paused or without weights."""

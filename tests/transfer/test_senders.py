@@ -3,7 +3,7 @@ import os
 import socket
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +14,7 @@ from transfer import make_receiver, make_transfer, wire
 from transfer.config import DiskConfig, IpcConfig, SenderConfig
 from transfer.senders.direct import DirectSender
 from transfer.senders.http import HttpSender
+from transfer.senders.kept_alive import KeptAlive
 from transfer.senders.ray import RaySender
 
 
@@ -112,6 +113,15 @@ def test_a_verb_becomes_its_route_with_the_token_and_json_over_one_connection():
         assert headers["Authorization"] == "Bearer secret" and headers["Content-Type"] == "application/json"
         assert server.seen[3][:2] == ("GET", "/status?deep=2")
         assert len({seen[4] for seen in server.seen}) == 1, "one kept-alive connection"
+
+
+def test_a_connection_that_has_been_idle_for_too_long_is_not_used_again():
+    with serving(answer(200, {})) as server, closing(KeptAlive(server.url, idle_s=0.05)) as client:
+        for pause_s in (0.0, 0.0, 0.1):
+            time.sleep(pause_s)
+            client.request("GET", "/status", "", b"", 5.0)
+        first, second, third = (seen[4] for seen in server.seen)
+        assert first == second != third
 
 
 @pytest.mark.parametrize(

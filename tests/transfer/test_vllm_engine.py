@@ -19,6 +19,7 @@ from transfer.vllm.engine import RlhfIpcEngine
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.recorder import Unsupported, record
 from transfer.vllm.remote import Ranks, RemoteIntake, RemoteLanding
+from transfer.vllm.replay import Replay
 from transfer.wire import TransferError
 
 SENDER = SenderConfig(timeout_s=5.0)
@@ -190,6 +191,7 @@ def test_a_tensor_made_from_weights_beside_the_parameters_keeps_the_own_way(tmp_
         (lambda m: m.norm.data.copy_(m.staged["norm.weight"] + 1), "computes norm"),
         (lambda m: m.norm.data.fill_(m.staged["norm.weight"][0].item()), "reads the value"),
         (lambda m: m.norm.data[:4].copy_(m.staged["norm.weight"][:4]), "does not write all of norm"),
+        (lambda m: setattr(m.norm, "data", m.staged["norm.weight"]), "gives norm other memory"),
         (lambda m: [m.norm.data[s].copy_(m.staged["norm.weight"][s]) for s in (slice(0, 5), slice(4, 8))], "twice"),
     ],
 )
@@ -227,6 +229,16 @@ def test_weights_that_are_not_finite_never_reach_the_model(tmp_path):
         with pytest.raises(TransferError, match="not finite"):
             transfer.push(weights)
         assert same(model, 0) and receiver.version == 0
+
+
+def test_copies_that_no_kernel_sees_are_looked_at_where_nobody_has():
+    staged, model = checkpoint(0), FusedModel()
+    found = record(model, lambda: model.load_weights(staged.items()), staged.values())
+    replay = Replay(found, Manifest.of(staged), staged, torch.device("cpu"))
+    assert replay.run(with_digest=False, unchecked=True) == (None, True)
+    staged["o.weight"][2, 4] = torch.inf
+    assert replay.run(with_digest=False, unchecked=True) == (None, False)
+    assert replay.run(with_digest=False, unchecked=False) == (None, True), "somebody has looked before"
 
 
 def test_a_rank_that_fails_in_the_middle_of_a_copy_serves_nothing_until_an_update_succeeds(tmp_path):
@@ -268,6 +280,32 @@ def test_views_are_refused_because_addresses_must_stay(tmp_path):
         pytest.raises(ValueError, match="take must be copy"),
     ):
         rank.prepare(transfer.endpoint, Manifest.of(plain(0)).to_json(), {})
+
+
+def test_the_plugin_compares_live_weights_after_it_has_copied_them(tmp_path):
+    from transfer.arena import LivePublisher
+
+    model, weights = FusedModel(), checkpoint(0)
+    engine = RlhfIpcEngine("config", "parallel", model)
+    engine._rank = RankWeights(model, torch.device("cpu"), OwnWay(model))
+    publisher = LivePublisher(LIVE)
+    try:
+        where = publisher.prepare(Manifest.of(weights), weights)
+        told = {"endpoint": publisher.endpoint, "manifest": Manifest.of(weights).to_json(), "where": where}
+        engine.init_transfer_engine(engine.parse_init_info(told))
+        for version in range(2):
+            put(weights, version)
+            slot, digest = publisher.write(version, weights, (), True)
+            engine.receive_weights(engine.parse_update_info({"version": version, "where": slot, "digest": digest}))
+            assert same(model, version)
+        put(weights, 2)  # after the digest was taken
+        with pytest.raises(ValueError, match="the copied weights have the digest"):
+            engine.receive_weights(engine.parse_update_info({"version": 2, "where": slot, "digest": digest}))
+        with pytest.raises(RuntimeError, match="torn"):
+            engine.finish_weight_update()
+    finally:
+        engine.shutdown()
+        publisher.close()
 
 
 class Config:
@@ -312,6 +350,13 @@ def test_the_plugin_takes_updates_in_both_of_vllms_forms(later, tmp_path):
             engine.receive_weights(engine.parse_update_info({"version": 3, "where": slot, "digest": wrong}))
         assert same(model, 2)
         engine.finish_weight_update()
+        with pytest.raises(ValueError, match="shared memory alone"):
+            engine.init_transfer_engine(
+                engine.parse_init_info({**told, "endpoint": {"backend": "disk", "folder": "/etc"}})
+            )
+        engine.init_transfer_engine(engine.parse_init_info(told))  # another trainer, which begins at 0
+        engine.receive_weights(engine.parse_update_info({"version": 0, "where": slot, "digest": digest}))
+        assert same(model, 2)
     finally:
         engine.shutdown()
         publisher.close()

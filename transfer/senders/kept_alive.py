@@ -6,6 +6,7 @@ a millisecond longer for a message than this one. Nothing is repeated, no redire
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import ssl
@@ -33,14 +34,19 @@ class Answer(NamedTuple):
 
 
 class KeptAlive:
-    """Requests to one server (scheme, host and port of `url`), from any number of threads; OSError if one fails."""
+    """Requests to one server (scheme, host and port of `url`), from any number of threads; OSError if one fails.
 
-    def __init__(self, url: str) -> None:
+    A connection that was idle for more than `idle_s` is not used again: a server that ends idle connections may be
+    about to, and what is sent to it then is lost.
+    """
+
+    def __init__(self, url: str, idle_s: float = math.inf) -> None:
         parts = urlsplit(url)
         self._address = parts.hostname or "", parts.port or {"https": 443}.get(parts.scheme, 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._host = parts.netloc.rpartition("@")[2]
-        self._idle: deque[socket.socket] = deque()
+        self._idle_s = idle_s
+        self._idle: deque[tuple[socket.socket, float]] = deque()  # and since when
 
     def request(self, method: str, path: str, headers: str, body: bytes, timeout_s: float) -> Answer:
         """Send a request, whose `headers` are lines that end with CR LF, and wait; TimeoutError after `timeout_s`."""
@@ -65,7 +71,7 @@ class KeptAlive:
             connection.close()
             raise
         if reading.keeps:
-            self._idle.append(connection)
+            self._idle.append((connection, time.monotonic()))
         else:
             connection.close()
         return reading.answer()
@@ -73,19 +79,20 @@ class KeptAlive:
     def close(self) -> None:
         """Close the connections on which nobody waits."""
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[0].close()
 
     def _connection(self, deadline: float) -> socket.socket:
         """One that is open and on which nothing is under way, with the time that is left as its deadline."""
         while self._idle:
             try:
-                connection = self._idle.pop()
+                connection, since = self._idle.pop()
             except IndexError:
                 break  # another thread was faster
-            if not select.select([connection], [], [], 0)[0]:
+            rested = time.monotonic() - since > self._idle_s
+            if not rested and not select.select([connection], [], [], 0)[0]:
                 connection.settimeout(_left(deadline))
                 return connection
-            connection.close()  # the server has ended it, or says what nobody has asked
+            connection.close()  # the server has ended it, may be about to, or says what nobody has asked
         try:
             connection = socket.create_connection(self._address, _left(deadline))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

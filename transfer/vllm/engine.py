@@ -8,7 +8,8 @@
 0.24 makes an engine from (config, parallel_config, model) and hands `receive_weights` a loader; later releases make it
 from (config, vllm_config, device, model). An update is verified before and after it is written; one that breaks off
 leaves the model torn, so that every later message but a new update is refused, and whoever drives the server must keep
-it paused: vLLM has no way to refuse to serve.
+it paused: vLLM has no way to refuse to serve. Versions only grow between two `init`s, each of which is a new trainer's.
+Only shared memory of the backend `ipc` is taken, under a name that no file has: no path comes from a message.
 """
 
 from __future__ import annotations
@@ -57,15 +58,18 @@ class RlhfIpcEngine(WeightTransferEngine[RlhfInitInfo, RlhfUpdateInfo]):
         super().__init__(config, second.parallel_config if later else second)
         self.vllm_config = second if later else None
         self.model: torch.nn.Module = third if model is None else model
-        self.model_config = getattr(self.vllm_config, "model_config", None)
         self.device = third if later else next(self.model.parameters()).device
         self._rank = RankWeights(self.model, self.device, OwnWay(self.model, self.device, self.vllm_config))
         self._version: int | None = None
         self._torn = ""
 
     def init_transfer_engine(self, init_info: RlhfInitInfo) -> None:
-        """Map the trainer's memory."""
-        self._rank.prepare(init_info.endpoint, init_info.manifest, init_info.where)
+        """Map the trainer's memory; ValueError for any other than shared memory."""
+        endpoint = init_info.endpoint
+        if endpoint.get("backend") != "ipc" or not str(endpoint.get("socket", "")).startswith("\0"):
+            raise ValueError("the backend rlhf_ipc takes weights from shared memory alone (transfer=ipc)")
+        self._rank.prepare(endpoint, init_info.manifest, init_info.where)
+        self._version = None
 
     def start_weight_update(self) -> None:
         """Nothing: the old weights stay until the new ones are verified."""
@@ -94,8 +98,9 @@ class RlhfIpcEngine(WeightTransferEngine[RlhfInitInfo, RlhfUpdateInfo]):
         said = self._rank.copy(update_info.version, update_info.where, free)
         if not said["finite"]:
             raise ValueError(f"version {update_info.version} has values that are not finite; the weights are torn")
-        if expected is not None and said["digest"] is not None:
-            self._compare("copied", said["digest"], expected)
+        if expected is not None and (said["digest"] or not self._rank.settled):
+            found = said["digest"] or self._rank.live_digest(update_info.version, update_info.where, expected)
+            self._compare("copied", found, expected)
         self._version, self._torn = update_info.version, ""
 
     def _compare(self, which: str, found: str, expected: str) -> None:

@@ -67,7 +67,7 @@ class RankWeights:
         staged = self._staged(version, where)
         found = self._replay_of(staged)
         if found is not None:
-            digest, finite = found.run(with_digest)
+            digest, finite = found.run(with_digest, self._unchecked)
         else:
             digest, finite = None, not_finite(staged, self._manifest) is None
             if finite:
@@ -101,6 +101,11 @@ class RankWeights:
     def settled(self) -> bool:
         """Whether staged bytes stay as they are, so that they can be verified before they are copied."""
         return self._intake is not None and self._intake.settled
+
+    @property
+    def _unchecked(self) -> bool:
+        """Whether nobody has looked yet for values that are not finite."""
+        return self._intake is not None and self._intake.unchecked
 
     @property
     def plan(self) -> str:

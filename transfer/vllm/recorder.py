@@ -39,8 +39,16 @@ class Recording:
 def record(model: torch.nn.Module, load: Callable[[], Any], staged: Iterable[torch.Tensor]) -> Recording:
     """What `load` would do with the staged tensors; nothing is written. Unsupported if that is more than copies."""
     recorder = _Recorder(model, staged)
-    with torch.no_grad(), recorder:
-        load()
+    held = [(name, parameter, parameter.data) for name, parameter in model.named_parameters()]
+    try:
+        with torch.no_grad(), recorder:
+            load()
+    finally:
+        swapped = [name for name, parameter, data in held if parameter.data_ptr() != data.data_ptr()]
+        for _, parameter, data in held:
+            parameter.data = data
+    if swapped:
+        raise Unsupported(f"its loader gives {swapped[0]} other memory")
     _check_coverage(model, recorder.found)
     return recorder.found
 

@@ -45,13 +45,18 @@ class Replay:
         return ", ".join(filter(None, [self._pass.plan if self._pass else "", by_torch])) or "nothing"
 
     @torch.no_grad()
-    def run(self, with_digest: bool) -> tuple[str | None, bool]:
-        """Copy; the digest of the slot, if it is wanted and costs nothing, and whether the kernel saw finite values."""
+    def run(self, with_digest: bool, unchecked: bool) -> tuple[str | None, bool]:
+        """Copy; the digest of the slot, if it is wanted and costs nothing, and whether the values are finite.
+
+        `unchecked`: nobody has looked at them before, so that also those which the kernel does not see are looked at.
+        """
         digest, finite = None, True
         if self._pass is not None:
             digest, finite = self._pass.run(with_digest and self._summed)
         if self._others:
             torch._foreach_copy_([target for target, _ in self._others], [source for _, source in self._others])
+            floats = [source for _, source in self._others if unchecked and source.is_floating_point()]
+            finite = finite and all(bool(torch.isfinite(source).all()) for source in floats)
         for target, value in self._found.constants:
             target.fill_(value)
         if self._others or self._found.constants:

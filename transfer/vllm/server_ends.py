@@ -1,9 +1,9 @@
 """A Receiver's two ends for a vLLM server that is reached by its own routes alone (stock_server.py).
 
-The server keeps no state of an update that it would tell: the state machine is here, in the trainer's process. So it
-knows one trainer; what fences others are the server's versions where it has our backend.
+The server keeps no state of an update that it would tell: the state machine is here, in the trainer's process. So
+nothing fences two trainers of one server from each other: give it to one at a time.
 
-    backend rlhf_ipc    the server's ranks map the trainer's memory (plugin.py): transfer=ipc or disk
+    backend rlhf_ipc    the server's ranks map the trainer's memory (plugin.py): transfer=ipc
     backend ipc         vLLM's own: handles of the trainer's tensors, made anew for each update: transfer=local
 """
 

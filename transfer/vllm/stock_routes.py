@@ -14,6 +14,7 @@ from transfer.senders.kept_alive import KeptAlive, NotConnected
 from transfer.wire import RemoteError, TransferError
 
 NOT_FOUND = 404
+IDLE_S = 2.0  # vLLM ends connections that are idle for 5 s
 NEEDS_DEV_MODE = (
     "start it with VLLM_SERVER_DEV_MODE=1 in its environment, on loopback: vLLM's --api-key guards /v1 only"
 )
@@ -38,7 +39,7 @@ class Routes:
         self.timeout_s = timeout_s
         self._prefix = urlsplit(self.url).path
         self._headers = "" if api_key is None else f"Authorization: Bearer {api_key}\r\n"
-        self._server = KeptAlive(self.url)
+        self._server = KeptAlive(self.url, IDLE_S)
 
     def get(self, path: str, timeout_s: float | None = None) -> dict[str, Any]:
         """The JSON object of the answer; {} for an answer without one."""
