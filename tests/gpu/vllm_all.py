@@ -131,6 +131,27 @@ def sleeping(folder: Path) -> str:
     return f"mismatch at most {mismatch:.1e}; rewards of all levels {'equal' if same else 'differ'}; transfer {shown}"
 
 
+def killed_run(folder: Path) -> str:
+    """A run whose trainer is killed leaves no process, and nothing on the GPU."""
+    before = _memory_used()
+    run = folder / "killed_run"
+    with (folder / "killed_run.log").open("w") as log:
+        process = subprocess.Popen(_training(run, "steps=100000"), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + DEADLINE_S
+            while len(_series(_rows(run), "train/reward")) < 3:
+                assert process.poll() is None and time.monotonic() < deadline, "it did not come to train"
+                time.sleep(0.2)
+        finally:
+            process.kill()
+            process.wait()
+    began = time.monotonic()
+    while (left := _memory_used() - before) > 0 and time.monotonic() < began + 30:
+        time.sleep(0.2)
+    assert left <= 0, f"{left} MiB of the GPU are still taken"
+    return f"{time.monotonic() - began:.1f} s later the GPU is as it was"
+
+
 def smoke(folder: Path) -> str:
     """experiment=gpu_smoke."""
     _run([sys.executable, "-m", "rlhf.train", "experiment=gpu_smoke", f"hydra.run.dir={folder}/gpu_smoke"], folder, "s")
@@ -155,6 +176,7 @@ CHECKS: dict[str, tuple[int, Callable[[Path], str]]] = {  # the GPU it wants; 2:
     "stock_server": (1, stock_server),
     "killed_trainers": (1, killed_trainers),
     "sleeping": (1, sleeping),
+    "killed_run": (1, killed_run),
     "tensor_parallel": (2, tensor_parallel),
 }
 
@@ -334,14 +356,28 @@ def _benchmark(shape: str, folder: Path) -> str:
 
 
 def _train(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    memory = "rollout.engine_args={max_model_len: 128, gpu_memory_utilization: 0.3, compilation_config: {mode: 0}}"
-    command = [sys.executable, "-m", "rlhf.train", *TRAIN, memory, f"hydra.run.dir={folder}", *overrides]
-    _run(command, folder.parent, folder.name)
+    _run(_training(folder, *overrides), folder.parent, folder.name)
     return _rows(folder)
 
 
+def _training(folder: Path, *overrides: str) -> list[str]:
+    memory = "rollout.engine_args={max_model_len: 128, gpu_memory_utilization: 0.3, compilation_config: {mode: 0}}"
+    return [sys.executable, "-m", "rlhf.train", *TRAIN, memory, f"hydra.run.dir={folder}", *overrides]
+
+
 def _rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """What a run has logged so far."""
+    try:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line[-1:] == "}"]
+    except FileNotFoundError:
+        return []
+
+
+def _memory_used() -> int:
+    """MiB of this check's GPU."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout)
 
 
 def _series(rows: list[dict[str, float]], key: str) -> list[float]:
