@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import comb
 
-from rlhf.config import EvaluationConfig, RunConfig
+from rlhf.config import EvaluationConfig, RunConfig, VerifierRewardConfig
 from rlhf.metrics import Recorder, mean
 from rlhf.types import Prompt, Reward, Rollouts, Sampler, Task
 
@@ -28,7 +28,10 @@ def evaluate(
 def evaluated(task: Task, sampler: Sampler, reward: Reward, config: RunConfig) -> dict[str, float]:
     """The same without logging."""
     numbers, sampled = measure(task, list(task.held_out), sampler, config)
-    rewarded = mean(reward(sampled.prompts_B, sampled.texts))
+    if isinstance(config.reward, VerifierRewardConfig):
+        rewarded = numbers.get("gold")  # the same score
+    else:
+        rewarded = mean(reward(sampled.prompts_B, sampled.texts))
     there = {"reward": rewarded} if rewarded is not None else {}
     return {f"eval/{name}": value for name, value in {**there, **numbers}.items()}
 

@@ -1,21 +1,18 @@
 """The learner: policy, critic where the algorithm has one, and their optimisers; one step's samples -> new weights.
 
-Shapes: P prompts, B rows, L prompt tokens (left-padded), T response tokens (right-padded), V vocabulary. A prompt is
-computed once for all of its samples: its keys and values are shared by their rows, with gradients. Dropout is off
-throughout, so that two passes over the same rows give the same numbers.
+Shapes are those of forward.py: P prompts, B rows, T response tokens. Dropout is off throughout, so that two passes over
+the same rows give the same numbers.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf import advantages as adv
 from rlhf import losses
@@ -24,14 +21,14 @@ from rlhf.algorithm import Advantage, AlgoConfig, KlIn, Truncated
 from rlhf.config import RunConfig
 from rlhf.correction import effective_share
 from rlhf.ending import RunError
+from rlhf.forward import Batch, collate, logprobs_and_entropy, response_logprobs, response_values
 from rlhf.kl_control import KlController
-from rlhf.microbatches import Sizes, length_groups, split
+from rlhf.microbatches import Sizes, split
 from rlhf.objective import clipped, correction_weights, policy_loss
 from rlhf.optimizer import clip_gradients, make_optimizer
-from rlhf.recompute import recomputing
 from rlhf.reference import acting, refresh
 from rlhf.schedules import scale
-from rlhf.types import TRUNCATED, Rollouts
+from rlhf.types import Rollouts
 
 GROUPS = {
     Advantage.group_norm: adv.group_norm,
@@ -40,131 +37,6 @@ GROUPS = {
     Advantage.reinforce_pp_baseline: adv.group_mean,
 }
 MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
-
-
-@dataclass(slots=True)
-class Batch:
-    """Rows padded to tensors, and what is known about them before the update; None: this algorithm does not need it."""
-
-    prompts: list[tuple[int, ...]]  # P
-    prompt_of_B: list[int]
-    ids_BT: Tensor
-    mask_BT: Tensor
-    sampled_BT: Tensor  # the workers' log-probs
-    truncated_B: Tensor  # whether the length limit has cut the row
-    old_BT: Tensor | None = None  # None: the policy that is updated is the old one, as in a step's first update
-    ref_BT: Tensor | None = None
-    values_BT: Tensor | None = None
-    advantages_BT: Tensor | None = None
-    returns_BT: Tensor | None = None
-
-    def lengths(self, rows: Sequence[int] | slice = slice(None)) -> list[int]:
-        """Tokens of each row up to the last that counts, with those before it that the policy did not sample."""
-        places_T = torch.arange(1, self.mask_BT.shape[1] + 1, device=self.mask_BT.device)
-        return (self.mask_BT[rows] * places_T).amax(dim=1).long().tolist()
-
-    def rows(self, rows: Sequence[int]) -> Batch:
-        """These rows alone, padding cut to the longest of them."""
-        used = sorted({self.prompt_of_B[row] for row in rows})
-        width = max([1, *self.lengths(rows)])
-
-        def cut(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor[rows, :width]
-
-        return Batch(
-            prompts=[self.prompts[p] for p in used],
-            prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
-            truncated_B=self.truncated_B[rows],
-            **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
-        )
-
-
-def collate(rollouts: Rollouts, device: torch.device) -> Batch:
-    """Pad the rows on the right; the mask comes from who said a token, never from token values."""
-    rows = [completion.ids for completion in rollouts.completions]
-    width = max(1, *(len(row) for row in rows))
-
-    def pad(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        padded = [list(row) + [0] * (width - len(row)) for row in values]
-        return torch.tensor(padded, dtype=dtype, device=device)
-
-    return Batch(
-        prompts=[prompt.ids for prompt in rollouts.prompts],
-        prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
-        ids_BT=pad(rows, torch.long),
-        mask_BT=pad([completion.mask for completion in rollouts.completions], torch.float32),
-        sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
-        truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
-    )
-
-
-def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's outputs [B, T, V] at the positions that predict each response token (V = 1 for a critic).
-
-    Prompts are computed once for all of their rows, and short rows apart from long ones where that saves padding.
-    """
-    device = batch.ids_BT.device
-    prompts, cache, first_PV = _prompt_pass(model, batch.prompts, device)
-    prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
-    first_BV = first_PV[prompt_of_B]
-    logits_BTV = first_BV.new_zeros(*batch.ids_BT.shape, first_BV.shape[-1])
-    logits_BTV[:, 0] = first_BV
-    for rows, width in length_groups(batch.lengths()):
-        of_rows = prompt_of_B[rows]
-        with recomputing(model, of_rows) as late:
-            logits_BTV[rows, 1:width] = model(
-                input_ids=batch.ids_BT[rows, : width - 1],
-                attention_mask=prompts.mask(of_rows, width - 1),
-                position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
-                past_key_values=cache if late else _of_rows(cache, of_rows),
-                use_cache=True,
-            ).logits
-    return logits_BTV
-
-
-@dataclass(slots=True)
-class Prompts:
-    """Left-padded prompts: their lengths [P], and their mask [P, L] where any is padded."""
-
-    lengths_P: Tensor
-    mask_PL: Tensor | None
-
-    def mask(self, prompt_of_rows: Tensor, responses: int) -> Tensor | None:
-        """The attention mask of these rows' prompts and `responses` more tokens; None where nothing is padded."""
-        if self.mask_PL is None:
-            return None
-        return torch.nn.functional.pad(self.mask_PL[prompt_of_rows], (0, responses), value=1)
-
-
-def _prompt_pass(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], device: torch.device
-) -> tuple[Prompts, DynamicCache, Tensor]:
-    """Keys and values of all prompts, and the outputs [P, V] that predict each first response token."""
-    lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(len(prompt) for prompt in prompts)
-    ids_PL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask_PL = (torch.arange(longest, device=device) >= longest - lengths_P[:, None]).long()
-    padded = min(len(prompt) for prompt in prompts) < longest
-    cache = DynamicCache(config=model.config)
-    last_only = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
-    with recomputing(model):
-        outputs = model(
-            **last_only,
-            input_ids=ids_PL,
-            attention_mask=mask_PL if padded else None,
-            position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    return Prompts(lengths_P, mask_PL if padded else None), cache, outputs.logits[:, -1]
-
-
-def _of_rows(cache: DynamicCache, prompt_of_rows: Tensor) -> DynamicCache:
-    """A cache of its own for these rows; gradients reach the prompts' keys and values."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(prompt_of_rows)
-    return chosen
 
 
 class Learner:
@@ -208,7 +80,7 @@ class Learner:
                     batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
             if self.critic is not None:
                 critic = self.critic
-                batch.values_BT = self._over(batch, lambda rows: response_logits(critic, rows).squeeze(-1).float())
+                batch.values_BT = self._over(batch, lambda rows: response_values(critic, rows))
         return batch
 
     def learn(self, batch: Batch, rewards_B: Sequence[float | None]) -> dict[str, float]:
@@ -309,13 +181,11 @@ class Learner:
         """Add the gradients of one micro-batch; sums over its tokens, by name."""
         assert batch.advantages_BT is not None
         algo, mask_BT = self.algo, batch.mask_BT
-        logits_BTV = response_logits(self.policy, batch)
-        logprobs_BT = losses.token_logprobs(logits_BTV, batch.ids_BT, self.config.rollout.temperature)
+        temperature, entropy_counts = self.config.rollout.temperature, algo.entropy_coef > 0
+        logprobs_BT, entropy_BT = logprobs_and_entropy(self.policy, batch, temperature, entropy_counts)
         old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
         loss_BT, delta_BT = policy_loss(algo, logprobs_BT, old_BT, batch.advantages_BT, mask_BT)
         loss_BT = loss_BT * correction_weights(algo, old_BT, batch.sampled_BT, mask_BT)
-        with torch.set_grad_enabled(algo.entropy_coef > 0):
-            entropy_BT = losses.entropy(logits_BTV, self.config.rollout.temperature)
         loss_BT = loss_BT - algo.entropy_coef * entropy_BT
         sums = {
             "entropy": entropy_BT.detach(),
@@ -333,7 +203,7 @@ class Learner:
         loss = (weights_B * (loss_BT * mask_BT).sum(dim=1)).sum()
         if self.critic is not None:
             assert batch.values_BT is not None and batch.returns_BT is not None
-            values_BT = response_logits(self.critic, batch).squeeze(-1).float()
+            values_BT = response_values(self.critic, batch)
             value_BT = losses.value_loss(values_BT, batch.values_BT, batch.returns_BT, algo.value_clip)
             (weights_B * (value_BT * mask_BT).sum(dim=1)).sum().backward()
             sums["value_loss"] = value_BT.detach()
@@ -362,7 +232,7 @@ class Learner:
         return (norms if finite else dict.fromkeys(norms, 0.0)) | {"skipped_updates": float(not finite)}
 
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        return losses.token_logprobs(response_logits(model, batch), batch.ids_BT, self.config.rollout.temperature)
+        return response_logprobs(model, batch, self.config.rollout.temperature)
 
     def _over(self, batch: Batch, function: Callable[[Batch], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
         """Apply `function` to all (or the chosen) rows by micro-batches; its outputs together, [B, T], 0 elsewhere."""

@@ -12,8 +12,7 @@ import torch
 
 from rlhf.config import Precision, RunConfig
 from rlhf.ending import RunError
-from rlhf.learner import collate, response_logits
-from rlhf.losses import token_logprobs
+from rlhf.forward import collate, response_logprobs
 from rlhf.types import Prompt, Sampler
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ class Probe:
         rollouts = self._sampler.sample(self._prompts, n=1, temperature=self._temperature, seed=SEED)
         batch = collate(rollouts, self._policy.device)
         with torch.no_grad():
-            logits_BTV = response_logits(self._policy, batch)
-            logprobs_BT = token_logprobs(logits_BTV, batch.ids_BT, self._temperature)
+            logprobs_BT = response_logprobs(self._policy, batch, self._temperature)
         worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT).max())
         if not worst <= self._tolerance:
             raise RunError(

@@ -19,7 +19,8 @@ from rlhf.adapter import (
     without_adapter,
 )
 from rlhf.config import LoraConfig, TinyModelConfig
-from rlhf.learner import Learner, collate, response_logits
+from rlhf.forward import collate, response_logprobs
+from rlhf.learner import Learner
 from rlhf.models import Head, make_policy, make_tokenizer, save_model, value_model
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.run import run
@@ -217,8 +218,8 @@ def test_without_peft_a_run_says_in_one_line_which_extra_has_it(compose_run, tmp
 def test_batches_of_an_adapter_are_computed_with_their_prompts_shared():
     policy, batch = adapted(), collate(sampled(), torch.device("cpu"))
     with torch.no_grad():
-        outputs = response_logits(policy, batch)
+        ours = response_logprobs(policy, batch, 1.0)
         row = sampled().completions[5]
         prompt = sampled().prompts_B[5].ids
-        alone = policy(torch.tensor([[*prompt, *row.ids]])).logits[0, len(prompt) - 1 : -1]
-    assert torch.allclose(outputs[5, : len(row.ids)], alone, atol=1e-5)
+        alone = policy(torch.tensor([[*prompt, *row.ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert torch.allclose(ours[5, : len(row.ids)], alone[torch.arange(len(row.ids)), list(row.ids)], atol=1e-5)

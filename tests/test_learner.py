@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.algorithm import Aggregation
-from rlhf.learner import Batch, Learner, collate, response_logits
-from rlhf.losses import token_logprobs
+from rlhf.forward import Batch, collate, logprobs_and_entropy, response_logprobs
+from rlhf.learner import Learner
 from rlhf.microbatches import length_groups
 from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.types import Completion, Prompt, Rollouts
@@ -66,12 +67,36 @@ def test_log_probs_equal_a_brute_force_loop_over_prefixes(make_learner):
     learner, rollouts = make_learner(), sampled()
     batch = collate(rollouts, torch.device("cpu"))
     with torch.no_grad():
-        ours = token_logprobs(response_logits(learner.policy, batch), batch.ids_BT, 0.6)
+        ours = response_logprobs(learner.policy, batch, 0.6)
         for b, completion in enumerate(rollouts.completions):
             for t, token in enumerate(completion.ids):
                 prefix = [*rollouts.prompts_B[b].ids, *completion.ids[:t]]
                 logits = learner.policy(input_ids=torch.tensor([prefix])).logits[0, -1]
                 assert float(ours[b, t]) == pytest.approx(float((logits / 0.6).log_softmax(0)[token]), abs=1e-5)
+
+
+class Distributions(TorchDispatchMode):
+    """For how many positions at once any operation makes a number for each word of the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.most = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and tensor.shape[-1:] == (self.vocabulary,):
+                self.most = max(self.most, tensor.numel() // self.vocabulary)
+        return made
+
+
+def test_no_tensor_of_the_whole_vocabulary_for_all_positions_is_put_together(make_learner):
+    policy, batch = make_learner().policy, collate(sampled(), torch.device("cpu"))
+    rows, width = batch.ids_BT.shape
+    with Distributions(policy.config.vocab_size) as made:
+        logprobs, entropy = logprobs_and_entropy(policy, batch, 1.0, entropy_gradient=True)
+        (logprobs.sum() + entropy.sum()).backward()
+    assert made.most == rows * (width - 1), "the positions after the first, which come from the pass over prompts"
 
 
 def test_a_row_has_the_same_log_probs_alone_and_in_a_padded_batch(make_learner):

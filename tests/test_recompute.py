@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.config import TinyModelConfig
-from rlhf.learner import collate, response_logits
+from rlhf.forward import collate, response_logprobs, response_values
 from rlhf.microbatches import length_groups
 from rlhf.models import Head, make_policy, make_tokenizer, scores, value_model
 from rlhf.recompute import enable, enabled, recomputing
@@ -48,12 +48,14 @@ def kept() -> Iterator[dict[int, int]]:
         yield found
 
 
-def passed(model, batch) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """Outputs at the responses, all gradients of a random sum of them, and the bytes kept between."""
+def passed(
+    model, batch, outputs_of=lambda model, batch: response_logprobs(model, batch, 1.0)
+) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """What comes out at the responses, all gradients of a random sum of them, and the bytes kept between."""
     model.zero_grad(set_to_none=True)
     with kept() as found:
-        outputs = response_logits(model, batch)
-    weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(1)) * batch.mask_BT[..., None]
+        outputs = outputs_of(model, batch)
+    weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(1)) * batch.mask_BT
     (outputs * weights).sum().backward()
     return outputs.detach(), [p.grad for p in model.parameters() if p.grad is not None], sum(found.values())
 
@@ -78,7 +80,9 @@ def test_a_critic_and_a_reward_model_of_such_a_policy_recompute_too():
     critic, plain = (value_model(model, Head.token) for model in (policy, policy_of()))
     for model in (critic, plain):
         torch.nn.init.ones_(model.score.weight)
-    (values, gradients, less), (expected, same, memory) = passed(critic, batch), passed(plain, batch)
+    (values, gradients, less), (expected, same, memory) = (
+        passed(model, batch, response_values) for model in (critic, plain)
+    )
     assert torch.allclose(values, expected, atol=1e-6) and less < memory / 2
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, same, strict=True))
     judge = value_model(policy, Head.sequence)

@@ -28,7 +28,8 @@ from rlhf import losses
 from rlhf.alarms import OF_STEPS, Watch
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
-from rlhf.learner import Batch, Learner, collate
+from rlhf.forward import Batch, collate
+from rlhf.learner import Learner
 from rlhf.models import make_policy, make_tokenizer, save_model
 from rlhf.rewards import FunctionReward, usable
 from rlhf.rollout.client import RolloutClient

@@ -19,10 +19,11 @@ from rlhf.adapter import sent_weights
 from rlhf.algorithm import DpoConfig
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
+from rlhf.forward import Batch, response_logprobs
 from rlhf.held_out import evaluated
-from rlhf.learner import MAX_SKIPPED, Batch, response_logits
+from rlhf.learner import MAX_SKIPPED
 from rlhf.loop import Parts
-from rlhf.losses import dpo, token_logprobs
+from rlhf.losses import dpo
 from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.schedules import scale
 from rlhf.stages.reward_model import pairs_from, split
@@ -166,7 +167,7 @@ def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference]) -> Tens
         sampled_BT=torch.zeros_like(mask_BT),
         truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
     )
-    logprobs_BT = token_logprobs(response_logits(policy, batch), batch.ids_BT, temperature=1.0)
+    logprobs_BT = response_logprobs(policy, batch, temperature=1.0)
     return (logprobs_BT * mask_BT).sum(dim=1).view(-1, 2)
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rlhf.config import GuessTaskConfig, HfRolloutConfig
-from rlhf.learner import collate, response_logits
-from rlhf.losses import token_logprobs
+from rlhf.forward import collate, response_logprobs
 from rlhf.models import make_tokenizer
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import seed_of
@@ -109,7 +108,7 @@ def test_the_trainer_computes_the_log_probs_that_were_sampled_at_every_turn(clie
     batch = collate(rollouts, torch.device("cpu"))
     assert batch.mask_BT.sum() == rollouts.tokens < sum(len(row.ids) for row in rollouts.completions)
     with torch.no_grad():
-        ours = token_logprobs(response_logits(model, batch), batch.ids_BT, 0.6)
+        ours = response_logprobs(model, batch, 0.6)
     assert ((ours - batch.sampled_BT).abs() * batch.mask_BT).max() < 1e-5
     assert (ours * (1 - batch.mask_BT)).abs().max() > 0.1, "the replies' tokens have log-probs, too, which nobody uses"
 
