@@ -1,4 +1,4 @@
-"""What a run measures: timers, means, samples, and the writers they go to."""
+"""What a run measures: timers, means, samples. Where the numbers go is in loggers.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.alarms import OF_EVALUATIONS, OF_STEPS, Watch
-from rlhf.config import (
-    ConsoleLoggerConfig,
-    JsonlLoggerConfig,
-    LoggerConfig,
-    RunConfig,
-    TensorboardLoggerConfig,
-    VerifierRewardConfig,
-)
+from rlhf.config import RunConfig, VerifierRewardConfig
 from rlhf.ending import RunError
 from rlhf.progress import Stage
 from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
@@ -191,47 +184,3 @@ class Recorder:
                 if rollouts.conversations:
                     row["conversation"] = rollouts.conversations[b]
                 file.write(json.dumps(row) + "\n")
-
-
-class JsonlLogger:
-    """`metrics.jsonl`: one object a step or evaluation, flushed at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class TensorboardLogger:
-    """TensorBoard event files."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def make_loggers(configs: Mapping[str, LoggerConfig], folder: Path) -> list[Logger]:
-    """The writers that `configs` name; the console is none: it is the run's bars and table (progress.py, report.py)."""
-    loggers: list[Logger] = []
-    for config in configs.values():
-        match config:
-            case JsonlLoggerConfig():
-                loggers.append(JsonlLogger(folder))
-            case TensorboardLoggerConfig():
-                loggers.append(TensorboardLogger(folder))
-            case ConsoleLoggerConfig():
-                pass
-    return loggers

@@ -28,12 +28,13 @@ from rlhf.config import (
     VllmRolloutConfig,
 )
 from rlhf.learner import Learner
+from rlhf.loggers import check_loggers, make_loggers
 from rlhf.loop import Parts, train
-from rlhf.metrics import Outlets, Recorder, make_loggers
+from rlhf.metrics import Outlets, Recorder
 from rlhf.models import Head, make_policy, make_tokenizer, save_model, value_model
+from rlhf.plots import plot_curves
 from rlhf.probe import Probe
 from rlhf.progress import Bars
-from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
@@ -42,6 +43,7 @@ from rlhf.rollout.vllm_transfer import for_vllm
 from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
+from rlhf.summary import print_table, summarise, write_summary
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Sampler, Task
 from transfer import make_transfer
@@ -97,6 +99,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
 def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase, int]:
     """The parts of the loop, warmed up, with the policy's first version live in every worker."""
     config = site.config
+    check_loggers(config.logger)
     if config.model.lora.rank:
         check_peft()
     raw = read_task(config.task, config.seed)
@@ -132,7 +135,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
         if rewards[name] is None:
             rewards[name] = _trained_reward(site, part.reward, task, tokenizer, policy, sampler)
     reward = combine(config.reward, rewards)
-    loggers = [stack.enter_context(closing(logger)) for logger in make_loggers(config.logger, site.folder)]
+    loggers = [stack.enter_context(closing(logger)) for logger in make_loggers(config, site.folder)]
     outlets = Outlets(loggers, site.folder, site.bars.stage(config.algo.name, config.steps), journal)
     record = Recorder(outlets, transfer, config)
     return Parts(task, sampler, reward, transfer, probe, record), policy, tokenizer, version

@@ -34,7 +34,8 @@ The dials of the composed run (key=value; what each means is in rlhf/config/ and
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _job(config: Any) -> None:
+def _job(config: Any) -> float | None:
+    """Train; in a sweep, what the job is judged by, for sweepers that look for good dials."""
     run_config = checked(config)
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -42,13 +43,13 @@ def _job(config: Any) -> None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             from rlhf.sweep import run_job
 
-            run_job(run_config, folder, overrides)
-        else:
-            from rlhf.run import run
+            return run_job(run_config, folder, overrides, Path(HydraConfig.get().sweep.dir))
+        from rlhf.run import run
 
-            run(run_config, folder, overrides)
+        run(run_config, folder, overrides)
     except EXPLAINED as error:
         raise CompactHydraException(str(error)) from error
+    return None
 
 
 def main() -> None:

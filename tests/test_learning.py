@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from rlhf.report import series
 from rlhf.run import run
+from rlhf.summary import series
 
 Rows = list[dict[str, float]]
 SEEDS = (0, 1, 2)

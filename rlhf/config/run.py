@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from rlhf.alarms import AlarmsConfig
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
@@ -59,6 +60,34 @@ class EvaluateConfig:
                 raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
 
 
+class Objective(Enum):
+    """A number of a run's summary by which a sweep sorts its leaderboard, and which an optimiser of dials is told."""
+
+    gold = "gold"
+    reward = "reward"
+    greedy_accuracy = "greedy_accuracy"
+    pass_at_k = "pass_at_k"  # of the largest of evaluate.k
+    pair_accuracy = "pair_accuracy"
+    kl = "kl"
+    tokens_per_second = "tokens_per_second"
+    step_ms = "step_ms"
+    transfer_ms = "transfer_ms"
+    transfer_share = "transfer_share"
+    seconds = "seconds"
+
+    @property
+    def key(self) -> str:
+        """Its name in `summary.json`; of pass_at_k there is one for each k."""
+        ends = (Objective.gold, Objective.reward, Objective.greedy_accuracy, Objective.pair_accuracy, Objective.kl)
+        return f"{self.value}_end" if self in ends else self.value
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Which end of the leaderboard is the top."""
+        times = (Objective.step_ms, Objective.transfer_ms, Objective.transfer_share, Objective.seconds)
+        return self is Objective.kl or self in times
+
+
 @dataclass(slots=True, kw_only=True)
 class RunConfig:
     """One run, in the order of its data flow."""
@@ -82,6 +111,7 @@ class RunConfig:
     tokens_per_microbatch: int = 16384  # bounds memory only; gradients are the same for any value
     evaluate_every: int = 10  # steps between evaluations on held-out prompts
     threads: int = 1  # torch threads a process; another number changes the last bits of floats
+    objective: Objective | None = None  # of sweeps: what they are sorted by; null: gold, or reward where there is none
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)

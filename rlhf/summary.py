@@ -1,4 +1,4 @@
-"""The end of a run: `summary.json`, a table on the screen and `curves.png`, all from the recorded rows."""
+"""The end of a run in a few numbers, from the recorded rows: `summary.json`, and the table on the screen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlhf.config import Objective
 
 Rows = Sequence[Mapping[str, float]]
 ALARM = "alarm/"
@@ -70,6 +72,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
+def objective_of(summary: Mapping[str, Any], objective: Objective | None) -> float | None:
+    """What a run is judged by; without a choice, the first of gold, reward and pair accuracy that it has measured."""
+    if objective is None:
+        there = (summary.get(name.key) for name in (Objective.gold, Objective.reward, Objective.pair_accuracy))
+        return next((value for value in there if value is not None), None)
+    if objective is Objective.pass_at_k:
+        ks = _ks(summary)
+        return summary[f"pass_at_{ks[-1]}_end"] if ks else None
+    return summary.get(objective.key)
+
+
 def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     """The table a run ends with, and where its files are."""
     from rich.console import Console
@@ -111,44 +124,3 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
         if not path.name.startswith("."):
             console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
     console.print("next: look at curves.png; then change a dial: algo=rloo task=reverse", highlight=False)
-
-
-def plot_curves(rows: Rows, path: Path, title: str) -> None:
-    """Reward and gold, KL, and the seconds of each phase, over steps."""
-    plt = pyplot()
-    figure, (rewards, kl, seconds) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    figure.suptitle(title)
-    for name, label, axis in (
-        ("train/reward", "reward (training prompts)", rewards),
-        ("eval/reward", "reward (held-out)", rewards),
-        ("eval/gold", "gold reward (held-out)", rewards),
-        ("eval/greedy_accuracy", "greedy accuracy (held-out)", rewards),
-        ("eval/pair_accuracy", "accuracy on held-out pairs", rewards),
-        ("train/kl", "KL to the reference, nats/token", kl),
-    ):
-        steps, values = series(rows, name)
-        if values:
-            axis.plot(steps, values, label=label, marker="o" if name.startswith("eval") else None, markersize=3)
-    steps, _ = series(rows, "seconds/step")
-    timed = [row for row in rows if "seconds/step" in row]
-    stack = [[1e3 * row.get(f"seconds/{phase}", 0.0) for row in timed] for phase in PHASES]
-    if steps:
-        seconds.stackplot(steps, stack, labels=PHASES)
-    for axis, name in ((rewards, "reward"), (kl, "KL"), (seconds, "milliseconds a step")):
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def pyplot() -> Any:
-    """matplotlib without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
