@@ -31,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "lines.linewidth": 1.5,
+    "svg.fonttype": "none",  # text stays text: a tenth of the size
     "svg.hashsalt": "rlhf",  # the same figure is the same file
     "text.color": "#0f172a",
     "xtick.color": "#64748b",
@@ -47,6 +48,7 @@ class Panel:
     lines: Sequence[tuple[str, str]]  # metric, label
     alarms: Sequence[str] | None = None  # None: all of them
     scale: float = 1.0
+    least: float | None = None  # the axis goes from 0 to this at least
 
 
 PANELS = (
@@ -94,12 +96,14 @@ LATENCY = Panel(
     (("seconds/transfer", "what a step waits"), ("transfer/write_seconds", "of it writing the weights")),
     (),
     1e3,
+    1.0,
 )
 LAG = Panel(
     "lag",
-    "Lag: versions that sampled tokens are behind",
+    "Lag of sampled tokens, versions",
     (("rollout/lag", "mean"), ("rollout/lag_max", "largest")),
     (),
+    least=1.0,
 )
 
 
@@ -135,6 +139,9 @@ def draw_panel(axis: Any, rows: Rows, panel: Panel) -> None:
         if steps:
             few = metric.startswith("eval") or len(steps) < 20
             axis.plot(steps, [panel.scale * v for v in values], label=label, marker="o" if few else None, markersize=3)
+    if panel.least is not None:
+        top = max(panel.least, axis.get_ylim()[1])
+        axis.set_ylim(-0.03 * top, top)
     _alarms(axis, rows, panel.alarms)
     finish(axis, panel.title)
 
@@ -154,7 +161,10 @@ def draw_phases(axis: Any, rows: Rows) -> None:
 def finish(axis: Any, title: str) -> None:
     """What all axes have."""
     axis.set(title=title, xlabel="step")
-    if axis.get_legend_handles_labels()[0]:
+    entries = len(axis.get_legend_handles_labels()[0])
+    if entries > 3:  # they would hide the lines
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, columnspacing=1.2, handlelength=1.5)
+    elif entries > 1:
         axis.legend()
 
 
@@ -185,6 +195,7 @@ def save(figure: Any, png: Path) -> str:
     """Write the figure to `png`; returns it as SVG."""
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=140)
+    figure.set_layout_engine("none")  # all has its place now
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue()

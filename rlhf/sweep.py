@@ -33,6 +33,8 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], sweep: Pa
         print(f"finished already, skipped: {folder}")
         return _objective(summary, config)
     (folder / "summary.json").unlink(missing_ok=True)
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("spawn", force=True)  # joblib's own, which a fresh process does not know
     process = multiprocessing.get_context("spawn").Process(target=_child, args=(config, folder, list(overrides)))
     process.start()
     try:
