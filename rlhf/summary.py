@@ -124,4 +124,4 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
         if not path.name.startswith("."):
             console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
     console.print(f"next: python -m rlhf.report {folder}", soft_wrap=True, highlight=False)
-    console.print("      look at report.html (or curves.png); then change a dial: algo=rloo task=reverse", highlight=False)
+    console.print("      look at report.html; then change a dial: algo=rloo task=reverse", highlight=False)
