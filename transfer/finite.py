@@ -23,7 +23,7 @@ def not_finite(weights: Mapping[str, torch.Tensor], manifest: Manifest) -> str |
     if not floats:
         return None
     norms = torch.stack(list(torch._foreach_norm([t for _, t in floats]))).double().cpu()  # one pass
-    limits = torch.tensor([torch.finfo(e.torch_dtype).max for e, _ in floats], dtype=torch.float64)
+    limits = torch.tensor([torch.finfo(e.torch_dtype).max for e, _ in floats], dtype=torch.float64, device="cpu")
     suspects = [floats[i] for i in (~(norms <= limits)).nonzero().flatten().tolist()]  # no value exceeds its norm
     for entry, tensor in suspects:  # NaN, infinite, or so large that the norm overflowed
         if not float(torch.stack(torch.aminmax(tensor)).abs().max()) <= torch.finfo(entry.torch_dtype).max:

@@ -157,7 +157,7 @@ class Importer(AbstractContextManager["Importer"]):
 
         dtype = getattr(torch, handle.dtype)
         if not handle.size:
-            return torch.empty(handle.shape, dtype=dtype)
+            return torch.empty(handle.shape, dtype=dtype, device="cpu")
         if handle.memfd not in self._maps:
             self._maps[handle.memfd] = _map(*handle.memfd)
         memory = self._maps[handle.memfd]

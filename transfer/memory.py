@@ -82,7 +82,7 @@ class HostRegion:
     def close(self) -> None:
         """Give up the descriptor and this side's view."""
         os.close(self._fd)
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class PeerHostRegion:
@@ -99,7 +99,7 @@ class PeerHostRegion:
 
     def close(self) -> None:
         """Give up this side's view."""
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _mapped(fd: int, nbytes: int, protection: int) -> torch.Tensor:
@@ -207,7 +207,7 @@ class CudaRegion:
 
     def close(self) -> None:
         """Give up this side's view; the memory is freed with its last tensor."""
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class PeerCudaRegion:
@@ -235,7 +235,7 @@ class PeerCudaRegion:
 
     def close(self) -> None:
         """Give up this side's view; the handle is closed with its last tensor."""
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def device_uuid(device: torch.device) -> str:

@@ -62,6 +62,7 @@ class VllmRolloutConfig(RolloutConfig):
     # what decides about weights and samples is set here: model, dtype, logprobs, the loading of weights
     serve: bool = False  # start `vllm serve` and drive its own routes, in place of a worker process around vllm.LLM
     sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
+    found_paused: bool = False  # servers of transfer.sender.url: a trainer that died may have left them paused
     keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
 
     def __post_init__(self) -> None:

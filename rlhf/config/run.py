@@ -237,6 +237,8 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
     servers = run.rollout.serve or (isinstance(sender, HttpSenderConfig) and sender.url)  # type: ignore[attr-defined]
     if isinstance(run.transfer, HandlesConfig) and run.model.lora.rank:
         raise ValueError("transfer=handles sends the trainer's own tensors: model.lora.rank must be 0, or transfer=ipc")
+    if run.rollout.found_paused and not (isinstance(sender, HttpSenderConfig) and sender.url):  # type: ignore[attr-defined]
+        raise ValueError("rollout.found_paused=true is for servers that run already: name them in transfer.sender.url")
     if servers and isinstance(run.transfer, DiskConfig):
         raise ValueError("vLLM servers take weights from memory: transfer must be ipc or handles (got disk)")
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:

@@ -93,7 +93,7 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
 
 
 def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not the buffered reader, whose lock would be held when the interpreter ends
         pass
     _stop(process)  # which ends main, too
 

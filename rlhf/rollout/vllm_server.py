@@ -35,7 +35,12 @@ LOOK_S = 0.05  # between two looks at whether new weights want to come in
 def server_at(url: str, spec: WorkerSpec, config: VllmRolloutConfig, api_key: str | None) -> StockServer:
     """The server there, which takes weights by our plug-in, or by vLLM's own backend where nothing is shared."""
     ours = spec.endpoint["backend"] != "local"
-    policy = UpdatePolicy(in_flight=config.in_flight, clear_cache=not config.keep_prefix_cache, finite=not ours)
+    policy = UpdatePolicy(
+        in_flight=config.in_flight,
+        clear_cache=not config.keep_prefix_cache,
+        finite=not ours,
+        found_paused=config.found_paused,
+    )
     return StockServer(url, config.timeout_s, RlhfIpc() if ours else StockIpc(), policy, api_key)
 
 

@@ -149,7 +149,7 @@ def timed(way: Callable[[], Any]) -> list[float]:
 @torch.no_grad()
 def fill(model: torch.nn.Module, seed: int) -> None:
     """Weights that depend on the seed alone."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0.0, 0.02, generator=generator)

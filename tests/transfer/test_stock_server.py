@@ -404,8 +404,8 @@ def test_a_server_that_an_earlier_trainer_left_paused_is_taken_over_by_a_whole_u
     fake.faults["/update_weights"] = 500
     with pytest.raises(TransferError):
         update([first], weights(1).items(), 1)
-    second = StockServer(fake.url)
-    second.open(weights(), found_paused=True)
+    second = StockServer(fake.url, policy=UpdatePolicy(found_paused=True))
+    second.open(weights())
     with pytest.raises(TransferError, match="stays paused: an earlier trainer"):
         second.resume()
     update([second], weights(2).items(), 2)

@@ -34,6 +34,7 @@ class UpdatePolicy:
     in_flight: InFlight = InFlight.abort  # vLLM's pause modes, by the same names
     clear_cache: bool = True  # the prefix cache holds what the old weights computed
     finite: bool = True  # refuse weights with NaN or infinities
+    found_paused: bool = False  # the server is awake, but an earlier trainer may have left it paused, its weights torn
 
 
 class StockServer:
@@ -69,15 +70,15 @@ class StockServer:
 
     # --- agreement ----------------------------------------------------------------------------------------------------
 
-    def open(self, weights: Mapping[str, torch.Tensor], version: int | None = None, found_paused: bool = False) -> None:
+    def open(self, weights: Mapping[str, torch.Tensor], version: int | None = None) -> None:
         """Agree on what every update will bring; TransferError if the server is not fit for any.
 
-        `version`: the one whose weights the server has loaded itself. `found_paused`: it is awake, but an earlier
-        trainer has left it paused, its weights perhaps a mixture; the next update resumes it.
+        `version`: the one whose weights the server has loaded itself. Where the policy says `found_paused` there is
+        none, and the first update resumes the server.
         """
         sleeping = self._found()
         self.dialect, self._label = dialect_of(self.routes)
-        if found_paused:
+        if self.policy.found_paused:
             self._paused, self.broken, version = True, "an earlier trainer has left it paused", None
         elif sleeping:
             raise TransferError(_not_awake(self.name))
@@ -285,7 +286,7 @@ class StockServer:
 def _not_awake(name: str) -> str:
     return (
         f"{name}: it sleeps, or others have paused it (vLLM says the same of both). An update crashes a server that "
-        "sleeps: POST /wake_up, or, if an earlier trainer has left it paused, open(found_paused=True)"
+        "sleeps: POST /wake_up to it, or, if an earlier trainer has left it paused, set rollout.found_paused=true"
     )
 
 
