@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from rlhf import resume
+from rlhf import train as train_cli
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import MANIFEST, Store
+from rlhf.ending import RunError, alone
 from rlhf.metrics import Recorder
 from rlhf.run import run
 
@@ -184,3 +188,110 @@ def test_after_signals_at_random_moments_a_resumed_run_is_the_uninterrupted_one(
     commands.start(*command)
     assert commands.ended() == 0, commands.said()
     assert state(commands.folder / "run") == whole
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(tmp_path):
+    """`started("steps=5", ...)`: a folder in which Hydra has noted such a run."""
+
+    def noted(*overrides: str) -> Path:
+        (tmp_path / ".hydra").mkdir()
+        config = OmegaConf.to_yaml(resume._compose(overrides))
+        (tmp_path / ".hydra" / "config.yaml").write_text(config)
+        (tmp_path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+        return tmp_path
+
+    return noted
+
+
+def test_a_resumed_run_has_its_own_dials_and_those_given_now_which_are_named_and_kept(started, capsys):
+    folder = started("experiment=smoke", "algo=ppo", "seed=7")
+    config, replayed = resume.composed(folder, [])
+    assert (config.seed, config.steps, config.algo.name) == (7, 6, "ppo") and capsys.readouterr().out == ""
+    assert replayed == ["experiment=smoke", "algo=ppo", "seed=7"]
+    config, _ = resume.composed(folder, ["steps=9", "optim.lr=0.01"])
+    assert (config.steps, config.optim.lr) == (9, 0.01)
+    said = capsys.readouterr().out
+    assert said == "other dials from here on: optim.lr is 0.01 (was 0.0002), steps is 9 (was 6)\n"
+    config, replayed = resume.composed(folder, [])
+    assert config.steps == 9 and replayed[-2:] == ["steps=9", "optim.lr=0.01"] and capsys.readouterr().out == ""
+
+
+def test_a_run_whose_defaults_have_changed_is_refused_with_the_names_of_the_keys(started):
+    folder = started("experiment=smoke")
+    path = folder / ".hydra" / "config.yaml"
+    path.write_text(path.read_text().replace("prompts_per_step: 8", "prompts_per_step: 16").replace("seed: 0\n", ""))
+    with pytest.raises(ValueError, match=r"prompts_per_step is 8 \(was 16\), seed is 0 \(was not there\); say by"):
+        resume.composed(folder, ["steps=9"])
+    config, _ = resume.composed(folder, ["prompts_per_step=16", "seed=0"])
+    assert config.prompts_per_step == 16, "who says which is meant may go on"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "screen"),
+    [
+        (".", 1, ". is no folder of a run: it has no .hydra/overrides.yaml"),
+        ("run steps=0", 1, "steps must be at least 1 (got 0)"),
+        ("run stepz=4", 1, "Could not override 'stepz'"),
+        ("run transfer.slots=4 transfer=disk", 1, "that key belongs to the ipc transfer"),
+        ("steps=4", 2, "python -m rlhf.resume RUN_DIR"),
+        ("--help", 0, "python -m rlhf.resume RUN_DIR"),
+    ],
+)
+def test_a_mistake_answers_at_once_and_changes_nothing(started, tmp_path, arguments, code, screen):
+    folder = started("experiment=smoke").rename(tmp_path.parent / f"{tmp_path.name}-run")
+    tmp_path.mkdir()
+    folder = folder.rename(tmp_path / "run")
+    before = (folder / ".hydra" / "overrides.yaml").read_text()
+    script = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('rlhf.resume', run_name='__main__')"
+    command = [sys.executable, "-c", script, *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, screen in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and (folder / ".hydra" / "overrides.yaml").read_text() == before
+
+
+def test_a_run_that_is_finished_is_left_alone_and_more_steps_go_on(compose_run, started, monkeypatch, capsys):
+    folder = started(*SMALL, "steps=1")
+    run(compose_run(*SMALL, "steps=1"), folder, [*SMALL, "steps=1"])
+    before = numbers(folder)
+    monkeypatch.setattr(sys, "argv", ["rlhf.resume", str(folder)])
+    monkeypatch.setattr(train_cli, "terminate_as_interrupt", lambda: None)
+    resume.main()
+    assert f"finished already: {folder}" in capsys.readouterr().out and numbers(folder) == before
+    monkeypatch.setattr(sys, "argv", ["rlhf.resume", str(folder), "steps=2"])
+    resume.main()
+    assert numbers(folder)[:2] == before[:2] and [row["step"] for row in numbers(folder)] == [0, 1, 2, 2]
+    assert json.loads((folder / "summary.json").read_text())["overrides"] == [*SMALL, "steps=1", "steps=2"]
+
+
+def test_a_checkpoint_that_does_not_verify_gives_way_to_the_one_before_and_without_any_the_run_is_refused(train):
+    choice = (*SMALL, "steps=4", "checkpoint.every=2")
+    whole = state(train(*choice, name="run"))
+    folder = train(*choice, name="run")
+    store = Store(folder / FOLDER)
+    (store.path(4) / "reference.safetensors").write_bytes(b"")
+    assert state(train(*choice, name="run", resume=True)) == whole and store.damaged == {}
+    for step in store.steps():
+        (store.path(step) / "state.json").unlink()
+    with pytest.raises(RunError, match=r"no checkpoint in .* verifies"):
+        train(*choice, name="run", resume=True)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, tmp_path):
+    (tmp_path / "run" / FOLDER / ".writing-dead").mkdir(parents=True)
+    choice = (*SMALL, "steps=1")
+    assert state(train(*choice, name="run", resume=True)) == state(train(*choice, name="other"))
+
+
+def test_two_processes_do_not_train_in_one_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    with alone(tmp_path / "run"), pytest.raises(RunError, match=r"another process trains in .*run: end it"):
+        train(*SMALL, name="run")
+    with alone(tmp_path / "run"):  # and the lock is given back
+        pass

@@ -26,6 +26,7 @@ from rlhf.checkpoint.state import (
     random_state,
     read_lines,
     restore_random,
+    seed_python,
     weights_of,
     write_lines,
     write_tensors,
@@ -120,6 +121,7 @@ class Keeper:
         """Bring what is trained to where the run goes on, or save where it begins; how many steps are done."""
         self._trainee = trainee
         if self.saved is None:
+            seed_python(self.config.seed)  # now that whoever starts workers has drawn from them: Ray does
             self.reached(0, version)
             return 0
         told = self.saved.told

@@ -157,6 +157,12 @@ def load_state(state: State, folder: Path, values: Mapping[str, Any], device: to
 # --- random generators ------------------------------------------------------------------------------------------------
 
 
+def seed_python(seed: int) -> None:
+    """Let Python's and numpy's global generators begin anew: a user's reward may draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_state() -> dict[str, Any]:
     """All random generators of this process, as JSON."""
     version, internal, gauss = random.getstate()
