@@ -27,7 +27,7 @@ from rlhf.adapter import (
     sent_weights,
 )
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig
-from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved
+from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
 from rlhf.compose import choice
@@ -95,6 +95,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: 
         site = Site(config, folder, stack.enter_context(Bars(console)), began)
         site.saved = _found(site) if resume else None
         _make_room(site)
+        stack.enter_context(resumable(Store(folder / FOLDER)))
         parts, policy, tokenizer, version = _build(site, stack)
         train_policy = _trainer(site, parts, policy, tokenizer, version)
         gc.collect()

@@ -7,6 +7,7 @@ SIGTERM saves it at once. While it changes, signals wait for the step's end.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ from rlhf.checkpoint.state import (
     write_lines,
     write_tensors,
 )
-from rlhf.checkpoint.store import Best, Store
+from rlhf.checkpoint.store import Best, Store, flush
 from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, unbroken
 from rlhf.metrics import Recorder
 
@@ -40,8 +41,24 @@ if TYPE_CHECKING:
     from transfer import Transfer
 
 FOLDER = "checkpoints"  # of a run
+SAMPLES, METRICS = "samples.jsonl", "metrics.jsonl"  # beside it
 STATE, ROWS, CONFIG = "state.json", "rows.jsonl", "config.json"
 SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says which is best
+
+
+@contextmanager
+def resumable(store: Store) -> Iterator[None]:
+    """Where a signal or an explained error ends a run in this block, say how it goes on; SIGTERM's code becomes 75."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
+        if not store.steps():
+            raise
+        go_on = f"python -m rlhf.resume {store.folder.parent}"
+        print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
+        if isinstance(end, SystemExit) and end.code == TERMINATED:
+            raise SystemExit(RESUMABLE) from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +79,12 @@ class Saved:
 
     def rewind(self, run: Path, metrics: bool) -> None:
         """Let a run's `samples.jsonl`, and its `metrics.jsonl` where there is to be one, end where this was saved."""
-        samples = run / "samples.jsonl"
+        samples = run / SAMPLES
         if samples.exists():
             os.truncate(samples, min(self.told["samples"], samples.stat().st_size))
         if metrics:
-            write_lines(run / ".metrics.jsonl", self.rows())
-            os.replace(run / ".metrics.jsonl", run / "metrics.jsonl")
+            write_lines(run / f".{METRICS}", self.rows())
+            os.replace(run / f".{METRICS}", run / METRICS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +120,10 @@ class Keeper:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Save what there is, where a signal or an explained error ends the run; SIGTERM's exit code becomes 75."""
-        terminated = isinstance(error, SystemExit) and error.code == TERMINATED
-        stopped = terminated or isinstance(error, KeyboardInterrupt)
-        if not self.config.checkpoint.every or not (stopped or isinstance(error, EXPLAINED)):
-            return
-        if self._mark is not None and self._mark.step != self._kept:
+        """Save what there is, where a signal or an explained error ends the run."""
+        explained = isinstance(error, (KeyboardInterrupt, SystemExit, *EXPLAINED))
+        if explained and self.config.checkpoint.every and self._mark is not None and self._mark.step != self._kept:
             self._save(self._mark)
-        if self._kept is None:
-            return
-        run = self.store.folder.parent
-        print(f"step {self._kept} is saved: go on with python -m rlhf.resume {run}", file=sys.stderr)
-        if terminated:
-            raise SystemExit(RESUMABLE) from None
 
     def begin(self, trainee: Trainee, version: int) -> int:
         """Bring what is trained to where the run goes on, or save where it begins; how many steps are done."""
@@ -149,7 +157,7 @@ class Keeper:
         """The state's evaluation: if it is the best so far, keep the state."""
         score = next((metrics[name] for name in SCORES if name in metrics), None)
         settings, mark = self.config.checkpoint, self._mark
-        if not (settings.every and settings.keep_best) or score is None or mark is None:
+        if not (settings.every and settings.keep_best) or score is None or not math.isfinite(score) or mark is None:
             return
         best = self.store.best()
         if best is not None and not score > best.score:
@@ -206,6 +214,9 @@ class Keeper:
         for name, tensors in files.items():
             if tensors:
                 write_tensors(folder / f"{name}.safetensors", tensors)
+        samples = self.store.folder.parent / SAMPLES
+        if samples.exists():
+            flush(samples)
         told = {
             "step": mark.step,
             "version": mark.version,

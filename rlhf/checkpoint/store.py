@@ -77,7 +77,7 @@ class Store:
             if self.path(step).exists():
                 self._remove(self.path(step))
             os.rename(writing, self.path(step))
-            _flush(self.folder)
+            flush(self.folder)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -103,7 +103,7 @@ class Store:
         writing = self._aside(WRITING)
         _write(writing, json.dumps({"step": best.step, "score": best.score}))
         os.replace(writing, self.folder / BEST)
-        _flush(self.folder)
+        flush(self.folder)
 
     def tidy(self) -> None:
         """Remove what a process that was killed has left half-written or half-removed."""
@@ -146,12 +146,12 @@ def _seal(folder: Path, step: int) -> None:
     """Flush all that is below the folder, and describe it in the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _flush(path)
+        flush(path)
     for path in [path for path in folder.rglob("*") if path.is_dir()]:
-        _flush(path)
+        flush(path)
     described = {path.relative_to(folder).as_posix(): _described(path) for path in files}
     _write(folder / MANIFEST, json.dumps({"step": step, "files": described}, indent=1) + "\n")
-    _flush(folder)
+    flush(folder)
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Let a file's bytes, or a folder's names, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

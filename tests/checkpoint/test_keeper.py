@@ -17,7 +17,7 @@ from nth_fault import Nth, failing, no_space
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved
+from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
 from rlhf.checkpoint.store import Store
 from rlhf.ending import RESUMABLE, TERMINATED, RunError, terminate_as_interrupt
@@ -258,7 +258,7 @@ def handlers():
 def test_a_signal_between_two_steps_saves_the_state_at_once(make_keeper, handlers, capsys, signum):
     keeper, learner = make_keeper("checkpoint.every=100")
     keeper.begin(learner, 0)
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped, keeper:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped, resumable(keeper.store), keeper:
         with keeper.changing():
             touch(learner, 1.0)
             keeper.reached(1, 1)
@@ -284,7 +284,7 @@ def test_a_signal_while_the_state_changes_waits_for_the_end_of_the_step_and_save
 def test_a_second_signal_does_not_wait_and_saves_nothing_that_is_half_changed(make_keeper, handlers):
     keeper, learner = make_keeper("checkpoint.every=100")
     keeper.begin(learner, 0)
-    with pytest.raises(SystemExit) as stopped, keeper, keeper.changing():
+    with pytest.raises(SystemExit) as stopped, resumable(keeper.store), keeper, keeper.changing():
         touch(learner, 1.0)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -295,7 +295,7 @@ def test_a_second_signal_does_not_wait_and_saves_nothing_that_is_half_changed(ma
 
 def test_without_any_checkpoint_sigterm_keeps_its_own_exit_code(make_keeper, handlers):
     keeper, learner = make_keeper("checkpoint.every=0")
-    with pytest.raises(SystemExit) as stopped, keeper:
+    with pytest.raises(SystemExit) as stopped, resumable(keeper.store), keeper:
         keeper.begin(learner, 0)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
