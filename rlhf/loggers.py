@@ -41,7 +41,7 @@ class JsonlLogger:
     """`metrics.jsonl`: one object a step or evaluation, flushed at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.file = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -54,10 +54,10 @@ class JsonlLogger:
 class TensorboardLogger:
     """TensorBoard event files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, begin: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -203,19 +203,23 @@ def check_loggers(configs: Mapping[str, LoggerConfig]) -> None:
             )
 
 
-def make_loggers(run: RunConfig, folder: Path) -> list[Logger]:
-    """The writers that a run names; the console is none: it is the run's bars and table (progress.py, summary.py)."""
+def make_loggers(run: RunConfig, folder: Path, begin: int | None = None) -> list[Logger]:
+    """The writers that a run names, for one that goes on at step `begin`; None: a new one.
+
+    The console is none: it is the run's bars and table (progress.py, summary.py). A service has a new run of its own
+    for what comes after a stop.
+    """
     configs = [config for config in run.logger.values() if not isinstance(config, ConsoleLoggerConfig)]
-    return [_make(config, run, folder) for config in configs]
+    return [_make(config, run, folder, begin) for config in configs]
 
 
-def _make(config: LoggerConfig, run: RunConfig, folder: Path) -> Logger:
+def _make(config: LoggerConfig, run: RunConfig, folder: Path, begin: int | None) -> Logger:
     name = choice(config)
     match config:
         case JsonlLoggerConfig():
             return Guarded(name, lambda: JsonlLogger(folder))
         case TensorboardLoggerConfig():
-            return Guarded(name, lambda: TensorboardLogger(folder))
+            return Guarded(name, lambda: TensorboardLogger(folder, begin))
         case WandbLoggerConfig():
             return Background(name, lambda: WandbLogger(config, run, folder))
         case MlflowLoggerConfig():

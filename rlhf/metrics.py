@@ -18,6 +18,7 @@ from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
 from transfer import Transfer
 from transfer.journal import Journal
 
+NO_STEP = ("evaluate", "checkpoint")  # phases whose seconds are part of no step
 SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps
 SHOWN = {
     "train/reward": "reward",
@@ -67,6 +68,20 @@ class Recorder:
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
         self.warned = False
+        self.raised: dict[str, float] = {}  # alarms of the next row that its metrics do not tell
+
+    def position(self) -> tuple[int, int]:
+        """How much there is: rows of metrics, and bytes of `samples.jsonl`."""
+        samples = self.outlets.folder / "samples.jsonl"
+        return len(self.rows), samples.stat().st_size if samples.exists() else 0
+
+    def restore(self, rows: Sequence[dict[str, float]]) -> None:
+        """Go on after these rows of an earlier process; loggers have them already."""
+        self.rows = list(rows)
+        for row in rows:
+            measured = {name: value for name, value in row.items() if not name.startswith("alarm/")}
+            (self.steps if "seconds/step" in row else self.evaluations)(measured)
+            self.latest |= row
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -128,7 +143,7 @@ class Recorder:
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
         }
-        worked = sum(value for phase, value in self.seconds.items() if phase != "evaluate")
+        worked = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
         metrics["seconds/step"] = worked
         metrics["tokens_per_second"] = rollouts.tokens / worked
         self.seconds = {}
@@ -140,7 +155,7 @@ class Recorder:
         """One step that samples nothing is done; `learned` says, beside others, how many tokens it saw."""
         metrics = {f"train/{name}": value for name, value in learned.items()}
         metrics |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
-        metrics["seconds/step"] = sum(self.seconds.values())
+        metrics["seconds/step"] = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
         metrics["tokens_per_second"] = learned["tokens"] / metrics["seconds/step"]
         self.seconds = {}
         self._log(step, metrics, self.steps)
@@ -151,15 +166,23 @@ class Recorder:
         seconds = self.seconds.pop("evaluate", 0.0)
         self._log(step, {**metrics, "seconds/evaluate": seconds}, self.evaluations)
 
+    def alarm(self, name: str, line: str) -> None:
+        """Something has gone wrong beside the metrics; RunError where alarms end the run."""
+        self.raised[f"alarm/{name}"] = 1.0
+        self._say([f"alarm {name}: {line}"])
+
     def _log(self, step: int, metrics: dict[str, float], watch: Watch) -> None:
         """Hand the metrics on, with an `alarm/<name>` of 1.0 for each that fires; RunError where alarms end the run."""
         said = watch({"step": step, **metrics})
-        metrics = metrics | {f"alarm/{name}": 1.0 for name in watch.firing}
+        metrics = metrics | self.raised | {f"alarm/{name}": 1.0 for name in watch.firing}
+        self.raised = {}
         self.latest |= metrics
         self.rows.append({"step": step, **metrics})
         for logger in self.outlets.loggers:
             logger.log(step, metrics)
-        lines = [f"alarm {name}, step {step}: {line}" for name, line in said.items()]
+        self._say([f"alarm {name}, step {step}: {line}" for name, line in said.items()])
+
+    def _say(self, lines: Sequence[str]) -> None:
         for line in lines:
             self.outlets.bar.bars.say(line)
         if lines and self.stop:

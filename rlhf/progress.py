@@ -17,12 +17,12 @@ LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage
 class Stage:
     """One stage's bar; `advance` after each step."""
 
-    def __init__(self, bars: Bars, name: str, total: int) -> None:
-        self.bars, self.name, self.total, self.done = bars, name, total, 0
+    def __init__(self, bars: Bars, name: str, total: int, done: int = 0) -> None:
+        self.bars, self.name, self.total, self.done = bars, name, total, done
         self.shown = time.monotonic()
         self.task: TaskID | None = None
         if bars.progress is not None:
-            self.task = bars.progress.add_task(name, total=total, numbers="")
+            self.task = bars.progress.add_task(name, total=total, completed=done, numbers="")
 
     def advance(self, numbers: Mapping[str, float] | None = None) -> None:
         """One step is done; `numbers` stand beside the bar."""
@@ -63,9 +63,9 @@ class Bars:
         if self.progress is not None:
             self.progress.stop()
 
-    def stage(self, name: str, total: int) -> Stage:
-        """A new stage of `total` steps."""
-        return Stage(self, name, total)
+    def stage(self, name: str, total: int, done: int = 0) -> Stage:
+        """A new stage of `total` steps, some of which may be done."""
+        return Stage(self, name, total, done)
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import signal
 import sys
@@ -15,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rlhf.config import Objective, RunConfig
-from rlhf.ending import EXPLAINED, TERMINATED, RunError, end_with_parent, terminate_as_interrupt
+from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, RunError, end_with_parent, terminate_as_interrupt
 from rlhf.leaderboard import write_tables
 from rlhf.run_folder import runs_below
 from rlhf.summary import objective_of, read_summary, write_summary
@@ -32,10 +33,12 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], sweep: Pa
     if summary.get("status") == "finished" and summary.get("overrides") == list(overrides):
         print(f"finished already, skipped: {folder}")
         return _objective(summary, config)
+    go_on = summary.get("status", "interrupted") == "interrupted"  # one without a summary was killed
     (folder / "summary.json").unlink(missing_ok=True)
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("spawn", force=True)  # joblib's own, which a fresh process does not know
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(config, folder, list(overrides)))
+    arguments = (config, folder, list(overrides), go_on)
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
     process.start()
     try:
         process.join()
@@ -47,7 +50,7 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], sweep: Pa
             write_summary(folder, "interrupted", overrides, {})
             write_tables(sweep)  # Hydra does not call on_job_end now
     if process.exitcode:
-        if process.exitcode in (TERMINATED, -signal.SIGTERM):  # it alone was: the sweep goes on
+        if process.exitcode in (TERMINATED, RESUMABLE, -signal.SIGTERM):  # it alone was: the sweep goes on
             write_summary(folder, "interrupted", overrides, {"error": "the job's process was told to end (SIGTERM)"})
         raise RunError(read_summary(folder).get("error", f"the process died with exit code {process.exitcode}"))
     return _objective(read_summary(folder), config)
@@ -63,20 +66,34 @@ def _objective(summary: dict[str, Any], config: RunConfig) -> float | None:
     return value
 
 
-def _child(config: RunConfig, folder: Path, overrides: list[str]) -> None:
+def _child(config: RunConfig, folder: Path, overrides: list[str], go_on: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which then ends this
     terminate_as_interrupt()
     end_with_parent()
     from rlhf.run import run
 
     try:
-        run(config, folder, overrides)
+        run(config, folder, overrides, resume=go_on and _begun(folder, config))
     except EXPLAINED as error:
         write_summary(folder, "failed", overrides, {"error": str(error)})
         sys.exit(1)
     except Exception as error:
         write_summary(folder, "failed", overrides, {"error": f"{type(error).__name__}: {error}"})
         raise
+
+
+def _begun(folder: Path, config: RunConfig) -> bool:
+    """Whether a run of this very configuration has saved something there to go on from."""
+    from rlhf.checkpoint.keeper import CONFIG, FOLDER
+    from rlhf.checkpoint.state import plain
+    from rlhf.checkpoint.store import Store
+
+    store = Store(folder / FOLDER)
+    newest = store.newest()
+    if newest is None or json.loads((store.path(newest) / CONFIG).read_text()) != plain(config):
+        return False
+    print(f"begun already, goes on after step {newest}: {folder}")
+    return True
 
 
 class SweepTable(Callback):

@@ -78,11 +78,11 @@ def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_sweep_with_jobs_that_died_or_were_interrupted_has_them_in_its_table_and_runs_only_those_again(sweep):
     functions = "mine:dies_once,mine:told_to_end_once,mine:stops_all_once"
     six = ("-m", *TINY, "reward=function", f"reward.function={functions}", "steps=1", "seed=0,1")
-    done, folder = sweep(*six, timeout=150)
+    done, folder = sweep(*six, timeout=280)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     statuses = ["failed", "finished", "interrupted", "finished", "interrupted"]  # and then all was stopped
     assert [row["status"] for row in table(folder)] == statuses
@@ -90,9 +90,10 @@ def test_a_sweep_with_jobs_that_died_or_were_interrupted_has_them_in_its_table_a
     assert {row["finished"] for row in table(folder, "leaderboard.csv")} == {"1", "0"}
     assert len(started(folder.parent)) == 2
 
-    done, folder = sweep(*six, timeout=150)
+    done, folder = sweep(*six, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished already, skipped") == 2
+    assert done.stdout.count("begun already, goes on after step 0") == 2, "those that were interrupted"
     assert len(started(folder.parent)) == 6, "each job has run to its end once"
     assert [row["status"] for row in table(folder)] == ["finished"] * 6
     assert [row["finished"] for row in table(folder, "leaderboard.csv")] == ["2"] * 3

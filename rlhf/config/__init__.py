@@ -5,6 +5,7 @@ Rules inside one group live in that class's `__post_init__`, rules across groups
 message says what was given, what is allowed and which key to change. compose.py makes the choices known to Hydra.
 """
 
+from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import (
     ConsoleLoggerConfig,
     JsonlLoggerConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "REWARD_PARTS",
     "AdamWConfig",
     "ArithmeticTaskConfig",
+    "CheckpointConfig",
     "ConsoleLoggerConfig",
     "Device",
     "EvaluateConfig",

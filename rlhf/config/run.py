@@ -7,6 +7,7 @@ from enum import Enum
 
 from rlhf.alarms import AlarmsConfig
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
+from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
@@ -103,6 +104,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     steps: int = 60
     prompts_per_step: int = 32
