@@ -211,7 +211,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
 
     folder = train("experiment=smoke", "steps=3", "transfer=disk", name="run")
     logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "worker-0.log", "tensorboard", "journal"}
-    assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights"}
+    assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights", "checkpoints"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {"prompt", "answer", "reward", "gold", "version", "step"} <= set(samples(folder)[0])
     summary = json.loads((folder / "summary.json").read_text())

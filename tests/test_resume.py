@@ -48,6 +48,7 @@ def train(compose_run, tmp_path, monkeypatch):
             return method
 
         with monkeypatch.context() as patch:
+            patch.setattr("rlhf.run.plot_curves", lambda *_: None)  # takes as long as all steps
             for each in plain:
                 patch.setattr(Recorder, each, dying(each))
             if not killed_at:
@@ -272,8 +273,8 @@ def test_a_run_that_is_finished_is_left_alone_and_more_steps_go_on(compose_run, 
 
 def test_a_checkpoint_that_does_not_verify_gives_way_to_the_one_before_and_without_any_the_run_is_refused(train):
     choice = (*SMALL, "steps=4", "checkpoint.every=2")
-    whole = state(train(*choice, name="run"))
     folder = train(*choice, name="run")
+    whole = state(folder)
     store = Store(folder / FOLDER)
     (store.path(4) / "reference.safetensors").write_bytes(b"")
     assert state(train(*choice, name="run", resume=True)) == whole and store.damaged == {}
