@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.alarms import OF_EVALUATIONS, OF_STEPS, Watch
 from rlhf.config import RunConfig, VerifierRewardConfig
 from rlhf.ending import RunError
+from rlhf.profiler import Profiler
 from rlhf.progress import Stage
 from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
 from transfer import Transfer
@@ -68,6 +69,7 @@ class Recorder:
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
         self.warned = False
+        self.profiler = Profiler(config.profile.steps, outlets.folder / "profile")
         self.raised: dict[str, float] = {}  # alarms of the next row that its metrics do not tell
 
     def position(self) -> tuple[int, int]:
@@ -86,9 +88,12 @@ class Recorder:
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to the step's `seconds/<phase>`."""
+        if phase not in NO_STEP:
+            self.profiler.begin(int(self.rows[-1]["step"]) + 1 if self.rows else 1)
         start = time.monotonic()
         try:
-            yield
+            with self.outlets.bar.bars.pulse.within(phase):
+                yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
@@ -173,6 +178,8 @@ class Recorder:
 
     def _log(self, step: int, metrics: dict[str, float], watch: Watch) -> None:
         """Hand the metrics on, with an `alarm/<name>` of 1.0 for each that fires; RunError where alarms end the run."""
+        if watch is self.steps:
+            self.profiler.end(step)
         said = watch({"step": step, **metrics})
         metrics = metrics | self.raised | {f"alarm/{name}": 1.0 for name in watch.firing}
         self.raised = {}

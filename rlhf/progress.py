@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rlhf.heartbeat import Pulse
+
 TRANSFER_LOG = logging.getLogger("transfer")
 LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage
 
@@ -20,6 +22,7 @@ class Stage:
     def __init__(self, bars: Bars, name: str, total: int, done: int = 0) -> None:
         self.bars, self.name, self.total, self.done = bars, name, total, done
         self.shown = time.monotonic()
+        bars.pulse.at(name, done, total, {})
         self.task: TaskID | None = None
         if bars.progress is not None:
             self.task = bars.progress.add_task(name, total=total, completed=done, numbers="")
@@ -27,6 +30,7 @@ class Stage:
     def advance(self, numbers: Mapping[str, float] | None = None) -> None:
         """One step is done; `numbers` stand beside the bar."""
         self.done += 1
+        self.bars.pulse.at(self.name, self.done, self.total, numbers or {})
         text = "  ".join(f"{name} {value:.4g}" for name, value in (numbers or {}).items())
         if self.bars.progress is not None and self.task is not None:
             self.bars.progress.update(self.task, advance=1, numbers=text)
@@ -41,6 +45,7 @@ class Bars:
     def __init__(self, on: bool) -> None:
         self.on = on
         self.console = Console()
+        self.pulse = Pulse()
         self.progress: Progress | None = None
         self._warnings = Warnings(self)
 
@@ -72,7 +77,8 @@ class Bars:
         """A stage of one step whose end nobody can tell."""
         stage = self.stage(name, 1)
         start = time.monotonic()
-        yield
+        with self.pulse.within(name):
+            yield
         stage.advance({"seconds": round(time.monotonic() - start, 1)})
 
     def say(self, text: str) -> None:

@@ -41,6 +41,7 @@ from rlhf.config import (
     VllmRolloutConfig,
 )
 from rlhf.ending import RunError, alone
+from rlhf.heartbeat import Heartbeat
 from rlhf.learner import Learner
 from rlhf.loggers import check_loggers, make_loggers
 from rlhf.loop import Parts, train
@@ -95,6 +96,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: 
     with ExitStack() as stack:
         stack.enter_context(alone(folder))
         site = Site(config, folder, stack.enter_context(Bars(console)), began)
+        heart = stack.enter_context(Heartbeat(folder, site.bars.pulse, site.bars.say))
         site.saved = _found(site) if resume else None
         _make_room(site)
         stack.enter_context(resumable(Store(folder / FOLDER)))
@@ -106,7 +108,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: 
             train_policy()
             _save(policy, tokenizer, site)
     summary = site.notes | summarise(parts.record.rows)
-    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads()}
+    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **heart.peaks}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)

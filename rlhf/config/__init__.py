@@ -29,7 +29,15 @@ from rlhf.config.reward import (
     VerifierRewardConfig,
 )
 from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfig
-from rlhf.config.run import EvaluateConfig, EvaluationConfig, Objective, RunConfig, SftConfig, check_transfer
+from rlhf.config.run import (
+    EvaluateConfig,
+    EvaluationConfig,
+    Objective,
+    ProfileConfig,
+    RunConfig,
+    SftConfig,
+    check_transfer,
+)
 from rlhf.config.task import (
     ArithmeticTaskConfig,
     GuessTaskConfig,
@@ -65,6 +73,7 @@ __all__ = [
     "Objective",
     "OptimConfig",
     "Precision",
+    "ProfileConfig",
     "ReasoningGymTaskConfig",
     "ReverseTaskConfig",
     "RewardConfig",

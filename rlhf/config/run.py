@@ -61,6 +61,13 @@ class EvaluateConfig:
                 raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
 
 
+@dataclass(slots=True, kw_only=True)
+class ProfileConfig:
+    """Which steps are traced by torch.profiler, into `profile/`."""
+
+    steps: list[int] = field(default_factory=list)
+
+
 class Objective(Enum):
     """A number of a run's summary by which a sweep sorts its leaderboard, and which an optimiser of dials is told."""
 
@@ -113,6 +120,7 @@ class RunConfig:
     tokens_per_microbatch: int = 16384  # bounds memory only; gradients are the same for any value
     evaluate_every: int = 10  # steps between evaluations on held-out prompts
     threads: int = 1  # torch threads a process; another number changes the last bits of floats
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     objective: Objective | None = None  # of sweeps: what they are sorted by; null: gold, or reward where there is none
 
     def __post_init__(self) -> None:
@@ -122,6 +130,9 @@ class RunConfig:
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("threads", self.threads, 1)
         at_least("seed", self.seed, 0)
+        for step in self.profile.steps:
+            if not 1 <= step <= self.steps:
+                raise ValueError(f"profile.steps must be steps of the run, 1 to {self.steps} (got {step})")
         match self.algo:
             case AlgoConfig() as algo:
                 self._check_algorithm(algo)
