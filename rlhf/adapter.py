@@ -157,11 +157,21 @@ def save_adapter(policy: PreTrainedModel, folder: Path, base: str) -> None:
     config: Any = copy.copy(policy.peft_config[NAME])  # type: ignore[operator, index]
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base, True
     config.save_pretrained(str(folder))
-    weights = {
-        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.detach().contiguous()
-        for name, tensor in sent_weights(policy).items()
-    }
+    weights = {_peft_name(name): tensor.detach().contiguous() for name, tensor in sent_weights(policy).items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_adapter(policy: PreTrainedModel, folder: Path) -> None:
+    """Overwrite the policy's adapter with one that `save_adapter` wrote; ValueError if it is of another shape."""
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in sent_weights(policy).items():
+        kept = saved.get(_peft_name(name))
+        if kept is None or kept.shape != tensor.shape:
+            raise ValueError(f"the adapter in {folder} has no {name} of shape {list(tensor.shape)}: another model's?")
+        tensor.data.copy_(kept)
 
 
 def spec_of(policy: PreTrainedModel, lora: LoraConfig, base: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -172,6 +182,11 @@ def spec_of(policy: PreTrainedModel, lora: LoraConfig, base: str, dtype: torch.d
 def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """peft's layers by their paths."""
     return [(path, module) for path, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+def _peft_name(name: str) -> str:
+    """What peft calls a weight of an adapter in a file."""
+    return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"
 
 
 def _of_adapter(name: str) -> bool:

@@ -22,6 +22,7 @@ from rlhf.config import (
     HfRolloutConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
+    MlflowLoggerConfig,
     ReasoningGymTaskConfig,
     ReverseTaskConfig,
     RunConfig,
@@ -29,7 +30,9 @@ from rlhf.config import (
     SumRewardConfig,
     TensorboardLoggerConfig,
     TinyModelConfig,
+    TrackioLoggerConfig,
     VllmRolloutConfig,
+    WandbLoggerConfig,
 )
 from transfer.config import (
     CollectiveConfig,
@@ -74,6 +77,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "console": ConsoleLoggerConfig,
         "jsonl": JsonlLoggerConfig,
         "tensorboard": TensorboardLoggerConfig,
+        "wandb": WandbLoggerConfig,
+        "mlflow": MlflowLoggerConfig,
+        "trackio": TrackioLoggerConfig,
     },
 }
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from transfer.wire import RemoteError, TransferError
 
 TERMINATED = 128 + signal.SIGTERM  # exit codes, as shells have them
 INTERRUPTED = 128 + signal.SIGINT
+RESUMABLE = 75  # instead of TERMINATED, once there is a checkpoint to go on from; sysexits.h calls it EX_TEMPFAIL
 
 
 class RunError(RuntimeError):
@@ -29,6 +33,45 @@ def terminate_as_interrupt() -> None:
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, stop)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """RunError if a process is in this block for the same folder already; the lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunError(f"another process trains in {folder}: end it, or wait until it has ended") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C inside counts at the end, a second one at once; only in a program's main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    acts = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+
+    def hold(signum: int, frame: FrameType | None) -> None:
+        held.append(signum)
+        if len(held) > 1:
+            acts[signal.Signals(signum)](signum, frame)
+
+    for signum in acts:
+        signal.signal(signum, hold)
+    try:
+        yield
+    finally:
+        for signum, act in acts.items():
+            signal.signal(signum, act)
+        if held:
+            acts[signal.Signals(held[0])](held[0], None)
 
 
 @contextmanager

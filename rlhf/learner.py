@@ -18,6 +18,7 @@ from rlhf import advantages as adv
 from rlhf import losses
 from rlhf.adapter import sent_weights
 from rlhf.algorithm import Advantage, AlgoConfig, KlIn, Truncated
+from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.correction import effective_share
 from rlhf.ending import RunError
@@ -66,6 +67,20 @@ class Learner:
     def weights(self) -> dict[str, Tensor]:
         """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
         return self._weights
+
+    def state(self) -> State:
+        """What training changes, beside the policy's weights."""
+        state = State(
+            attributes={"steps": (self, "steps"), "skipped": (self, "skipped"), "kl_coef": (self.kl, "coefficient")},
+            optimizers={"policy": (self.policy, self.optimizer)},
+            tensors={"averages": self._averages},
+        )
+        if self.critic is not None and self.critic_optimizer is not None:
+            state.modules["critic"] = self.critic
+            state.optimizers["critic"] = self.critic, self.critic_optimizer
+        if self.reference is not None and self.reference is not self.policy:
+            state.modules["reference"] = self.reference
+        return state
 
     def score(self, rollouts: Rollouts) -> Batch:
         """Pad the rows and add what is needed before the update: old and reference log-probs, values. No gradient."""

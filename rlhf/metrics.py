@@ -1,4 +1,4 @@
-"""What a run measures: timers, means, samples, and the writers they go to."""
+"""What a run measures: timers, means, samples. Where the numbers go is in loggers.py."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.alarms import OF_EVALUATIONS, OF_STEPS, Watch
-from rlhf.config import (
-    ConsoleLoggerConfig,
-    JsonlLoggerConfig,
-    LoggerConfig,
-    RunConfig,
-    TensorboardLoggerConfig,
-    VerifierRewardConfig,
-)
+from rlhf.config import RunConfig, VerifierRewardConfig
 from rlhf.ending import RunError
+from rlhf.profiler import Profiler
 from rlhf.progress import Stage
 from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
 from transfer import Transfer
 from transfer.journal import Journal
 
+NO_STEP = ("evaluate", "checkpoint")  # phases whose seconds are part of no step
 SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps
 SHOWN = {
     "train/reward": "reward",
@@ -74,13 +69,31 @@ class Recorder:
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
         self.warned = False
+        self.profiler = Profiler(config.profile.steps, outlets.folder / "profile")
+        self.raised: dict[str, float] = {}  # alarms of the next row that its metrics do not tell
+
+    def position(self) -> tuple[int, int]:
+        """How much there is: rows of metrics, and bytes of `samples.jsonl`."""
+        samples = self.outlets.folder / "samples.jsonl"
+        return len(self.rows), samples.stat().st_size if samples.exists() else 0
+
+    def restore(self, rows: Sequence[dict[str, float]]) -> None:
+        """Go on after these rows of an earlier process; loggers have them already."""
+        self.rows = list(rows)
+        for row in rows:
+            measured = {name: value for name, value in row.items() if not name.startswith("alarm/")}
+            (self.steps if "seconds/step" in row else self.evaluations)(measured)
+            self.latest |= row
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to the step's `seconds/<phase>`."""
+        if phase not in NO_STEP:
+            self.profiler.begin(int(self.rows[-1]["step"]) + 1 if self.rows else 1)
         start = time.monotonic()
         try:
-            yield
+            with self.outlets.bar.bars.pulse.within(phase):
+                yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
@@ -135,7 +148,7 @@ class Recorder:
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
         }
-        worked = sum(value for phase, value in self.seconds.items() if phase != "evaluate")
+        worked = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
         metrics["seconds/step"] = worked
         metrics["tokens_per_second"] = rollouts.tokens / worked
         self.seconds = {}
@@ -147,7 +160,7 @@ class Recorder:
         """One step that samples nothing is done; `learned` says, beside others, how many tokens it saw."""
         metrics = {f"train/{name}": value for name, value in learned.items()}
         metrics |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
-        metrics["seconds/step"] = sum(self.seconds.values())
+        metrics["seconds/step"] = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
         metrics["tokens_per_second"] = learned["tokens"] / metrics["seconds/step"]
         self.seconds = {}
         self._log(step, metrics, self.steps)
@@ -158,15 +171,25 @@ class Recorder:
         seconds = self.seconds.pop("evaluate", 0.0)
         self._log(step, {**metrics, "seconds/evaluate": seconds}, self.evaluations)
 
+    def alarm(self, name: str, line: str) -> None:
+        """Something has gone wrong beside the metrics; RunError where alarms end the run."""
+        self.raised[f"alarm/{name}"] = 1.0
+        self._say([f"alarm {name}: {line}"])
+
     def _log(self, step: int, metrics: dict[str, float], watch: Watch) -> None:
         """Hand the metrics on, with an `alarm/<name>` of 1.0 for each that fires; RunError where alarms end the run."""
+        if watch is self.steps:
+            self.profiler.end(step)
         said = watch({"step": step, **metrics})
-        metrics = metrics | {f"alarm/{name}": 1.0 for name in watch.firing}
+        metrics = metrics | self.raised | {f"alarm/{name}": 1.0 for name in watch.firing}
+        self.raised = {}
         self.latest |= metrics
         self.rows.append({"step": step, **metrics})
         for logger in self.outlets.loggers:
             logger.log(step, metrics)
-        lines = [f"alarm {name}, step {step}: {line}" for name, line in said.items()]
+        self._say([f"alarm {name}, step {step}: {line}" for name, line in said.items()])
+
+    def _say(self, lines: Sequence[str]) -> None:
         for line in lines:
             self.outlets.bar.bars.say(line)
         if lines and self.stop:
@@ -191,47 +214,3 @@ class Recorder:
                 if rollouts.conversations:
                     row["conversation"] = rollouts.conversations[b]
                 file.write(json.dumps(row) + "\n")
-
-
-class JsonlLogger:
-    """`metrics.jsonl`: one object a step or evaluation, flushed at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class TensorboardLogger:
-    """TensorBoard event files."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def make_loggers(configs: Mapping[str, LoggerConfig], folder: Path) -> list[Logger]:
-    """The writers that `configs` name; the console is none: it is the run's bars and table (progress.py, report.py)."""
-    loggers: list[Logger] = []
-    for config in configs.values():
-        match config:
-            case JsonlLoggerConfig():
-                loggers.append(JsonlLogger(folder))
-            case TensorboardLoggerConfig():
-                loggers.append(TensorboardLogger(folder))
-            case ConsoleLoggerConfig():
-                pass
-    return loggers

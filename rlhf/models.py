@@ -176,6 +176,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
+def reload(policy: PreTrainedModel, folder: Path) -> None:
+    """Overwrite the policy's weights with those that `save_model` wrote; ValueError if they are another model's."""
+    from transformers import AutoModelForCausalLM
+
+    saved = _load_weights(AutoModelForCausalLM, str(folder), "the checkpoint's policy", dtype=policy.dtype)
+    try:
+        policy.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder} holds another model than model names: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
 def load_base(spec: AdapterSpec, **options: Any) -> PreTrainedModel:
     """A worker's model, on the CPU: the base, and an adapter whose weights are nothing yet.
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rlhf.heartbeat import Pulse
+
 TRANSFER_LOG = logging.getLogger("transfer")
 LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage
 
@@ -17,16 +19,18 @@ LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage
 class Stage:
     """One stage's bar; `advance` after each step."""
 
-    def __init__(self, bars: Bars, name: str, total: int) -> None:
-        self.bars, self.name, self.total, self.done = bars, name, total, 0
+    def __init__(self, bars: Bars, name: str, total: int, done: int = 0) -> None:
+        self.bars, self.name, self.total, self.done = bars, name, total, done
         self.shown = time.monotonic()
+        bars.pulse.at(name, done, total, {})
         self.task: TaskID | None = None
         if bars.progress is not None:
-            self.task = bars.progress.add_task(name, total=total, numbers="")
+            self.task = bars.progress.add_task(name, total=total, completed=done, numbers="")
 
     def advance(self, numbers: Mapping[str, float] | None = None) -> None:
         """One step is done; `numbers` stand beside the bar."""
         self.done += 1
+        self.bars.pulse.at(self.name, self.done, self.total, numbers or {})
         text = "  ".join(f"{name} {value:.4g}" for name, value in (numbers or {}).items())
         if self.bars.progress is not None and self.task is not None:
             self.bars.progress.update(self.task, advance=1, numbers=text)
@@ -41,6 +45,7 @@ class Bars:
     def __init__(self, on: bool) -> None:
         self.on = on
         self.console = Console()
+        self.pulse = Pulse()
         self.progress: Progress | None = None
         self._warnings = Warnings(self)
 
@@ -63,16 +68,17 @@ class Bars:
         if self.progress is not None:
             self.progress.stop()
 
-    def stage(self, name: str, total: int) -> Stage:
-        """A new stage of `total` steps."""
-        return Stage(self, name, total)
+    def stage(self, name: str, total: int, done: int = 0) -> Stage:
+        """A new stage of `total` steps, some of which may be done."""
+        return Stage(self, name, total, done)
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
         """A stage of one step whose end nobody can tell."""
         stage = self.stage(name, 1)
         start = time.monotonic()
-        yield
+        with self.pulse.within(name):
+            yield
         stage.advance({"seconds": round(time.monotonic() - start, 1)})
 
     def say(self, text: str) -> None:

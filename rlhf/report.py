@@ -1,154 +1,326 @@
-"""The end of a run: `summary.json`, a table on the screen and `curves.png`, all from the recorded rows."""
+"""`python -m rlhf.report DIR...`: what runs have done, as one HTML page without links, and its figures as PNG.
+
+One run has its curves with the alarms, where its time went, how new weights arrived, and its samples by reward with
+gold beside it. Several, or a sweep, are compared first: leaderboard, curves, bars of time, and the dials that differ.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import argparse
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
-Rows = Sequence[Mapping[str, float]]
-ALARM = "alarm/"
-PHASES = ("sample", "reward", "learn", "transfer", "verify")
+from rlhf.comparison import Line, draw_curves, draw_stall, draw_transfer, lines_of, measured
+from rlhf.comparison import draw_phases as draw_phase_bars
+from rlhf.leaderboard import leaderboard, shown
+from rlhf.page import element, folded, html, picture, table, tiles
+from rlhf.plots import LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
+from rlhf.run_folder import RunFolder, is_run, read_run, runs_below
+from rlhf.summary import ALARM, PHASES, Rows, series, summarise
 
-
-def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it was measured."""
-    there = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in there], [value for _, value in there]
-
-
-def summarise(rows: Rows) -> dict[str, float]:
-    """The few numbers that tell how a run went; seconds are sums over its steps, evaluations left out.
-
-    `alarm/<name>` is the step at which that alarm fired first.
-    """
-    summary: dict[str, float] = {}
-    passed = [f"pass_at_{k}" for k in _ks(name.removeprefix("eval/") for row in rows for name in row)]
-    for name in ("reward", "gold", "greedy_accuracy", *passed, "pair_accuracy"):
-        _, values = series(rows, f"eval/{name}")
-        if values:
-            summary |= {f"{name}_start": values[0], f"{name}_end": values[-1]}
-    for phase in PHASES:
-        summary[f"seconds_{phase}"] = sum(series(rows, f"seconds/{phase}")[1])
-    steps = series(rows, "seconds/step")[1]
-    if steps:
-        summary["steps"] = len(steps)
-        summary["step_ms"] = 1e3 * statistics.median(steps)
-        summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1])
-        summary["transfer_share"] = summary["seconds_transfer"] / sum(steps)
-        summary["tokens_per_second"] = statistics.median(series(rows, "tokens_per_second")[1])
-    for name in ("kl", "mismatch"):
-        _, values = series(rows, f"train/{name}")
-        if values:
-            summary[f"{name}_end"] = values[-1]
-    for name in sorted({name for row in rows for name in row if name.startswith(ALARM)}):
-        summary[name] = series(rows, name)[0][0]
-    return summary
+SAMPLES = 200  # rows of the samples table at most: the best and the worst, as many of each
+CHARACTERS = 600  # of a prompt or an answer
+WHOLE = 8  # with more runs on one page than these, each has fewer panels
+NARROW, WIDE = (5.2, 3.3), (10.6, 3.3)  # inches
+COMPARED = {
+    "eval/gold": "Gold reward (held-out prompts)",
+    "eval/reward": "Reward (held-out prompts)",
+    "train/reward": "Reward (training prompts)",
+    "eval/greedy_accuracy": "Greedy accuracy (held-out)",
+    "eval/pair_accuracy": "Accuracy on held-out pairs",
+    "train/kl": "KL to the reference, nats a token",
+    "train/entropy": "Entropy, nats a token",
+    "train/tokens_per_row": "Tokens an answer",
+}
 
 
-def _ks(names: Iterable[str]) -> list[int]:
-    """Each k of names like `pass_at_4_end`, in order."""
-    found = [re.fullmatch(r"pass_at_(\d+)(_end)?", name) for name in names]
-    return sorted({int(match[1]) for match in found if match})
+def write_report(runs: Sequence[RunFolder], folder: Path) -> Path:
+    """Write `report.html` and `report/*.png` into `folder`; returns the page's path."""
+    pngs = folder / "report"
+    parts = _comparison(runs, pngs) if len(runs) > 1 else []
+    for name, run in zip(names(runs), runs, strict=True):
+        one = _run(run, pngs / name.replace("/", "-") if len(runs) > 1 else pngs, len(runs))
+        parts += [folded(f"{name}: {_told(run)} ({run.status})", *one)] if len(runs) > 1 else one
+    title = f"{len(runs)} runs compared" if len(runs) > 1 else f"{_title(runs[0])}: a run"
+    page = folder / "report.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.write_text(html(title, *parts, _footer(runs)), encoding="utf-8", errors="replace")
+    return page
 
 
-def write_summary(folder: Path, status: str, overrides: Sequence[str], numbers: Mapping[str, Any]) -> None:
-    """Write `summary.json`; `status` is finished, failed or interrupted."""
-    text = json.dumps({"status": status, "overrides": list(overrides), **numbers}, indent=1)
-    (folder / "summary.json").write_text(text + "\n")
+# --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The folder's summary, or an empty dict where there is none to read."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+def _run(run: RunFolder, pngs: Path, of: int) -> list[Element]:
+    parts = [_heading(run), element("p", element("code", _told(run)))]
+    if run.error:
+        parts.append(element("div", f"{run.status}: {run.error}", class_="alarm"))
+    if not run.rows:
+        return [*parts, element("p", f"There are no numbers in {run.path}/metrics.jsonl: logger=jsonl writes it.")]
+    parts += [tiles(_numbers(run.rows)), *_alarms(run.rows)]
+    parts += [
+        element("h2", "Curves"),
+        element("p", "A dashed red line is where an alarm fired first, a red mark each row in which it fired."),
+    ]
+    panels = [panel for panel in PANELS[: 2 if of > WHOLE else None] if _has(run.rows, panel)]
+    parts.append(_panels([_panel(run.rows, panel, pngs) for panel in panels]))
+    parts += [element("h2", "Time and weights"), element("p", _time_in_words(run.rows))]
+    drawn = [_figure("phases", "Milliseconds a step, by phase", lambda axis: draw_phases(axis, run.rows), pngs)]
+    drawn += [_panel(run.rows, panel, pngs) for panel in (LATENCY, LAG) if _has(run.rows, panel)]
+    return [*parts, _panels(drawn), *_samples(run, SAMPLES if of == 1 else SAMPLES // 10), *_dials(run)]
 
 
-def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
-    """The table a run ends with, and where its files are."""
-    from rich.console import Console
-    from rich.table import Table
+def _heading(run: RunFolder) -> Element:
+    return element("h1", _title(run), element("span", run.status, class_=f"badge {run.status}"))
 
-    table = Table(title=title)
-    table.add_column("")
-    for column in ("start", "end"):
-        table.add_column(column, justify="right")
-    for name, label in (
-        ("reward", "reward (held-out)" if "pair_accuracy_end" in summary else "reward (trained on)"),
-        ("gold", "gold reward (held-out)"),
-        ("greedy_accuracy", "greedy accuracy"),
-        *((f"pass_at_{k}", f"pass@{k}") for k in _ks(summary)),
-        ("pair_accuracy", "accuracy on held-out pairs"),
+
+def _title(run: RunFolder) -> str:
+    algo, seed = run.config.get("algo.name"), run.config.get("seed")
+    return f"{algo}, seed {seed}, in {run.path.name}" if algo else run.path.name
+
+
+def _told(run: RunFolder) -> str:
+    return " ".join(run.overrides) or "the default run"
+
+
+def _numbers(rows: Rows) -> dict[str, str]:
+    """The large numbers of a run's head; a run that has not ended has those up to its last row."""
+    summary = summarise(rows)
+    numbers = {
+        label: f"{summary[f'{name}_start']:.3f} → {summary[f'{name}_end']:.3f}"
+        for name, label in (
+            ("reward", "reward, held-out prompts"),
+            ("gold", "gold reward, held-out prompts"),
+            ("greedy_accuracy", "greedy accuracy"),
+            ("pair_accuracy", "accuracy on held-out pairs"),
+        )
+        if f"{name}_end" in summary
+    }
+    for name, label, shape in (
+        ("kl_end", "KL at the end, nats a token", "{:.4f}"),
+        ("steps", "steps", "{:.0f}"),
+        ("step_ms", "a step, median", "{:.0f} ms"),
+        ("transfer_ms", "weight transfer, median", "{:.2f} ms"),
+        ("transfer_share", "of a step waits for weights", "{:.1%}"),
+        ("tokens_per_second", "sampled tokens a second", "{:.0f}"),
     ):
-        if f"{name}_end" in summary:
-            table.add_row(label, f"{summary[f'{name}_start']:.3f}", f"{summary[f'{name}_end']:.3f}")
-    if "kl_end" in summary:
-        table.add_row("KL to the reference, nats/token", "0", f"{summary['kl_end']:.4f}")
-    table.add_section()
-    for name in [name for name in summary if name.startswith(ALARM)]:
-        table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
-    table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
-    steps, seconds = summary["steps"], sum(summary[f"seconds_{phase}"] for phase in PHASES)
-    table.add_row("a step, mean of all", "", f"{1e3 * seconds / steps:.1f} ms")
-    for phase in PHASES:
-        spent = summary[f"seconds_{phase}"]
-        table.add_row(f"  {phase} ({spent / max(1e-9, seconds):.1%})", "", f"{1e3 * spent / steps:.1f} ms")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"weight transfer: {summary['transfer_ms']:.2f} ms a step, {summary['transfer_share']:.1%} "
-        f"of {summary['step_ms']:.0f} ms",
-        highlight=False,
+        if name in summary:
+            numbers[label] = shape.format(summary[name])
+    return numbers
+
+
+def _alarms(rows: Rows) -> list[Element]:
+    lines = []
+    for name in fired(rows):
+        steps, _ = series(rows, ALARM + name)
+        times = f"in {len(steps)} rows, the last at step {steps[-1]:g}" if len(steps) > 1 else "once"
+        lines.append(
+            element("div", element("b", f"alarm {name}"), f": first at step {steps[0]:g}, {times}", class_="alarm")
+        )
+    return lines
+
+
+def _time_in_words(rows: Rows) -> str:
+    summary = summarise(rows)
+    whole = sum(summary[f"seconds_{phase}"] for phase in PHASES)
+    shares = ", ".join(f"{phase} {summary[f'seconds_{phase}'] / max(whole, 1e-9):.1%}" for phase in PHASES)
+    return f"Of the time of all steps: {shares}. Evaluations are part of no step."
+
+
+def _has(rows: Rows, panel: Panel) -> bool:
+    return any(metric in row for metric, _ in panel.lines for row in rows)
+
+
+def _panel(rows: Rows, panel: Panel, pngs: Path) -> Element:
+    size = WIDE if panel is PANELS[0] else NARROW
+    return _figure(panel.name, panel.title, lambda axis: draw_panel(axis, rows, panel), pngs, size)
+
+
+def _figure(
+    name: str, title: str, draw: Callable[[Any], None], pngs: Path, size: tuple[float, float] = NARROW
+) -> Element:
+    with drawing() as plt:
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        draw(axis)
+        svg = save(figure, pngs / f"{name}.png")
+        plt.close(figure)
+    return picture(svg, title, wide=size == WIDE)
+
+
+def _panels(figures: Sequence[Element]) -> Element:
+    return element("div", *figures, class_="panels")
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: RunFolder, most: int) -> list[Element]:
+    """Those of all steps by reward, the best first; in red where reward and gold are furthest apart."""
+    samples = run.samples()
+    there = sorted((s for s in samples if s.get("reward") is not None), key=lambda s: (-s["reward"], s["step"]))
+    if not there:
+        return []
+    kept = there if len(there) <= most else [*there[: most // 2], *there[-(most - most // 2) :]]
+    said = f"{len(kept)} of {len(there)}" if len(kept) < len(there) else f"All {len(there)}"
+    words = f"{said} samples that the run has kept, by reward"
+    words += ": the best and the worst." if len(kept) < len(there) else "."
+    apart = _apart(kept)
+    if apart:
+        words += " In red: a good reward, as rewards of this run go, for what the gold reward calls poor."
+    rows = [
+        {
+            "reward": _short(sample["reward"]),
+            "gold": _short(sample.get("gold")),
+            "step": str(sample["step"]),
+            "prompt": _cut(sample.get("prompt", "")),
+            "answer": _cut(_conversation(sample)),
+            "ended by": str(sample.get("finish_reason", "")),
+        }
+        for sample in kept
+    ]
+    marked = dict.fromkeys(apart, "differs")
+    text = ("prompt", "answer", "ended by")
+    return [element("h2", "Samples"), element("p", words), table(rows, text, marked, tall=True)]
+
+
+def _apart(samples: Sequence[dict[str, Any]]) -> list[int]:
+    """Which of these have a reward in the upper third of all, and gold in the lower third of its range."""
+    golds = [sample["gold"] for sample in samples if sample.get("gold") is not None]
+    if not golds or all(sample["reward"] == sample.get("gold") for sample in samples):
+        return []
+    bound = min(golds) + (max(golds) - min(golds)) / 3
+    upper = len(samples) // 3
+    return [i for i, s in enumerate(samples) if i < upper and s.get("gold") is not None and s["gold"] < bound]
+
+
+def _conversation(sample: dict[str, Any]) -> str:
+    said = sample.get("conversation")
+    return "\n— ".join(map(str, said)) if said else str(sample.get("answer", ""))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}… ({len(text)} characters)"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def _comparison(runs: Sequence[RunFolder], pngs: Path) -> list[Element]:
+    common, every = lines_of(runs)
+    lines = measured(every)
+    name, places = leaderboard(runs)
+    rows = shown(name, places)
+    parts = [element("h1", f"{len(runs)} runs compared")]
+    if common:
+        parts.append(element("p", "All were told ", element("code", " ".join(common))))
+    parts += [element("h2", "Leaderboard"), element("p", f"By {name}; mean ± standard deviation over seeds.")]
+    parts.append(table(rows, ("tried",), {0: "best"} if places[0].finished else {}))
+    ends = [
+        {"run": name, "told": _told(run), "status": run.status, "last line": run.error}
+        for name, run in zip(names(runs), runs, strict=True)
+        if run.status != "finished"
+    ]
+    if ends:
+        parts += [element("h2", "Not finished"), table(ends, ("run", "told", "status", "last line"))]
+    if lines:
+        parts += [element("h2", "Curves"), element("p", "The mean of the seeds, within their range.")]
+        parts.append(_panels(_compared_curves(lines, pngs)))
+        parts += [element("h2", "Time and weights"), _panels(_compared_times(lines, pngs))]
+    return [*parts, *_differences(runs), element("h2", "Each run")]
+
+
+def _compared_curves(lines: Sequence[Line], pngs: Path) -> list[Element]:
+    def drawn(metric: str, title: str) -> Element:
+        name = metric.replace("/", "_")
+        return _figure(name, title, lambda axis: draw_curves(axis, lines, metric, title), pngs)
+
+    measured_at_all = [metric for metric in COMPARED if any(line.curve(metric)[0] for line in lines)]
+    return [drawn(metric, COMPARED[metric]) for metric in measured_at_all]
+
+
+def _compared_times(lines: Sequence[Line], pngs: Path) -> list[Element]:
+    size = (5.2, max(3.0, 1.4 + 0.28 * len(lines)))
+    phases = _figure("phases", "A step by phase", lambda axis: draw_phase_bars(axis, lines), pngs, size)
+    transfer = _figure("transfer", "Weight transfer a step", lambda axis: draw_transfer(axis, lines), pngs, size)
+    stall = _figure("stall", "Share of a step that waits", lambda axis: draw_stall(axis, lines), pngs, size)
+    return [phases, transfer, stall]
+
+
+def _differences(runs: Sequence[RunFolder]) -> list[Element]:
+    """The dials that are not the same in all runs."""
+    keys = sorted({key for run in runs for key in run.config})
+    rows = []
+    for key in keys:
+        values = [_value(run.config.get(key)) if key in run.config else "" for run in runs]
+        if len(set(values)) > 1:
+            rows.append({"dial": key, **dict(zip(names(runs), values, strict=True))})
+    if not rows:
+        return [element("h2", "Dials that differ"), element("p", "None: all runs have one configuration.")]
+    return [element("h2", "Dials that differ"), table(rows, list(rows[0]))]
+
+
+def _dials(run: RunFolder) -> list[Element]:
+    rows = [{"dial": key, "value": _value(value)} for key, value in run.config.items()]
+    return [folded("Every dial of this run", table(rows, ("dial", "value")))] if rows else []
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def _footer(runs: Sequence[RunFolder]) -> Element:
+    return element(
+        "footer", "Made by python -m rlhf.report from ", element("code", " ".join(str(r.path) for r in runs))
     )
-    console.print(f"written: {folder}/", soft_wrap=True, highlight=False)
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith("."):
-            console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
-    console.print("next: look at curves.png; then change a dial: algo=rloo task=reverse", highlight=False)
 
 
-def plot_curves(rows: Rows, path: Path, title: str) -> None:
-    """Reward and gold, KL, and the seconds of each phase, over steps."""
-    plt = pyplot()
-    figure, (rewards, kl, seconds) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    figure.suptitle(title)
-    for name, label, axis in (
-        ("train/reward", "reward (training prompts)", rewards),
-        ("eval/reward", "reward (held-out)", rewards),
-        ("eval/gold", "gold reward (held-out)", rewards),
-        ("eval/greedy_accuracy", "greedy accuracy (held-out)", rewards),
-        ("eval/pair_accuracy", "accuracy on held-out pairs", rewards),
-        ("train/kl", "KL to the reference, nats/token", kl),
-    ):
-        steps, values = series(rows, name)
-        if values:
-            axis.plot(steps, values, label=label, marker="o" if name.startswith("eval") else None, markersize=3)
-    steps, _ = series(rows, "seconds/step")
-    timed = [row for row in rows if "seconds/step" in row]
-    stack = [[1e3 * row.get(f"seconds/{phase}", 0.0) for row in timed] for phase in PHASES]
-    if steps:
-        seconds.stackplot(steps, stack, labels=PHASES)
-    for axis, name in ((rewards, "reward"), (kl, "KL"), (seconds, "milliseconds a step")):
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def names(runs: Sequence[RunFolder]) -> list[str]:
+    """Each run's folder, in as few words as tell it from the others'."""
+    short = [run.path.name for run in runs]
+    if len(set(short)) == len(runs):
+        return short
+    paths = [str(run.path.resolve()) for run in runs]
+    shared = os.path.commonpath(paths)
+    return [os.path.relpath(path, shared) for path in paths]
 
 
-def pyplot() -> Any:
-    """matplotlib without a screen."""
-    import matplotlib
+def found(folders: Sequence[Path]) -> list[Path]:
+    """The runs that are meant: each folder itself, or of a sweep its jobs; ValueError where there is none."""
+    runs: list[Path] = []
+    for folder in folders:
+        below = [folder] if is_run(folder) else runs_below(folder)
+        if not below:
+            raise ValueError(f"{folder} is neither a run (metrics.jsonl, .hydra/) nor a sweep of runs (0/.hydra/, ...)")
+        runs += below
+    return runs
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    return plt
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One HTML page about runs: curves, alarms, time, weights, samples; several runs are compared."""
+    parser = argparse.ArgumentParser("python -m rlhf.report", description=main.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run's folder, or that of a sweep")
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="where report.html and report/*.png go (default: the one DIR, or here)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        paths = found(given.folders)
+    except ValueError as error:
+        parser.error(str(error))
+    where = given.to or (given.folders[0] if len(given.folders) == 1 else Path())
+    page = write_report([read_run(path) for path in paths], where)
+    print(f"{len(paths)} run(s): {page} ({page.stat().st_size / 1e6:.2f} MB), {where / 'report'}/*.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,42 +9,59 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf.adapter import add_adapter, check_peft, has_adapter, merged, save_adapter, sent_weights
+from rlhf.adapter import (
+    add_adapter,
+    base_digest,
+    check_peft,
+    has_adapter,
+    load_adapter,
+    merged,
+    save_adapter,
+    sent_weights,
+)
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig
+from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
+from rlhf.checkpoint.state import State
+from rlhf.checkpoint.store import Store
 from rlhf.compose import choice
 from rlhf.config import (
     ConsoleLoggerConfig,
     EvaluationConfig,
     HfModelConfig,
+    JsonlLoggerConfig,
     RunConfig,
     VerifierRewardConfig,
     VllmRolloutConfig,
 )
+from rlhf.ending import RunError, alone
+from rlhf.heartbeat import Heartbeat
 from rlhf.learner import Learner
+from rlhf.loggers import check_loggers, make_loggers
 from rlhf.loop import Parts, train
-from rlhf.metrics import Outlets, Recorder, make_loggers
-from rlhf.models import Head, make_policy, make_tokenizer, save_model, value_model
+from rlhf.metrics import Outlets, Recorder
+from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.plots import plot_curves
 from rlhf.probe import Probe
 from rlhf.progress import Bars
-from rlhf.report import plot_curves, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
-from rlhf.stages.dpo import DpoLearner, check_data, preference_pairs, train_on_pairs
+from rlhf.stages.dpo import DpoLearner, as_json, check_data, from_json, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import encode, sft
+from rlhf.summary import print_table, summarise, write_summary
 from rlhf.tasks import make_task, read_task
-from rlhf.types import Sampler, Task
-from transfer import make_transfer
+from rlhf.types import Reward, Sampler, Task
+from transfer import Transfer, make_transfer
 from transfer.journal import Journal
 
 if TYPE_CHECKING:
@@ -61,29 +78,37 @@ class Site:
     config: RunConfig
     folder: Path
     bars: Bars
-    notes: dict[str, float]  # numbers of the stages before RL, for the summary
+    began: float = field(default_factory=time.monotonic)
+    notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
+    saved: Saved | None = None  # the checkpoint that the run goes on from
 
 
-def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Train as configured; writes metrics, samples, curves and the policy into `folder`, returns the summary."""
-    start = time.monotonic()
+def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: bool = False) -> dict[str, float]:
+    """Train as configured; writes metrics, samples, curves and the policy into `folder`, returns the summary.
+
+    `resume`: go on from the folder's newest checkpoint; where there is none yet, begin.
+    """
+    began = time.monotonic()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "metrics.jsonl", "samples.jsonl"):  # of an earlier run in the same folder
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / JOURNALS, ignore_errors=True)
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     with ExitStack() as stack:
-        site = Site(config, folder, stack.enter_context(Bars(console)), {})
+        stack.enter_context(alone(folder))
+        site = Site(config, folder, stack.enter_context(Bars(console)), began)
+        heart = stack.enter_context(Heartbeat(folder, site.bars.pulse, site.bars.say))
+        site.saved = _found(site) if resume else None
+        _make_room(site)
+        stack.enter_context(resumable(Store(folder / FOLDER)))
         parts, policy, tokenizer, version = _build(site, stack)
         train_policy = _trainer(site, parts, policy, tokenizer, version)
         gc.collect()
         gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
-        train_policy()
-        _save(policy, tokenizer, site)
+        with parts.keeper:
+            train_policy()
+            _save(policy, tokenizer, site)
     summary = site.notes | summarise(parts.record.rows)
-    summary |= {"seconds": time.monotonic() - start, "threads": torch.get_num_threads()}
+    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **heart.peaks}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)
@@ -94,9 +119,50 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> dict[
     return summary
 
 
-def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase, int]:
-    """The parts of the loop, warmed up, with the policy's first version live in every worker."""
+def _found(site: Site) -> Saved | None:
+    """The newest checkpoint that verifies; None where the run was stopped before its first, RunError if none does."""
+    store = Store(site.folder / FOLDER)
+    step = store.newest()
+    for number, fault in store.damaged.items():
+        site.bars.say(f"warning: the checkpoint of step {number} does not verify: {fault}")
+    if step is None and store.damaged:
+        raise RunError(f"no checkpoint in {store.folder} verifies: start the run again with python -m rlhf.train")
+    if step is None:
+        site.bars.say("nothing was saved yet: the run begins anew")
+        return None
+    store.keep_only([kept for kept in store.steps() if kept <= step])
+    site.bars.say(f"goes on after step {step}")
+    return Saved.of(store.path(step))
+
+
+def _make_room(site: Site) -> None:
+    """Remove what an earlier run left in the same folder, or what this one wrote after its checkpoint."""
+    (site.folder / "summary.json").unlink(missing_ok=True)
+    if site.saved is not None:
+        written = any(isinstance(logger, JsonlLoggerConfig) for logger in site.config.logger.values())
+        site.saved.rewind(site.folder, written or (site.folder / "metrics.jsonl").exists())
+        site.notes |= site.saved.told["notes"]["summary"]
+        return
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (site.folder / name).unlink(missing_ok=True)
+    for name in (JOURNALS, FOLDER):
+        shutil.rmtree(site.folder / name, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class Matter:
+    """What is trained, and what on."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    rewards: dict[str, Reward | None]  # by part; None: the run trains it
+
+
+def _matter(site: Site) -> Matter:
+    """Task, policy and rewards as they are given, checked against each other."""
     config = site.config
+    check_loggers(config.logger)
     if config.model.lora.rank:
         check_peft()
     raw = read_task(config.task, config.seed)
@@ -109,33 +175,53 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
     site.bars.say(_plan(config, policy))
     if warning := _cut_answers(config, task, tokenizer):
         site.bars.say(warning)
+    return Matter(task, tokenizer, policy, rewards)
+
+
+def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """The parts of the loop, warmed up, with the policy's first version live in every worker."""
+    config, matter = site.config, _matter(site)
+    task, tokenizer, policy = matter.task, matter.tokenizer, matter.policy
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
-    base = _base(config, site.folder)
+    base, notes = _base(config, site.folder), dict[str, Any](summary=site.notes)
     if base is not None:  # workers load it, so that it must be there when they start
-        _warm_up(site, task, tokenizer, policy)
-        _put_adapter_on(policy, tokenizer, site, base)
+        _warm_up(site, matter, base)
+        notes["base"] = _put_adapter_on(policy, tokenizer, site, base)
     spec = worker_spec(policy, config, transfer.endpoint, base)
     workers = stack.enter_context(Workers(spec, config, site.folder, policy))
     if base is None:  # workers start meanwhile
-        _warm_up(site, task, tokenizer, policy)
+        _warm_up(site, matter, base)
     with site.bars.waiting("workers"):
         senders = workers.senders()
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
-    transfer.open(sent_weights(policy), senders)
+    told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
+    transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
     sampler = conversing(RolloutClient(senders, tokenizer, config.rollout, transfer.recover), task.environment)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
-    for name, part in config.reward.weighted().items():
-        if rewards[name] is None:
-            rewards[name] = _trained_reward(site, part.reward, task, tokenizer, policy, sampler)
-    reward = combine(config.reward, rewards)
-    loggers = [stack.enter_context(closing(logger)) for logger in make_loggers(config.logger, site.folder)]
-    outlets = Outlets(loggers, site.folder, site.bars.stage(config.algo.name, config.steps), journal)
-    record = Recorder(outlets, transfer, config)
-    return Parts(task, sampler, reward, transfer, probe, record), policy, tokenizer, version
+    trained = _train_rewards(site, matter, sampler)
+    reward = combine(config.reward, matter.rewards)
+    record = _recorder(site, transfer, journal, stack)
+    writes = partial(_write_policy, policy, tokenizer, base)
+    store = Store(site.folder / FOLDER)
+    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes)
+    return Parts(task, sampler, reward, transfer, probe, record, keeper), policy, tokenizer, version
+
+
+def _recorder(site: Site, transfer: Transfer, journal: Journal, stack: ExitStack) -> Recorder:
+    """Where the run's numbers go, with those that there are already."""
+    config, done = site.config, site.saved.told["step"] if site.saved else 0
+    loggers = make_loggers(config, site.folder, done + 1 if site.saved else None)
+    for logger in loggers:
+        stack.enter_context(closing(logger))
+    bar = site.bars.stage(config.algo.name, config.steps, done)
+    record = Recorder(Outlets(loggers, site.folder, bar, journal), transfer, config)
+    if site.saved is not None:
+        record.restore(site.saved.rows())
+    return record
 
 
 def _trainer(
@@ -145,9 +231,13 @@ def _trainer(
     config = site.config
     match config.algo:
         case DpoConfig() as algo:
-            with site.bars.waiting("pairs"):
-                training, held_out = preference_pairs(parts, config, algo, version)
+            if site.saved is None:
+                with site.bars.waiting("pairs"):
+                    training, held_out = preference_pairs(parts, config, algo, version)
+            else:
+                training, held_out = from_json(site.saved.told["notes"]["pairs"], parts.task)
             site.notes["pairs"] = len(training)
+            parts.keeper.notes["pairs"] = as_json(training, held_out)
             dpo_learner = DpoLearner(policy, tokenizer, training, held_out, config)
             return partial(train_on_pairs, parts, dpo_learner, config, version)
         case AlgoConfig() as algo:
@@ -176,12 +266,26 @@ def _base(config: RunConfig, folder: Path) -> str | None:
     return str(path.resolve()) if path.is_dir() else config.model.path
 
 
-def _put_adapter_on(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site, base: str) -> None:
-    """Write the base where it is not yet, and let an adapter learn from now on."""
-    if base == str(site.folder.resolve() / BASE):
+def _put_adapter_on(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site, base: str) -> str:
+    """Write the base where it is not yet, and let an adapter learn from now on; the base's digest."""
+    if base == str(site.folder.resolve() / BASE) and site.saved is None:
         save_model(policy, tokenizer, Path(base))
     lora = site.config.model.lora
     add_adapter(policy, lora.rank, lora.alpha, lora.target, site.config.seed)
+    digest = base_digest(policy, policy.dtype)
+    if site.saved is not None:
+        if site.saved.told["notes"]["base"] != digest:
+            raise RunError(f"the weights of {base} are not those below the checkpoint's adapter: they have changed")
+        load_adapter(policy, site.saved.path / "adapter")
+    return digest
+
+
+def _write_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str | None, folder: Path) -> None:
+    """What a checkpoint holds of the policy: `policy/`, or `adapter/`, since the base stays as it is."""
+    if base is None:
+        save_model(policy, tokenizer, folder / "policy")
+    else:
+        save_adapter(policy, folder / "adapter", base)
 
 
 def _save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site) -> None:
@@ -228,11 +332,18 @@ def check(config: RunConfig, task: Task) -> None:
         )
 
 
-def _warm_up(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel) -> None:
-    config = site.config
+def _warm_up(site: Site, matter: Matter, base: str | None) -> None:
+    """SFT, or the weights that the run goes on with; of one with an adapter, those below it."""
+    config, policy = site.config, matter.policy
+    if site.saved is not None:
+        if base is None:
+            reload(policy, site.saved.path / "policy")
+        elif base == str(site.folder.resolve() / BASE):
+            reload(policy, Path(base))
+        return
     if config.sft.steps:
         stage = site.bars.stage("SFT", config.sft.steps)
-        for numbers in sft(policy, tokenizer, task.demonstrations, config.sft, config.optim, config.seed):
+        for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, config.optim, config.seed):
             stage.advance(numbers)
 
 
@@ -267,17 +378,23 @@ def _cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _trained_reward(
-    site: Site,
-    config: Any,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: PreTrainedModel,
-    sampler: Sampler,
-) -> ModelReward:
+def _train_rewards(site: Site, matter: Matter, sampler: Sampler) -> State:
+    """Fill in the rewards that the run trains itself; what of them a run that goes on will need."""
+    state = State()
+    for name, part in site.config.reward.weighted().items():
+        if matter.rewards[name] is None:
+            trained = ModelReward(value_model(matter.policy, Head.sequence), matter.tokenizer)
+            if site.saved is None:
+                _train_reward(site, trained, part.reward, matter, sampler)
+            trained.model.requires_grad_(False)
+            matter.rewards[name] = trained
+            state |= trained.state(name)
+    return state
+
+
+def _train_reward(site: Site, reward: ModelReward, config: Any, matter: Matter, sampler: Sampler) -> None:
     """Pairs from the data or from the policy, training, and the held-out accuracy and margin into the notes."""
-    reward = ModelReward(value_model(policy, Head.sequence), tokenizer)
-    seed = site.config.seed + PAIRS_SEED
+    task, seed = matter.task, site.config.seed + PAIRS_SEED
     pairs = list(task.preferences)
     if not pairs:
         with site.bars.waiting("pairs"):
@@ -289,7 +406,6 @@ def _trained_reward(
     stage = site.bars.stage("reward model", config.steps)
     for numbers in train_reward_model(reward.model, reward.tokenizer, training, config, site.config.optim, seed):
         stage.advance(numbers)
-    reward.model.requires_grad_(False)
     reward.calibrate([p.prompt for p in training] * 2, [p.chosen for p in training] + [p.rejected for p in training])
     if held_out:
         with torch.no_grad():
@@ -297,5 +413,4 @@ def _trained_reward(
         site.notes["reward_model_accuracy"] = float((margins_B > 0).float().mean())
         site.notes["reward_model_margin"] = float(margins_B.mean())
         site.notes["reward_model_pairs"] = len(training)
-    save_model(reward.model, tokenizer, site.folder / "reward_model")
-    return reward
+    save_model(reward.model, matter.tokenizer, site.folder / "reward_model")

@@ -1,8 +1,9 @@
-"""Sweeps: each job in a process of its own, finished jobs skipped, and one table that is rewritten after every job."""
+"""Sweeps: each job in a process of its own, finished jobs skipped, and tables that are rewritten after every job."""
 
 from __future__ import annotations
 
-import csv
+import argparse
+import json
 import multiprocessing
 import signal
 import sys
@@ -14,32 +15,30 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
-from rlhf.comparison import plot_comparison
-from rlhf.config import RunConfig
-from rlhf.ending import EXPLAINED, RunError, end_with_parent, terminate_as_interrupt
-from rlhf.report import read_summary, write_summary
+from rlhf.config import Objective, RunConfig
+from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, RunError, end_with_parent, terminate_as_interrupt
+from rlhf.leaderboard import write_tables
+from rlhf.run_folder import runs_below
+from rlhf.summary import objective_of, read_summary, write_summary
 
-COLUMNS = (
-    "reward_end",
-    "gold_end",
-    "greedy_accuracy_end",
-    "kl_end",
-    "step_ms",
-    "transfer_ms",
-    "transfer_share",
-    "seconds",
-)
 END_S = 30.0  # how long an interrupted job may take to end by itself
 
 
-def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
-    """Train in a fresh process, unless this folder holds the finished job already; RunError if the job dies."""
+def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], sweep: Path) -> float | None:
+    """Train in a fresh process, unless this folder holds the finished job already; RunError if the job dies.
+
+    Returns the job's objective: what a sweeper that looks for good dials is told.
+    """
     summary = read_summary(folder)
     if summary.get("status") == "finished" and summary.get("overrides") == list(overrides):
         print(f"finished already, skipped: {folder}")
-        return
+        return _objective(summary, config)
+    go_on = summary.get("status", "interrupted") == "interrupted"  # one without a summary was killed
     (folder / "summary.json").unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(config, folder, list(overrides)))
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("spawn", force=True)  # joblib's own, which a fresh process does not know
+    arguments = (config, folder, list(overrides), go_on)
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
     process.start()
     try:
         process.join()
@@ -49,18 +48,32 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
             process.join(END_S)
             process.kill()
             write_summary(folder, "interrupted", overrides, {})
+            write_tables(sweep)  # Hydra does not call on_job_end now
     if process.exitcode:
+        if process.exitcode in (TERMINATED, RESUMABLE, -signal.SIGTERM):  # it alone was: the sweep goes on
+            write_summary(folder, "interrupted", overrides, {"error": "the job's process was told to end (SIGTERM)"})
         raise RunError(read_summary(folder).get("error", f"the process died with exit code {process.exitcode}"))
+    return _objective(read_summary(folder), config)
 
 
-def _child(config: RunConfig, folder: Path, overrides: list[str]) -> None:
+def _objective(summary: dict[str, Any], config: RunConfig) -> float | None:
+    value = objective_of(summary, config.objective)
+    if value is None and config.objective is not None:
+        raise RunError(
+            f"objective={config.objective.value} was not measured in this run: "
+            "choose another, or a task or algo that has it"
+        )
+    return value
+
+
+def _child(config: RunConfig, folder: Path, overrides: list[str], go_on: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which then ends this
     terminate_as_interrupt()
     end_with_parent()
     from rlhf.run import run
 
     try:
-        run(config, folder, overrides)
+        run(config, folder, overrides, resume=go_on and _begun(folder, config))
     except EXPLAINED as error:
         write_summary(folder, "failed", overrides, {"error": str(error)})
         sys.exit(1)
@@ -69,8 +82,22 @@ def _child(config: RunConfig, folder: Path, overrides: list[str]) -> None:
         raise
 
 
+def _begun(folder: Path, config: RunConfig) -> bool:
+    """Whether a run of this very configuration has saved something there to go on from."""
+    from rlhf.checkpoint.keeper import CONFIG, FOLDER
+    from rlhf.checkpoint.state import plain
+    from rlhf.checkpoint.store import Store
+
+    store = Store(folder / FOLDER)
+    newest = store.newest()
+    if newest is None or json.loads((store.path(newest) / CONFIG).read_text()) != plain(config):
+        return False
+    print(f"begun already, goes on after step {newest}: {folder}")
+    return True
+
+
 class SweepTable(Callback):
-    """Rewrites `summary.md`, `summary.csv` and `comparison.png` of a sweep after every job."""
+    """Rewrites the tables and the plot of a sweep after every job."""
 
     def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
         """Note why the job failed, if it did. Hydra calls this in single runs, too, which have no table."""
@@ -80,41 +107,24 @@ class SweepTable(Callback):
             error = str(job_return._return_value)
             print(f"job {config.hydra.job.num} failed: {error}", file=sys.stderr)
             folder = Path(config.hydra.runtime.output_dir)
-            write_summary(folder, "failed", list(config.hydra.overrides.task), {"error": error})
-        write_table(Path(config.hydra.sweep.dir))
+            if read_summary(folder).get("error") != error:  # else run_job has noted it
+                write_summary(folder, "failed", list(config.hydra.overrides.task), {"error": error})
+        sweep = Path(config.hydra.sweep.dir)
+        print(f"sweep so far, {write_tables(sweep)} job(s): {sweep / 'summary.md'}")
 
 
-def write_table(sweep: Path) -> None:
-    """Read every job's folder below `sweep` and rewrite the table and the plot."""
-    jobs = sorted((path.parent.parent for path in sweep.glob("*/.hydra/config.yaml")), key=_number)
-    rows = [_row(job) for job in jobs]
-    header = ["job", "status", "overrides", *COLUMNS, "error"]
-    with open(sweep / "summary.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(_cell(row[name]) for name in header) + " |" for row in rows]
-    (sweep / "summary.md").write_text("\n".join(lines) + "\n")
-    plot_comparison(jobs, sweep / "comparison.png")
-    print(f"sweep so far, {len(rows)} job(s): {sweep / 'summary.md'}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m rlhf.sweep DIR`: tables and plot of a sweep again, from its folders."""
+    parser = argparse.ArgumentParser("python -m rlhf.sweep", description=main.__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep, whose jobs are DIR/0, DIR/1, ...")
+    parser.add_argument("--by", choices=[each.value for each in Objective], help="what the leaderboard is sorted by")
+    given = parser.parse_args(arguments)
+    if not runs_below(given.folder):
+        parser.error(f"{given.folder} holds no jobs of a sweep (DIR/0/.hydra/config.yaml, ...)")
+    count = write_tables(given.folder, Objective(given.by) if given.by else None)
+    print((given.folder / "summary.md").read_text())
+    print(f"{count} job(s): {given.folder}/summary.md, leaderboard.csv, summary.csv, comparison.png")
 
 
-def _row(job: Path) -> dict[str, Any]:
-    summary = read_summary(job)
-    row: dict[str, Any] = {
-        "job": job.name,
-        "status": summary.get("status", "unfinished"),
-        "overrides": " ".join(summary.get("overrides", [])),
-        "error": summary.get("error", ""),
-    }
-    return row | {name: summary.get(name, "") for name in COLUMNS}
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _number(job: Path) -> tuple[int, str]:
-    return (int(job.name) if job.name.isdigit() else 10**9, job.name)
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
 from rlhf.compose import CONF, checked, misplaced, register
-from rlhf.ending import EXPLAINED, INTERRUPTED, TERMINATED, terminate_as_interrupt
+from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, TERMINATED, terminate_as_interrupt
 
 register()
 
@@ -34,7 +36,8 @@ The dials of the composed run (key=value; what each means is in rlhf/config/ and
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _job(config: Any) -> None:
+def _job(config: Any) -> float | None:
+    """Train; in a sweep, what the job is judged by, for sweepers that look for good dials."""
     run_config = checked(config)
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -42,13 +45,13 @@ def _job(config: Any) -> None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             from rlhf.sweep import run_job
 
-            run_job(run_config, folder, overrides)
-        else:
-            from rlhf.run import run
+            return run_job(run_config, folder, overrides, Path(HydraConfig.get().sweep.dir))
+        from rlhf.run import run
 
-            run(run_config, folder, overrides)
+        run(run_config, folder, overrides)
     except EXPLAINED as error:
         raise CompactHydraException(str(error)) from error
+    return None
 
 
 def main() -> None:
@@ -56,17 +59,24 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help([argument for argument in sys.argv[1:] if "=" in argument])
         return
+    with as_command(sys.argv[1:]):
+        _job()
+
+
+@contextmanager
+def as_command(overrides: list[str]) -> Iterator[None]:
+    """What training means to a shell: signals end it in order, exit codes tell how, and hints follow a mistake."""
     terminate_as_interrupt()
     try:
-        _job()
+        yield
     except KeyboardInterrupt:
         _say_stopped("interrupted")
         sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if end.code == TERMINATED:
+        if end.code in (TERMINATED, RESUMABLE):
             _say_stopped("terminated")
         elif end.code:
-            for hint in misplaced(sys.argv[1:]):
+            for hint in misplaced(overrides):
                 print(hint, file=sys.stderr)
         raise
 

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.comparison import lines_of, plot_comparison
-from rlhf.report import PHASES, write_summary
+from rlhf.comparison import lines_of, measured, plot_comparison
+from rlhf.run_folder import RunFolder, read_run
+from rlhf.summary import PHASES, write_summary
 
 
 def job(folder: Path, overrides: list[str], gold: dict[int, float], transfer: float = 0.005) -> Path:
     """A finished job's folder with these evaluations, and a step of 0.1 s and the transfer after each."""
     folder.mkdir(parents=True)
     rows = [{"step": step, "eval/gold": value} for step, value in gold.items()]
-    rows += [{"step": step, "seconds/learn": 0.1, "seconds/transfer": transfer} for step in gold]
+    rows += [
+        {"step": step, "seconds/learn": 0.1, "seconds/transfer": transfer, "seconds/step": 0.1 + transfer}
+        for step in gold
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_summary(folder, "finished", overrides, {})
     return folder
@@ -33,8 +37,12 @@ def jobs(tmp_path):
     ]
 
 
+def read(jobs: list[Path]) -> list[RunFolder]:
+    return list(map(read_run, jobs))
+
+
 def of(jobs: list[Path]):
-    return lines_of({path: json.loads((path / "summary.json").read_text())["overrides"] for path in jobs})
+    return lines_of(read(jobs))
 
 
 def test_jobs_that_differ_in_their_seed_are_one_line_named_by_what_only_it_was_told(jobs):
@@ -50,28 +58,24 @@ def test_a_line_has_the_values_of_all_its_seeds_and_ends_where_the_first_of_them
     assert grpo.milliseconds("transfer") == pytest.approx(10.0) and grpo.milliseconds("sample") == 0.0
 
 
-def test_a_job_that_has_logged_nothing_has_no_line_and_the_plot_is_drawn_all_the_same(jobs, tmp_path):
+def test_a_job_that_has_logged_nothing_is_not_drawn_and_the_plot_is_all_the_same(jobs, tmp_path):
     (tmp_path / "4").mkdir()
     write_summary(tmp_path / "4", "failed", ["task=sort", "steps=20", "algo=rloo", "seed=0"], {"error": "it died"})
     every = [*jobs, tmp_path / "4"]
-    assert [line.label for line in of(every)[1]] == ["algo=grpo", "algo=ppo"]
-    plot_comparison(every, tmp_path / "comparison.png")
-    plot_comparison([tmp_path / "4"], tmp_path / "empty.png")
+    assert [line.label for line in measured(of(every)[1])] == ["algo=grpo", "algo=ppo"]
+    plot_comparison(read(every), tmp_path / "comparison.png")
+    plot_comparison(read([tmp_path / "4"]), tmp_path / "empty.png")
     assert (tmp_path / "comparison.png").stat().st_size > (tmp_path / "empty.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    ("overrides", "phases"), [("algo=grpo algo=ppo", PHASES), ("transfer=ipc transfer=disk", ("transfer",))]
-)
-def test_the_bars_show_a_steps_phases_and_of_transfers_that_are_compared_those_alone(
-    tmp_path, monkeypatch, overrides, phases
-):
+def test_the_bars_show_a_steps_phases_the_milliseconds_of_the_transfer_and_its_stall(jobs, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn, plain = [], Axes.barh
+    drawn, plain = {}, Axes.barh
     monkeypatch.setattr(
-        Axes, "barh", lambda self, *a, **options: drawn.append(options["label"]) or plain(self, *a, **options)
+        Axes, "barh", lambda self, y, width, **o: drawn.update({o["label"]: width}) or plain(self, y, width, **o)
     )
-    paths = [job(tmp_path / str(index), [word], {0: 0.5}) for index, word in enumerate(overrides.split())]
-    plot_comparison(paths, tmp_path / "comparison.png")
-    assert tuple(drawn) == phases
+    plot_comparison(read(jobs), tmp_path / "comparison.png")
+    assert tuple(drawn) == (*PHASES, "Transfer, ms a step", "Stall, % of a step")
+    assert drawn["Transfer, ms a step"] == pytest.approx([10.0, 5.0])
+    assert drawn["Stall, % of a step"] == pytest.approx([100 * 0.06 / 0.66, 100 * 0.025 / 0.525])

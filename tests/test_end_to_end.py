@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.ending import RunError
-from rlhf.report import PHASES
 from rlhf.rollout.launch import ray_running
 from rlhf.run import run
+from rlhf.summary import PHASES
 from rlhf.tasks import TokenisedTask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +211,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
 
     folder = train("experiment=smoke", "steps=3", "transfer=disk", name="run")
     logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "worker-0.log", "tensorboard", "journal"}
-    assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights"}
+    assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights", "checkpoints"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {"prompt", "answer", "reward", "gold", "version", "step"} <= set(samples(folder)[0])
     summary = json.loads((folder / "summary.json").read_text())

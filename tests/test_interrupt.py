@@ -24,6 +24,7 @@ SMALL = ("experiment=smoke", "reward=model", "reward.prompts=64", "reward.steps=
 DEADLINES = ("transfer.sender.timeout_s=10", "rollout.timeout_s=20")
 LIVE_VIEW = "ipc transfer.staging=live transfer.take=view"
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+RESUMABLE = {phase: 75 for phase in list(PHASES)[list(PHASES).index("sampling") :]}  # of SIGTERM, once there is a state
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +120,7 @@ def test_a_process_with_the_mark_is_found():
 def test_a_run_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
     ended = harmed(phase, victim, signum)
     assert_nothing_is_left(ended)
-    assert ended.code == EXIT_CODES[signum]
+    assert ended.code == (RESUMABLE.get(phase, 143) if signum == "SIGTERM" else EXIT_CODES[signum])
     assert "Traceback" not in ended.errors
 
 
@@ -137,7 +138,7 @@ def test_a_run_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
 def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
     ended = harmed(phase, victim, signum, "transfer/sender=ray")
     assert_nothing_is_left(ended)
-    assert ended.code == EXIT_CODES[signum]
+    assert ended.code == (RESUMABLE.get(phase, 143) if signum == "SIGTERM" else EXIT_CODES[signum])
     assert "Traceback" not in ended.errors
 
 

@@ -9,13 +9,26 @@ import pytest
 
 TINY = ("experiment=smoke", "transfer=local", "logger=jsonl", "sft.steps=2", "task.held_out=8", "evaluate_every=1")
 REWARDS = """
-import os
+import os, signal
 from pathlib import Path
 
+def first(name):
+    return not Path(name).exists() and not Path(name).touch()
+
 def dies_once(prompts, completions, **columns):
-    if not Path("died").exists():
-        Path("died").touch()
+    if first("died"):
         os._exit(137)
+    return notes(prompts, completions)
+
+def told_to_end_once(prompts, completions, **columns):
+    if first("told"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return notes(prompts, completions)
+
+def stops_all_once(prompts, completions, **columns):
+    if first("stopped"):
+        os.killpg(0, signal.SIGINT)
+        signal.pause()
     return notes(prompts, completions)
 
 def notes(prompts, completions, **columns):
@@ -31,14 +44,14 @@ def sweep(rlhf_train, tmp_path):
     (tmp_path / "mine.py").write_text(REWARDS)
 
     def run(*overrides: str, timeout: float = 100):
-        done = rlhf_train(*overrides, "hydra.sweep.dir=sweep", timeout=timeout)
+        done = rlhf_train(*overrides, "hydra.sweep.dir=sweep", timeout=timeout, start_new_session=True)
         return done, tmp_path / "sweep"
 
     return run
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as file:
+def table(folder: Path, name: str = "summary.csv") -> list[dict[str, str]]:
+    with open(folder / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -65,12 +78,26 @@ def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
 
 
 @pytest.mark.slow
-def test_starting_a_sweep_again_runs_only_what_did_not_finish(sweep):
-    sweep(*JOBS)
-    done, folder = sweep(*JOBS)
-    assert [row["status"] for row in table(folder)] == ["finished", "failed", "finished", "failed"]
-    assert done.stdout.count("finished already, skipped") == 1
-    assert len(started(folder.parent)) == 2  # one process for each of the two jobs that ran to their end
+@pytest.mark.timeout(600)
+def test_a_sweep_with_jobs_that_died_or_were_interrupted_has_them_in_its_table_and_runs_only_those_again(sweep):
+    functions = "mine:dies_once,mine:told_to_end_once,mine:stops_all_once"
+    six = ("-m", *TINY, "reward=function", f"reward.function={functions}", "steps=1", "seed=0,1")
+    done, folder = sweep(*six, timeout=280)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    statuses = ["failed", "finished", "interrupted", "finished", "interrupted"]  # and then all was stopped
+    assert [row["status"] for row in table(folder)] == statuses
+    assert [row["runs"] for row in table(folder, "leaderboard.csv")] == ["2", "2", "1"]
+    assert {row["finished"] for row in table(folder, "leaderboard.csv")} == {"1", "0"}
+    assert len(started(folder.parent)) == 2
+
+    done, folder = sweep(*six, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished already, skipped") == 2
+    assert done.stdout.count("begun already, goes on after step 0") == 2, "those that were interrupted"
+    assert len(started(folder.parent)) == 6, "each job has run to its end once"
+    assert [row["status"] for row in table(folder)] == ["finished"] * 6
+    assert [row["finished"] for row in table(folder, "leaderboard.csv")] == ["2"] * 3
+    assert all(row["error"] == "" for row in table(folder))
 
 
 @pytest.mark.slow

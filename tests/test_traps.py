@@ -21,6 +21,7 @@ import test_learner
 import test_losses
 import torch
 from hydra.errors import CompactHydraException
+from safetensors.torch import load_file
 from test_learner import gradients, sampled
 
 from rlhf import advantages as adv
@@ -30,7 +31,8 @@ from rlhf.config import RunConfig
 from rlhf.ending import RunError
 from rlhf.forward import Batch, collate
 from rlhf.learner import Learner
-from rlhf.models import make_policy, make_tokenizer, save_model
+from rlhf.metrics import Recorder
+from rlhf.models import make_policy, make_tokenizer
 from rlhf.rewards import FunctionReward, usable
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.completions import Limits, parse
@@ -302,24 +304,46 @@ def test_trap_17_dropout_is_off_so_that_two_passes_over_the_same_rows_agree_bit_
 # --- the same again ---------------------------------------------------------------------------------------------------
 
 
-def test_trap_18_the_reference_stays_while_the_policy_moves_and_comes_back_from_its_folder_bit_for_bit(
-    make_learner, compose_run, tmp_path
+@pytest.mark.parametrize("adapter", ["model.lora.rank=0", "model.lora.rank=2"])
+def test_trap_18_the_reference_is_the_same_to_the_last_bit_in_every_checkpoint_and_after_a_resume(
+    compose_run, tmp_path, adapter
 ):
-    learner = make_learner("optim.lr=0.01")
-    reference, policy = state_digest(learner.reference), state_digest(learner.policy)
-    for seed in range(2):
-        learner.learn(learner.score(sampled(seed)), [float(b % 2) for b in range(12)])
-    assert state_digest(learner.reference) == reference and state_digest(learner.policy) != policy
-    tokenizer = make_tokenizer(learner.config.model, "abcdefghi", chat=False)
-    save_model(learner.reference, tokenizer, tmp_path)
-    loaded = make_policy(compose_run("model=hf", f"model.path={tmp_path}").model, tokenizer, seed=9)
-    assert state_digest(loaded) == reference
+    choice = (*SMOKE, "steps=4", "checkpoint.every=1", "checkpoint.keep=9", "optim.lr=0.01", adapter)
+    run(compose_run(*choice, "steps=2"), tmp_path)
+    run(compose_run(*choice), tmp_path, resume=True)
+    policies, references = set(), set()
+    for step in range(5):
+        folder = tmp_path / "checkpoints" / f"{step:08d}"
+        policy = load_file(next(folder.glob("[pa]*/*.safetensors")))  # policy/ or adapter/
+        policies.add(digest_of([policy[name] for name in sorted(policy)]))
+        if adapter.endswith("0"):
+            reference = load_file(folder / "reference.safetensors")
+            references.add(digest_of([reference[name] for name in sorted(reference)]))
+            assert step or digest_of([policy[name] for name in sorted(policy)]) in references, "it is what it was"
+        else:
+            references.add(json.loads((folder / "state.json").read_text())["notes"]["base"])
+    assert len(policies) == 5 and len(references) == 1
 
 
-def test_trap_19_a_run_of_more_steps_begins_with_the_numbers_of_a_shorter_one(smoke):
-    whole, half = (smoke(f"steps={steps}", "evaluate_every=1") for steps in (4, 2))
-    assert metrics(half) == metrics(whole)[: len(metrics(half))]
-    assert len(metrics(half)) == 2 + 3 and len(metrics(whole)) == 4 + 5
+def test_trap_19_n_steps_a_kill_and_the_rest_give_the_numbers_of_all_steps_at_once(
+    smoke, compose_run, tmp_path, monkeypatch
+):
+    overrides = ("steps=4", "evaluate_every=1", "checkpoint.every=2")
+    step = Recorder.step
+
+    def killed(record: Recorder, number: int, *rest: Any) -> None:
+        if number == 4:
+            raise KeyboardInterrupt  # after the step has changed all weights, so that none of it is saved
+        step(record, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recorder, "step", killed)
+        run(compose_run(*SMOKE, *overrides), tmp_path)
+    assert len(metrics(tmp_path)) == 3 + 4, "what came after the checkpoint is there, and is to be done again"
+    run(compose_run(*SMOKE, *overrides), tmp_path, resume=True)
+    whole = smoke(*overrides)
+    assert metrics(tmp_path) == metrics(whole) and len(metrics(whole)) == 4 + 5
+    assert (tmp_path / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
 class Lossy:

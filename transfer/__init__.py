@@ -68,8 +68,15 @@ class Transfer(AbstractContextManager["Transfer"], Protocol):
     def last(self) -> PushStats:
         """What the last push took."""
 
-    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
-        """Agree with every worker on the manifest; ValueError with the first differences, before any byte moves."""
+    @property
+    def epoch(self) -> int:
+        """The highest that this session has taken."""
+
+    def open(self, weights: Weights, senders: Sequence[Sender], version: int = 0, epoch: int = 0) -> None:
+        """Agree with every worker on the manifest; ValueError with the first differences, before any byte moves.
+
+        For a trainer that goes on: the version of its first push, if no worker has a higher one, and the epoch it had.
+        """
 
     def push(self, weights: Weights) -> int:
         """Make `weights` the live ones in every worker, or in none; the new version. TransferError says who failed."""

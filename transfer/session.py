@@ -169,8 +169,16 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
-        """Take the next epoch and agree with every worker; ValueError with the first differences, or TransferError."""
+    @property
+    def epoch(self) -> int:
+        """The highest that this session has taken."""
+        return self._epoch
+
+    def open(self, weights: Weights, senders: Sequence[Sender], version: int = 0, epoch: int = 0) -> None:
+        """Take the next epoch and agree with every worker; ValueError with the first differences, or TransferError.
+
+        A trainer that goes on tells the version of its first push, if no worker has a higher one, and the epoch it had.
+        """
         if not senders:
             raise ValueError("a transfer needs at least one worker (got no senders)")
         self._unsure = True
@@ -186,7 +194,8 @@ class Session:
             "manifest": self._manifest.to_json(),
             "where": self._publisher.prepare(self._manifest, weights),
         }
-        self._epoch = max(int(answer["epoch"]) for answer in status.values())
+        self._epoch = max([epoch, *(int(answer["epoch"]) for answer in status.values())])
+        self._named = max(self._named, version - 1)
         self._writes, self._viewers = {}, {}  # the weights are in other memory now
         self._take_over(opening=True)
         self._journal.write("open", epoch=self._epoch, manifest=self._manifest.digest)

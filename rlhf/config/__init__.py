@@ -5,7 +5,17 @@ Rules inside one group live in that class's `__post_init__`, rules across groups
 message says what was given, what is allowed and which key to change. compose.py makes the choices known to Hydra.
 """
 
-from rlhf.config.logger import ConsoleLoggerConfig, JsonlLoggerConfig, LoggerConfig, TensorboardLoggerConfig
+from rlhf.config.checkpoint import CheckpointConfig
+from rlhf.config.logger import (
+    ConsoleLoggerConfig,
+    JsonlLoggerConfig,
+    LoggerConfig,
+    MlflowLoggerConfig,
+    TensorboardLoggerConfig,
+    TrackioLoggerConfig,
+    WandbLoggerConfig,
+    WandbMode,
+)
 from rlhf.config.model import Device, HfModelConfig, LoraConfig, ModelConfig, Precision, TinyModelConfig
 from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
@@ -19,7 +29,15 @@ from rlhf.config.reward import (
     VerifierRewardConfig,
 )
 from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfig
-from rlhf.config.run import EvaluateConfig, EvaluationConfig, RunConfig, SftConfig, check_transfer
+from rlhf.config.run import (
+    EvaluateConfig,
+    EvaluationConfig,
+    Objective,
+    ProfileConfig,
+    RunConfig,
+    SftConfig,
+    check_transfer,
+)
 from rlhf.config.task import (
     ArithmeticTaskConfig,
     GuessTaskConfig,
@@ -35,6 +53,7 @@ __all__ = [
     "REWARD_PARTS",
     "AdamWConfig",
     "ArithmeticTaskConfig",
+    "CheckpointConfig",
     "ConsoleLoggerConfig",
     "Device",
     "EvaluateConfig",
@@ -48,10 +67,13 @@ __all__ = [
     "JsonlTaskConfig",
     "LoggerConfig",
     "LoraConfig",
+    "MlflowLoggerConfig",
     "ModelConfig",
     "ModelRewardConfig",
+    "Objective",
     "OptimConfig",
     "Precision",
+    "ProfileConfig",
     "ReasoningGymTaskConfig",
     "ReverseTaskConfig",
     "RewardConfig",
@@ -66,7 +88,10 @@ __all__ = [
     "TaskConfig",
     "TensorboardLoggerConfig",
     "TinyModelConfig",
+    "TrackioLoggerConfig",
     "VerifierRewardConfig",
     "VllmRolloutConfig",
+    "WandbLoggerConfig",
+    "WandbMode",
     "check_transfer",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from rlhf.alarms import AlarmsConfig
 from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
+from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
@@ -60,6 +62,41 @@ class EvaluateConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class ProfileConfig:
+    """Which steps are traced by torch.profiler, into `profile/`."""
+
+    steps: list[int] = field(default_factory=list)
+
+
+class Objective(Enum):
+    """A number of a run's summary by which a sweep sorts its leaderboard, and which an optimiser of dials is told."""
+
+    gold = "gold"
+    reward = "reward"
+    greedy_accuracy = "greedy_accuracy"
+    pass_at_k = "pass_at_k"  # of the largest of evaluate.k
+    pair_accuracy = "pair_accuracy"
+    kl = "kl"
+    tokens_per_second = "tokens_per_second"
+    step_ms = "step_ms"
+    transfer_ms = "transfer_ms"
+    transfer_share = "transfer_share"
+    seconds = "seconds"
+
+    @property
+    def key(self) -> str:
+        """Its name in `summary.json`; of pass_at_k there is one for each k."""
+        ends = (Objective.gold, Objective.reward, Objective.greedy_accuracy, Objective.pair_accuracy, Objective.kl)
+        return f"{self.value}_end" if self in ends else self.value
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Which end of the leaderboard is the top."""
+        times = (Objective.step_ms, Objective.transfer_ms, Objective.transfer_share, Objective.seconds)
+        return self is Objective.kl or self in times
+
+
+@dataclass(slots=True, kw_only=True)
 class RunConfig:
     """One run, in the order of its data flow."""
 
@@ -74,6 +111,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     steps: int = 60
     prompts_per_step: int = 32
@@ -82,6 +120,8 @@ class RunConfig:
     tokens_per_microbatch: int = 16384  # bounds memory only; gradients are the same for any value
     evaluate_every: int = 10  # steps between evaluations on held-out prompts
     threads: int = 1  # torch threads a process; another number changes the last bits of floats
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    objective: Objective | None = None  # of sweeps: what they are sorted by; null: gold, or reward where there is none
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)
@@ -90,6 +130,9 @@ class RunConfig:
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("threads", self.threads, 1)
         at_least("seed", self.seed, 0)
+        for step in self.profile.steps:
+            if not 1 <= step <= self.steps:
+                raise ValueError(f"profile.steps must be steps of the run, 1 to {self.steps} (got {step})")
         match self.algo:
             case AlgoConfig() as algo:
                 self._check_algorithm(algo)

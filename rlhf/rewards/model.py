@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.checkpoint.state import State
 from rlhf.stages.reward_model import score_texts
 from rlhf.types import Prompt, Tokenizer
 
@@ -26,6 +27,13 @@ class ModelReward:
         raw = torch.tensor(self._raw(prompts, answers))
         self.mean, self.std = float(raw.mean()), float(raw.std().clamp(min=1e-6))
         self.model.config.reward_mean, self.model.config.reward_std = self.mean, self.std
+
+    def state(self, part: str = "") -> State:
+        """What a run that goes on needs of a reward model that it has trained, as the reward or a part of it."""
+        name = f"reward_model_{part}" if part else "reward_model"
+        return State(
+            modules={name: self.model}, attributes={f"{name}_mean": (self, "mean"), f"{name}_std": (self, "std")}
+        )
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         return [max(-10.0, min(10.0, (raw - self.mean) / self.std)) for raw in self._raw(prompts, answers)]

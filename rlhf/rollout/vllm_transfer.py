@@ -46,9 +46,14 @@ class AroundTransfer:
         """As the session's."""
         return self._inner.last
 
-    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
+    @property
+    def epoch(self) -> int:
+        """As the session's."""
+        return self._inner.epoch
+
+    def open(self, weights: Weights, senders: Sequence[Sender], version: int = 0, epoch: int = 0) -> None:
         """As the session does."""
-        self._inner.open(weights, senders)
+        self._inner.open(weights, senders, version, epoch)
 
     def push(self, weights: Weights) -> int:
         """As the session does."""
@@ -81,9 +86,9 @@ class MergingTransfer(AroundTransfer):
         self._policy = policy
         self._merged = merged(policy).state_dict(keep_vars=True)  # the same tensors at each push
 
-    def open(self, weights: Weights, senders: Sequence[Sender]) -> None:
+    def open(self, weights: Weights, senders: Sequence[Sender], version: int = 0, epoch: int = 0) -> None:
         """Agree on the merged weights."""
-        super().open(self._merged, senders)
+        super().open(self._merged, senders, version, epoch)
 
     def push(self, weights: Weights) -> int:
         """Merge anew, and send."""

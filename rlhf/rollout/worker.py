@@ -343,8 +343,10 @@ class PauseGate:
 
 def main(arguments: list[str]) -> None:
     """Serve over HTTP, by a spec from the file named in `arguments` or from the first line of stdin."""
+    from rlhf.heartbeat import dumps_stacks_when_asked
     from transfer.serve import serve_alone, serve_parent
 
+    dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(Path(arguments[0]).read_bytes() if arguments else sys.stdin.buffer.readline())
     os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))  # before torch is imported
     serve = serve_alone if arguments else serve_parent

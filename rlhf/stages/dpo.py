@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf.adapter import sent_weights
 from rlhf.algorithm import DpoConfig
+from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
 from rlhf.forward import Batch, response_logprobs
@@ -36,30 +39,34 @@ SEED_OFFSET = 700_001  # added to the run's seed where pairs are sampled and div
 
 def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig, version: int) -> None:
     """Run `config.steps` steps on pairs; the workers hold `version` at first, and the newest at each evaluation."""
-    record = parts.record
-    _evaluate(parts, learner, config, step=0)
+    record, keeper = parts.record, parts.keeper
     order = batches(len(learner.training.rows), config.prompts_per_step, config.steps, config.seed)
-    for step, rows in enumerate(order, start=1):
-        with record.time("learn"):
-            learned = learner.learn(rows)
-        due = step % config.evaluate_every == 0 or step == config.steps
-        if due:
-            with record.time("transfer"):
-                version = parts.transfer.push(learner.weights())
-            with record.time("verify"):
-                parts.probe(version)
-        record.learned(step, learned)
-        if due:
-            _evaluate(parts, learner, config, step)
+    done = keeper.begin(learner, version)
+    for step, rows in islice(enumerate(order, start=1), done, None):
+        if (step - 1) % config.evaluate_every == 0:
+            keeper.judge(_evaluate(parts, learner, config, step - 1))
+        parts.transfer.withdraw()  # what no evaluation has withdrawn: the first push of a run that goes on
+        with keeper.changing():
+            with record.time("learn"):
+                learned = learner.learn(rows)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                with record.time("transfer"):
+                    version = parts.transfer.push(learner.weights())
+                with record.time("verify"):
+                    parts.probe(version)
+            record.learned(step, learned)
+            keeper.reached(step, version)
+    keeper.judge(_evaluate(parts, learner, config, config.steps))
 
 
-def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -> None:
+def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -> dict[str, float]:
     """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
     with parts.record.time("evaluate"):
         pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
         metrics = evaluated(parts.task, parts.sampler, parts.reward, config)
         parts.transfer.withdraw()
     parts.record.evaluation(step, metrics | pairs)
+    return metrics | pairs
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -97,6 +104,25 @@ def preference_pairs(parts: Parts, config: RunConfig, algo: DpoConfig, version: 
         )
     random.Random(seed).shuffle(training)
     return training[: config.steps * config.prompts_per_step], held_out
+
+
+def as_json(training: Sequence[Pair], held_out: Sequence[Pair]) -> dict[str, list[list[str]]]:
+    """Pairs for a checkpoint: the policy that they were sampled from is no more."""
+    sides = {"training": training, "held_out": held_out}
+    return {name: [[p.prompt.text, p.chosen, p.rejected] for p in pairs] for name, pairs in sides.items()}
+
+
+def from_json(told: Mapping[str, Any], task: Task) -> tuple[list[Pair], list[Pair]]:
+    """The inverse of `as_json`; ValueError where the task no longer has their prompts."""
+    prompts = {prompt.text: prompt for prompt in task.train}
+    try:
+        training, held_out = (
+            [Pair(prompts[text], chosen, rejected) for text, chosen, rejected in told[name]]
+            for name in ("training", "held_out")
+        )
+    except KeyError as error:
+        raise ValueError(f"the checkpoint has pairs of a prompt that the task has not: {error}") from error
+    return training, held_out
 
 
 def _sampled(parts: Parts, config: RunConfig, algo: DpoConfig, version: int, seed: int) -> list[Pair]:
@@ -196,6 +222,14 @@ class DpoLearner:
     def weights(self) -> dict[str, Tensor]:
         """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
         return sent_weights(self.policy)
+
+    def state(self) -> State:
+        """What training changes, beside the policy's weights, and what the reference says, which is no more."""
+        return State(
+            attributes={"steps": (self, "steps"), "skipped": (self, "skipped")},
+            optimizers={"policy": (self.policy, self.optimizer)},
+            tensors={"reference": {"training": self.training.ref_N2, "held_out": self.held_out.ref_N2}},
+        )
 
     def learn(self, rows: Sequence[int]) -> dict[str, float]:
         """One optimiser step on these training pairs; means over them, by name.

@@ -544,6 +544,16 @@ class Late(DirectSender):
         raise wire.RemoteError(self.name, verb, 0, "no answer")
 
 
+def test_a_trainer_that_goes_on_tells_its_version_and_epoch_unless_a_worker_is_further(tmp_path):
+    with make_transfer(CONFIGS["ipc view"], tmp_path) as transfer:
+        sender = DirectSender(make_receiver(transfer.endpoint, PlainModel(seed=9)), "worker 0")
+        transfer.open(plain(0), [sender], version=7, epoch=3)
+        assert (transfer.push(plain(0)), transfer.push(plain(1)), transfer.epoch) == (7, 8, 4)
+        with make_transfer(CONFIGS["ipc copy"], tmp_path) as late:
+            late.open(plain(0), [sender], version=2, epoch=1)
+            assert (late.push(plain(0)), late.epoch) == (9, 5)
+
+
 def test_a_finish_of_a_failed_push_that_comes_during_the_next_one_changes_nothing(tmp_path):
     with make_transfer(CONFIGS["ipc view"], tmp_path) as transfer:
         modules = [PlainModel(seed=9), PlainModel(seed=9)]

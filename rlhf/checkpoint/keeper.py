@@ -1,0 +1,232 @@
+"""When a run's state is saved: between two steps, as often as configured, and when the run is asked to stop.
+
+A state between two steps stays in memory, whole, until the next step's gradient step begins to change it: so long a
+SIGTERM saves it at once. While it changes, signals wait for the step's end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.checkpoint.state import (
+    NotFiniteError,
+    State,
+    Trainee,
+    check_finite,
+    load_state,
+    plain,
+    random_state,
+    read_lines,
+    restore_random,
+    seed_python,
+    weights_of,
+    write_lines,
+    write_tensors,
+)
+from rlhf.checkpoint.store import Best, Store, flush
+from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, unbroken
+from rlhf.metrics import Recorder
+
+if TYPE_CHECKING:
+    from rlhf.config import RunConfig
+    from transfer import Transfer
+
+FOLDER = "checkpoints"  # of a run
+SAMPLES, METRICS = "samples.jsonl", "metrics.jsonl"  # beside it
+STATE, ROWS, CONFIG = "state.json", "rows.jsonl", "config.json"
+SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says which is best
+
+
+@contextmanager
+def resumable(store: Store) -> Iterator[None]:
+    """Where a signal or an explained error ends a run in this block, say how it goes on; SIGTERM's code becomes 75."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
+        if not store.steps():
+            raise
+        go_on = f"python -m rlhf.resume {store.folder.parent}"
+        print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
+        if isinstance(end, SystemExit) and end.code == TERMINATED:
+            raise SystemExit(RESUMABLE) from None
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    told: Mapping[str, Any]  # its state.json
+
+    @classmethod
+    def of(cls, path: Path) -> Saved:
+        """What is in a folder that verifies."""
+        return cls(path, json.loads((path / STATE).read_text()))
+
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics so far."""
+        return read_lines(self.path / ROWS)
+
+    def rewind(self, run: Path, metrics: bool) -> None:
+        """Let a run's `samples.jsonl`, and its `metrics.jsonl` where there is to be one, end where this was saved."""
+        samples = run / SAMPLES
+        if samples.exists():
+            os.truncate(samples, min(self.told["samples"], samples.stat().st_size))
+        if metrics:
+            write_lines(run / f".{METRICS}", self.rows())
+            os.replace(run / f".{METRICS}", run / METRICS)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """All of the state between two steps that is not in tensors."""
+
+    step: int
+    version: int
+    values: Mapping[str, Any]
+    random: Mapping[str, Any]
+    rows: int
+    samples: int  # bytes of samples.jsonl
+
+
+@dataclass(slots=True)
+class Keeper:
+    """A context around the training of a run; `begin`, then `changing` and `reached` in each step."""
+
+    store: Store
+    config: RunConfig
+    record: Recorder
+    transfer: Transfer
+    write_policy: Callable[[Path], None]  # into a checkpoint's folder
+    began: float  # time.monotonic() when the run was started, or resumed
+    saved: Saved | None = None  # where the run goes on
+    extra: State = field(default_factory=State)  # what is to be kept beside the trainee's
+    notes: dict[str, Any] = field(default_factory=dict)  # JSON that is to be kept, too
+    _trainee: Trainee | None = None
+    _mark: Mark | None = None  # None: the state is changing, or there is none yet
+    _kept: int | None = None  # the step of the newest checkpoint
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Save what there is, where a signal or an explained error ends the run."""
+        explained = isinstance(error, (KeyboardInterrupt, SystemExit, *EXPLAINED))
+        if explained and self.config.checkpoint.every and self._mark is not None and self._mark.step != self._kept:
+            self._save(self._mark)
+
+    def begin(self, trainee: Trainee, version: int) -> int:
+        """Bring what is trained to where the run goes on, or save where it begins; how many steps are done."""
+        self._trainee = trainee
+        if self.saved is None:
+            seed_python(self.config.seed)  # now that whoever starts workers has drawn from them: Ray does
+            self.reached(0, version)
+            return 0
+        told = self.saved.told
+        load_state(self._state(), self.saved.path, told["attributes"], trainee.policy.device)
+        restore_random(told["random"])
+        self._kept = told["step"]
+        self._note(told["step"], version)
+        return told["step"]
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around what changes the state, up to `reached`: signals wait for its end."""
+        with unbroken():
+            self._mark = None
+            yield
+
+    def reached(self, step: int, version: int) -> None:
+        """The state is that after `step`, whole, and `version` is live; save it, if that is due."""
+        self._note(step, version)
+        every = self.config.checkpoint.every
+        if every and (step % every == 0 or step == self.config.steps):
+            self._save(self._mark)
+
+    def judge(self, metrics: Mapping[str, float]) -> None:
+        """The state's evaluation: if it is the best so far, keep the state."""
+        score = next((metrics[name] for name in SCORES if name in metrics), None)
+        settings, mark = self.config.checkpoint, self._mark
+        if not (settings.every and settings.keep_best) or score is None or not math.isfinite(score) or mark is None:
+            return
+        best = self.store.best()
+        if best is not None and not score > best.score:
+            return
+        if mark.step in self.store.steps() or self._save(mark):
+            self._try(mark.step, lambda: self.store.note_best(Best(mark.step, score)))
+            self._rotate()
+
+    def seconds(self) -> float:
+        """How long the run has taken, what came before the checkpoint included."""
+        return time.monotonic() - self.began + (self.saved.told["seconds"] if self.saved else 0.0)
+
+    def _note(self, step: int, version: int) -> None:
+        rows, samples = self.record.position()
+        self._mark = Mark(step, version, self._state().values(), random_state(), rows, samples)
+
+    def _state(self) -> State:
+        assert self._trainee is not None, "begin() comes first"
+        return self.extra | self._trainee.state()
+
+    def _save(self, mark: Mark | None) -> bool:
+        """Whether it could be saved; if not, the earlier ones stay, the run goes on, and an alarm says why."""
+        assert mark is not None
+        with unbroken(), self.record.time("checkpoint"):
+            if not self._try(mark.step, lambda: self.store.save(mark.step, lambda folder: self._write(folder, mark))):
+                return False
+            self._kept = mark.step
+            self._rotate()
+            return True
+
+    def _try(self, step: int, save: Callable[[], None]) -> bool:
+        try:
+            save()
+        except (OSError, NotFiniteError) as error:
+            self.record.alarm("checkpoint", f"step {step} is not saved ({error}); the checkpoints before it stay")
+            return False
+        return True
+
+    def _rotate(self) -> None:
+        """Keep the newest, and the best."""
+        best = self.store.best() if self.config.checkpoint.keep_best else None
+        kept = self.store.steps()[-self.config.checkpoint.keep :]
+        self.store.keep_only([*kept, *([best.step] if best else [])])
+
+    def _write(self, folder: Path, mark: Mark) -> None:
+        assert self._trainee is not None
+        files = dict(self._state().files())
+        for name, tensors in {"policy": weights_of(self._trainee.policy), **files}.items():
+            check_finite(name, tensors)
+        try:
+            self.write_policy(folder)
+        except Exception as error:  # the Rust halves of safetensors and tokenizers have exceptions of their own
+            raise OSError(f"the policy cannot be written: {error}") from error
+        for name, tensors in files.items():
+            if tensors:
+                write_tensors(folder / f"{name}.safetensors", tensors)
+        samples = self.store.folder.parent / SAMPLES
+        if samples.exists():
+            flush(samples)
+        told = {
+            "step": mark.step,
+            "version": mark.version,
+            "epoch": self.transfer.epoch,
+            "attributes": mark.values,
+            "random": mark.random,
+            "samples": mark.samples,
+            "notes": self.notes,
+            "seconds": self.seconds(),
+        }
+        (folder / STATE).write_text(json.dumps(told) + "\n")
+        write_lines(folder / ROWS, self.record.rows[: mark.rows])
+        (folder / CONFIG).write_text(json.dumps(plain(self.config), indent=1) + "\n")

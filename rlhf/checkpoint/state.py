@@ -1,0 +1,214 @@
+"""What a run's state is, and how it becomes files: tensors as safetensors, all else as JSON; nothing is pickled.
+
+policy/                     a plain Hugging Face folder; of a policy with an adapter, adapter/ as peft has it
+<module>.safetensors        weights of the critic, the reference, a reward model
+<name>.safetensors          moving averages, or what DPO's reference says of the pairs
+<module>-optimizer.safetensors
+state.json                  step, version, epoch, attributes, random generators, position in samples.jsonl, notes
+rows.jsonl                  the metrics so far
+config.json                 the run's configuration
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASTER = "master"  # an optimiser's fp32 copy of a weight
+OPTIMIZER = "-optimizer"
+
+
+class NotFiniteError(RuntimeError):
+    """A state that is not worth keeping."""
+
+
+@dataclass(slots=True)
+class State:
+    """What training changes, beside the policy's weights: the things themselves, to be saved or overwritten."""
+
+    modules: dict[str, torch.nn.Module] = field(default_factory=dict)
+    optimizers: dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    attributes: dict[str, tuple[Any, str]] = field(default_factory=dict)  # JSON values, by object and attribute
+
+    def __or__(self, other: State) -> State:
+        return State(**{name: getattr(self, name) | getattr(other, name) for name in self.__slots__})
+
+    def values(self) -> dict[str, Any]:
+        """The attributes as they are now."""
+        return {name: getattr(owner, attribute) for name, (owner, attribute) in self.attributes.items()}
+
+    def files(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """All tensors, not copied, by the names of their files without suffix."""
+        for name, module in self.modules.items():
+            yield name, weights_of(module)
+        for name, (module, optimizer) in self.optimizers.items():
+            yield name + OPTIMIZER, optimizer_tensors(module, optimizer)
+        yield from self.tensors.items()
+
+
+class Trainee(Protocol):
+    """What is trained, as checkpoints see it."""
+
+    @property
+    def policy(self) -> Any: ...
+    def state(self) -> State:
+        """What training changes, beside the policy's weights."""
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, not copied; tied ones once."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())
+
+
+def optimizer_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser over `module` holds, as `<parameter>/<key>`, with its fp32 weights where it has its own."""
+    learning = _learning(module)
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{learning[i][0]}/{key}": value for i, held in state.items() for key, value in held.items()}
+    masters = zip(learning, _stepped(optimizer), strict=True)
+    return tensors | {f"{name}/{MASTER}": master.detach() for (name, own), master in masters if master is not own}
+
+
+def load_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; rates and the like stay those of the optimiser."""
+    index = {name: i for i, (name, _) in enumerate(_learning(module))}
+    masters = _stepped(optimizer)
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        if key == MASTER:
+            masters[index[name]].data.copy_(tensor)
+        else:
+            state.setdefault(index[name], {})[key] = tensor.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _learning(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """NotFiniteError if any tensor has NaN or an infinity."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+            raise NotFiniteError(f"{name}: {key} has values that are not finite")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file; OSError if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
+        raise OSError(str(error)) from error
+
+
+@torch.no_grad()
+def load_state(state: State, folder: Path, values: Mapping[str, Any], device: torch.device) -> None:
+    """Overwrite a state with what a checkpoint's folder holds; ValueError where that is another state's."""
+    from safetensors.torch import load_file
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        path = folder / f"{name}.safetensors"
+        return load_file(path) if path.exists() else {}
+
+    try:
+        for name, module in state.modules.items():
+            saved = tensors(name)
+            for key, tensor in weights_of(module).items():
+                tensor.data.copy_(saved[key])
+        for name, (module, optimizer) in state.optimizers.items():
+            load_optimizer(module, optimizer, tensors(name + OPTIMIZER))
+        for name, held in state.tensors.items():
+            for key, tensor in tensors(name).items():
+                held[key] = held[key].copy_(tensor) if key in held else tensor.to(device, copy=True)
+        for name, (owner, attribute) in state.attributes.items():
+            setattr(owner, attribute, values[name])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"the checkpoint {folder} does not hold what this run trains ({error}): resume it with the model and the "
+            "algorithm that it was started with"
+        ) from error
+
+
+# --- random generators ------------------------------------------------------------------------------------------------
+
+
+def seed_python(seed: int) -> None:
+    """Let Python's and numpy's global generators begin anew: a user's reward may draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def random_state() -> dict[str, Any]:
+    """All random generators of this process, as JSON."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()],
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+    }
+
+
+def restore_random(state: Mapping[str, Any]) -> None:
+    """The inverse of `random_state`; generators of GPUs that are not here are left out."""
+
+    def tensor(text: str) -> Tensor:
+        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["torch"]))
+    for device, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(tensor(text), device)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def plain(config: Any) -> Any:
+    """A configuration as JSON; enums by the names by which they are chosen."""
+    if isinstance(config, enum.Enum):
+        return config.name
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {each.name: plain(getattr(config, each.name)) for each in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    """A JSON line a row."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The inverse of `write_lines`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

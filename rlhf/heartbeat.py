@@ -1,0 +1,179 @@
+"""While a run goes on: `status.json` every second, a line when a phase takes long, stacks when it does not end.
+
+The trainer's thread only notes which phase it is in (`Pulse`); a thread of its own (`Heartbeat`) writes and speaks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import statistics
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WORKER = "rlhf.rollout.worker"  # the module of a worker's process
+EVERY_S = 1.0
+LONG_S = 10.0  # a phase that is shorter than this is never called slow
+SLOW = 5.0  # times the median of what the phase has taken before
+STACKS_S = 300.0  # a phase that takes so long has all stacks dumped, once
+DUMP = signal.SIGUSR1  # upon which a worker writes its stacks into its log
+
+
+@dataclass(slots=True)
+class Pulse:
+    """Where the run is."""
+
+    stage: str = "starting"
+    done: int = 0
+    total: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    phase: str = ""
+    since: float = field(default_factory=time.monotonic)
+    taken: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=50)))
+
+    def at(self, stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        """A stage has come so far."""
+        self.stage, self.done, self.total, self.numbers = stage, done, total, dict(numbers)
+        self.phase, self.since = "", time.monotonic()
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """The run is in this phase."""
+        self.phase, self.since = phase, time.monotonic()
+        try:
+            yield
+        finally:
+            self.taken[phase].append(time.monotonic() - self.since)
+            self.phase, self.since = "", time.monotonic()
+
+    def usual(self, phase: str) -> float | None:
+        """The median of the seconds that a phase has taken; None at its first time."""
+        taken = list(self.taken.get(phase, ()))
+        return statistics.median(taken) if taken else None
+
+
+class Heartbeat:
+    """A context around a run: reads its pulse, and keeps the largest memory of the trainer and its workers."""
+
+    def __init__(self, folder: Path, pulse: Pulse, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
+        self.folder, self.pulse, self.say, self.every_s = folder, pulse, say, every_s
+        self.long_s, self.stacks_s = LONG_S, STACKS_S
+        self.peaks: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._warned: tuple[float, float] = (0.0, 0.0)  # which phase, by its beginning; after how many seconds
+        self._dumped = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self.look()
+        self.write("ended" if kind is None else f"ended by {kind.__name__}")
+
+    def _beat(self) -> None:
+        while not self._end.wait(self.every_s):
+            with suppress(OSError):  # a full disk, say: what is noted is not worth what is done
+                self.look()
+                self.write("running")
+                self.watch()
+
+    def look(self) -> None:
+        """Raise the high-water marks."""
+        marks = {"memory_mib/trainer": _resident_peak(os.getpid())}
+        workers = [_resident_peak(pid) for pid in workers_of(os.getpid())]
+        marks |= {"memory_mib/workers": max(workers)} if workers else {}
+        marks |= _gpu_peak()
+        for name, mib in marks.items():
+            self.peaks[name] = max(mib, self.peaks.get(name, 0.0))
+
+    def write(self, state: str) -> None:
+        """`status.json`, replaced in one go."""
+        pulse = self.pulse
+        told: dict[str, Any] = {"state": state, "pid": os.getpid(), "time": time.time()}
+        told |= {"seconds": time.monotonic() - self._began, "stage": pulse.stage, "done": pulse.done}
+        told |= {"of": pulse.total, "phase": pulse.phase, "phase_seconds": time.monotonic() - pulse.since}
+        told |= {"phase_usually": pulse.usual(pulse.phase), "numbers": pulse.numbers, **self.peaks}
+        partial = self.folder / ".status.json"
+        partial.write_text(json.dumps(told, indent=1) + "\n")
+        partial.replace(self.folder / "status.json")
+
+    def watch(self) -> None:
+        """Say that a phase takes long, again whenever that has doubled; dump the stacks of one that does not end."""
+        phase, since = self.pulse.phase, self.pulse.since
+        took, usual = time.monotonic() - since, self.pulse.usual(phase)
+        bound = max(self.long_s, SLOW * (usual or 0.0))
+        if phase and self._warned[0] == since:
+            bound = max(bound, 2 * self._warned[1])
+        if not phase or took < bound:
+            return
+        self._warned = (since, took)
+        before = "for the first time" if usual is None else f"usually {usual:.1f} s"
+        stage = f"{self.pulse.stage} {self.pulse.done}/{self.pulse.total}"
+        self.say(f"heartbeat: {stage}: {phase} has taken {took:.0f} s so far, {before}")
+        if took > self.stacks_s and self._dumped != since:
+            self._dumped = since
+            dump_stacks(self.folder / "stacks.txt")
+            self.say(f"heartbeat: stacks are in {self.folder / 'stacks.txt'} and in the workers' logs")
+
+
+def dump_stacks(path: Path) -> None:
+    """Those of this process's threads at the end of `path`; each worker's into its log."""
+    with path.open("a") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    for pid in workers_of(os.getpid()):
+        if _catches(pid, DUMP):  # else the signal would end it
+            os.kill(pid, DUMP)
+
+
+def dumps_stacks_when_asked() -> None:
+    """To be called by a worker's process."""
+    faulthandler.register(DUMP, all_threads=True)
+
+
+def workers_of(parent: int) -> list[int]:
+    """The worker processes that a process has started."""
+    found = []
+    for children in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError):  # the thread or the child has just ended
+            for pid in map(int, children.read_text().split()):
+                if WORKER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+    return found
+
+
+def _status(pid: int, name: str) -> str:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return line.split()[1]
+    return ""
+
+
+def _resident_peak(pid: int) -> float:
+    """MiB of memory that a process has had resident at most; 0 of one that is gone."""
+    return int(_status(pid, "VmHWM") or 0) / 1024
+
+
+def _catches(pid: int, signum: int) -> bool:
+    return bool(int(_status(pid, "SigCgt") or "0", 16) >> (signum - 1) & 1)
+
+
+def _gpu_peak() -> dict[str, float]:
+    import torch
+
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return {}
+    return {"gpu_memory_mib/trainer": torch.cuda.max_memory_allocated() / 2**20}

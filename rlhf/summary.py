@@ -1,0 +1,127 @@
+"""The end of a run in a few numbers, from the recorded rows: `summary.json`, and the table on the screen."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import Objective
+
+Rows = Sequence[Mapping[str, float]]
+ALARM = "alarm/"
+PHASES = ("sample", "reward", "learn", "transfer", "verify")
+
+
+def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was measured."""
+    there = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in there], [value for _, value in there]
+
+
+def summarise(rows: Rows) -> dict[str, float]:
+    """The few numbers that tell how a run went; seconds are sums over its steps, evaluations left out.
+
+    `alarm/<name>` is the step at which that alarm fired first.
+    """
+    summary: dict[str, float] = {}
+    passed = [f"pass_at_{k}" for k in _ks(name.removeprefix("eval/") for row in rows for name in row)]
+    for name in ("reward", "gold", "greedy_accuracy", *passed, "pair_accuracy"):
+        _, values = series(rows, f"eval/{name}")
+        if values:
+            summary |= {f"{name}_start": values[0], f"{name}_end": values[-1]}
+    for phase in PHASES:
+        summary[f"seconds_{phase}"] = sum(series(rows, f"seconds/{phase}")[1])
+    steps = series(rows, "seconds/step")[1]
+    if steps:
+        summary["steps"] = len(steps)
+        summary["step_ms"] = 1e3 * statistics.median(steps)
+        summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1])
+        summary["transfer_share"] = summary["seconds_transfer"] / sum(steps)
+        summary["tokens_per_second"] = statistics.median(series(rows, "tokens_per_second")[1])
+    for name in ("kl", "mismatch"):
+        _, values = series(rows, f"train/{name}")
+        if values:
+            summary[f"{name}_end"] = values[-1]
+    for name in sorted({name for row in rows for name in row if name.startswith(ALARM)}):
+        summary[name] = series(rows, name)[0][0]
+    return summary
+
+
+def _ks(names: Iterable[str]) -> list[int]:
+    """Each k of names like `pass_at_4_end`, in order."""
+    found = [re.fullmatch(r"pass_at_(\d+)(_end)?", name) for name in names]
+    return sorted({int(match[1]) for match in found if match})
+
+
+def write_summary(folder: Path, status: str, overrides: Sequence[str], numbers: Mapping[str, Any]) -> None:
+    """Write `summary.json`; `status` is finished, failed or interrupted."""
+    text = json.dumps({"status": status, "overrides": list(overrides), **numbers}, indent=1)
+    (folder / "summary.json").write_text(text + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The folder's summary, or an empty dict where there is none to read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def objective_of(summary: Mapping[str, Any], objective: Objective | None) -> float | None:
+    """What a run is judged by; without a choice, the first of gold, reward and pair accuracy that it has measured."""
+    if objective is None:
+        there = (summary.get(name.key) for name in (Objective.gold, Objective.reward, Objective.pair_accuracy))
+        return next((value for value in there if value is not None), None)
+    if objective is Objective.pass_at_k:
+        ks = _ks(summary)
+        return summary[f"pass_at_{ks[-1]}_end"] if ks else None
+    return summary.get(objective.key)
+
+
+def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
+    """The table a run ends with, and where its files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("start", "end"):
+        table.add_column(column, justify="right")
+    for name, label in (
+        ("reward", "reward (held-out)" if "pair_accuracy_end" in summary else "reward (trained on)"),
+        ("gold", "gold reward (held-out)"),
+        ("greedy_accuracy", "greedy accuracy"),
+        *((f"pass_at_{k}", f"pass@{k}") for k in _ks(summary)),
+        ("pair_accuracy", "accuracy on held-out pairs"),
+    ):
+        if f"{name}_end" in summary:
+            table.add_row(label, f"{summary[f'{name}_start']:.3f}", f"{summary[f'{name}_end']:.3f}")
+    if "kl_end" in summary:
+        table.add_row("KL to the reference, nats/token", "0", f"{summary['kl_end']:.4f}")
+    table.add_section()
+    for name in [name for name in summary if name.startswith(ALARM)]:
+        table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
+    table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
+    steps, seconds = summary["steps"], sum(summary[f"seconds_{phase}"] for phase in PHASES)
+    table.add_row("a step, mean of all", "", f"{1e3 * seconds / steps:.1f} ms")
+    for phase in PHASES:
+        spent = summary[f"seconds_{phase}"]
+        table.add_row(f"  {phase} ({spent / max(1e-9, seconds):.1%})", "", f"{1e3 * spent / steps:.1f} ms")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"weight transfer: {summary['transfer_ms']:.2f} ms a step, {summary['transfer_share']:.1%} "
+        f"of {summary['step_ms']:.0f} ms",
+        highlight=False,
+    )
+    console.print(f"written: {folder}/", soft_wrap=True, highlight=False)
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
+    console.print(f"next: python -m rlhf.report {folder}", soft_wrap=True, highlight=False)
+    console.print("      look at report.html; then change a dial: algo=rloo task=reverse", highlight=False)
