@@ -210,7 +210,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = train("experiment=smoke", "steps=3", "transfer=disk", name="run")
-    logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "worker-0.log", "tensorboard", "journal"}
+    logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "status.json", "worker-0.log", "tensorboard", "journal"}
     assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights", "checkpoints"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {"prompt", "answer", "reward", "gold", "version", "step"} <= set(samples(folder)[0])
@@ -307,7 +307,7 @@ def test_a_column_with_the_name_of_an_argument_is_found_before_anything_starts(t
     write_rows(tmp_path / "rows.jsonl", answer=str, **{column: str})
     with pytest.raises(ValueError, match=rf"multiple values for argument '{column}'; .*rename the column"):
         train(*FROM_FILE, f"task.path={tmp_path}/rows.jsonl", "reward.function=mine:length")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
 
 
 FROM_FILE = (*SMOKE, "transfer=local", "reward=function", "task=jsonl", "task.held_out=8")
