@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from rlhf.rewards import ModelReward
 from rlhf.run import Matter, gathered, opened, trained
 from rlhf.run_folder import is_run
 from rlhf.summary import PHASES, Rows
-from rlhf.types import Pair, Prompt, Task
+from rlhf.types import Pair, Task
 from transfer.config import DiskConfig
 from transfer.manifest import Manifest
 from transfer.memory import slot_bytes
@@ -81,16 +82,15 @@ def one_step(config: RunConfig) -> RunConfig:
 
 
 def stand_ins(task: Task, config: RunConfig) -> list[Pair]:
-    """Pairs in place of those that a run samples: a policy that has hardly learned may be wrong in all its answers."""
+    """Pairs in place of those that a run samples: a policy that has hardly learned may be wrong in all its answers.
+
+    Enough for one batch of any stage, of which at most nine tenths are held out.
+    """
     good = {prompt.text: answer for prompt, answer in task.demonstrations}
-    return [Pair(p, good.get(p.text, p.text[:1]), "") for p in _enough(task, config)]
-
-
-def _enough(task: Task, config: RunConfig) -> Sequence[Prompt]:
-    """Prompts for a batch of any stage, ten times over: some are held out."""
-    trained_on = [part.reward for part in config.reward.weighted().values()]
-    batches = [reward.prompts_per_batch for reward in trained_on if isinstance(reward, ModelRewardConfig)]
-    return task.train[: 10 * max([config.prompts_per_step, *batches])]
+    rewards = [part.reward for part in config.reward.weighted().values()]
+    batches = [reward.prompts_per_batch for reward in rewards if isinstance(reward, ModelRewardConfig)]
+    prompts = islice(cycle(task.train), 10 * max([config.prompts_per_step, *batches]))
+    return [Pair(prompt, good.get(prompt.text, prompt.text[:1]), "") for prompt in prompts]
 
 
 def sizes_of(policy: PreTrainedModel, lora: LoraConfig, dtype: torch.dtype, rewards: Sequence[ModelReward]) -> Sizes:

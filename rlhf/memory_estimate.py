@@ -65,9 +65,14 @@ def reference(config: RunConfig, sizes: Sizes) -> Parts:
     """A copy of the policy, and the fp32 average that one of past policies rounds; an adapter's base needs neither."""
     if not isinstance(config.algo, AlgoConfig) or not config.algo.kl_coef or config.model.lora.rank:
         return {}
-    averaged = config.algo.ref_decay is not None and sizes.policy.itemsize < FLOAT32
-    averages = {"reference, fp32 average": FLOAT32 * sizes.policy.elements} if averaged else {}
-    return {"reference": sizes.policy.nbytes} | averages
+    average = {"reference, fp32 average": averages(config, sizes)} if sizes.policy.itemsize < FLOAT32 else {}
+    return {"reference": sizes.policy.nbytes} | average
+
+
+def averages(config: RunConfig, sizes: Sizes) -> int:
+    """Bytes of a moving average of policies, fp32; of an fp32 policy it is the reference, saved twice."""
+    moves = isinstance(config.algo, AlgoConfig) and config.algo.ref_decay is not None
+    return moves * FLOAT32 * sizes.policy.elements
 
 
 def critic(config: RunConfig, sizes: Sizes) -> Parts:
@@ -138,7 +143,8 @@ def checkpoint(config: RunConfig, sizes: Sizes) -> int:
     masters = config.optim.master_weights
     written = sizes.learning.nbytes + optimizer_state(sizes.learning, masters) + trained_reward(config, sizes)
     kept = {name: nbytes for name, nbytes in critic(config, sizes).items() if "gradients" not in name}
-    return written + sum({**reference(config, sizes), **kept}.values())
+    model = reference(config, sizes).get("reference", 0)
+    return written + sum(kept.values()) + model + averages(config, sizes)
 
 
 def disk(config: RunConfig, sizes: Sizes) -> Parts:

@@ -173,7 +173,7 @@ def test_the_arithmetic_of_a_run_is_told_line_by_line(compose_run):
     "overrides",
     [
         ("algo=ppo", "reward=model", "steps=9"),  # a critic and a reward model
-        ("algo=dpo", "reward=verifier", "algo.held_out=0.8"),
+        ("algo=dpo", "algo.held_out=0.8", "task.prompts=20", "prompts_per_step=40"),  # more pairs than prompts
         ("algo=dapo", "profile.steps=[2]", "alarms.stop=true", "alarms.truncated=0", "model.lora.rank=2"),
     ],
     ids=lambda overrides: overrides[0],
