@@ -127,11 +127,20 @@ def test_a_worker_that_copies_has_weights_of_its_own_and_one_that_views_has_none
     assert worker(copies, told) == {"weights": told.slot}
 
 
-PPO = ("algo=ppo", "algo.critic_warmup_steps=0", "reward=model", "reward.steps=2", "reward.prompts=64", "steps=1")
+OF_REWARD_MODEL = ("reward=model", "reward.steps=2", "reward.prompts=64")
 
 
-def test_a_run_writes_the_files_that_were_told_and_checkpoints_as_large_as_was_told(compose_run, tmp_path):
-    config = compose_run(*SMALL, *PPO)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("algo=ppo", "algo.critic_warmup_steps=0", *OF_REWARD_MODEL),
+        ("algo.ref_decay=0.9", "model.dtype=bfloat16", "logger=jsonl"),
+        ("algo.ref_decay=0.9", "logger=[]"),
+    ],
+    ids=["a critic and a reward model", "a moving reference in bfloat16", "a moving reference"],
+)
+def test_a_run_writes_the_files_that_were_told_and_checkpoints_as_large_as_was_told(compose_run, tmp_path, overrides):
+    config = compose_run(*SMALL, "steps=1", *overrides)
     run(config, tmp_path / "run")
     assert {name.rstrip("/") for name, _ in files(config)} - {".hydra"} == {
         p.name for p in (tmp_path / "run").iterdir()
