@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.adapter import without_adapter
 from rlhf.algorithm import AlgoConfig
+from rlhf.checkpoint.state import weights_of
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def refresh(
     else:
         return
     theirs = reference.state_dict(keep_vars=True)
-    for name, mine in policy.state_dict(keep_vars=True).items():
+    for name, mine in weights_of(policy).items():  # tied ones once: a second average would be one of the first
         if mine.is_floating_point() and weight < 1:
             average = averages.setdefault(name, theirs[name].detach().float())  # of fp32 weights: they themselves
             theirs[name].copy_(average.lerp_(mine.float(), weight))

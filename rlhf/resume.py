@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.compose import CONF, checked, register
-from rlhf.config import RunConfig
+from rlhf.config import Mode, RunConfig
 from rlhf.ending import EXPLAINED
 
 HELP = """\
@@ -69,6 +69,8 @@ def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[st
             "by overrides which you want, or go on with the conf/ and rlhf/ that it was started with"
         )
     run = checked(config)
+    if run.mode is not Mode.train:
+        raise ValueError(f"a run that was begun needs no check: leave out mode={run.mode.value}")
     if overrides:
         print(f"other dials from here on: {_named(differ, before, now) or 'none'}")
         _replace(_hydra(folder) / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create([*first, *overrides])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -33,11 +32,9 @@ from rlhf.checkpoint.store import Store
 from rlhf.compose import choice
 from rlhf.config import (
     ConsoleLoggerConfig,
-    EvaluationConfig,
     HfModelConfig,
     JsonlLoggerConfig,
     RunConfig,
-    VerifierRewardConfig,
     VllmRolloutConfig,
 )
 from rlhf.ending import RunError, alone
@@ -47,17 +44,18 @@ from rlhf.loggers import check_loggers, make_loggers
 from rlhf.loop import Parts, train
 from rlhf.metrics import Outlets, Recorder
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.plan import check_data, check_lengths, cut_answers, in_one_line
 from rlhf.plots import plot_curves
 from rlhf.probe import Probe
 from rlhf.progress import Bars
-from rlhf.rewards import ModelReward, check_reward, combine, given_rewards
+from rlhf.rewards import ModelReward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
-from rlhf.stages.dpo import DpoLearner, as_json, check_data, from_json, preference_pairs, train_on_pairs
+from rlhf.stages.dpo import DpoLearner, as_json, from_json, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
-from rlhf.stages.sft import encode, sft
+from rlhf.stages.sft import sft
 from rlhf.summary import print_table, summarise, write_summary
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Reward, Sampler, Task
@@ -78,7 +76,8 @@ class Site:
     config: RunConfig
     folder: Path
     bars: Bars
-    began: float = field(default_factory=time.monotonic)
+    peaks: dict[str, float]  # the most memory that trainer and workers have had so far
+    began: float
     notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
     saved: Saved | None = None  # the checkpoint that the run goes on from
 
@@ -88,35 +87,47 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: 
 
     `resume`: go on from the folder's newest checkpoint; where there is none yet, begin.
     """
-    began = time.monotonic()
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     with ExitStack() as stack:
-        stack.enter_context(alone(folder))
-        site = Site(config, folder, stack.enter_context(Bars(console)), began)
-        heart = stack.enter_context(Heartbeat(folder, site.bars.pulse, site.bars.say))
+        site = opened(config, folder, stack)
         site.saved = _found(site) if resume else None
         _make_room(site)
         stack.enter_context(resumable(Store(folder / FOLDER)))
-        parts, policy, tokenizer, version = _build(site, stack)
-        train_policy = _trainer(site, parts, policy, tokenizer, version)
-        gc.collect()
-        gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
-        with parts.keeper:
-            train_policy()
-            _save(policy, tokenizer, site)
+        parts = trained(site, gathered(site), stack)
     summary = site.notes | summarise(parts.record.rows)
-    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **heart.peaks}
+    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **site.peaks}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)
-    if console:
+    if site.bars.on:
         print_table(summary, folder, title)
     else:
         print(f"written: {folder}/")
     return summary
+
+
+def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
+    """The folder of a run, in which no other process trains, with its bars and heartbeat; both end with the stack."""
+    began = time.monotonic()
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(alone(folder))
+    console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
+    bars = stack.enter_context(Bars(console))
+    heart = stack.enter_context(Heartbeat(folder, bars.pulse, bars.say))
+    return Site(config, folder, bars, heart.peaks, began)
+
+
+def trained(site: Site, matter: Matter, stack: ExitStack) -> Parts:
+    """Build, warm up and train, and write the policy; the parts, of which those with processes end with the stack."""
+    parts, version = _build(site, matter, stack)
+    train_policy = _trainer(site, parts, matter, version)
+    gc.collect()
+    gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
+    with parts.keeper:
+        train_policy()
+        _save(matter.policy, matter.tokenizer, site)
+    return parts
 
 
 def _found(site: Site) -> Saved | None:
@@ -159,7 +170,7 @@ class Matter:
     rewards: dict[str, Reward | None]  # by part; None: the run trains it
 
 
-def _matter(site: Site) -> Matter:
+def gathered(site: Site) -> Matter:
     """Task, policy and rewards as they are given, checked against each other."""
     config = site.config
     check_loggers(config.logger)
@@ -168,20 +179,19 @@ def _matter(site: Site) -> Matter:
     raw = read_task(config.task, config.seed)
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
     task = make_task(raw, tokenizer)
-    check(config, task)
+    check_data(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
     check_lengths(config, task, policy)
     rewards = given_rewards(config.reward, task, config.model)
-    site.bars.say(_plan(config, policy))
-    if warning := _cut_answers(config, task, tokenizer):
+    site.bars.say(in_one_line(config, policy))
+    if warning := cut_answers(config, task, tokenizer):
         site.bars.say(warning)
     return Matter(task, tokenizer, policy, rewards)
 
 
-def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTrainedTokenizerBase, int]:
+def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     """The parts of the loop, warmed up, with the policy's first version live in every worker."""
-    config, matter = site.config, _matter(site)
-    task, tokenizer, policy = matter.task, matter.tokenizer, matter.policy
+    config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
     base, notes = _base(config, site.folder), dict[str, Any](summary=site.notes)
@@ -208,7 +218,7 @@ def _build(site: Site, stack: ExitStack) -> tuple[Parts, PreTrainedModel, PreTra
     writes = partial(_write_policy, policy, tokenizer, base)
     store = Store(site.folder / FOLDER)
     keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes)
-    return Parts(task, sampler, reward, transfer, probe, record, keeper), policy, tokenizer, version
+    return Parts(task, sampler, reward, transfer, probe, record, keeper), version
 
 
 def _recorder(site: Site, transfer: Transfer, journal: Journal, stack: ExitStack) -> Recorder:
@@ -224,11 +234,9 @@ def _recorder(site: Site, transfer: Transfer, journal: Journal, stack: ExitStack
     return record
 
 
-def _trainer(
-    site: Site, parts: Parts, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: int
-) -> Callable[[], None]:
+def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable[[], None]:
     """What trains the policy: RL, or DPO on preference pairs."""
-    config = site.config
+    config, policy = site.config, matter.policy
     match config.algo:
         case DpoConfig() as algo:
             if site.saved is None:
@@ -238,7 +246,7 @@ def _trainer(
                 training, held_out = from_json(site.saved.told["notes"]["pairs"], parts.task)
             site.notes["pairs"] = len(training)
             parts.keeper.notes["pairs"] = as_json(training, held_out)
-            dpo_learner = DpoLearner(policy, tokenizer, training, held_out, config)
+            dpo_learner = DpoLearner(policy, matter.tokenizer, training, held_out, config)
             return partial(train_on_pairs, parts, dpo_learner, config, version)
         case AlgoConfig() as algo:
             learner = Learner(
@@ -298,40 +306,6 @@ def _save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Sit
         save_adapter(policy, site.folder / "adapter", base)
 
 
-def _plan(config: RunConfig, policy: PreTrainedModel) -> str:
-    """The run in one line: what its numbers multiply to."""
-    rows = config.prompts_per_step * config.samples_per_prompt
-    step = (
-        f"{config.prompts_per_step} pairs"
-        if isinstance(config.algo, DpoConfig)
-        else f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples "
-        f"({rows} rows a step, {config.updates_per_step} update(s))"
-    )
-    lora = f", an adapter of rank {config.model.lora.rank}" if config.model.lora.rank else ""
-    by = "/".join(choice(part) for part in (config.transfer, config.transfer.sender))
-    return (
-        f"{choice(config.task)}: {config.steps} steps x {step}; "
-        f"{policy.num_parameters():,} parameters{lora} on {policy.device}; "
-        f"{config.rollout.workers} worker(s), weights by {by}"
-    )
-
-
-def check(config: RunConfig, task: Task) -> None:
-    """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
-    if config.sft.steps and not task.demonstrations:
-        raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
-    on_pairs = isinstance(config.algo, DpoConfig)
-    if on_pairs:
-        check_data(config, task)
-    if not (on_pairs and isinstance(config.reward, VerifierRewardConfig)):  # shown there where there is a gold score
-        check_reward(config.reward, task)
-    prompts = len(task.train)
-    if not on_pairs and config.prompts_per_step > prompts:
-        raise ValueError(
-            f"prompts_per_step must be at most the task's {prompts} training prompts (got {config.prompts_per_step})"
-        )
-
-
 def _warm_up(site: Site, matter: Matter, base: str | None) -> None:
     """SFT, or the weights that the run goes on with; of one with an adapter, those below it."""
     config, policy = site.config, matter.policy
@@ -345,37 +319,6 @@ def _warm_up(site: Site, matter: Matter, base: str | None) -> None:
         stage = site.bars.stage("SFT", config.sft.steps)
         for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, config.optim, config.seed):
             stage.advance(numbers)
-
-
-def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreTrainedModel) -> None:
-    """Raise ValueError unless prompts and answers fit the model's context."""
-    longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
-    limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
-    told = task.environment
-    later = (told.turns - 1) * (new + told.longest_reply) if told is not None else 0
-    if later and longest + new + later > limit:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and {config.task.most_answers} answers (task.turns) of up to {new} "
-            f"tokens (rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one "
-            "of them, or take a model with a longer context (model.context)"
-        )
-    if longest + new > limit:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "
-            f"of {limit} tokens: lower rollout.max_new_tokens, or take a model with a longer context (model.context)"
-        )
-
-
-def _cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A warning, if rollout.max_new_tokens would cut most answers like the demonstrations; else nothing."""
-    lengths = [len(ids) for ids in encode(tokenizer, [text for _, text in task.demonstrations], end=True)]
-    new = config.rollout.max_new_tokens
-    if not lengths or statistics.median(lengths) <= new:
-        return ""
-    return (
-        f"warning: most answers will be cut: half of the demonstrations have {statistics.median(lengths):.0f} tokens "
-        f"or more, and rollout.max_new_tokens is {new}; rollout.max_new_tokens={max(lengths)} fits them all"
-    )
 
 
 def _train_rewards(site: Site, matter: Matter, sampler: Sampler) -> State:

@@ -14,18 +14,31 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
 from rlhf.compose import CONF, checked, misplaced, register
+from rlhf.config import Mode
 from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, TERMINATED, terminate_as_interrupt
 
 register()
 
+RUN_DIR = "hydra.run.dir="
+NOWHERE = (f"{RUN_DIR}.", "hydra.output_subdir=null", "hydra.mode=RUN")
+
 HELP = """\
 RLHF: sample, score, learn, hand the new weights over; repeat.
 
-  python -m rlhf.train                                  the default run: SFT, reward model, GRPO
-  python -m rlhf.train algo=rloo task=reverse           swap parts; key=value changes one dial
+  python -m rlhf.train                                  the default run: SFT, reward model, GRPO; under a minute
+  python -m rlhf.train algo=rloo task=reverse           swap parts (group=choice); key=value changes one dial
+  python -m rlhf.train mode=check algo=ppo              before a run: validate, estimate memory, make one step
   python -m rlhf.train -m transfer=ipc,disk seed=0,1    a sweep: every combination, one table
   python -m rlhf.train --cfg job                        print the composed run and stop
-  python -m rlhf.train --hydra-help                     Hydra's own flags
+
+Afterwards (each has a --help of its own; RUN_DIR is the folder that a run names at its end):
+
+  python -m rlhf.resume RUN_DIR                         go on with a run that was stopped
+  python -m rlhf.report RUN_DIR [ANOTHER ...]           one HTML page: curves, alarms, time, samples; runs compared
+  python -m rlhf.sweep SWEEP_DIR                        a sweep's tables and plot again
+  python -m rlhf.evaluate model.path=RUN_DIR/policy     a saved policy alone: greedy accuracy, gold score, pass@k
+
+python -m transfer.doctor says what works on this machine, and --hydra-help lists Hydra's own flags.
 
 Choices (group=choice):
 {choices}
@@ -42,6 +55,11 @@ def _job(config: Any) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        if run_config.mode is Mode.check:
+            from rlhf.check import check_run
+
+            check_run(run_config, *_checked_folder(folder))
+            return None
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             from rlhf.sweep import run_job
 
@@ -54,11 +72,31 @@ def _job(config: Any) -> float | None:
     return None
 
 
+def _checked_folder(folder: Path) -> tuple[Path, str]:
+    """Where a run with the same line would write, for a check, which has no folder; and how to say so."""
+    given = [o.partition("=")[2] for o in HydraConfig.get().overrides.hydra if o.startswith(RUN_DIR)]
+    if given[-1:] != ["."]:
+        return folder, str(folder)
+    return (Path(given[-2]), given[-2]) if given[:-1] else (Path("outputs"), "outputs/DATE/TIME")
+
+
+def for_check(arguments: list[str]) -> list[str]:
+    """The command line, so that Hydra writes nothing if it is one of a check; SystemExit for a check of a sweep."""
+    modes = [argument for argument in arguments if argument.lstrip("+").partition("=")[0] == "mode"]
+    if not modes or modes[-1].partition("=")[2] != Mode.check.value:
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        sys.exit("mode=check looks at one run: leave out -m, and give one choice for each that the sweep tries")
+    last = max(n for n, each in enumerate(arguments) if each in modes or each.startswith(RUN_DIR))
+    return [*arguments[: last + 1], *NOWHERE, *arguments[last + 1 :]]
+
+
 def main() -> None:
     """Console script `rlhf-train`, and `python -m rlhf.train`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help([argument for argument in sys.argv[1:] if "=" in argument])
         return
+    sys.argv[1:] = for_check(sys.argv[1:])
     with as_command(sys.argv[1:]):
         _job()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf.algorithm import Advantage, AlgoConfig
+from rlhf.checkpoint.state import write_tensors
 from rlhf.reference import refresh
 
 
@@ -59,3 +60,18 @@ def test_a_moving_average_in_bfloat16_gets_to_where_one_in_fp32_gets():
         "rounded at each step it stays at 1"
     )
     assert torch.equal(reference.weight, averages["weight"].bfloat16())
+
+
+def test_weights_that_are_tied_move_once_a_step_and_their_average_is_saved_once(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.output = torch.nn.Embedding(2, 2), torch.nn.Linear(2, 2, bias=False)
+            self.output.weight = self.embedding.weight
+
+    policy, reference = Tied(), Tied()
+    torch.nn.init.ones_(policy.output.weight), torch.nn.init.zeros_(reference.output.weight)
+    averages: dict[str, torch.Tensor] = {}
+    refresh(reference, policy, algo(ref_decay=0.75), step=1, averages=averages)
+    assert torch.equal(reference.embedding.weight, torch.full((2, 2), 0.25))
+    write_tensors(tmp_path / "averages.safetensors", averages)  # which refuses two tensors of one memory

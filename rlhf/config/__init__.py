@@ -32,6 +32,7 @@ from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfi
 from rlhf.config.run import (
     EvaluateConfig,
     EvaluationConfig,
+    Mode,
     Objective,
     ProfileConfig,
     RunConfig,
@@ -68,6 +69,7 @@ __all__ = [
     "LoggerConfig",
     "LoraConfig",
     "MlflowLoggerConfig",
+    "Mode",
     "ModelConfig",
     "ModelRewardConfig",
     "Objective",

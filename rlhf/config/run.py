@@ -68,6 +68,13 @@ class ProfileConfig:
     steps: list[int] = field(default_factory=list)
 
 
+class Mode(Enum):
+    """What `python -m rlhf.train` does with the configuration."""
+
+    train = "train"
+    check = "check"  # validate, tell what the run would need, and make one step in a folder that is removed again
+
+
 class Objective(Enum):
     """A number of a run's summary by which a sweep sorts its leaderboard, and which an optimiser of dials is told."""
 
@@ -112,6 +119,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mode: Mode = Mode.train
     seed: int = 0
     steps: int = 60
     prompts_per_step: int = 32

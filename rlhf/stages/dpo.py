@@ -72,7 +72,7 @@ def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def check_data(config: RunConfig, task: Task) -> None:
+def check_pairs(config: RunConfig, task: Task) -> None:
     """Raise ValueError where neither the task's data nor samples can give pairs."""
     if task.preferences:
         return
