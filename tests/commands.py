@@ -25,9 +25,13 @@ def become(told: dict) -> None:
 
 
 if __name__ == "__main__":
+    # So that the forked processes have it.
+    import matplotlib.pyplot  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
     import rlhf.resume
     import rlhf.run
-    import rlhf.train  # noqa: F401 - so that the forked processes have it
+    import rlhf.train  # noqa: F401
 
     for line in sys.stdin:
         pid = os.fork()

@@ -1,4 +1,4 @@
-"""The tables of docs/algorithms.md say what conf/ composes and what a run logs."""
+"""The tables of docs/algorithms.md say what conf/ composes and what a run logs; every page is found, and every link."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ AGGREGATIONS = {
     Aggregation.seq_mean_token_mean: "mean over rows of token means",
     Aggregation.seq_mean_token_sum_norm: "sum / (rows x max_new_tokens)",
 }
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "sft.steps=2", "steps=1", "task.held_out=8")
 
 
@@ -74,3 +75,22 @@ def test_every_metric_that_a_run_logs_is_in_the_table_of_metrics(compose_run, tm
     patterns = [re.compile(re.sub("[A-Z]+", "[a-z_0-9]+", name)) for name in known]
     assert len(logged) > 20
     assert {name for name in logged - {"step"} if not any(each.fullmatch(name) for each in patterns)} == set()
+
+
+def test_the_readme_lists_every_page_and_every_link_leads_somewhere():
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    listed = (ROOT / "README.md").read_text().partition("## Documentation")[2]
+    assert [page.name for page in pages if f"](docs/{page.name})" not in listed] == []
+    links = {(page, link) for page in [ROOT / "README.md", *pages] for link in LINK.findall(page.read_text())}
+    assert len(links) > 30
+    assert [f"{page.name}: {link}" for page, link in sorted(links) if not leads_somewhere(page, link)] == []
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether there is such a file, with such a heading."""
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    if not heading:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+    return heading in {re.sub(r"[^a-z0-9 -]", "", each.lower()).replace(" ", "-") for each in headings}

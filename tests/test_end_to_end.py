@@ -236,7 +236,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_default_run_learns(train, seed):
     summary = json.loads((train(f"seed={seed}", "logger=jsonl") / "summary.json").read_text())
-    assert summary["gold_end"] >= summary["gold_start"] + 0.05
+    assert summary["gold_end"] >= summary["gold_start"] + 0.15
     assert summary["reward_end"] >= summary["reward_start"] + 0.05
     assert summary["reward_model_accuracy"] > 0.6
 

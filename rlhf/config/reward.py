@@ -49,7 +49,7 @@ class ModelRewardConfig(RewardConfig):
     prompts: int = 4096  # prompts from which pairs are sampled, at most
     samples: int = 4  # answers sampled a prompt; every two whose gold scores differ make a pair
     label_noise: float = 0.05  # share of sampled pairs whose preference is flipped: people err, too
-    steps: int = 300
+    steps: int = 600
     prompts_per_batch: int = 32  # with all pairs of each
     lr: float = 2e-3
     centring: float = 0.0  # weight of (s_chosen + s_rejected)^2, which keeps scores around 0 (arXiv:2312.09244)
