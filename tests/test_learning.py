@@ -16,7 +16,7 @@ from rlhf.summary import series
 SEEDS = (0, 1, 2)
 MOST_SAMPLES = 1.5  # PPO's, in GRPO's
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)
