@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.compose import CONF, checked, register
 from rlhf.config import Mode, RunConfig
-from rlhf.ending import EXPLAINED
+from rlhf.ending import EXPLAINED, alone
 
 HELP = """\
 Go on with a run that was stopped, from its newest checkpoint that verifies (docs/operations.md).
@@ -72,9 +72,10 @@ def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[st
     if run.mode is not Mode.train:
         raise ValueError(f"a run that was begun needs no check: leave out mode={run.mode.value}")
     if overrides:
+        with alone(folder):
+            _replace(_hydra(folder) / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create([*first, *overrides])))
+            _replace(_hydra(folder) / "config.yaml", OmegaConf.to_yaml(config))
         print(f"other dials from here on: {_named(differ, before, now) or 'none'}")
-        _replace(_hydra(folder) / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create([*first, *overrides])))
-        _replace(_hydra(folder) / "config.yaml", OmegaConf.to_yaml(config))
     return run, [*first, *overrides]
 
 

@@ -284,6 +284,33 @@ def test_a_checkpoint_that_does_not_verify_gives_way_to_the_one_before_and_witho
         train(*choice, name="run", resume=True)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rlhf.train experiment=smoke steps=3 hydra.run.dir=0",
+        "rlhf.train -m experiment=smoke steps=3 hydra.sweep.dir=.",
+        "rlhf.resume 0 steps=3",
+    ],
+)
+def test_the_dials_of_a_run_that_is_going_on_are_not_written_over_by_one_that_is_refused(started, tmp_path, command):
+    started("experiment=smoke", "steps=300")
+    (tmp_path / "0").mkdir()
+    kept = (tmp_path / ".hydra").rename(tmp_path / "0" / ".hydra") / "overrides.yaml"
+    before = kept.read_text()
+    with alone(tmp_path / "0"):
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1 and "another process trains in" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and kept.read_text() == before
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, tmp_path):
     (tmp_path / "run" / FOLDER / ".writing-dead").mkdir(parents=True)
     choice = (*SMALL, "steps=1")
