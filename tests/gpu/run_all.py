@@ -6,11 +6,9 @@ python tests/gpu/run_all.py [FOLDER [CHECK ...]]     FOLDER keeps the runs with 
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +19,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from processes import ROOT, Row, memory_used, output, rows_of, series
 
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 400.0  # of one run, and of the tests
 BACKENDS = {
     "local": ("transfer=local",),
@@ -40,7 +38,6 @@ HALF_BILLION = (  # parameters, of Qwen3's shape
 PUSHES = 100
 FLAT = "thousand_updates"  # in the name of a test that nothing else on the GPU may disturb
 MIB = 2**20
-Row = dict[str, float]
 
 
 def tests(folder: Path) -> str:
@@ -55,7 +52,7 @@ def memory_tests(folder: Path) -> str:
 
 def _pytest(log: Path, *options: str) -> str:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--ignore", "tests/fuzz"]
-    return _output([*command, "-rf", "--tb=short", "--durations=5", *options, "tests"], log).splitlines()[-1]
+    return output([*command, "-rf", "--tb=short", "--durations=5", *options, "tests"], log, DEADLINE_S).splitlines()[-1]
 
 
 def small_runs_agree(folder: Path) -> str:
@@ -71,7 +68,7 @@ def default_runs_agree(folder: Path) -> str:
 def workers_in_bfloat16(folder: Path) -> str:
     """An fp32 policy is cast on its way to the worker, whose log-probs then differ a little from the learner's."""
     rows = _train(folder / "bfloat16", "experiment=smoke", "rollout.dtype=bfloat16")
-    mismatch = max(_series(rows, "train/mismatch"))
+    mismatch = max(series(rows, "train/mismatch"))
     assert 1e-5 < mismatch < 0.05, f"mean difference of log-probs: {mismatch}"
     return f"log-probs differ by {mismatch:.1e} nats on average"
 
@@ -79,9 +76,9 @@ def workers_in_bfloat16(folder: Path) -> str:
 def half_a_billion_parameters(folder: Path) -> str:
     """A large model, trained for a few steps."""
     rows = _train(folder / "half_billion", *HALF_BILLION)
-    (nbytes,) = set(_series(rows, "transfer/bytes"))
-    assert max(_series(rows, "train/mismatch")) < 0.05
-    push_ms, step_ms = (1e3 * statistics.median(_series(rows, f"seconds/{phase}")) for phase in ("transfer", "step"))
+    (nbytes,) = set(series(rows, "transfer/bytes"))
+    assert max(series(rows, "train/mismatch")) < 0.05
+    push_ms, step_ms = (1e3 * statistics.median(series(rows, f"seconds/{phase}")) for phase in ("transfer", "step"))
     return f"{nbytes / 1e9:.2f} GB in {push_ms:.1f} ms of a step's {step_ms:.0f} ms"
 
 
@@ -105,7 +102,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        before = _memory_used()
+        before = memory_used("0")
         wanted = set(sys.argv[2:]) or {check.__name__ for check in (*QUIET, *BUSY)}
         quiet, busy = ([check for check in checks if check.__name__ in wanted] for checks in (QUIET, BUSY))
         passed = [_passes(check, folder) for check in quiet]
@@ -137,7 +134,7 @@ def _compared(folder: Path, *overrides: str) -> str:
         pairs = list(zip(map(_numbers, rows), reference, strict=True))
         assert all(row.keys() == expected.keys() for row, expected in pairs)
         worst[backend] = max(abs(row[key] - expected[key]) for row, expected in pairs for key in row)
-    mismatch = max(max(_series(rows, "train/mismatch")) for rows in runs)
+    mismatch = max(max(series(rows, "train/mismatch")) for rows in runs)
     assert not any(worst.values()), f"metrics differ from those of transfer=local by {worst}, mismatch {mismatch:.1e}"
     return f"the same metrics with {', '.join(BACKENDS)}; mismatch at most {mismatch:.1e}"
 
@@ -147,25 +144,11 @@ def _numbers(row: Row) -> Row:
     return {key: value for key, value in row.items() if not key.startswith(("seconds/", "transfer/", "tokens_per_"))}
 
 
-def _series(rows: list[Row], key: str) -> list[float]:
-    return [row[key] for row in rows if key in row]
-
-
 def _train(folder: Path, *overrides: str) -> list[Row]:
     """The metrics of one run, a process of its own."""
     command = [sys.executable, "-m", "rlhf.train", f"hydra.run.dir={folder}", "logger=[jsonl]", *overrides]
-    _output(command, folder.with_suffix(".log"))
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _output(command: list[str], log: Path) -> str:
-    """What a command prints; RuntimeError with the end of it if it fails."""
-    with log.open("w+") as file:
-        ended = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=DEADLINE_S)
-    printed = log.read_text()
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{printed[-3000:]}")
-    return printed
+    output(command, folder.with_suffix(".log"), DEADLINE_S)
+    return rows_of(folder)
 
 
 def _pushes(folder: Path, take: str) -> str:
@@ -239,16 +222,10 @@ def _device_bytes() -> int:
     return total - free
 
 
-def _memory_used() -> int:
-    """The same without a CUDA context of one's own, MiB."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout)
-
-
 def _nothing_is_left(before: int) -> str:
     running = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert not any("rlhf.rollout.worker" in (command or ()) for command in running), f"a worker still runs: {running}"
-    left = _waited_for(lambda: _memory_used() - before)
+    left = _waited_for(lambda: memory_used("0") - before)
     assert left <= 0, f"{left} MiB of the GPU are still taken"
     return f"GPU memory {before + left} MiB as before, no worker process"
 

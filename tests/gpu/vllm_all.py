@@ -21,7 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from processes import ROOT, Row, memory_used, output, rows_of, series
+
 sys.path.insert(0, str(ROOT))
 DEADLINE_S = 420.0  # of one check
 SEEDS = (1, 2)  # of the two sets of weights; version v has set 1 if it is odd
@@ -121,9 +122,9 @@ def tensor_parallel(folder: Path) -> str:
 def sleeping(folder: Path) -> str:
     """Runs whose workers sleep while the trainer learns."""
     runs = {level: _train(folder / f"sleep-{level}", f"rollout.sleep_level={level}") for level in (0, 1, 2)}
-    rewards = {level: _series(rows, "train/reward") for level, rows in runs.items()}
-    mismatch = max(max(_series(rows, "train/mismatch")) for rows in runs.values())
-    transfer = {level: 1e3 * sorted(_series(rows, "seconds/transfer"))[1] for level, rows in runs.items()}
+    rewards = {level: series(rows, "train/reward") for level, rows in runs.items()}
+    mismatch = max(max(series(rows, "train/mismatch")) for rows in runs.values())
+    transfer = {level: 1e3 * sorted(series(rows, "seconds/transfer"))[1] for level, rows in runs.items()}
     assert mismatch < 0.05, f"log-probs differ by {mismatch}"
     assert rewards[0][0] == rewards[1][0] == rewards[2][0], f"not the same samples at first: {rewards}"
     same = rewards[0] == rewards[1] == rewards[2]
@@ -133,20 +134,20 @@ def sleeping(folder: Path) -> str:
 
 def killed_run(folder: Path) -> str:
     """A run whose trainer is killed leaves no process, and nothing on the GPU."""
-    before = _memory_used()
+    before = memory_used(os.environ["CUDA_VISIBLE_DEVICES"])
     run = folder / "killed_run"
     with (folder / "killed_run.log").open("w") as log:
         process = subprocess.Popen(_training(run, "steps=100000"), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + DEADLINE_S
-            while len(_series(_rows(run), "train/reward")) < 3:
+            while len(series(rows_of(run), "train/reward")) < 3:
                 assert process.poll() is None and time.monotonic() < deadline, "it did not come to train"
                 time.sleep(0.2)
         finally:
             process.kill()
             process.wait()
     began = time.monotonic()
-    while (left := _memory_used() - before) > 0 and time.monotonic() < began + 30:
+    while (left := memory_used(os.environ["CUDA_VISIBLE_DEVICES"]) - before) > 0 and time.monotonic() < began + 30:
         time.sleep(0.2)
     assert left <= 0, f"{left} MiB of the GPU are still taken"
     return f"{time.monotonic() - began:.1f} s later the GPU is as it was"
@@ -154,17 +155,18 @@ def killed_run(folder: Path) -> str:
 
 def smoke(folder: Path) -> str:
     """experiment=gpu_smoke."""
-    _run([sys.executable, "-m", "rlhf.train", "experiment=gpu_smoke", f"hydra.run.dir={folder}/gpu_smoke"], folder, "s")
-    rows = _rows(folder / "gpu_smoke")
+    command = [sys.executable, "-m", "rlhf.train", "experiment=gpu_smoke", f"hydra.run.dir={folder}/gpu_smoke"]
+    output(command, folder / "gpu_smoke.log", DEADLINE_S)
+    rows = rows_of(folder / "gpu_smoke")
     summary = json.loads((folder / "gpu_smoke" / "summary.json").read_text())
-    assert max(_series(rows, "train/mismatch")) < 0.05
-    step, tokens = (sorted(_series(rows, key))[5] for key in ("seconds/step", "tokens_per_second"))
+    assert max(series(rows, "train/mismatch")) < 0.05
+    step, tokens = (sorted(series(rows, key))[5] for key in ("seconds/step", "tokens_per_second"))
     shares = {
-        name: 1e3 * sorted(_series(rows, f"seconds/{name}"))[5] for name in ("sample", "reward", "learn", "transfer")
+        name: 1e3 * sorted(series(rows, f"seconds/{name}"))[5] for name in ("sample", "reward", "learn", "transfer")
     }
     return (
         f"{1e3 * step:.0f} ms a step ({', '.join(f'{name} {ms:.1f}' for name, ms in shares.items())}), "
-        f"{tokens:.0f} tokens/s, mismatch {max(_series(rows, 'train/mismatch')):.1e}, "
+        f"{tokens:.0f} tokens/s, mismatch {max(series(rows, 'train/mismatch')):.1e}, "
         f"{summary['seconds']:.0f} s in all"
     )
 
@@ -349,49 +351,20 @@ def _killed(child: subprocess.Popen[str], url: str, tokens: dict[int, Any]) -> s
 
 
 def _benchmark(shape: str, folder: Path) -> str:
-    printed = _run([sys.executable, "-m", "tests.benchmarks.vllm_update", shape], folder, f"updates-{shape}")
-    (folder / f"updates-{shape}.txt").write_text(printed)
+    command = [sys.executable, "-m", "tests.benchmarks.vllm_update", shape]
+    printed = output(command, folder / f"updates-{shape}.log", DEADLINE_S)
     lines = [line for line in printed.splitlines() if " x limit" in line or "greedy" in line or "updates:" in line]
     return "\n    ".join(lines)
 
 
-def _train(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    _run(_training(folder, *overrides), folder.parent, folder.name)
-    return _rows(folder)
+def _train(folder: Path, *overrides: str) -> list[Row]:
+    output(_training(folder, *overrides), folder.with_suffix(".log"), DEADLINE_S)
+    return rows_of(folder)
 
 
 def _training(folder: Path, *overrides: str) -> list[str]:
     memory = "rollout.engine_args={max_model_len: 128, gpu_memory_utilization: 0.3, compilation_config: {mode: 0}}"
     return [sys.executable, "-m", "rlhf.train", *TRAIN, memory, f"hydra.run.dir={folder}", *overrides]
-
-
-def _rows(folder: Path) -> list[dict[str, float]]:
-    """What a run has logged so far."""
-    try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line[-1:] == "}"]
-    except FileNotFoundError:
-        return []
-
-
-def _memory_used() -> int:
-    """MiB of this check's GPU."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout)
-
-
-def _series(rows: list[dict[str, float]], key: str) -> list[float]:
-    return [row[key] for row in rows if key in row]
-
-
-def _run(command: list[str], folder: Path, name: str) -> str:
-    log = folder / f"{name}.log"
-    with log.open("w") as file:
-        ended = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=DEADLINE_S)
-    printed = log.read_text()
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{printed[-2000:]}")
-    return printed
 
 
 # --- one after the other, on each GPU ---------------------------------------------------------------------------------
