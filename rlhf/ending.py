@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -46,6 +47,19 @@ def alone(folder: Path) -> Iterator[None]:
         raise RunError(f"another process trains in {folder}: end it, or wait until it has ended") from None
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """RunError in place of what the operating system says where nothing more can be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"the disk is full ({error}): make room, then go on with python -m rlhf.resume {folder}"
+        ) from error
 
 
 @contextmanager

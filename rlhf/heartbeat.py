@@ -80,12 +80,13 @@ class Heartbeat:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self.look()
-        self.write("ended" if kind is None else f"ended by {kind.__name__}")
+        with suppress(OSError):
+            self.look()
+            self.write("ended" if kind is None else f"ended by {kind.__name__}")
 
     def _beat(self) -> None:
         while not self._end.wait(self.every_s):
-            with suppress(OSError):  # a full disk, say: what is noted is not worth what is done
+            with suppress(OSError):  # a full disk, say: what is noted is worth less than what is done
                 self.look()
                 self.write("running")
                 self.watch()

@@ -69,6 +69,7 @@ class Recorder:
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
         self.warned = False
+        self.keeps_samples = True
         self.profiler = Profiler(config.profile.steps, outlets.folder / "profile")
         self.raised: dict[str, float] = {}  # alarms of the next row that its metrics do not tell
 
@@ -152,7 +153,12 @@ class Recorder:
         metrics["seconds/step"] = worked
         metrics["tokens_per_second"] = rollouts.tokens / worked
         self.seconds = {}
-        self._samples(step, rollouts, rewards_B, gold_B)
+        if self.keeps_samples:
+            try:
+                self._samples(step, rollouts, rewards_B, gold_B)
+            except OSError as error:
+                self.keeps_samples = False
+                self.outlets.bar.bars.say(f"warning: samples.jsonl ends here, and the run goes on: {error}")
         self._log(step, {name: value for name, value in metrics.items() if value is not None}, self.steps)
         self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
 

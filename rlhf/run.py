@@ -37,7 +37,7 @@ from rlhf.config import (
     RunConfig,
     VllmRolloutConfig,
 )
-from rlhf.ending import RunError, alone
+from rlhf.ending import RunError, alone, full_disk_explained
 from rlhf.heartbeat import Heartbeat
 from rlhf.learner import Learner
 from rlhf.loggers import check_loggers, make_loggers
@@ -87,6 +87,11 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: 
 
     `resume`: go on from the folder's newest checkpoint; where there is none yet, begin.
     """
+    with full_disk_explained(folder):
+        return _run(config, folder, overrides, resume)
+
+
+def _run(config: RunConfig, folder: Path, overrides: Sequence[str], resume: bool) -> dict[str, float]:
     with ExitStack() as stack:
         site = opened(config, folder, stack)
         site.saved = _found(site) if resume else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from rlhf import train as train_cli
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import MANIFEST, Store
 from rlhf.ending import RunError, alone
+from rlhf.heartbeat import Heartbeat
 from rlhf.metrics import Recorder
 from rlhf.run import run
 
@@ -323,3 +325,22 @@ def test_two_processes_do_not_train_in_one_folder(train, tmp_path):
         train(*SMALL, name="run")
     with alone(tmp_path / "run"):  # and the lock is given back
         pass
+
+
+def test_a_full_disk_costs_samples_and_the_status_but_no_step_and_what_is_lost_at_the_end_is_one_line(
+    compose_run, tmp_path, monkeypatch, capsys
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Recorder, "_samples", full)
+    monkeypatch.setattr(Heartbeat, "write", full)
+    run(compose_run(*SMALL, "steps=2", "logger=[console,jsonl]"), tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+    assert capsys.readouterr().out.count("samples.jsonl ends here, and the run goes on") == 1
+    monkeypatch.setattr("rlhf.run.write_summary", full)
+    with pytest.raises(RunError, match=r"^the disk is full .*: make room, then go on with python -m rlhf\.resume "):
+        run(compose_run(*SMALL, "steps=2"), tmp_path)
+    monkeypatch.undo()
+    run(compose_run(*SMALL, "steps=2"), tmp_path, resume=True)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
