@@ -9,7 +9,7 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from rich.table import Table
 from rlhf.adapter import add_adapter, sent_weights
 from rlhf.algorithm import AlgoConfig
 from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
-from rlhf.ending import EXPLAINED, RunError, alone
+from rlhf.ending import EXPLAINED, RunError, check_free
 from rlhf.heartbeat import Pulse
 from rlhf.loggers import SERVICES
 from rlhf.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BESIDE = ".rlhf-check-"  # begins the name of the folder in which the step is made
+STALE_S = 3600.0  # older ones are removed, if their checks are gone
 
 
 def check_run(config: RunConfig, folder: Path, told: str = "") -> None:
@@ -50,7 +51,7 @@ def check_run(config: RunConfig, folder: Path, told: str = "") -> None:
     config = copy.deepcopy(config)
     config.logger.setdefault("console", ConsoleLoggerConfig())
     with ExitStack() as stack:
-        _look_at(folder)
+        check_free(folder)
         site = opened(config, _beside(folder, stack), stack)
         stack.enter_context(_in_one_line(site.bars.pulse))
         matter = gathered(site)
@@ -127,20 +128,23 @@ def _shell(policy: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _look_at(folder: Path) -> None:
-    """RunError if another process trains there."""
-    if folder.is_dir():
-        with alone(folder):
-            pass
-
-
 def _beside(folder: Path, stack: ExitStack) -> Path:
     """A folder on the disk that `folder` is or will be on; it is removed with the stack."""
     place = _there(folder)
+    _sweep(place)
     try:
         return Path(stack.enter_context(TemporaryDirectory(prefix=BESIDE, dir=place)))
     except OSError as error:
         raise RunError(f"nothing can be written into {place} ({error.strerror}): choose hydra.run.dir=...") from error
+
+
+def _sweep(place: Path) -> None:
+    """Remove what checks have left that were killed: folders of an hour ago or more, in which no process trains."""
+    for left in place.glob(f"{BESIDE}*"):
+        with suppress(OSError, RunError):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                check_free(left)
+                shutil.rmtree(left)
 
 
 def _divert(config: RunConfig, stack: ExitStack) -> None:

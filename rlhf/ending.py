@@ -49,6 +49,13 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """RunError if a process is in `alone` for the folder."""
+    if folder.is_dir():
+        with alone(folder):
+            pass
+
+
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
     """RunError in place of what the operating system says where nothing more can be written."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from rlhf.ending import RunError, alone
+from rlhf.ending import RunError, check_free
 
 
 class Occupied(Callback):
@@ -26,10 +26,7 @@ class Occupied(Callback):
 
 
 def _end_if_busy(folder: Path) -> None:
-    if not folder.is_dir():
-        return
     try:
-        with alone(folder):
-            pass
+        check_free(folder)
     except RunError as error:
         sys.exit(str(error))  # Hydra turns any other exception of a callback into a warning

@@ -79,12 +79,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, up to one that was not written to its end."""
     rows: list[dict[str, Any]] = []
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except OSError:
         return rows
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rlhf.check import check_run, count, human, one_step, sizes_of
+from rlhf.check import BESIDE, check_run, count, human, one_step, sizes_of
 from rlhf.checkpoint.state import optimizer_tensors
 from rlhf.config import LoraConfig
-from rlhf.ending import RunError
+from rlhf.ending import RunError, alone
 from rlhf.memory_estimate import Count, checkpoint, gradients, optimizer_state, slots, trainer, worker
 from rlhf.models import make_policy, make_tokenizer
 from rlhf.optimizer import make_optimizer
@@ -199,6 +200,17 @@ def test_a_reward_that_is_broken_is_found_by_the_check_and_nothing_is_left(compo
     with pytest.raises(RunError, match="LookupError: no such grade"):
         check_run(config, tmp_path / "run")
     assert below(tmp_path) == set()
+
+
+def test_what_a_killed_check_has_left_is_removed_by_a_later_one_but_not_that_of_one_that_goes_on(compose_run, tmp_path):
+    dead, going, young = (tmp_path / f"{BESIDE}{name}" for name in ("dead", "going", "young"))
+    for folder in (dead, going, young):
+        (folder / "policy").mkdir(parents=True)
+    for folder in (dead, going):
+        os.utime(folder, (0, 0))
+    with alone(going), pytest.raises(RunError, match="no such grade"):
+        check_run(compose_run(*SMALL, "reward=function", "reward.function=broken_reward:broken"), tmp_path / "run")
+    assert sorted(tmp_path.glob(f"{BESIDE}*")) == sorted([going, young])
 
 
 def test_an_error_that_does_not_explain_itself_becomes_one_line(compose_run, tmp_path, monkeypatch):

@@ -182,11 +182,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch)
     assert {path.name for path in (tmp_path / "report").iterdir() if path.is_dir()} == {"a-run", "b-run"}
 
 
-def test_a_run_that_was_killed_within_a_line_is_reported_up_to_there(tmp_path):
+@pytest.mark.parametrize("last", [b'{"step": 101, "train/rew', b"\xe3\x00\xff" * 99, b"5\n", b"[]\n"])
+def test_a_run_whose_last_line_is_cut_or_rubbish_is_reported_up_to_there(tmp_path, last):
     folder = write_run(tmp_path / "run", few=True)
     (folder / "summary.json").unlink()
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 101, "train/rew')
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(last)
     main([str(folder)])
     text = Read(folder / "report.html").text
     assert "unfinished" in text and "0.300 → 0.800" in text
