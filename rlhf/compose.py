@@ -10,7 +10,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithm import AlgoConfig, DpoConfig
 from rlhf.config import (
     REWARD_PARTS,
     AdamWConfig,
@@ -34,6 +33,7 @@ from rlhf.config import (
     VllmRolloutConfig,
     WandbLoggerConfig,
 )
+from rlhf.config.algo import AlgoConfig, DpoConfig
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,

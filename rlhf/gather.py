@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
-from rlhf.metrics import Recorder
+from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import usable
 from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from math import comb
 
 from rlhf.config import EvaluationConfig, RunConfig, VerifierRewardConfig
-from rlhf.metrics import Recorder, mean
+from rlhf.monitor.metrics import Recorder, mean
 from rlhf.types import Prompt, Reward, Rollouts, Sampler, Task
 
 SEED_OFFSET = 1_000_003  # evaluation draws from seeds that training does not use

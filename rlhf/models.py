@@ -112,7 +112,7 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     import torch
     from transformers import GenerationConfig
 
-    from rlhf.recompute import enable
+    from rlhf.learning.recompute import enable
 
     device = resolve_device(config.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew, for 0.1 s, for each new length
@@ -218,7 +218,7 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     from rlhf.adapter import base_weights
-    from rlhf.recompute import enable, enabled
+    from rlhf.learning.recompute import enable, enabled
 
     auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
     shape = _without_dropout(copy.deepcopy(policy.config))
@@ -269,7 +269,7 @@ def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    from rlhf.recompute import recomputing
+    from rlhf.learning.recompute import recomputing
 
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     with recomputing(model):

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from rlhf.comparison import Line, draw_curves, draw_stall, draw_transfer, lines_of, measured
-from rlhf.comparison import draw_phases as draw_phase_bars
-from rlhf.leaderboard import leaderboard, shown
-from rlhf.page import element, folded, html, picture, table, tiles
-from rlhf.plots import LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
-from rlhf.run_folder import RunFolder, is_run, read_run, runs_below
-from rlhf.summary import ALARM, PHASES, Rows, series, summarise
+from rlhf.reports.comparison import Line, draw_curves, draw_stall, draw_transfer, lines_of, measured
+from rlhf.reports.comparison import draw_phases as draw_phase_bars
+from rlhf.reports.leaderboard import leaderboard, shown
+from rlhf.reports.page import element, folded, html, picture, table, tiles
+from rlhf.reports.plots import LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
+from rlhf.reports.run_folder import RunFolder, is_run, read_run, runs_below
+from rlhf.reports.summary import ALARM, PHASES, Rows, series, summarise
 
 SAMPLES = 200  # rows of the samples table at most: the best and the worst, as many of each
 CHARACTERS = 600  # of a prompt or an answer

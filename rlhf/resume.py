@@ -81,7 +81,7 @@ def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[st
 
 def finished(folder: Path, overrides: Sequence[str]) -> bool:
     """Whether a run with these overrides has ended here."""
-    from rlhf.summary import read_summary
+    from rlhf.reports.summary import read_summary
 
     summary = read_summary(folder)
     return summary.get("status") == "finished" and summary.get("overrides") == list(overrides)

@@ -25,7 +25,6 @@ from rlhf.adapter import (
     save_adapter,
     sent_weights,
 )
-from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig
 from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
@@ -37,17 +36,19 @@ from rlhf.config import (
     RunConfig,
     VllmRolloutConfig,
 )
+from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
 from rlhf.ending import RunError, alone, full_disk_explained
-from rlhf.heartbeat import Heartbeat
-from rlhf.learner import Learner
-from rlhf.loggers import check_loggers, make_loggers
+from rlhf.learning.learner import Learner
 from rlhf.loop import Parts, train
-from rlhf.metrics import Outlets, Recorder
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
-from rlhf.plan import check_data, check_lengths, cut_answers, in_one_line
-from rlhf.plots import plot_curves
-from rlhf.probe import Probe
-from rlhf.progress import Bars
+from rlhf.monitor.heartbeat import Heartbeat
+from rlhf.monitor.loggers import check_loggers, make_loggers
+from rlhf.monitor.metrics import Outlets, Recorder
+from rlhf.monitor.probe import Probe
+from rlhf.monitor.progress import Bars
+from rlhf.preflight.plan import check_data, check_lengths, cut_answers, in_one_line
+from rlhf.reports.plots import plot_curves
+from rlhf.reports.summary import print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
@@ -56,7 +57,6 @@ from rlhf.rollout.vllm_transfer import for_vllm
 from rlhf.stages.dpo import DpoLearner, as_json, from_json, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import sft
-from rlhf.summary import print_table, summarise, write_summary
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Reward, Sampler, Task
 from transfer import Transfer, make_transfer

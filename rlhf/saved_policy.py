@@ -16,7 +16,7 @@ from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig
 from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
-from rlhf.plan import check_lengths
+from rlhf.preflight.plan import check_lengths
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing

@@ -17,9 +17,9 @@ from hydra.types import RunMode
 
 from rlhf.config import Objective, RunConfig
 from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, RunError, end_with_parent, terminate_as_interrupt
-from rlhf.leaderboard import write_tables
-from rlhf.run_folder import runs_below
-from rlhf.summary import objective_of, read_summary, write_summary
+from rlhf.reports.leaderboard import write_tables
+from rlhf.reports.run_folder import runs_below
+from rlhf.reports.summary import objective_of, read_summary, write_summary
 
 END_S = 30.0  # how long an interrupted job may take to end by itself
 

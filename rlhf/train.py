@@ -56,7 +56,7 @@ def _job(config: Any) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         if run_config.mode is Mode.check:
-            from rlhf.check import check_run
+            from rlhf.preflight.check import check_run
 
             check_run(run_config, *_checked_folder(folder))
             return None

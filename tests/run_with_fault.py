@@ -21,7 +21,7 @@ PHASES = {  # -> (module, function, at which call)
     "pairs": ("rlhf.rollout.client", "RolloutClient._ask", 1),
     "reward model": ("rlhf.stages.reward_model", "pair_scores", 3),
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
-    "learning": ("rlhf.learner", "Learner.learn", 2),
+    "learning": ("rlhf.learning.learner", "Learner.learn", 2),
     "withdrawing": ("transfer.session", "Session.withdraw", 2),  # of version 1
     "staging": ("transfer.session", "Session._stage", 2),  # of version 1
     "finishing": ("transfer.session", "Session._finished", 2),

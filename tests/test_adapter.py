@@ -19,8 +19,8 @@ from rlhf.adapter import (
     without_adapter,
 )
 from rlhf.config import LoraConfig, TinyModelConfig
-from rlhf.forward import collate, response_logprobs
-from rlhf.learner import Learner
+from rlhf.learning.forward import collate, response_logprobs
+from rlhf.learning.learner import Learner
 from rlhf.models import Head, make_policy, make_tokenizer, save_model, value_model
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.run import run

@@ -74,7 +74,7 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
         "each job imports torch anew: tests/test_sweep.py runs such sweeps"
     ),
     f"{TRAIN}--help": "tests/test_train_cli.py runs it",
-    f"{TRAIN}mode=check": "tests/test_check.py runs it",
+    f"{TRAIN}mode=check": "tests/preflight/test_check.py runs it",
     f"{TRAIN}-m experiment=from_scratch algo=grpo,ppo,dr_grpo,rloo,reinforce_pp,reinforce_pp_baseline,dapo,gspo,"
     "cispo,sapo seed=0,1,2 transfer=local": "thirty jobs: tests/test_learning.py runs them, but shorter",
     f"{TRAIN}algo=rloo seed=3 --cfg job": "composing is all that it does",
@@ -88,7 +88,7 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
         "needs an optional package: tests/test_reasoning_gym.py runs it"
     ),
     f"{TRAIN}experiment=smoke 'logger=[console,jsonl,wandb,trackio]' logger.wandb.mode=offline": (
-        "needs optional packages: tests/test_loggers.py runs them"
+        "needs optional packages: tests/monitor/test_loggers.py runs them"
     ),
     f"{TRAIN}-m experiment=smoke hydra/sweeper=optuna hydra.sweeper.n_trials=20 hydra.sweeper.n_jobs=1 "
     "hydra.sweeper.direction=maximize objective=gold 'optim.lr=interval(1e-4,1e-2)' "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.algorithm import Advantage, Aggregation, PolicyLoss
+from rlhf.config.algo import Advantage, Aggregation, PolicyLoss
 from rlhf.run import run
 
 ROOT = Path(__file__).resolve().parent.parent

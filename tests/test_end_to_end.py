@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.ending import RunError
+from rlhf.reports.summary import PHASES
 from rlhf.rollout.launch import ray_running
 from rlhf.run import run
-from rlhf.summary import PHASES
 from rlhf.tasks import TokenisedTask
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from rlhf.metrics import Recorder
+from rlhf.monitor.metrics import Recorder
+from rlhf.reports.summary import series
 from rlhf.run import run
-from rlhf.summary import series
 
 SEEDS = (0, 1, 2)
 MOST_SAMPLES = 1.5  # PPO's, in GRPO's

@@ -20,8 +20,8 @@ from rlhf import train as train_cli
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import MANIFEST, Store
 from rlhf.ending import RunError, alone
-from rlhf.heartbeat import Heartbeat
-from rlhf.metrics import Recorder
+from rlhf.monitor.heartbeat import Heartbeat
+from rlhf.monitor.metrics import Recorder
 from rlhf.run import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,9 +23,9 @@ from rlhf.config import (
     TinyModelConfig,
 )
 from rlhf.ending import RunError
-from rlhf.metrics import Outlets, Recorder
 from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, save_model, value_model
-from rlhf.progress import Bars
+from rlhf.monitor.metrics import Outlets, Recorder
+from rlhf.monitor.progress import Bars
 from rlhf.rewards import FunctionReward, ModelReward, WeightedSum, combine, usable
 from rlhf.run import run
 from rlhf.stages.reward_model import margins, pair_scores, train_reward_model

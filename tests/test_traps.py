@@ -24,15 +24,15 @@ from hydra.errors import CompactHydraException
 from safetensors.torch import load_file
 from test_learner import gradients, sampled
 
-from rlhf import advantages as adv
-from rlhf import losses
-from rlhf.alarms import OF_STEPS, Watch
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
-from rlhf.forward import Batch, collate
-from rlhf.learner import Learner
-from rlhf.metrics import Recorder
+from rlhf.learning import advantages as adv
+from rlhf.learning import losses
+from rlhf.learning.forward import Batch, collate
+from rlhf.learning.learner import Learner
 from rlhf.models import make_policy, make_tokenizer
+from rlhf.monitor.alarms import OF_STEPS, Watch
+from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import FunctionReward, usable
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.completions import Limits, parse

@@ -34,7 +34,7 @@ from rlhf.checkpoint.state import (
 )
 from rlhf.checkpoint.store import Best, Store, flush
 from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, unbroken
-from rlhf.metrics import Recorder
+from rlhf.monitor.metrics import Recorder
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig

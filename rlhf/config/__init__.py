@@ -1,6 +1,6 @@
 """The schema of a run: every dial, its default and its rules; imports no torch, so that mistakes answer at once.
 
-A file a group of conf/, as far as the schema is here: algo's is in rlhf/algorithm.py, transfer's in transfer/config.py.
+A file a group of conf/, but for transfer, whose schema is transfer/config.py.
 Rules inside one group live in that class's `__post_init__`, rules across groups in `RunConfig.__post_init__`. A
 message says what was given, what is allowed and which key to change. compose.py makes the choices known to Hydra.
 """

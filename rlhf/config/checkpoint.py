@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.rules import at_least
+from rlhf.config.rules import at_least
 
 
 @dataclass(slots=True, kw_only=True)

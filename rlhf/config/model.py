@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from rlhf.rules import at_least, one_of
+from rlhf.config.rules import at_least, one_of
 from transfer.config import positive
 
 

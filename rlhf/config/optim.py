@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from rlhf.rules import at_least, in_range
+from rlhf.config.rules import at_least, in_range
 from transfer.config import positive
 
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf.rules import at_least, in_range, named_as_part
+from rlhf.config.rules import at_least, in_range, named_as_part
 from transfer.config import positive
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.model import Precision
-from rlhf.rules import at_least, in_range
+from rlhf.config.rules import at_least, in_range
 from transfer.config import InFlight, positive
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from rlhf.alarms import AlarmsConfig
-from rlhf.algorithm import Advantage, AlgoConfig, DpoConfig, TrainingConfig
+from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import Device, ModelConfig
 from rlhf.config.optim import OptimConfig
 from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
+from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
-from rlhf.rules import at_least
+from rlhf.monitor.alarms import AlarmsConfig
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.rules import at_least, in_range
+from rlhf.config.rules import at_least, in_range
 
 
 @dataclass(slots=True, kw_only=True)

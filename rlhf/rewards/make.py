@@ -13,13 +13,13 @@ from rlhf.config import (
     SumRewardConfig,
     VerifierRewardConfig,
 )
+from rlhf.config.rules import named_as_part
 from rlhf.models import load_reward_model
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
-from rlhf.rules import named_as_part
 from rlhf.types import Reward, Task
 
 

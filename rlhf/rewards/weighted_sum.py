@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf.metrics import mean
-from rlhf.rules import named_as_part, of_part
+from rlhf.config.rules import named_as_part, of_part
+from rlhf.monitor.metrics import mean
 from rlhf.types import Prompt, Reward, RewardReport
 
 

@@ -343,7 +343,7 @@ class PauseGate:
 
 def main(arguments: list[str]) -> None:
     """Serve over HTTP, by a spec from the file named in `arguments` or from the first line of stdin."""
-    from rlhf.heartbeat import dumps_stacks_when_asked
+    from rlhf.monitor.heartbeat import dumps_stacks_when_asked
     from transfer.serve import serve_alone, serve_parent
 
     dumps_stacks_when_asked()

@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.adapter import sent_weights
-from rlhf.algorithm import DpoConfig
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
+from rlhf.config.algo import DpoConfig
 from rlhf.ending import RunError
-from rlhf.forward import Batch, response_logprobs
 from rlhf.held_out import evaluated
-from rlhf.learner import MAX_SKIPPED
+from rlhf.learning.forward import Batch, response_logprobs
+from rlhf.learning.learner import MAX_SKIPPED
+from rlhf.learning.losses import dpo
+from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.schedules import scale
 from rlhf.loop import Parts
-from rlhf.losses import dpo
-from rlhf.optimizer import clip_gradients, make_optimizer
-from rlhf.schedules import scale
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches, encode
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ModelRewardConfig, OptimConfig
-from rlhf.losses import bradley_terry
+from rlhf.learning.losses import bradley_terry
+from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.models import scores
-from rlhf.optimizer import clip_gradients, make_optimizer
 from rlhf.stages.sft import batches, encode, join
 from rlhf.types import Pair, Rollouts, Task, Tokenizer
 

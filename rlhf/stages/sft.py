@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
-from rlhf.optimizer import clip_gradients, make_optimizer
-from rlhf.recompute import recomputing
+from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.recompute import recomputing
 from rlhf.types import Prompt, Tokenizer
 
 

@@ -21,7 +21,7 @@ from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
 from rlhf.checkpoint.store import Store
 from rlhf.ending import RESUMABLE, TERMINATED, RunError, terminate_as_interrupt
-from rlhf.learner import Learner
+from rlhf.learning.learner import Learner
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
 
 

@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager
 import pytest
 import torch
 
-from rlhf.algorithm import Advantage, AlgoConfig
 from rlhf.config import (
     AdamWConfig,
     HfRolloutConfig,
@@ -16,6 +15,7 @@ from rlhf.config import (
     TinyModelConfig,
     VerifierRewardConfig,
 )
+from rlhf.config.algo import Advantage, AlgoConfig
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.worker import Worker
 from transfer import make_transfer

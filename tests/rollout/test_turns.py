@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.config import GuessTaskConfig, HfRolloutConfig
-from rlhf.forward import collate, response_logprobs
+from rlhf.learning.forward import collate, response_logprobs
 from rlhf.models import make_tokenizer
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import seed_of

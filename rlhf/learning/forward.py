@@ -1,0 +1,187 @@
+"""Rows as tensors, and a model's pass over them.
+
+Shapes: P prompts, B rows, L prompt tokens (left-padded), T response tokens (right-padded), V vocabulary. A prompt is
+computed once for all of its samples: its keys and values are shared by their rows, with gradients. What comes out for a
+vocabulary is used piece by piece, so that no [B, T, V] is put together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.learning import losses
+from rlhf.learning.microbatches import length_groups
+from rlhf.learning.recompute import recomputing
+from rlhf.types import TRUNCATED, Rollouts
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows padded to tensors, and what is known about them before the update; None: this algorithm does not need it."""
+
+    prompts: list[tuple[int, ...]]  # P
+    prompt_of_B: list[int]
+    ids_BT: Tensor
+    mask_BT: Tensor
+    sampled_BT: Tensor  # the workers' log-probs
+    truncated_B: Tensor  # whether the length limit has cut the row
+    old_BT: Tensor | None = None  # None: the policy that is updated is the old one, as in a step's first update
+    ref_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+
+    def lengths(self, rows: Sequence[int] | slice = slice(None)) -> list[int]:
+        """Tokens of each row up to the last that counts, with those before it that the policy did not sample."""
+        places_T = torch.arange(1, self.mask_BT.shape[1] + 1, device=self.mask_BT.device)
+        return (self.mask_BT[rows] * places_T).amax(dim=1).long().tolist()
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """These rows alone, padding cut to the longest of them."""
+        used = sorted({self.prompt_of_B[row] for row in rows})
+        width = max([1, *self.lengths(rows)])
+
+        def cut(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor[rows, :width]
+
+        return Batch(
+            prompts=[self.prompts[p] for p in used],
+            prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
+            truncated_B=self.truncated_B[rows],
+            **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
+        )
+
+
+def collate(rollouts: Rollouts, device: torch.device) -> Batch:
+    """Pad the rows on the right; the mask comes from who said a token, never from token values."""
+    rows = [completion.ids for completion in rollouts.completions]
+    width = max(1, *(len(row) for row in rows))
+
+    def pad(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        padded = [list(row) + [0] * (width - len(row)) for row in values]
+        return torch.tensor(padded, dtype=dtype, device=device)
+
+    return Batch(
+        prompts=[prompt.ids for prompt in rollouts.prompts],
+        prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
+        ids_BT=pad(rows, torch.long),
+        mask_BT=pad([completion.mask for completion in rollouts.completions], torch.float32),
+        sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
+        truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A model's outputs [b, t, V] for some of the rows, at the positions that predict their tokens from `start` on."""
+
+    rows: list[int]
+    start: int
+    outputs_btV: Tensor
+
+    @property
+    def place(self) -> tuple[list[int], slice]:
+        """Where it belongs in [B, T]."""
+        return self.rows, slice(self.start, self.start + self.outputs_btV.shape[1])
+
+
+def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+    """The model's outputs at the positions that predict each response token (V = 1 for a critic).
+
+    Prompts are computed once for all of their rows, and short rows apart from long ones where that saves padding.
+    """
+    device = batch.ids_BT.device
+    prompts, cache, first_PV = _prompt_pass(model, batch.prompts, device)
+    prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
+    yield Piece(list(range(len(prompt_of_B))), 0, first_PV[prompt_of_B][:, None])
+    for rows, width in length_groups(batch.lengths()):
+        of_rows = prompt_of_B[rows]
+        with recomputing(model, of_rows) as late:
+            outputs_btV = model(
+                input_ids=batch.ids_BT[rows, : width - 1],
+                attention_mask=prompts.mask(of_rows, width - 1),
+                position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
+                past_key_values=cache if late else _of_rows(cache, of_rows),
+                use_cache=True,
+            ).logits
+        yield Piece(rows, 1, outputs_btV)
+
+
+def response_values(critic: PreTrainedModel, batch: Batch) -> Tensor:
+    """What a critic, whose V is 1, says before each response token [B, T]; 0 at padding."""
+    values_BT = torch.zeros_like(batch.mask_BT)
+    for piece in response_pieces(critic, batch):
+        values_BT[piece.place] = piece.outputs_btV.squeeze(-1).float()
+    return values_BT
+
+
+def response_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
+    """log pi [B, T] of each response token under softmax(logits / temperature); 0 at padding."""
+    logprobs_BT = torch.zeros_like(batch.mask_BT)
+    for piece in response_pieces(model, batch):
+        logprobs_BT[piece.place] = losses.token_logprobs(piece.outputs_btV, batch.ids_BT[piece.place], temperature)
+    return logprobs_BT
+
+
+def logprobs_and_entropy(
+    model: PreTrainedModel, batch: Batch, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy [B, T] of the distribution at each of them, in nats, with a gradient if asked for."""
+    logprobs_BT, entropy_BT = torch.zeros_like(batch.mask_BT), torch.zeros_like(batch.mask_BT)
+    for piece in response_pieces(model, batch):
+        logprobs_BT[piece.place] = losses.token_logprobs(piece.outputs_btV, batch.ids_BT[piece.place], temperature)
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            entropy_BT[piece.place] = losses.entropy(piece.outputs_btV, temperature)
+    return logprobs_BT, entropy_BT
+
+
+@dataclass(slots=True)
+class Prompts:
+    """Left-padded prompts: their lengths [P], and their mask [P, L] where any is padded."""
+
+    lengths_P: Tensor
+    mask_PL: Tensor | None
+
+    def mask(self, prompt_of_rows: Tensor, responses: int) -> Tensor | None:
+        """The attention mask of these rows' prompts and `responses` more tokens; None where nothing is padded."""
+        if self.mask_PL is None:
+            return None
+        return torch.nn.functional.pad(self.mask_PL[prompt_of_rows], (0, responses), value=1)
+
+
+def _prompt_pass(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], device: torch.device
+) -> tuple[Prompts, DynamicCache, Tensor]:
+    """Keys and values of all prompts, and the outputs [P, V] that predict each first response token."""
+    lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = max(len(prompt) for prompt in prompts)
+    ids_PL = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask_PL = (torch.arange(longest, device=device) >= longest - lengths_P[:, None]).long()
+    padded = min(len(prompt) for prompt in prompts) < longest
+    cache = DynamicCache(config=model.config)
+    last_only = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
+    with recomputing(model):
+        outputs = model(
+            **last_only,
+            input_ids=ids_PL,
+            attention_mask=mask_PL if padded else None,
+            position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return Prompts(lengths_P, mask_PL if padded else None), cache, outputs.logits[:, -1]
+
+
+def _of_rows(cache: DynamicCache, prompt_of_rows: Tensor) -> DynamicCache:
+    """A cache of its own for these rows; gradients reach the prompts' keys and values."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(prompt_of_rows)
+    return chosen

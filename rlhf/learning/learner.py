@@ -1,0 +1,264 @@
+"""The learner: policy, critic where the algorithm has one, and their optimisers; one step's samples -> new weights.
+
+Shapes are those of forward.py: P prompts, B rows, T response tokens. Dropout is off throughout, so that two passes over
+the same rows give the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.adapter import sent_weights
+from rlhf.checkpoint.state import State
+from rlhf.config import RunConfig
+from rlhf.config.algo import Advantage, AlgoConfig, KlIn, Truncated
+from rlhf.ending import RunError
+from rlhf.learning import advantages as adv
+from rlhf.learning import losses
+from rlhf.learning.correction import effective_share
+from rlhf.learning.forward import Batch, collate, logprobs_and_entropy, response_logprobs, response_values
+from rlhf.learning.kl_control import KlController
+from rlhf.learning.microbatches import Sizes, split
+from rlhf.learning.objective import clipped, correction_weights, policy_loss
+from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.reference import acting, refresh
+from rlhf.learning.schedules import scale
+from rlhf.types import Rollouts
+
+GROUPS = {
+    Advantage.group_norm: adv.group_norm,
+    Advantage.group_mean: adv.group_mean,
+    Advantage.leave_one_out: adv.leave_one_out,
+    Advantage.reinforce_pp_baseline: adv.group_mean,
+}
+MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
+
+
+class Learner:
+    """Takes gradient steps on a policy; `score` before them, `learn` for them, `weights` for who samples next."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        critic: PreTrainedModel | None,
+        config: RunConfig,
+    ) -> None:
+        self.policy = policy.eval()
+        self.reference = reference
+        self.critic = critic
+        self.config = config
+        self.algo: AlgoConfig = config.rl
+        self.kl = KlController(self.algo.kl_coef, self.algo.kl_target, self.algo.kl_horizon)
+        self.device = next(policy.parameters()).device
+        self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
+        self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
+        self._weights = sent_weights(policy)  # the same tensors at each push, which it can see
+        self._averages: dict[str, Tensor] = {}  # what the reference rounds, where it is one of past policies
+        self.steps = 0
+        self.skipped = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """What an update carries: the policy's parameters and persistent buffers, or its adapter, not copied."""
+        return self._weights
+
+    def state(self) -> State:
+        """What training changes, beside the policy's weights."""
+        state = State(
+            attributes={"steps": (self, "steps"), "skipped": (self, "skipped"), "kl_coef": (self.kl, "coefficient")},
+            optimizers={"policy": (self.policy, self.optimizer)},
+            tensors={"averages": self._averages},
+        )
+        if self.critic is not None and self.critic_optimizer is not None:
+            state.modules["critic"] = self.critic
+            state.optimizers["critic"] = self.critic, self.critic_optimizer
+        if self.reference is not None and self.reference is not self.policy:
+            state.modules["reference"] = self.reference
+        return state
+
+    def score(self, rollouts: Rollouts) -> Batch:
+        """Pad the rows and add what is needed before the update: old and reference log-probs, values. No gradient."""
+        batch = collate(rollouts, self.device)
+        with torch.no_grad():
+            if self.config.updates_per_step > 1:  # the first update's own pass gives its rows' old log-probs
+                later = [b for b, p in enumerate(batch.prompt_of_B) if p not in self._chosen(batch, 0)]
+                old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows), later)
+                batch.old_BT = batch.sampled_BT.index_copy(0, torch.tensor(later, device=self.device), old_BT[later])
+            if self.reference is not None:
+                with acting(self.reference, self.policy) as reference:
+                    batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
+            if self.critic is not None:
+                critic = self.critic
+                batch.values_BT = self._over(batch, lambda rows: response_values(critic, rows))
+        return batch
+
+    def learn(self, batch: Batch, rewards_B: Sequence[float | None]) -> dict[str, float]:
+        """Rewards -> advantages -> `updates_per_step` optimiser steps; the means of what happened, by name.
+
+        A reward of None leaves its sample out. Raises RunError after three updates in a row without finite
+        gradients.
+        """
+        rewards = torch.tensor([float("nan") if r is None else r for r in rewards_B], device=self.device)
+        batch.mask_BT = batch.mask_BT * (~rewards.isnan())[:, None]
+        self._estimate(batch, rewards - self._overlong_penalty(batch))
+        if self.algo.truncated is Truncated.drop:
+            batch.mask_BT = batch.mask_BT * (~batch.truncated_B)[:, None]
+        totals = {"kl_coef": self.kl.coefficient, "lr": self._set_rates()}
+        if batch.values_BT is not None and batch.returns_BT is not None:
+            totals["explained_variance"] = adv.explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)
+        updates = self.config.updates_per_step
+        for update in range(updates):
+            rows = [b for b, p in enumerate(batch.prompt_of_B) if p in self._chosen(batch, update)]
+            for name, value in self._update(batch if update else replace(batch, old_BT=None), rows).items():
+                totals[name] = totals.get(name, 0.0) + value / updates
+        self.steps += 1
+        if batch.ref_BT is not None:
+            kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
+            self.kl.observe(float(kl_B.mean()), len(kl_B))
+        if self.reference is not None:
+            refresh(self.reference, self.policy, self.algo, self.steps, self._averages)
+        return totals
+
+    def _chosen(self, batch: Batch, update: int) -> range:
+        """The prompts whose rows an update is made of."""
+        prompts, updates = len(batch.prompts), self.config.updates_per_step
+        return range(update * prompts // updates, (update + 1) * prompts // updates)
+
+    def _set_rates(self) -> float:
+        """Let the schedule set this step's learning rates; the policy's."""
+        optim = self.config.optim
+        factor = scale(optim.schedule, self.steps, self.config.steps, optim.warmup_steps)
+        for optimizer, lr in ((self.optimizer, optim.lr), (self.critic_optimizer, self.algo.critic_lr)):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = lr * factor
+        return optim.lr * factor
+
+    def _old(self, batch: Batch) -> Tensor:
+        """Log-probs under the policy before this step's updates; the workers', where nobody has computed them."""
+        return batch.sampled_BT if batch.old_BT is None else batch.old_BT
+
+    def _overlong_penalty(self, batch: Batch) -> Tensor:
+        """What long rows lose of their reward, [B]."""
+        lengths_B, algo = batch.mask_BT.sum(dim=1), self.algo
+        if not algo.overlong_buffer:
+            return torch.zeros_like(lengths_B)
+        limit = self.config.row_tokens
+        return -algo.overlong_penalty * adv.overlong(lengths_B, limit, algo.overlong_buffer)
+
+    def _estimate(self, batch: Batch, rewards_B: Tensor) -> None:
+        """Fill in advantages, and returns for a critic."""
+        mask_BT = batch.mask_BT
+        penalty_BT = torch.zeros_like(mask_BT)
+        if self.algo.kl_in is KlIn.reward and batch.ref_BT is not None:
+            estimator = losses.KL[self.algo.kl_estimator.value if self.algo.kl_estimator else "k1"]
+            penalty_BT = self.kl.coefficient * estimator(self._old(batch), batch.ref_BT) * mask_BT
+        if self.algo.group_based:
+            penalised_B = rewards_B - penalty_BT.sum(dim=1)
+            compared = GROUPS[self.algo.advantage](penalised_B.view(len(batch.prompts), -1))
+            batch.advantages_BT = compared.flatten().nan_to_num()[:, None] * mask_BT
+            if self.algo.advantage is Advantage.reinforce_pp_baseline:
+                batch.advantages_BT = adv.whiten(batch.advantages_BT, mask_BT)
+            return
+        rho_BT = adv.token_rewards(rewards_B.nan_to_num(), penalty_BT, mask_BT)
+        if self.algo.advantage is Advantage.gae:
+            assert batch.values_BT is not None
+            raw_BT, batch.returns_BT = adv.gae(rho_BT, batch.values_BT, mask_BT, self.algo.gamma, self.algo.lam)
+        else:
+            raw_BT = adv.reward_to_go(rho_BT, mask_BT, self.algo.gamma)
+        batch.advantages_BT = adv.whiten(raw_BT, mask_BT)
+
+    def _update(self, batch: Batch, rows: list[int]) -> dict[str, float]:
+        """One optimiser step on these rows, gradients accumulated over micro-batches; the same for any split."""
+        weights_B = losses.row_weights(
+            self.algo.aggregation.value,
+            batch.mask_BT[rows].sum(dim=1),
+            self.config.row_tokens,
+            torch.tensor(batch.prompt_of_B, device=self.device)[rows],
+        )
+        weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
+        weight_of_B[rows] = weights_B
+        tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
+        totals: dict[str, float] = {}
+        for part in self._microbatches(batch, rows):
+            for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
+                totals[name] = totals.get(name, 0.0) + value
+        means = {name: value if name == "loss" else value / tokens for name, value in totals.items()}
+        means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
+        return means | self._step_optimizers(math.isfinite(totals["loss"]))
+
+    def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, float]:
+        """Add the gradients of one micro-batch; sums over its tokens, by name."""
+        assert batch.advantages_BT is not None
+        algo, mask_BT = self.algo, batch.mask_BT
+        temperature, entropy_counts = self.config.rollout.temperature, algo.entropy_coef > 0
+        logprobs_BT, entropy_BT = logprobs_and_entropy(self.policy, batch, temperature, entropy_counts)
+        old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
+        loss_BT, delta_BT = policy_loss(algo, logprobs_BT, old_BT, batch.advantages_BT, mask_BT)
+        loss_BT = loss_BT * correction_weights(algo, old_BT, batch.sampled_BT, mask_BT)
+        loss_BT = loss_BT - algo.entropy_coef * entropy_BT
+        sums = {
+            "entropy": entropy_BT.detach(),
+            "mismatch": (old_BT - batch.sampled_BT).abs(),
+            "clip_fraction": clipped(algo, delta_BT, batch.advantages_BT),
+            "approx_kl": losses.kl_k3(old_BT, logprobs_BT.detach()),
+            "w": (w_BT := losses.log_ratio(old_BT, batch.sampled_BT).exp()),
+            "w_squared": w_BT.square(),
+        }
+        if batch.ref_BT is not None:
+            kl_BT = losses.kl_in_loss(logprobs_BT, batch.ref_BT, algo.kl_estimator.value if algo.kl_estimator else "k3")
+            sums["kl"] = kl_BT.detach()
+            if algo.kl_in is KlIn.loss:
+                loss_BT = loss_BT + self.kl.coefficient * kl_BT
+        loss = (weights_B * (loss_BT * mask_BT).sum(dim=1)).sum()
+        if self.critic is not None:
+            assert batch.values_BT is not None and batch.returns_BT is not None
+            values_BT = response_values(self.critic, batch)
+            value_BT = losses.value_loss(values_BT, batch.values_BT, batch.returns_BT, algo.value_clip)
+            (weights_B * (value_BT * mask_BT).sum(dim=1)).sum().backward()
+            sums["value_loss"] = value_BT.detach()
+        loss.backward()
+        return {"loss": float(loss.detach())} | {k: float((v * mask_BT).sum()) for k, v in sums.items()}
+
+    def _step_optimizers(self, loss_is_finite: bool) -> dict[str, float]:
+        """Clip, step and clear; an update whose loss or gradient is not finite is skipped and counted."""
+        optimizers = {"grad_norm": self.optimizer}
+        if self.critic_optimizer is not None:
+            optimizers["critic_grad_norm"] = self.critic_optimizer
+        most = self.config.optim.max_grad_norm
+        norms = {name: clip_gradients(optimizer, most) for name, optimizer in optimizers.items()}
+        finite = loss_is_finite and all(map(math.isfinite, norms.values()))
+        for name, optimizer in optimizers.items():
+            warm = name != "grad_norm" or self.critic is None or self.steps >= self.algo.critic_warmup_steps
+            if finite and warm:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED:
+            raise RunError(
+                f"the loss or a gradient was not finite in {MAX_SKIPPED} updates in a row ({norms}): the last weights "
+                f"are untouched; lower optim.lr ({self.config.optim.lr}) or look at the rewards"
+            )
+        return (norms if finite else dict.fromkeys(norms, 0.0)) | {"skipped_updates": float(not finite)}
+
+    def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return response_logprobs(model, batch, self.config.rollout.temperature)
+
+    def _over(self, batch: Batch, function: Callable[[Batch], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
+        """Apply `function` to all (or the chosen) rows by micro-batches; its outputs together, [B, T], 0 elsewhere."""
+        out_BT = torch.zeros_like(batch.mask_BT)
+        for part in self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen):
+            rows = batch.rows(part)
+            out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
+        return out_BT * batch.mask_BT
+
+    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+        """Split rows into parts of at most `tokens_per_microbatch` tokens, with little padding (microbatches.py)."""
+        lengths = batch.lengths()
+        sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, lengths)
+        return split(sizes, rows, self.config.tokens_per_microbatch)

@@ -1,0 +1,238 @@
+"""Where metrics go: files in the run's folder, and services. One that fails is said once and dropped; the run goes on.
+
+A file's logger writes at once. A service's works in a thread of its own: a server that is slow, or never answers, takes
+no time of a step, and at the end of the run at most `CLOSE_S`. Secrets come from the environment, as each service has
+it (WANDB_API_KEY, MLFLOW_TRACKING_USERNAME, HF_TOKEN, ...), and stand in no configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf.compose import choice
+from rlhf.config import (
+    ConsoleLoggerConfig,
+    JsonlLoggerConfig,
+    LoggerConfig,
+    MlflowLoggerConfig,
+    RunConfig,
+    TensorboardLoggerConfig,
+    TrackioLoggerConfig,
+    WandbLoggerConfig,
+)
+from rlhf.reports.run_folder import flat
+from rlhf.types import Logger
+
+CLOSE_S = 30.0  # how long a service has at the end of a run to take what it has not taken yet
+SERVICES = {WandbLoggerConfig: "wandb", MlflowLoggerConfig: "mlflow", TrackioLoggerConfig: "trackio"}
+
+
+class JsonlLogger:
+    """`metrics.jsonl`: one object a step or evaluation, flushed at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorboardLogger:
+    """TensorBoard event files."""
+
+    def __init__(self, folder: Path, begin: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger:
+    """A run of Weights & Biases, with its local files in `wandb/`."""
+
+    def __init__(self, config: WandbLoggerConfig, run: RunConfig, folder: Path) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=config.mode.value,
+            dir=str(folder),
+            name=folder.name,
+            config=described(run),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MlflowLogger:
+    """A run of an MLflow experiment; without a server's address, in a database of the run's folder."""
+
+    def __init__(self, config: MlflowLoggerConfig, run: RunConfig, folder: Path) -> None:
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        self.metric = Metric
+        uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        self.client = mlflow.MlflowClient(uri)
+        found = self.client.get_experiment_by_name(config.experiment)
+        experiment = found.experiment_id if found else self.client.create_experiment(config.experiment)
+        self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
+        params = [Param(key, str(value)) for key, value in flat(described(run)).items()]
+        self.client.log_batch(self.id, params=params)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        self.client.log_batch(self.id, [self.metric(name, value, now, step) for name, value in metrics.items()])
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+class TrackioLogger:
+    """A run of trackio, in its local database or in a Hugging Face Space."""
+
+    def __init__(self, config: TrackioLoggerConfig, run: RunConfig, folder: Path) -> None:
+        import trackio
+
+        self.run = trackio.init(project=config.project, name=folder.name, space_id=config.space, config=described(run))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Guarded:
+    """A logger that ends at its first failure, with one line to stderr."""
+
+    def __init__(self, name: str, make: Callable[[], Logger]) -> None:
+        self.name = name
+        self.logger: Logger | None = None
+        self._try(lambda: setattr(self, "logger", make()))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.logger is not None:
+            self._try(lambda: self.logger.log(step, metrics))  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        if self.logger is not None:
+            self._try(self.logger.close)
+            self.logger = None
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def fail(self, reason: str) -> None:
+        """Say why and drop the logger, which may still hold something open."""
+        failed, self.logger = self.logger, None
+        print(f"warning: logger={self.name} has failed, and the run goes on without it: {reason}", file=sys.stderr)
+        if failed is not None:
+            with suppress(Exception):
+                failed.close()
+
+
+class Background:
+    """A guarded logger in a thread of its own, which also makes it."""
+
+    def __init__(self, name: str, make: Callable[[], Logger], close_s: float = CLOSE_S) -> None:
+        self.name, self.close_s = name, close_s
+        self.rows: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, args=(make,), name=f"logger {name}", daemon=True)
+        self.thread.start()
+
+    def _work(self, make: Callable[[], Logger]) -> None:
+        logger = Guarded(self.name, make)
+        while (row := self.rows.get()) is not None:
+            logger.log(*row)
+        logger.close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows.put((step, dict(metrics)))
+
+    def close(self) -> None:
+        """Wait until it has taken all rows, or not longer than its time."""
+        self.rows.put(None)
+        self.thread.join(self.close_s)
+        if self.thread.is_alive():
+            print(
+                f"warning: logger={self.name} was not done {self.close_s:g} s after the run's end: "
+                "what it had not taken yet is lost there (metrics.jsonl has all, with logger=jsonl)",
+                file=sys.stderr,
+            )
+
+
+def check_loggers(configs: Mapping[str, LoggerConfig]) -> None:
+    """Raise ValueError, naming the extra, where a service's package is not installed."""
+    for config in configs.values():
+        package = SERVICES.get(type(config))
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"logger={package} needs the package {package}: pip install 'rlhf-transfer[{package}]', "
+                f"or leave {package} out of logger=[...]"
+            )
+
+
+def make_loggers(run: RunConfig, folder: Path, begin: int | None = None) -> list[Logger]:
+    """The writers that a run names, for one that goes on at step `begin`; None: a new one.
+
+    The console is none: it is the run's bars and table (progress.py, summary.py). A service has a new run of its own
+    for what comes after a stop.
+    """
+    configs = [config for config in run.logger.values() if not isinstance(config, ConsoleLoggerConfig)]
+    return [_make(config, run, folder, begin) for config in configs]
+
+
+def _make(config: LoggerConfig, run: RunConfig, folder: Path, begin: int | None) -> Logger:
+    name = choice(config)
+    match config:
+        case JsonlLoggerConfig():
+            return Guarded(name, lambda: JsonlLogger(folder))
+        case TensorboardLoggerConfig():
+            return Guarded(name, lambda: TensorboardLogger(folder, begin))
+        case WandbLoggerConfig():
+            return Background(name, lambda: WandbLogger(config, run, folder))
+        case MlflowLoggerConfig():
+            return Background(name, lambda: MlflowLogger(config, run, folder))
+        case TrackioLoggerConfig():
+            return Background(name, lambda: TrackioLogger(config, run, folder))
+    raise AssertionError(config)
+
+
+def described(run: RunConfig) -> dict[str, Any]:
+    """The run's dials as nested dicts of plain values, each group with the name of its choice."""
+    plain = json.loads(json.dumps(dataclasses.asdict(run), default=lambda value: getattr(value, "value", str(value))))
+    for group in ("task", "model", "rollout", "reward", "transfer"):
+        plain[group]["choice"] = choice(getattr(run, group))
+    plain["transfer"]["sender"] = {"choice": choice(run.transfer.sender), **(plain["transfer"].get("sender") or {})}
+    return plain

@@ -1,0 +1,222 @@
+"""What a run measures: timers, means, samples. Where the numbers go is in loggers.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import RunConfig, VerifierRewardConfig
+from rlhf.ending import RunError
+from rlhf.monitor.alarms import OF_EVALUATIONS, OF_STEPS, Watch
+from rlhf.monitor.profiler import Profiler
+from rlhf.monitor.progress import Stage
+from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
+from transfer import Transfer
+from transfer.journal import Journal
+
+NO_STEP = ("evaluate", "checkpoint")  # phases whose seconds are part of no step
+SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps
+SHOWN = {
+    "train/reward": "reward",
+    "train/gold": "gold",
+    "train/kl": "kl",
+    "train/accuracy": "accuracy",
+    "eval/greedy_accuracy": "greedy",
+}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are there; None of nothing."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def zero_std(rewards_B: Sequence[float | None], samples_per_prompt: int) -> float | None:
+    """The share of prompts whose samples all have one reward; None where a prompt has one sample."""
+    if samples_per_prompt < 2:
+        return None
+    groups = [rewards_B[start : start + samples_per_prompt] for start in range(0, len(rewards_B), samples_per_prompt)]
+    return mean([float(len(set(group) - {None}) < 2) for group in groups])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outlets:
+    """Where a run's numbers go."""
+
+    loggers: Sequence[Logger]
+    folder: Path
+    bar: Stage
+    journal: Journal
+
+
+class Recorder:
+    """Collects one step after the other and hands it on; `rows` keeps them all for the report."""
+
+    def __init__(self, outlets: Outlets, transfer: Transfer, config: RunConfig) -> None:
+        self.outlets = outlets
+        self.transfer = transfer
+        self.steps, self.evaluations = Watch(OF_STEPS, config), Watch(OF_EVALUATIONS, config)
+        self.stop = config.alarms.stop
+        self.verified = isinstance(config.reward, VerifierRewardConfig)  # the gold score is what is trained on
+        self.rows: list[dict[str, float]] = []
+        self.seconds: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.lag: dict[str, float] = {}
+        self.reports: list[RewardReport] = []
+        self.warned = False
+        self.keeps_samples = True
+        self.profiler = Profiler(config.profile.steps, outlets.folder / "profile")
+        self.raised: dict[str, float] = {}  # alarms of the next row that its metrics do not tell
+
+    def position(self) -> tuple[int, int]:
+        """How much there is: rows of metrics, and bytes of `samples.jsonl`."""
+        samples = self.outlets.folder / "samples.jsonl"
+        return len(self.rows), samples.stat().st_size if samples.exists() else 0
+
+    def restore(self, rows: Sequence[dict[str, float]]) -> None:
+        """Go on after these rows of an earlier process; loggers have them already."""
+        self.rows = list(rows)
+        for row in rows:
+            measured = {name: value for name, value in row.items() if not name.startswith("alarm/")}
+            (self.steps if "seconds/step" in row else self.evaluations)(measured)
+            self.latest |= row
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to the step's `seconds/<phase>`."""
+        if phase not in NO_STEP:
+            self.profiler.begin(int(self.rows[-1]["step"]) + 1 if self.rows else 1)
+        start = time.monotonic()
+        try:
+            with self.outlets.bar.bars.pulse.within(phase):
+                yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def rewarded(self, report: RewardReport) -> None:
+        """One of the step's calls of the reward is done; its first exception is said."""
+        self.reports.append(dataclasses.replace(report, means=dict(report.means)))
+        if report.errors and not self.warned:
+            self.warned = True
+            self.outlets.bar.bars.say(
+                f"warning: {report.errors} sample(s) are left out, as are others to come (train/reward_errors): "
+                f"{report.error}"
+            )
+
+    def _rewarded(self) -> dict[str, float | None]:
+        """Means of the reward's parts and the number of exceptions, over all calls of the step."""
+        reports, self.reports = self.reports, []
+        names = sorted({name for report in reports for name in report.means})
+        means = {f"train/reward/{name}": mean([report.means.get(name) for report in reports]) for name in names}
+        counts = [report.errors for report in reports if report.errors is not None]
+        return means | ({"train/reward_errors": float(sum(counts))} if counts else {})
+
+    def took(self, rollouts: Rollouts, version: int) -> None:
+        """These samples are about to be learned from; RunError if an older version than the live one sampled any."""
+        lags = rollouts.lags(version)
+        if max(lags) > 0:
+            raise RunError(
+                f"version {version} is live, and version {rollouts.version} has sampled what is learned from"
+            )
+        self.lag = {"rollout/lag": sum(lags) / len(lags), "rollout/lag_max": float(max(lags))}
+        self.outlets.journal.write("consume", version=version, oldest=rollouts.version, seeds=rollouts.seeds)
+
+    def step(
+        self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], learned: Mapping[str, float], task: Task
+    ) -> None:
+        """One training step is done."""
+        gold_B = list(rewards_B)
+        if not self.verified:
+            gold_B = [task.score(p, t) for p, t in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
+        rows = len(rollouts.texts)
+        metrics: dict[str, float | None] = {
+            "train/reward": mean(rewards_B),
+            "train/gold": mean(gold_B),
+            "train/excluded": float(sum(reward is None for reward in rewards_B)),
+            "train/tokens_per_row": rollouts.tokens / rows,
+            "train/truncated": sum(c.finish_reason == TRUNCATED for c in rollouts.completions) / rows,
+            "train/zero_std": zero_std(rewards_B, rollouts.samples_per_prompt),
+            "train/turns": mean([(len(said) + 1) / 2 for said in rollouts.conversations]),
+            "rollout/version": float(rollouts.version),
+            **self.lag,
+            **self._rewarded(),
+            **{f"train/{name}": value for name, value in learned.items()},
+            **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+        }
+        worked = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
+        metrics["seconds/step"] = worked
+        metrics["tokens_per_second"] = rollouts.tokens / worked
+        self.seconds = {}
+        if self.keeps_samples:
+            try:
+                self._samples(step, rollouts, rewards_B, gold_B)
+            except OSError as error:
+                self.keeps_samples = False
+                self.outlets.bar.bars.say(f"warning: samples.jsonl ends here, and the run goes on: {error}")
+        self._log(step, {name: value for name, value in metrics.items() if value is not None}, self.steps)
+        self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
+
+    def learned(self, step: int, learned: Mapping[str, float]) -> None:
+        """One step that samples nothing is done; `learned` says, beside others, how many tokens it saw."""
+        metrics = {f"train/{name}": value for name, value in learned.items()}
+        metrics |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
+        metrics["seconds/step"] = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
+        metrics["tokens_per_second"] = learned["tokens"] / metrics["seconds/step"]
+        self.seconds = {}
+        self._log(step, metrics, self.steps)
+        self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One evaluation is done; its seconds are part of no step."""
+        seconds = self.seconds.pop("evaluate", 0.0)
+        self._log(step, {**metrics, "seconds/evaluate": seconds}, self.evaluations)
+
+    def alarm(self, name: str, line: str) -> None:
+        """Something has gone wrong beside the metrics; RunError where alarms end the run."""
+        self.raised[f"alarm/{name}"] = 1.0
+        self._say([f"alarm {name}: {line}"])
+
+    def _log(self, step: int, metrics: dict[str, float], watch: Watch) -> None:
+        """Hand the metrics on, with an `alarm/<name>` of 1.0 for each that fires; RunError where alarms end the run."""
+        if watch is self.steps:
+            self.profiler.end(step)
+        said = watch({"step": step, **metrics})
+        metrics = metrics | self.raised | {f"alarm/{name}": 1.0 for name in watch.firing}
+        self.raised = {}
+        self.latest |= metrics
+        self.rows.append({"step": step, **metrics})
+        for logger in self.outlets.loggers:
+            logger.log(step, metrics)
+        self._say([f"alarm {name}, step {step}: {line}" for name, line in said.items()])
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.outlets.bar.bars.say(line)
+        if lines and self.stop:
+            raise RunError(f"{lines[0]} (alarms.stop=true ends the run)")
+
+    def _samples(
+        self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], gold_B: Sequence[float | None]
+    ) -> None:
+        stride = max(1, len(rollouts.texts) // SAMPLES_PER_STEP)
+        with open(self.outlets.folder / "samples.jsonl", "a") as file:
+            for b in range(0, len(rollouts.texts), stride):
+                completion = rollouts.completions[b]
+                row: dict[str, Any] = {
+                    "step": step,
+                    "prompt": rollouts.prompts_B[b].text,
+                    "answer": rollouts.texts[b],
+                    "reward": rewards_B[b],
+                    "gold": gold_B[b],
+                    "finish_reason": completion.finish_reason,
+                    "version": completion.versions[0],
+                }
+                if rollouts.conversations:
+                    row["conversation"] = rollouts.conversations[b]
+                file.write(json.dumps(row) + "\n")

@@ -1,0 +1,179 @@
+"""Before a run: what its numbers multiply to, which files it will write, and whether configuration and data fit."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rlhf.compose import choice
+from rlhf.config import (
+    EvaluationConfig,
+    JsonlLoggerConfig,
+    LoggerConfig,
+    MlflowLoggerConfig,
+    ModelRewardConfig,
+    RunConfig,
+    TensorboardLoggerConfig,
+    VerifierRewardConfig,
+    WandbLoggerConfig,
+)
+from rlhf.config.algo import DpoConfig
+from rlhf.rewards import check_reward
+from rlhf.stages.dpo import check_pairs
+from rlhf.stages.sft import encode
+from rlhf.types import Task
+from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def in_one_line(config: RunConfig, policy: PreTrainedModel) -> str:
+    """The run in one line: what its numbers multiply to."""
+    rows = config.prompts_per_step * config.samples_per_prompt
+    step = (
+        f"{config.prompts_per_step} pairs"
+        if isinstance(config.algo, DpoConfig)
+        else f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples "
+        f"({rows} rows a step, {config.updates_per_step} update(s))"
+    )
+    lora = f", an adapter of rank {config.model.lora.rank}" if config.model.lora.rank else ""
+    by = "/".join(choice(part) for part in (config.transfer, config.transfer.sender))
+    return (
+        f"{choice(config.task)}: {config.steps} steps x {step}; "
+        f"{policy.num_parameters():,} parameters{lora} on {policy.device}; "
+        f"{config.rollout.workers} worker(s), weights by {by}"
+    )
+
+
+def arithmetic(config: RunConfig, task: Task) -> list[tuple[str, str]]:
+    """The same in a line a number: what it is, and how it comes about."""
+    steps, prompts = config.steps, config.prompts_per_step
+    if isinstance(config.algo, DpoConfig):
+        return [("pairs", f"{steps} steps x {prompts} = {steps * prompts:,}"), *_beside_steps(config, task)]
+    rows, tokens = prompts * config.samples_per_prompt, config.row_tokens
+    passes = steps * prompts / len(task.train)
+    return [
+        ("rows a step", f"{prompts} prompts x {config.samples_per_prompt} samples = {rows:,}"),
+        ("tokens a step", f"{rows:,} rows x {tokens} = {rows * tokens:,} sampled, at most"),
+        *_learning(config, task),
+        ("each worker", f"{math.ceil(rows / config.rollout.workers):,} rows a step"),
+        (
+            "prompts",
+            f"{steps} steps x {prompts} = {steps * prompts:,}: {passes:.2g} x the {len(task.train):,} of the task",
+        ),
+        *_beside_steps(config, task),
+    ]
+
+
+def _learning(config: RunConfig, task: Task) -> list[tuple[str, str]]:
+    """What a step's rows are divided into."""
+    updates, bound = config.updates_per_step, config.tokens_per_microbatch
+    prompts = math.ceil(config.prompts_per_step / updates)
+    rows = prompts * config.samples_per_prompt
+    longest = config.row_tokens + max(len(prompt.ids) for prompt in task.train)
+    fit = max(1, bound // longest)
+    return [
+        ("updates", f"{updates} a step, each of {rows:,} rows at most; {config.steps * updates:,} in all"),
+        (
+            "micro-batches",
+            f"{math.ceil(rows / fit)} an update: {fit:,} of the longest rows ({longest} tokens) fit in {bound:,}",
+        ),
+    ]
+
+
+def _beside_steps(config: RunConfig, task: Task) -> list[tuple[str, str]]:
+    """Evaluations and checkpoints."""
+    count = 1 + math.ceil(config.steps / config.evaluate_every)
+    held_out, answers = len(task.held_out), config.evaluate.samples + 1
+    every = config.checkpoint.every
+    saves = len({config.steps, *range(0, config.steps, every)}) if every else 0
+    best = ", and those of evaluations that are the best so far" if saves and config.checkpoint.keep_best else ""
+    evaluated = f"{count} x {held_out} held-out prompts x {answers} = {count * held_out * answers:,} answers"
+    return [("evaluations", evaluated), ("checkpoints", f"{saves or 'none'}{best}")]
+
+
+def files(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What a run writes into its folder, and what each is."""
+    yield ".hydra/", "the configuration and the overrides, which a resume needs"
+    yield from (_OF_LOGGERS[type(logger)] for logger in config.logger.values() if type(logger) in _OF_LOGGERS)
+    if not isinstance(config.algo, DpoConfig):
+        yield "samples.jsonl", "prompts, answers, rewards"
+    if config.checkpoint.every:
+        yield "checkpoints/", "from which python -m rlhf.resume goes on"
+    yield "policy/", "the trained policy, a Hugging Face folder"
+    if config.model.lora.rank:
+        yield "adapter/", "the adapter alone, as peft has it"
+        yield "base/", "what the adapter builds on, unless model.path has it"
+    if any(
+        isinstance(p.reward, ModelRewardConfig) and p.reward.path is None for p in config.reward.weighted().values()
+    ):
+        yield "reward_model/", "the reward model that is trained first, a Hugging Face folder"
+    if isinstance(config.transfer, DiskConfig):
+        yield config.transfer.path or "weights/", f"the newest {config.transfer.keep} versions of the weights"
+    if config.profile.steps:
+        yield "profile/", f"traces of the steps {', '.join(map(str, config.profile.steps))}"
+    yield "journal/", "what each process did with weights"
+    sender = config.transfer.sender
+    if isinstance(sender, HttpSenderConfig) and not sender.url and not isinstance(config.transfer, LocalConfig):
+        yield from ((f"worker-{index}.log", "what the worker printed") for index in range(config.rollout.workers))
+    yield "status.json", "where the run is, every second"
+    yield "summary.json", "the numbers of the table at its end"
+    yield "curves.png", "rewards, KL and the time of a step"
+
+
+_OF_LOGGERS: dict[type[LoggerConfig], tuple[str, str]] = {
+    JsonlLoggerConfig: ("metrics.jsonl", "every number of every step"),
+    TensorboardLoggerConfig: ("tensorboard/", "the same as TensorBoard's events"),
+    WandbLoggerConfig: ("wandb/", "the same as Weights & Biases keeps it"),
+    MlflowLoggerConfig: ("mlflow.db", "the same for MLflow, where it has no other store"),
+}
+
+
+def check_data(config: RunConfig, task: Task) -> None:
+    """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
+    if config.sft.steps and not task.demonstrations:
+        raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
+    on_pairs = isinstance(config.algo, DpoConfig)
+    if on_pairs:
+        check_pairs(config, task)
+    if not (on_pairs and isinstance(config.reward, VerifierRewardConfig)):  # shown there where there is a gold score
+        check_reward(config.reward, task)
+    prompts = len(task.train)
+    if not on_pairs and config.prompts_per_step > prompts:
+        raise ValueError(
+            f"prompts_per_step must be at most the task's {prompts} training prompts (got {config.prompts_per_step})"
+        )
+
+
+def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreTrainedModel) -> None:
+    """Raise ValueError unless prompts and answers fit the model's context."""
+    longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
+    limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
+    told = task.environment
+    later = (told.turns - 1) * (new + told.longest_reply) if told is not None else 0
+    if later and longest + new + later > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {config.task.most_answers} answers (task.turns) of up to {new} "
+            f"tokens (rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one "
+            "of them, or take a model with a longer context (model.context)"
+        )
+    if longest + new > limit:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "
+            f"of {limit} tokens: lower rollout.max_new_tokens, or take a model with a longer context (model.context)"
+        )
+
+
+def cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A warning, if rollout.max_new_tokens would cut most answers like the demonstrations; else nothing."""
+    lengths = [len(ids) for ids in encode(tokenizer, [text for _, text in task.demonstrations], end=True)]
+    new = config.rollout.max_new_tokens
+    if not lengths or statistics.median(lengths) <= new:
+        return ""
+    return (
+        f"warning: most answers will be cut: half of the demonstrations have {statistics.median(lengths):.0f} tokens "
+        f"or more, and rollout.max_new_tokens is {new}; rollout.max_new_tokens={max(lengths)} fits them all"
+    )

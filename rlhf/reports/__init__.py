@@ -1,0 +1,1 @@
+"""What runs have left in their folders, read back: tables, curves, comparisons, pages."""
