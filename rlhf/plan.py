@@ -24,7 +24,7 @@ from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_pairs
 from rlhf.stages.sft import encode
 from rlhf.types import Task
-from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig
+from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig, RaySenderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,6 +119,8 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
     sender = config.transfer.sender
     if isinstance(sender, HttpSenderConfig) and not sender.url and not isinstance(config.transfer, LocalConfig):
         yield from ((f"worker-{index}.log", "what the worker printed") for index in range(config.rollout.workers))
+    if isinstance(sender, RaySenderConfig) and sender.address is None:
+        yield from ((f"worker-{index}.log", "its stacks, if it is asked") for index in range(config.rollout.workers))
     yield "status.json", "where the run is, every second"
     yield "summary.json", "the numbers of the table at its end"
     yield "curves.png", "rewards, KL and the time of a step"
