@@ -20,6 +20,7 @@ from rlhf.config import (
     VerifierRewardConfig,
     WandbLoggerConfig,
 )
+from rlhf.loggers import SERVICES
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_pairs
 from rlhf.stages.sft import encode
@@ -99,6 +100,8 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What a run writes into its folder, and what each is."""
     yield ".hydra/", "the configuration and the overrides, which a resume needs"
     yield from (_OF_LOGGERS[type(logger)] for logger in config.logger.values() if type(logger) in _OF_LOGGERS)
+    if any(isinstance(logger, tuple(SERVICES)) for logger in config.logger.values()):
+        yield "services/", "by which name each service knows the run, for a resume"
     if not isinstance(config.algo, DpoConfig):
         yield "samples.jsonl", "prompts, answers, rewards"
     if config.checkpoint.every:
