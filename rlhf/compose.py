@@ -132,6 +132,32 @@ def _plain(config: Any) -> Any:
         raise CompactHydraException(str(cause)) from None
 
 
+def unknown_choices(overrides: list[str]) -> list[str]:
+    """For each `group=a,b,...` of a sweep that names what `conf/` has not: one line that says what it has.
+
+    Hydra says so, too, before the first job, but in ten lines. With a search path of the user's own that is left to it.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if any("searchpath" in each or each.startswith(("--config-dir", "-cd")) for each in overrides):
+        return []
+    lines = []
+    for override in overrides:
+        group = override.partition("=")[0].lstrip("+").partition("@")[0]
+        if "," not in override or not (CONF / group).is_dir():
+            continue
+        try:
+            (parsed,) = OverridesParser.create().parse_overrides([override])
+        except HydraException:
+            continue
+        there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        named = list(parsed.sweep_string_iterator()) if parsed.is_choice_sweep() else []
+        if unknown := [name for name in named if name not in (*there, "null") and not name.startswith("[")]:
+            lines.append(f"{override}: there is no {group}={' or '.join(unknown)}; choose from {', '.join(there)}")
+    return lines
+
+
 def misplaced(overrides: list[str]) -> list[str]:
     """For `group.key=...` overrides whose key only other choices of that group have: one line each that says so."""
     hints = []

@@ -5,9 +5,11 @@ Imports nothing heavy before the configuration is checked.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ Go on with a run that was stopped, from its newest checkpoint that verifies (doc
   python -m rlhf.resume RUN_DIR steps=200       with other dials from here on; each is named
 """
 MOST = 8  # keys that a message names
+GONE, MISSING = "gone", "???"  # a key that is not there; a default that a schema leaves to a choice
+HYDRA, CHOICES = "hydra.yaml", "hydra.runtime.choices"  # a file beside the configuration, and what it says there
 
 
 def main() -> None:
@@ -52,30 +56,38 @@ def main() -> None:
 def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
     """The run's configuration with these overrides behind its own, and all of them; `.hydra/` then says the same.
 
-    ValueError names the keys that differ from what the run was started with, if these overrides are not why.
+    ValueError names the keys and choices that differ from what the run was started with, if these overrides are not
+    why; a key that there was not, and that has its default, is only said.
     """
     from omegaconf import OmegaConf
 
     first = [str(each) for each in OmegaConf.load(_hydra(folder) / "overrides.yaml")]
-    before = _leaves(OmegaConf.load(_hydra(folder) / "config.yaml"))
-    config = _compose([*first, *overrides])
-    now, without = _leaves(_reread(config)), _leaves(_reread(_compose(first)))
+    began, chosen = OmegaConf.to_container(OmegaConf.load(_hydra(folder) / "config.yaml")), _chosen(folder, first)
+    (config, choices), (plain, chosen_now) = _compose([*first, *overrides]), _compose(first)
+    chosen = {group: name for group, name in chosen.items() if group in choices}  # those of a new group are its keys
+    now = _leaves(_plain(config)) | {group: choices[group] for group in chosen}
+    without = _leaves(_plain(plain)) | {group: chosen_now[group] for group in chosen if group in chosen_now}
+    before = {key: value for key, value in _leaves(began).items() if value != {} or not _filled(key, now)} | chosen
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
-    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    others = [key for key in differ if now.get(key) == without.get(key) and key not in given]
-    if others:
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key, GONE) != now.get(key, GONE)]
+    others = [key for key in differ if now.get(key, GONE) == without.get(key, GONE) and key not in given]
+    new = [key for key in others if _is_new(key, began, config)]
+    if changed := [key for key in others if key not in new]:
         raise ValueError(
-            f"{folder} was started with other dials than its overrides compose now: {_named(others, before, now)}; say "
-            "by overrides which you want, or go on with the conf/ and rlhf/ that it was started with"
+            f"{folder} was started with other dials than its overrides compose now: {_named(changed, before, now)}; "
+            "say by overrides which you want, or go on with the conf/ and rlhf/ that it was started with"
         )
     run = checked(config)
     if run.mode is not Mode.train:
         raise ValueError(f"a run that was begun needs no check: leave out mode={run.mode.value}")
-    if overrides:
+    if overrides or new:
         with alone(folder):
-            _replace(_hydra(folder) / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create([*first, *overrides])))
-            _replace(_hydra(folder) / "config.yaml", OmegaConf.to_yaml(config))
-        print(f"other dials from here on: {_named(differ, before, now) or 'none'}")
+            _note(_hydra(folder), config, choices, [*first, *overrides])
+    if new:
+        print(f"new since the run began: {_listed([f'{key}={now[key]}' for key in new])}")
+    if overrides:
+        dials = [key for key in differ if key not in new]
+        print(f"other dials from here on: {_named(dials, before, now) or 'none'}")
     return run, [*first, *overrides]
 
 
@@ -93,26 +105,78 @@ def _hydra(folder: Path) -> Path:
     return folder / ".hydra"
 
 
-def _compose(overrides: Sequence[str]) -> Any:
+def _compose(overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """What they compose, and the choice of each group: neither Hydra's own nor the experiment, which is its keys."""
     from hydra import compose, initialize_config_dir
+    from omegaconf import open_dict
 
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
+        config = compose("config", list(overrides), return_hydra_config=True)
+    choices = config.hydra.runtime.choices
+    with open_dict(config):
+        del config["hydra"]
+    return config, {group: name for group, name in choices.items() if group.partition("/")[0] in config}
 
 
-def _reread(config: Any) -> Any:
-    """As it would come back from a file."""
+def _chosen(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The choice of each group that the run was started, or last resumed, with; of one of its overrides, the last."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.create(OmegaConf.to_yaml(config))
+    path = _hydra(folder) / HYDRA
+    noted = OmegaConf.select(OmegaConf.load(path), CHOICES) if path.is_file() else None
+    said = {key: choice for key, _, choice in (each.partition("=") for each in overrides)}
+    return {} if noted is None else {group: said.get(group, name) for group, name in noted.items()}
 
 
-def _leaves(config: Any, path: str = "") -> dict[str, Any]:
+def _filled(group: str, leaves: Mapping[str, Any]) -> bool:
+    """Whether an empty group has keys there."""
+    return any(key.startswith(f"{group}.") for key in leaves)
+
+
+def _is_new(key: str, before: Any, config: Any) -> bool:
+    """Whether there was no such key, while there was the mapping above it, and it has its default."""
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        if not isinstance(before, Mapping):
+            return False
+        if name not in before:
+            path = names[: depth + 1]
+            return _at(_plain(config), path) == _default(config, path) != GONE
+        before = before[name]
+    return False
+
+
+def _default(config: Any, path: Sequence[str]) -> Any:
+    """What the schema gives a key, or, where that is a group's, what the default run has; GONE if neither does."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.get_type(_at(config, path[:-1]))
+    default = _plain(OmegaConf.structured(schema)).get(path[-1], GONE) if is_dataclass(schema) else GONE
+    return _at(_default_run(), path) if default == MISSING else default
+
+
+@functools.cache
+def _default_run() -> Any:
+    return _plain(_compose([])[0])
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    """The node there; GONE where there is none."""
+    for name in path:
+        config = config[name] if isinstance(config, Mapping) and name in config else GONE
+    return config
+
+
+def _plain(config: Any) -> Any:
+    """As it would come back from a file, without types."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(config)))
+
+
+def _leaves(node: Any, path: str = "") -> dict[str, Any]:
     """Every value by its dotted key; an empty group is a value, too."""
-    from omegaconf import OmegaConf
-
-    node = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
     if not isinstance(node, Mapping) or not node:
         return {path: node}
     leaves: dict[str, Any] = {}
@@ -122,8 +186,23 @@ def _leaves(config: Any, path: str = "") -> dict[str, Any]:
 
 
 def _named(keys: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    shown = [f"{key} is {now.get(key, 'gone')} (was {before.get(key, 'not there')})" for key in keys[:MOST]]
-    return ", ".join([*shown, *([f"and {len(keys) - MOST} more"] if len(keys) > MOST else [])])
+    return _listed([f"{key} is {now.get(key, GONE)} (was {before.get(key, 'not there')})" for key in keys])
+
+
+def _listed(shown: Sequence[str]) -> str:
+    return ", ".join([*shown[:MOST], *([f"and {len(shown) - MOST} more"] if len(shown) > MOST else [])])
+
+
+def _note(hydra: Path, config: Any, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """What the run has from here on, where Hydra notes it."""
+    from omegaconf import OmegaConf
+
+    _replace(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    _replace(hydra / "config.yaml", OmegaConf.to_yaml(config))
+    if (hydra / HYDRA).is_file():
+        noted = OmegaConf.load(hydra / HYDRA)
+        OmegaConf.select(noted, CHOICES).update(choices)
+        _replace(hydra / HYDRA, OmegaConf.to_yaml(noted))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
-from rlhf.compose import CONF, checked, misplaced, register
+from rlhf.compose import CONF, checked, misplaced, register, unknown_choices
 from rlhf.config import Mode
 from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, TERMINATED, terminate_as_interrupt
 
@@ -96,6 +96,8 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help([argument for argument in sys.argv[1:] if "=" in argument])
         return
+    if unknown := unknown_choices(sys.argv[1:]):
+        sys.exit("\n".join(unknown))
     sys.argv[1:] = for_check(sys.argv[1:])
     with as_command(sys.argv[1:]):
         _job()

@@ -115,6 +115,7 @@ def test_every_backend_and_sender_gives_the_same_numbers(train, request, backend
     folder = train(*SMOKE, *f"transfer={backend}".split(), f"transfer/sender={sender}")
     assert numbers(folder) == numbers(reference)
     assert samples(folder) == samples(reference)
+    assert json.loads((folder / "summary.json").read_text())["memory_mib/workers"] > 100
 
 
 @pytest.mark.slow

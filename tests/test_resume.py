@@ -19,6 +19,7 @@ from rlhf import resume
 from rlhf import train as train_cli
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import MANIFEST, Store
+from rlhf.config import ReverseTaskConfig
 from rlhf.ending import RunError, alone
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.metrics import Recorder
@@ -202,12 +203,22 @@ def started(tmp_path):
 
     def noted(*overrides: str) -> Path:
         (tmp_path / ".hydra").mkdir()
-        config = OmegaConf.to_yaml(resume._compose(overrides))
-        (tmp_path / ".hydra" / "config.yaml").write_text(config)
-        (tmp_path / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+        config, choices = resume._compose(overrides)
+        hydra = {"hydra": {"runtime": {"choices": choices | {"experiment": "smoke", "hydra/launcher": "basic"}}}}
+        told = {"config": config, "hydra": hydra, "overrides": list(overrides)}
+        for name, node in told.items():
+            (tmp_path / ".hydra" / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
         return tmp_path
 
     return noted
+
+
+def rewritten(folder: Path, file: str, change) -> None:
+    """One of a run's files under `.hydra/`, as another version would have written it."""
+    path = folder / ".hydra" / f"{file}.yaml"
+    told = OmegaConf.to_container(OmegaConf.load(path))
+    change(told)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(told)))
 
 
 def test_a_resumed_run_has_its_own_dials_and_those_given_now_which_are_named_and_kept(started, capsys):
@@ -215,22 +226,79 @@ def test_a_resumed_run_has_its_own_dials_and_those_given_now_which_are_named_and
     config, replayed = resume.composed(folder, [])
     assert (config.seed, config.steps, config.algo.name) == (7, 6, "ppo") and capsys.readouterr().out == ""
     assert replayed == ["experiment=smoke", "algo=ppo", "seed=7"]
-    config, _ = resume.composed(folder, ["steps=9", "optim.lr=0.01"])
-    assert (config.steps, config.optim.lr) == (9, 0.01)
-    said = capsys.readouterr().out
-    assert said == "other dials from here on: optim.lr is 0.01 (was 0.0002), steps is 9 (was 6)\n"
+    config, _ = resume.composed(folder, ["steps=9", "optim.lr=0.01", "task=reverse"])
+    assert (config.steps, config.optim.lr, type(config.task)) == (9, 0.01, ReverseTaskConfig)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "other dials from here on: optim.lr is 0.01 (was 0.0002), steps is 9 (was 6), task is reverse (was sort)"
+    ]
     config, replayed = resume.composed(folder, [])
-    assert config.steps == 9 and replayed[-2:] == ["steps=9", "optim.lr=0.01"] and capsys.readouterr().out == ""
+    assert config.steps == 9 and replayed[-3:] == ["steps=9", "optim.lr=0.01", "task=reverse"]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_whose_defaults_have_changed_is_refused_with_the_names_of_the_keys(started):
     folder = started("experiment=smoke")
-    path = folder / ".hydra" / "config.yaml"
-    path.write_text(path.read_text().replace("prompts_per_step: 8", "prompts_per_step: 16").replace("seed: 0\n", ""))
-    with pytest.raises(ValueError, match=r"prompts_per_step is 8 \(was 16\), seed is 0 \(was not there\); say by"):
+    rewritten(folder, "config", lambda told: told.update(prompts_per_step=16, shuffle=None))
+    with pytest.raises(ValueError, match=r"prompts_per_step is 8 \(was 16\), shuffle is gone \(was None\); say by"):
         resume.composed(folder, ["steps=9"])
-    config, _ = resume.composed(folder, ["prompts_per_step=16", "seed=0"])
+    rewritten(folder, "config", lambda told: told.pop("shuffle"))
+    config, _ = resume.composed(folder, ["prompts_per_step=16"])
     assert config.prompts_per_step == 16, "who says which is meant may go on"
+
+
+@pytest.mark.parametrize(
+    ("older", "new"),
+    [
+        (lambda told: told.pop("seed"), "seed=0"),
+        (lambda told: (told.pop("objective"), told["optim"].pop("eps")), "objective=None, optim.eps=1e-08"),
+        (lambda told: told.pop("profile"), "profile.steps=[]"),
+        (lambda told: told.update(profile={}), "profile.steps=[]"),
+        (lambda told: told.pop("transfer"), "transfer.sender.start_timeout_s=120.0, "),  # a group of the default run
+    ],
+)
+def test_a_key_that_is_new_since_the_run_began_is_said_once_where_it_has_its_default(started, capsys, older, new):
+    folder = started("experiment=smoke")
+    rewritten(folder, "config", older)
+    rewritten(folder, "hydra", lambda told: new.startswith("transfer") and told["hydra"]["runtime"]["choices"].clear())
+    config, _ = resume.composed(folder, [])
+    said = capsys.readouterr().out
+    assert config.steps == 6 and said.startswith(f"new since the run began: {new}") and said.count("\n") == 1
+    resume.composed(folder, ["steps=7"])
+    assert capsys.readouterr().out == "other dials from here on: steps is 7 (was 6)\n"
+
+
+@pytest.mark.parametrize(
+    ("older", "refused"),
+    [
+        (lambda told: told.pop("steps"), r"steps is 6 \(was not there\)"),  # 60 by default
+        (lambda told: told.update(profile=None), r"profile is gone \(was None\), profile.steps is \[\] \(was not"),
+        (lambda told: told["logger"].pop("jsonl"), r"logger.jsonl is {} \(was not there\)"),
+    ],
+)
+def test_a_key_that_is_new_and_has_not_its_default_or_stands_in_no_schema_is_refused(started, older, refused):
+    folder = started("experiment=smoke")
+    rewritten(folder, "config", older)
+    with pytest.raises(ValueError, match=f"than its overrides compose now: {refused}"):
+        resume.composed(folder, [])
+
+
+def test_another_default_choice_is_refused_by_its_group_even_if_all_keys_are_the_same(started, capsys):
+    folder = started("experiment=smoke", "transfer/sender=ray")
+
+    def otherwise(told) -> None:
+        told["hydra"]["runtime"]["choices"] |= {"task": "reverse", "transfer/sender": "http", "gone": "x"}
+        told["hydra"]["runtime"]["choices"].pop("optim")
+
+    rewritten(folder, "hydra", otherwise)
+    with pytest.raises(ValueError, match=r"compose now: task is sort \(was reverse\); say by overrides"):
+        resume.composed(folder, [])
+    config, _ = resume.composed(folder, ["task=reverse"])
+    assert type(config.task) is ReverseTaskConfig and capsys.readouterr().out == "other dials from here on: none\n"
+    resume.composed(folder, ["experiment=verifier_only"])  # has another model, among others
+    assert "model is tiny (was micro)" in capsys.readouterr().out
+    resume.composed(folder, [])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

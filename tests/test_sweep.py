@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 TINY = ("experiment=smoke", "transfer=local", "logger=jsonl", "sft.steps=2", "task.held_out=8", "evaluate_every=1")
 REWARDS = """
@@ -75,6 +77,37 @@ def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
     assert meanwhile.count("failed") == 2 and "finished" not in meanwhile
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "| the process died with exit code 137 |" in (folder / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            "transfer=ipc,ncll",
+            r"\Atransfer=ipc,ncll: there is no transfer=ncll; choose from disk, gloo, handles, ipc, local, nccl\n\Z",
+        ),
+        ("seed=0,x", r"Value 'x' of type 'str' could not be converted to Integer\n    full_key: seed"),
+        ("transfer=ipc,disk transfer.slots=2,3", r"Key 'slots' not in 'DiskConfig'\n"),
+    ],
+)
+def test_a_slip_of_the_pen_in_one_of_a_sweep_s_values_is_refused_before_the_first_job(sweep, wrong, said):
+    done, folder = sweep("-m", "experiment=smoke", *wrong.split())
+    assert done.returncode == 1 and re.search(said, done.stderr) and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == "" and not list(folder.glob("*/"))
+
+
+@pytest.mark.slow
+def test_optuna_is_told_what_each_trial_has_reached(sweep):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    sampler = ("hydra.sweeper.sampler.seed=0", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1")
+    told = ("hydra/sweeper=optuna", *sampler, "hydra.sweeper.direction=maximize", "objective=reward", "steps=1")
+    done, folder = sweep("-m", *TINY, *told, "optim.lr=interval(1e-4,1e-2)")
+    assert done.returncode == 0, done.stderr
+    tried = {row["overrides"].split("optim.lr=")[1].split()[0]: row for row in table(folder)}
+    assert [row["status"] for row in tried.values()] == ["finished", "finished"]
+    found = OmegaConf.load(folder / "optimization_results.yaml")
+    assert found.best_value == max(float(row["reward_end"]) for row in tried.values())
+    assert float(tried[str(found.best_params["optim.lr"])]["reward_end"]) == found.best_value
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import signal
 import statistics
 import threading
 import time
@@ -19,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WORKER = "rlhf.rollout.worker"  # the module of a worker's process
+from transfer.stacks import DUMP
+
+WORKERS = (b"rlhf.rollout.worker", b"rlhf.rollout.vllm_serve", b"ray::RayWorker")  # how their command lines begin
+RAYLET = b"raylet"  # a process of Ray, below which its workers are
 EVERY_S = 1.0
 LONG_S = 10.0  # a phase that is shorter than this is never called slow
 SLOW = 5.0  # times the median of what the phase has taken before
 STACKS_S = 300.0  # a phase that takes so long has all stacks dumped, once
-DUMP = signal.SIGUSR1  # upon which a worker writes its stacks into its log
 
 
 @dataclass(slots=True)
@@ -139,19 +140,28 @@ def dump_stacks(path: Path) -> None:
             os.kill(pid, DUMP)
 
 
-def dumps_stacks_when_asked() -> None:
-    """To be called by a worker's process."""
-    faulthandler.register(DUMP, all_threads=True)
+def workers_of(parent: int, within: bool = False) -> list[int]:
+    """The worker processes that a process has started, and those that they have; `within`: it is of a worker itself.
+
+    Looks nowhere else but below Ray's own process: once a second there is no time for all processes of a machine.
+    """
+    found: list[int] = []
+    for pid in _children(parent):
+        with suppress(OSError):  # it has just ended
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            ours = within or any(name in line for name in WORKERS)
+            found += [pid] if ours else []
+            found += workers_of(pid, ours) if ours or RAYLET in line.partition(b"\0")[0] else []
+    return found
 
 
-def workers_of(parent: int) -> list[int]:
-    """The worker processes that a process has started."""
-    found = []
-    for children in Path(f"/proc/{parent}/task").glob("*/children"):
-        with suppress(OSError):  # the thread or the child has just ended
-            for pid in map(int, children.read_text().split()):
-                if WORKER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
+def _children(pid: int) -> list[int]:
+    """Those that its threads have started."""
+    found: list[int] = []
+    with suppress(OSError):  # it has just ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as children:
+                found += map(int, children.read().split())
     return found
 
 

@@ -2,7 +2,8 @@
 
 A file's logger writes at once. A service's works in a thread of its own: a server that is slow, or never answers, takes
 no time of a step, and at the end of the run at most `CLOSE_S`. Secrets come from the environment, as each service has
-it (WANDB_API_KEY, MLFLOW_TRACKING_USERNAME, HF_TOKEN, ...), and stand in no configuration.
+it (WANDB_API_KEY, MLFLOW_TRACKING_USERNAME, HF_TOKEN, ...), and stand in no configuration. A run that goes on after a
+stop is the same run for a service: the run's folder keeps by which name the service knows it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import importlib.util
 import json
 import os
 import queue
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,27 @@ from rlhf.types import Logger
 
 CLOSE_S = 30.0  # how long a service has at the end of a run to take what it has not taken yet
 SERVICES = {WandbLoggerConfig: "wandb", MlflowLoggerConfig: "mlflow", TrackioLoggerConfig: "trackio"}
+KNOWN_AS = "services"  # folder of a run: a file a service, by which name it knows the run
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A run at one service."""
+
+    path: Path
+    goes_on: bool
+
+    def name(self) -> str | None:
+        """Its name there; None of a run that begins, or that the service does not know yet."""
+        return self.path.read_text().strip() if self.goes_on and self.path.is_file() else None
+
+    def keep(self, name: str) -> str:
+        """For when the run is resumed."""
+        self.path.parent.mkdir(exist_ok=True)
+        writing = self.path.with_suffix(".writing")
+        writing.write_text(f"{name}\n")
+        writing.replace(self.path)
+        return name
 
 
 class JsonlLogger:
@@ -68,12 +92,17 @@ class TensorboardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases, with its local files in `wandb/`."""
+    """A run of Weights & Biases, with its local files in `wandb/`.
 
-    def __init__(self, config: WandbLoggerConfig, run: RunConfig, folder: Path) -> None:
+    Of a run that goes on it drops the rows that it has already.
+    """
+
+    def __init__(self, config: WandbLoggerConfig, run: RunConfig, folder: Path, named: Named) -> None:
         import wandb
 
         self.run = wandb.init(
+            id=named.name() or named.keep(secrets.token_hex(4)),
+            resume="allow",
             project=config.project,
             entity=config.entity,
             mode=config.mode.value,
@@ -90,20 +119,43 @@ class WandbLogger:
 
 
 class MlflowLogger:
-    """A run of an MLflow experiment; without a server's address, in a database of the run's folder."""
+    """A run of an MLflow experiment; without a server's address, in a database of the run's folder.
 
-    def __init__(self, config: MlflowLoggerConfig, run: RunConfig, folder: Path) -> None:
+    Of a run that goes on it has what was logged after the checkpoint twice, with the same steps.
+    """
+
+    def __init__(self, config: MlflowLoggerConfig, run: RunConfig, folder: Path, named: Named) -> None:
         import mlflow
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric, Param, RunTag
 
         self.metric = Metric
         uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
         self.client = mlflow.MlflowClient(uri)
-        found = self.client.get_experiment_by_name(config.experiment)
-        experiment = found.experiment_id if found else self.client.create_experiment(config.experiment)
-        self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
-        params = [Param(key, str(value)) for key, value in flat(described(run)).items()]
-        self.client.log_batch(self.id, params=params)
+        self.id = self._known(named.name()) or named.keep(self._created(config.experiment, folder.name))
+        params = {key: str(value) for key, value in flat(described(run)).items()}
+        before = self.client.get_run(self.id).data.params  # which MLflow does not change
+        new = [Param(key, value) for key, value in params.items() if key not in before]
+        others = {key: value for key, value in params.items() if before.get(key, value) != value}
+        self.client.log_batch(self.id, params=new, tags=[RunTag(f"resumed.{k}", v) for k, v in others.items()])
+
+    def _known(self, name: str | None) -> str | None:
+        """The run of that name, which goes on; None if it is not there."""
+        from mlflow.exceptions import MlflowException
+
+        if name is None:
+            return None
+        try:
+            self.client.update_run(name, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return name
+
+    def _created(self, experiment: str, name: str) -> str:
+        found = self.client.get_experiment_by_name(experiment)
+        number = found.experiment_id if found else self.client.create_experiment(experiment)
+        return str(self.client.create_run(number, run_name=name).info.run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.utils.time import get_current_time_millis
@@ -116,12 +168,22 @@ class MlflowLogger:
 
 
 class TrackioLogger:
-    """A run of trackio, in its local database or in a Hugging Face Space."""
+    """A run of trackio, in its local database or in a Hugging Face Space.
 
-    def __init__(self, config: TrackioLoggerConfig, run: RunConfig, folder: Path) -> None:
+    Of a run that goes on it has what was logged after the checkpoint twice, with the same steps.
+    """
+
+    def __init__(self, config: TrackioLoggerConfig, run: RunConfig, folder: Path, named: Named) -> None:
         import trackio
 
-        self.run = trackio.init(project=config.project, name=folder.name, space_id=config.space, config=described(run))
+        self.run = trackio.init(
+            project=config.project,
+            name=named.name()
+            or named.keep(f"{folder.name}-{secrets.token_hex(2)}"),  # it finds runs by their name alone
+            resume="allow",
+            space_id=config.space,
+            config=described(run),
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log(dict(metrics), step=step)
@@ -206,8 +268,7 @@ def check_loggers(configs: Mapping[str, LoggerConfig]) -> None:
 def make_loggers(run: RunConfig, folder: Path, begin: int | None = None) -> list[Logger]:
     """The writers that a run names, for one that goes on at step `begin`; None: a new one.
 
-    The console is none: it is the run's bars and table (progress.py, summary.py). A service has a new run of its own
-    for what comes after a stop.
+    The console is none: it is the run's bars and table (progress.py, summary.py).
     """
     configs = [config for config in run.logger.values() if not isinstance(config, ConsoleLoggerConfig)]
     return [_make(config, run, folder, begin) for config in configs]
@@ -215,17 +276,18 @@ def make_loggers(run: RunConfig, folder: Path, begin: int | None = None) -> list
 
 def _make(config: LoggerConfig, run: RunConfig, folder: Path, begin: int | None) -> Logger:
     name = choice(config)
+    named = Named(folder / KNOWN_AS / name, goes_on=begin is not None)
     match config:
         case JsonlLoggerConfig():
             return Guarded(name, lambda: JsonlLogger(folder))
         case TensorboardLoggerConfig():
             return Guarded(name, lambda: TensorboardLogger(folder, begin))
         case WandbLoggerConfig():
-            return Background(name, lambda: WandbLogger(config, run, folder))
+            return Background(name, lambda: WandbLogger(config, run, folder, named))
         case MlflowLoggerConfig():
-            return Background(name, lambda: MlflowLogger(config, run, folder))
+            return Background(name, lambda: MlflowLogger(config, run, folder, named))
         case TrackioLoggerConfig():
-            return Background(name, lambda: TrackioLogger(config, run, folder))
+            return Background(name, lambda: TrackioLogger(config, run, folder, named))
     raise AssertionError(config)
 
 

@@ -20,11 +20,12 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
+from rlhf.monitor.loggers import SERVICES
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_pairs
 from rlhf.stages.sft import encode
 from rlhf.types import Task
-from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig
+from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig, RaySenderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +100,8 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What a run writes into its folder, and what each is."""
     yield ".hydra/", "the configuration and the overrides, which a resume needs"
     yield from (_OF_LOGGERS[type(logger)] for logger in config.logger.values() if type(logger) in _OF_LOGGERS)
+    if any(isinstance(logger, tuple(SERVICES)) for logger in config.logger.values()):
+        yield "services/", "by which name each service knows the run, for a resume"
     if not isinstance(config.algo, DpoConfig):
         yield "samples.jsonl", "prompts, answers, rewards"
     if config.checkpoint.every:
@@ -119,6 +122,8 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
     sender = config.transfer.sender
     if isinstance(sender, HttpSenderConfig) and not sender.url and not isinstance(config.transfer, LocalConfig):
         yield from ((f"worker-{index}.log", "what the worker printed") for index in range(config.rollout.workers))
+    if isinstance(sender, RaySenderConfig) and sender.address is None:
+        yield from ((f"worker-{index}.log", "its stacks, if it is asked") for index in range(config.rollout.workers))
     yield "status.json", "where the run is, every second"
     yield "summary.json", "the numbers of the table at its end"
     yield "curves.png", "rewards, KL and the time of a step"

@@ -26,6 +26,7 @@ from rlhf.ending import RunError, keeping_sigterm
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
 from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
 from transfer.process import WorkerProcess, python_path
+from transfer.stacks import dumps_stacks_when_asked
 from transfer.wire import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ class RayWorker(Worker):
     """A worker as a Ray actor: built in the actor's process."""
 
     def __init__(self, spec: WorkerSpec) -> None:
+        dumps_stacks_when_asked(spec.log)
         super().__init__(*parts_of(spec))
 
 

@@ -22,6 +22,7 @@ from rlhf.types import FINISHED, TRUNCATED
 from transfer.journal import Journal
 from transfer.manifest import DTYPES, Manifest
 from transfer.receiver import Receiver
+from transfer.stacks import VARIABLE as STACKS
 from transfer.vllm.extension import CLASS
 from transfer.vllm.remote import Ranks, RemoteIntake, RemoteLanding
 
@@ -45,7 +46,7 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     """What a worker of this spec is made of; its weights are nothing until the first update."""
     from rlhf.rollout.worker import limits_of
 
-    for name, value in ENVIRONMENT.items():
+    for name, value in environment(spec).items():
         os.environ.setdefault(name, value)
     shape = config_of(spec.architecture)
     _check_heads(shape.get_text_config(), spec.device)
@@ -56,6 +57,11 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
         RemoteIntake(spec.endpoint, ranks), landing, Journal(Path(spec.journal) if spec.journal else None)
     )
     return engine, receiver, limits_of(shape.get_text_config(), engine.positions)
+
+
+def environment(spec: WorkerSpec) -> dict[str, str]:
+    """What all processes of this worker's vLLM are to have."""
+    return ENVIRONMENT if spec.log is None else ENVIRONMENT | {STACKS: str(spec.log.absolute())}
 
 
 class VllmEngine:

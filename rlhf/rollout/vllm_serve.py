@@ -20,10 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.rollout.vllm import ENVIRONMENT, write_model
+from rlhf.rollout.vllm import environment, write_model
 from rlhf.rollout.worker import WorkerSpec
 from transfer.senders.kept_alive import KeptAlive
 from transfer.serve import PR_SET_PDEATHSIG
+from transfer.stacks import dumps_stacks_when_asked
 from transfer.vllm.plugin import BACKEND
 
 LOOK_S = 0.5
@@ -34,6 +35,7 @@ def main() -> None:
     """Serve until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
+    dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(sys.stdin.buffer.readline())
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
         write_model(spec, Path(folder))
@@ -61,7 +63,7 @@ def _started(spec: WorkerSpec, folder: str, port: int) -> subprocess.Popen[bytes
     command += ["--port", str(port)]
     for key, value in options.items():
         command += _option(key, value)
-    variables = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    variables = {k: v for k, v in environment(spec).items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

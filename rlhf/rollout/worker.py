@@ -66,6 +66,12 @@ class WorkerSpec:
         if "model_type" not in self.architecture:
             raise ValueError("architecture of a worker must be a transformers config with a model_type")
 
+    @property
+    def log(self) -> Path | None:
+        """The worker's log, in the folder of its run; None of a worker without one."""
+        journal = Path(self.journal)
+        return journal.parent.parent / f"{journal.stem}.log" if self.journal else None
+
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self))
@@ -343,8 +349,8 @@ class PauseGate:
 
 def main(arguments: list[str]) -> None:
     """Serve over HTTP, by a spec from the file named in `arguments` or from the first line of stdin."""
-    from rlhf.monitor.heartbeat import dumps_stacks_when_asked
     from transfer.serve import serve_alone, serve_parent
+    from transfer.stacks import dumps_stacks_when_asked
 
     dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(Path(arguments[0]).read_bytes() if arguments else sys.stdin.buffer.readline())

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.monitor.heartbeat import Heartbeat, Pulse, workers_of
+from rlhf.monitor.heartbeat import Heartbeat, Pulse, dump_stacks, workers_of
 from rlhf.run import run
+from transfer.stacks import VARIABLE
 
 WAIT_S = 20.0
 
@@ -62,10 +63,8 @@ def test_a_quick_phase_is_never_said(tmp_path):
 
 
 def test_a_worker_writes_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
-    from rlhf.monitor.heartbeat import dump_stacks
-
     code = (
-        "import sys, time; from rlhf.monitor.heartbeat import dumps_stacks_when_asked as on\n"
+        "import sys, time; from transfer.stacks import dumps_stacks_when_asked as on\n"
         "on(); print('up', flush=True); sys.stdin.read()  # rlhf.rollout.worker"
     )
     with open(tmp_path / "log", "w") as log:
@@ -78,6 +77,35 @@ def test_a_worker_writes_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
         assert worker.poll() is None
         worker.communicate(b"")
     assert worker.returncode == 0
+
+
+ENGINE = """
+import sys
+try:
+    from transfer.vllm import plugin
+    plugin.register()
+except ImportError:  # no vLLM is here
+    pass
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_worker_s_engine_has_started_is_asked_and_no_process_that_would_end_by_it(tmp_path):
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ENGINE!r}])  # rlhf.rollout.worker"
+    asked = os.environ | {VARIABLE: str(tmp_path / "worker-0.log")}
+    started = [
+        subprocess.Popen([sys.executable, "-c", each], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        for each, env in ((code, asked), (code, os.environ), (ENGINE, asked))
+    ]
+    assert [process.stdout.readline() for process in started] == 3 * [b"up\n"]
+    assert len(workers_of(os.getpid())) == 4, "two workers with an engine each; what else we have started is none"
+    dump_stacks(tmp_path / "stacks.txt")
+    wait_for(lambda: "Current thread" in (tmp_path / "worker-0.log").read_text())
+    assert [process.poll() for process in started] == 3 * [None]
+    assert [process.communicate(b"") for process in started] == 3 * [(b"", None)]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert (tmp_path / "worker-0.log").read_text().count("Current thread") == 1
 
 
 def test_chosen_steps_are_traced_and_memory_is_in_the_summary(compose_run, tmp_path):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -109,20 +110,43 @@ def test_a_service_without_network_has_every_row(compose_run, tmp_path, monkeypa
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[{package}]'")
     offline = ["logger.wandb.mode=offline"] if package == "wandb" else []
-    (logger,) = make_loggers(compose_run(f"logger={package}", *offline), tmp_path)
-    for step in range(3):
+    logged(make_loggers(compose_run(f"logger={package}", *offline), tmp_path), range(3))
+    assert KEPT[package](tmp_path) == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    time.sleep(package == "wandb")  # its folders have the name of the second
+    logged(make_loggers(compose_run(f"logger={package}", *offline, "steps=7"), tmp_path, begin=2), range(2, 5))
+    assert KEPT[package](tmp_path) == [(0, 0.0), (1, 0.5), (2, 1.0), (2, 1.0), (3, 1.5), (4, 2.0)]
+    known = (tmp_path / "services" / package).read_text()
+    logged(make_loggers(compose_run(f"logger={package}", *offline), tmp_path), range(1))
+    assert (tmp_path / "services" / package).read_text() != known, "a run that begins anew is another"
+
+
+def logged(loggers, steps):
+    (logger,) = loggers
+    for step in steps:
         logger.log(step, {"train/reward": step / 2})
     logger.close()
-    assert KEPT[package](tmp_path) == [(0, 0.0), (1, 0.5), (2, 1.0)]
 
 
 def kept_by_wandb(folder: Path) -> list[tuple[int, float]]:
-    """From the file that `wandb sync` sends: a LevelDB log, of 7 bytes and blocks of 32 KiB, after 7 of its own."""
+    """From the files that `wandb sync` sends, all to the run whose name they have."""
     import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
 
     wandb.teardown()  # its own process writes the file, and ends with ours
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.name for path in files} == {f"run-{(folder / 'services' / 'wandb').read_text().strip()}.wandb"}
+    records = [record for path in files for record in wandb_records(path)]
+    assert {record.run.run_id for record in records if record.HasField("run")} == {files[0].stem.partition("-")[2]}
+    rows = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+    ]
+    return [(row["_step"], row["train/reward"]) for row in rows if "train/reward" in row]
+
+
+def wandb_records(path: Path) -> list:
+    """Of a LevelDB log, of 7 bytes and blocks of 32 KiB, after 7 of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     data, at, found, record = path.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -133,11 +157,8 @@ def kept_by_wandb(folder: Path) -> list[tuple[int, float]]:
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # the whole record, or the last part of one
-            items = Record.FromString(record).history.item
-            values = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+            found.append(Record.FromString(record))
             record = b""
-            if "train/reward" in values:
-                found.append((values["_step"], values["train/reward"]))
     return found
 
 
@@ -147,6 +168,7 @@ def kept_by_mlflow(folder: Path) -> list[tuple[int, float]]:
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("rlhf").experiment_id])
     assert run.info.status == "FINISHED" and run.data.params["algo.name"] == "grpo"
+    assert run.data.params["steps"] == "60" and run.data.tags.get("resumed.steps") in (None, "7")
     return [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "train/reward")]
 
 
@@ -155,6 +177,8 @@ def kept_by_trackio(folder: Path) -> list[tuple[int, float]]:
 
     with sqlite3.connect(folder / "trackio" / "rlhf.db") as database:
         rows = database.execute("select step, metrics from metrics order by step").fetchall()
+        ((name,),) = database.execute("select distinct run_name from metrics").fetchall()
+    assert name == (folder / "services" / "trackio").read_text().strip()
     return [(step, json.loads(metrics)["train/reward"]) for step, metrics in rows]
 
 
