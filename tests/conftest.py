@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import forked
 import hypothesis
 import pytest
 import torch
@@ -20,6 +21,8 @@ from history import check
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)
+if forked.FRESH not in os.environ:
+    forked.use()
 ROOT = Path(__file__).resolve().parent.parent
 
 

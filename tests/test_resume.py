@@ -117,28 +117,22 @@ def test_a_run_that_was_killed_ends_with_the_bits_and_numbers_of_one_that_was_no
 
 
 class Commands:
-    """Command lines, one after the other, in processes that `tests/commands.py` forks."""
+    """Command lines in one folder, one after the other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("commands.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
 
     def start(self, module: str, *arguments: str) -> int:
         """The process's id."""
-        told = {"module": module, "arguments": arguments, "folder": str(self.folder), "output": "output"}
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        options = {"cwd": self.folder, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "start_new_session": True}
+        with (self.folder / "output").open("a") as output:
+            options |= {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen([sys.executable, "-m", module, *arguments], **options)
+        return self.process.pid
 
     def ended(self) -> int:
         """Its exit code, once it has ended."""
-        return int(self.process.stdout.readline())
+        return self.process.wait(200)
 
     def said(self) -> str:
         return (self.folder / "output").read_text()
@@ -148,7 +142,7 @@ class Commands:
 def commands(tmp_path):
     made = Commands(tmp_path)
     yield made
-    made.process.stdin.close()
+    made.process.kill()
     made.process.wait(60)
 
 

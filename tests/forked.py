@@ -1,0 +1,176 @@
+"""Processes of the tests, forked from one that has imported torch and transformers: importing these takes longer than
+most of what a test does with a process.
+
+After `use()`, subprocess.Popen starts `python -m MODULE`, for the modules below, by a server that forks itself; it is
+started when it is first needed. What it makes is the caller's own child, with the pipes, variables and folder that
+Popen was given, and has a server of its own for its workers. FRESH among the variables has a process import all itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+MODULES = ("rlhf.train", "rlhf.resume", "rlhf.evaluate", "rlhf.rollout.worker")
+LIGHT = {"--help", "-h", "--hydra-help", "--cfg"}  # what answers at once, and imports nothing heavy, is not forked
+FRESH = "RLHF_FRESH_PROCESSES"
+PARAMETERS = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]  # type: ignore[attr-defined]
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+LONGEST = 2**20  # bytes of a command
+
+_lock = threading.Lock()
+_server: socket.socket | None = None
+
+
+class Forked(subprocess.Popen):  # type: ignore[type-arg]
+    """As the original, but for the modules that are imported already."""
+
+    def _execute_child(self, *arguments: Any) -> None:
+        told = dict(zip(PARAMETERS, arguments, strict=True))
+        variables = dict(os.environ if told["env"] is None else told["env"])
+        if FRESH in variables or not _is_known(told):
+            super()._execute_child(*arguments)  # type: ignore[misc]
+            return
+        command = {
+            "arguments": [str(each) for each in told["args"]],
+            "variables": variables,
+            "folder": str(told["cwd"] or os.getcwd()),
+            "session": told["start_new_session"],
+        }
+        ends = [told[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        self.pid = _asked(command, [own if end == -1 else end for own, end in enumerate(ends)])
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(told[name] for name in pipes))  # type: ignore[attr-defined]
+
+
+def _is_known(told: dict[str, Any]) -> bool:
+    args = told["args"]
+    known = isinstance(args, list) and args[:2] == [sys.executable, "-m"] and args[2] in MODULES
+    return known and not LIGHT & set(args) and told["preexec_fn"] is None and not told["pass_fds"]
+
+
+def _asked(command: dict[str, Any], files: list[int]) -> int:
+    """The id of a new child of this process, with these files as its 0, 1 and 2."""
+    global _server
+    with _lock:
+        _server = server = _server or _started()
+        _adopt(True)  # what loses its parent meanwhile becomes our child
+        try:
+            socket.send_fds(server, [json.dumps(command).encode()], files)
+            return int(server.recv(100))
+        finally:
+            _adopt(False)
+
+
+def _adopt(on: bool) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def _started() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    return ours
+
+
+def use(server: socket.socket | None = None) -> None:
+    """From now on Popen asks a server: this one, or one of its own."""
+    global _server
+    _server = server
+    subprocess.Popen = Forked  # type: ignore[misc]
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def main(server: socket.socket) -> None:
+    """Fork for each command; goes on, in the forked process, as `python -m MODULE`."""
+    command, files = _next(server)
+    while True:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if command["session"]:
+            os.setsid()
+        if os.fork() == 0:  # the server of that process
+            for descriptor in files:
+                os.close(descriptor)
+            ours.close()
+            command, files = _next(theirs)
+        else:
+            theirs.close()
+            break
+    _become(command, files)
+    use(ours)
+    sys.modules.pop(command["arguments"][2], None)  # it is __main__ now
+    runpy.run_module(command["arguments"][2], run_name="__main__", alter_sys=True)
+
+
+def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """In a new process, what it is told; the process that calls ends when its client does."""
+    while True:
+        message, files, _, _ = socket.recv_fds(server, LONGEST, 3)
+        if not message:
+            os._exit(0)
+        between = os.fork()
+        if between == 0:
+            between = os.getpid()
+            if os.fork():
+                os._exit(0)
+            while os.getppid() == between:  # until the client has adopted this process
+                time.sleep(0.0005)
+            server.send(str(os.getpid()).encode())
+            server.close()
+            return json.loads(message), files
+        for descriptor in files:
+            os.close(descriptor)
+        os.waitpid(between, 0)
+
+
+def _become(command: dict[str, Any], files: list[int]) -> None:
+    """This process is now as if it had been started like that."""
+    from setproctitle import setproctitle
+
+    for descriptor, file in enumerate(files):
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.chdir(command["folder"])
+    os.environ.clear()
+    os.environ.update(command["variables"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    setproctitle(" ".join(command["arguments"]))
+    sys.argv = command["arguments"][2:]
+    sys.path[:0] = [command["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        stream = os.fdopen(descriptor, mode, buffering=1 if mode == "w" else -1, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _imported() -> None:
+    """What the modules need, and their workers."""
+    import fastapi  # noqa: F401
+    import httptools  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    import uvicorn  # noqa: F401
+
+    import transfer.serve  # noqa: F401
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path[0] = os.path.dirname(sys.path[0])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what is forked; this ends with its client
+    _imported()
+    main(socket.socket(fileno=int(sys.argv[1])))
