@@ -19,10 +19,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-MODULES = ("rlhf.train", "rlhf.resume", "rlhf.evaluate", "rlhf.rollout.worker")
+WORKER = "rlhf.rollout.worker"  # the only one that starts no workers
+MODULES = ("rlhf.train", "rlhf.resume", "rlhf.evaluate", WORKER)
 LIGHT = {"--help", "-h", "--hydra-help", "--cfg"}  # what answers at once, and imports nothing heavy, is not forked
+HERE = Path(__file__).resolve()
 FRESH = "RLHF_FRESH_PROCESSES"
 PARAMETERS = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]  # type: ignore[attr-defined]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -81,7 +84,8 @@ def _adopt(on: bool) -> None:
 def _started() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        command = [sys.executable, HERE.name, str(theirs.fileno())]  # shorter than those that take its place
+        subprocess.Popen(command, cwd=HERE.parent, pass_fds=[theirs.fileno()])
     return ours
 
 
@@ -98,20 +102,17 @@ def use(server: socket.socket | None = None) -> None:
 def main(server: socket.socket) -> None:
     """Fork for each command; goes on, in the forked process, as `python -m MODULE`."""
     command, files = _next(server)
-    while True:
+    while command["arguments"][2] != WORKER:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if command["session"]:
-            os.setsid()
-        if os.fork() == 0:  # the server of that process
-            for descriptor in files:
-                os.close(descriptor)
-            ours.close()
-            command, files = _next(theirs)
-        else:
+        if os.fork():
             theirs.close()
+            use(ours)
             break
+        for descriptor in files:  # this is the server of that process
+            os.close(descriptor)
+        ours.close()
+        command, files = _next(theirs)
     _become(command, files)
-    use(ours)
     sys.modules.pop(command["arguments"][2], None)  # it is __main__ now
     runpy.run_module(command["arguments"][2], run_name="__main__", alter_sys=True)
 
@@ -131,7 +132,10 @@ def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 time.sleep(0.0005)
             server.send(str(os.getpid()).encode())
             server.close()
-            return json.loads(message), files
+            command = json.loads(message)
+            if command["session"]:
+                os.setsid()
+            return command, files
         for descriptor in files:
             os.close(descriptor)
         os.waitpid(between, 0)
@@ -139,8 +143,6 @@ def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 def _become(command: dict[str, Any], files: list[int]) -> None:
     """This process is now as if it had been started like that."""
-    from setproctitle import setproctitle
-
     for descriptor, file in enumerate(files):
         os.dup2(file, descriptor)
         os.close(file)
@@ -148,7 +150,7 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(command["variables"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    setproctitle(" ".join(command["arguments"]))
+    setproctitle.setproctitle(" ".join(command["arguments"]))
     sys.argv = command["arguments"][2:]
     sys.path[:0] = [command["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
@@ -169,8 +171,11 @@ def _imported() -> None:
 
 
 if __name__ == "__main__":
+    import setproctitle
+
+    setproctitle.getproctitle()  # looks where its own stands while the environment is as it was
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.path[0] = os.path.dirname(sys.path[0])
+    sys.path[0] = str(HERE.parents[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what is forked; this ends with its client
     _imported()
     main(socket.socket(fileno=int(sys.argv[1])))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import FRESH
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "fastapi", "numpy", "requests")
@@ -31,7 +32,7 @@ def without_heavy(tmp_path):
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(WITHOUT_HEAVY)
-    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+    return {"PYTHONPATH": f"{folder}:{ROOT}", FRESH: "1"}
 
 
 def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
