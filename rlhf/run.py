@@ -76,7 +76,7 @@ class Site:
     config: RunConfig
     folder: Path
     bars: Bars
-    peaks: dict[str, float]  # the most memory that trainer and workers have had so far
+    heart: Heartbeat
     began: float
     notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
     saved: Saved | None = None  # the checkpoint that the run goes on from
@@ -99,7 +99,7 @@ def _run(config: RunConfig, folder: Path, overrides: Sequence[str], resume: bool
         stack.enter_context(resumable(Store(folder / FOLDER)))
         parts = trained(site, gathered(site), stack)
     summary = site.notes | summarise(parts.record.rows)
-    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **site.peaks}
+    summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **site.heart.peaks}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
     plot_curves(parts.record.rows, folder / "curves.png", title)
     write_summary(folder, "finished", overrides, summary)
@@ -120,7 +120,7 @@ def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     bars = stack.enter_context(Bars(console))
     heart = stack.enter_context(Heartbeat(folder, bars.pulse, bars.say))
-    return Site(config, folder, bars, heart.peaks, began)
+    return Site(config, folder, bars, heart, began)
 
 
 def trained(site: Site, matter: Matter, stack: ExitStack) -> Parts:
@@ -132,6 +132,7 @@ def trained(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     with parts.keeper:
         train_policy()
         _save(matter.policy, matter.tokenizer, site)
+    site.heart.look()  # while there are workers
     return parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -42,20 +43,23 @@ def histories_hold(request):
             assert not missing, f"{journals}: a whole run has no {sorted(missing)} (only {dict(counts)})"
 
 
+@functools.cache
+def _composed(*overrides: str):
+    from hydra import compose, initialize_config_dir
+
+    from rlhf.compose import CONF, register
+
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
 @pytest.fixture
 def compose_run():
     """`compose_run("algo=ppo", ...) -> RunConfig`."""
-    from hydra import compose, initialize_config_dir
+    from rlhf.compose import checked
 
-    from rlhf.compose import CONF, checked, register
-
-    register()
-
-    def composed(*overrides: str):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return checked(compose("config", overrides=list(overrides)))
-
-    return composed
+    return lambda *overrides: checked(_composed(*overrides))
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def started(folder: Path) -> dict[str, str]:
 JOBS = ("-m", *TINY, "reward=function", "reward.function=mine:dies_once,mine:notes", "steps=1,0")
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
     done, folder = sweep(*JOBS)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -63,7 +63,7 @@ def check_run(config: RunConfig, folder: Path, told: str = "") -> None:
         began = time.monotonic()
         parts = trained(site, matter, stack)
         seconds = time.monotonic() - began
-    _tell_step(parts.record.rows, seconds, parts.record.seconds, site.peaks)
+    _tell_step(parts.record.rows, seconds, parts.record.seconds, site.heart.peaks)
 
 
 def one_step(config: RunConfig) -> RunConfig:

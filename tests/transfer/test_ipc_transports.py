@@ -254,12 +254,14 @@ def told(actor):
     return ray.get(actor.told.remote(), timeout=DEADLINE_S)
 
 
+@pytest.mark.slow
 def test_a_ray_actor_receives_weights_exactly(actors):
     sent = weights()
     send(sent, mode="ray", llm_handle=actors[0])
     assert told(actors[0]) == (digests(sent), 0)
 
 
+@pytest.mark.slow
 def test_a_list_of_ray_actors_receives_the_same_weights(actors):
     sent = weights()
     send(sent, mode="ray", llm_handle=actors)

@@ -412,6 +412,7 @@ def run(tally, worlds):
     run_worlds(worlds, tally, derandomize=True, phases=[hypothesis.Phase.generate])
 
 
+@pytest.mark.slow
 def test_the_protocol_as_it_is_survives_the_same_worlds():
     tally = Counter()
     run(tally, WORLDS)
