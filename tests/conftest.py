@@ -47,9 +47,9 @@ def histories_hold(request):
 def _composed(*overrides: str):
     from hydra import compose, initialize_config_dir
 
-    from rlhf.compose import CONF, register
+    import rlhf.train  # noqa: F401 - which makes the schemas known
+    from rlhf.compose import CONF
 
-    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides))
 

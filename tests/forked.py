@@ -17,12 +17,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 WORKER = "rlhf.rollout.worker"  # the only one that starts no workers
+SCRIPTS = ("run_with_fault.py",)  # of this folder
 MODULES = ("rlhf.train", "rlhf.resume", "rlhf.evaluate", WORKER)
 LIGHT = {"--help", "-h", "--hydra-help", "--cfg"}  # what answers at once, and imports nothing heavy, is not forked
 HERE = Path(__file__).resolve()
@@ -59,7 +61,9 @@ class Forked(subprocess.Popen):  # type: ignore[type-arg]
 
 def _is_known(told: dict[str, Any]) -> bool:
     args = told["args"]
-    known = isinstance(args, list) and args[:2] == [sys.executable, "-m"] and args[2] in MODULES
+    if not isinstance(args, list) or args[0] != sys.executable:
+        return False
+    known = (args[1:2] == ["-m"] and args[2] in MODULES) or args[1] in [str(HERE.with_name(name)) for name in SCRIPTS]
     return known and not LIGHT & set(args) and told["preexec_fn"] is None and not told["pass_fds"]
 
 
@@ -102,7 +106,7 @@ def use(server: socket.socket | None = None) -> None:
 def main(server: socket.socket) -> None:
     """Fork for each command; goes on, in the forked process, as `python -m MODULE`."""
     command, files = _next(server)
-    while command["arguments"][2] != WORKER:
+    while WORKER not in command["arguments"]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork():
             theirs.close()
@@ -113,8 +117,13 @@ def main(server: socket.socket) -> None:
         ours.close()
         command, files = _next(theirs)
     _become(command, files)
-    sys.modules.pop(command["arguments"][2], None)  # it is __main__ now
-    runpy.run_module(command["arguments"][2], run_name="__main__", alter_sys=True)
+    _, what, module, *_ = [*command["arguments"], ""]
+    if what == "-m":
+        sys.modules.pop(module, None)  # it is __main__ now
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(HERE.parent))
+        runpy.run_path(what, run_name="__main__")
 
 
 def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -151,7 +160,8 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
     os.environ.update(command["variables"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     setproctitle.setproctitle(" ".join(command["arguments"]))
-    sys.argv = command["arguments"][2:]
+    sys.argv = command["arguments"][2 if command["arguments"][1] == "-m" else 1 :]
+    tempfile.tempdir = None  # it is where TMPDIR says
     sys.path[:0] = [command["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         stream = os.fdopen(descriptor, mode, buffering=1 if mode == "w" else -1, closefd=False)

