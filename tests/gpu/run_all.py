@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 from processes import ROOT, Row, memory_used, output, rows_of, series
+from trusted import a_check_tells_what_a_run_takes, a_step_is_traced, killed_runs_go_on
 
 DEADLINE_S = 400.0  # of one run, and of the tests
 BACKENDS = {
@@ -88,8 +89,16 @@ def memory_stays_flat(folder: Path) -> str:
         return "; ".join(pool.submit(_pushes, folder, take).result(DEADLINE_S) for take in ("view", "copy"))
 
 
+def a_check_tells_the_memory(folder: Path) -> str:
+    """Of the large model."""
+    return a_check_tells_what_a_run_takes(folder, *HALF_BILLION)
+
+
 QUIET = (memory_stays_flat, half_a_billion_parameters, memory_tests)  # these are timed: nothing else runs meanwhile
-BUSY = (tests, small_runs_agree, workers_in_bfloat16, default_runs_agree)  # two at a time
+BUSY = (
+    *(tests, small_runs_agree, workers_in_bfloat16, default_runs_agree),
+    *(killed_runs_go_on, a_step_is_traced, a_check_tells_the_memory),
+)  # two at a time
 
 
 def main() -> int:
