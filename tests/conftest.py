@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,7 +23,7 @@ from history import check
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)
-if forked.FRESH not in os.environ:
+if forked.FRESH not in os.environ and find_spec("setproctitle"):
     forked.use()
 ROOT = Path(__file__).resolve().parent.parent
 
