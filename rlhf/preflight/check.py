@@ -209,7 +209,7 @@ def _tell_step(rows: Rows, seconds: float, rest: Mapping[str, float], peaks: Map
     lines = [(f"  {phase}", step[f"seconds/{phase}"]) for phase in PHASES if f"seconds/{phase}" in step]
     taken = [("one step", step["seconds/step"]), *lines, *others.items(), ("start, warm-up and first transfer", before)]
     shown = [(name, f"{1e3 * value:,.1f} ms") for name, value in taken]
-    shown += [(f"most memory, {name.partition('/')[2]}", human(mib * 2**20)) for name, mib in peaks.items() if mib]
+    shown += [(_of_memory(name), human(mib * 2**20)) for name, mib in peaks.items() if mib]
     console = Console()
     _table(console, "Made with the real parts", shown)
     console.print(
@@ -217,6 +217,11 @@ def _tell_step(rows: Rows, seconds: float, rest: Mapping[str, float], peaks: Map
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _of_memory(name: str) -> str:
+    kind, _, who = name.partition("/")
+    return f"most {'GPU ' if kind.startswith('gpu_') else ''}memory, {who}"
 
 
 def _table(console: Console, title: str, lines: Sequence[tuple[str, str]]) -> None:

@@ -47,7 +47,7 @@ def a_check_tells_what_a_run_takes(folder: Path, *overrides: str) -> str:
     command = [sys.executable, "-m", "rlhf.train", "mode=check", f"hydra.run.dir={folder / 'checked'}", *overrides]
     said = output(command, folder / "check.log", DEADLINE_S)
     assert not (folder / "checked").exists()
-    lines = [line.strip() for line in said.splitlines() if "most memory" in line or "in all" in line]
+    lines = [line.strip() for line in said.splitlines() if "most " in line or "trainer, on" in line]
     return "; ".join(" ".join(line.strip("│ ").split()) for line in lines)
 
 
