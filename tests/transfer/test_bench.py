@@ -248,6 +248,19 @@ def test_a_run_that_is_killed_leaves_no_process_behind(tmp_path):
         wait_until(lambda: not run.processes(), "processes are left")
 
 
+def test_what_a_killed_run_has_left_in_shared_memory_is_removed_by_a_later_one(tmp_path):
+    gone = 2**22 + 1  # no process can have this number
+    old, living, fresh, other = (
+        tmp_path / f"transfer-bench-{name}" for name in (f"{gone}-a", f"{os.getpid()}-b", f"{gone}-c", "x")
+    )
+    for folder in (old, living, fresh, other):
+        folder.mkdir()
+    for folder in (old, living, other):
+        os.utime(folder, (0, 0))
+    peers.remove_left(tmp_path)
+    assert {folder for folder in (old, living, fresh, other) if folder.exists()} == {living, fresh, other}
+
+
 # --- what cannot be done ----------------------------------------------------------------------------------------------
 
 

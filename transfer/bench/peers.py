@@ -7,10 +7,13 @@ import http.client
 import io
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,8 @@ from transfer.senders.ray import RaySender
 from transfer.wire import TOKEN_VARIABLE
 
 SHM = "/dev/shm"
+FOLDER = "transfer-bench-"  # begins the names of folders there; the process's number follows
+STALE_S = 3600.0
 ALONE = {"backend": "local"}  # the endpoint of a worker that no session feeds
 BUCKET_BYTES = 64 * 10**6  # of tensors in one body of `pickle-http`
 IN_PIPE = ("torch-shared", "torch-shared-fresh", "raw-http", "pickle-http", "gloo-by-tensor", "safetensors-shm")
@@ -319,11 +324,19 @@ def _safetensors(peer: Peer, source: Source, stack: ExitStack) -> Callable[[], N
 
     def send() -> None:
         if not folders:
-            folders.append(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix=f"transfer-bench-{os.getpid()}-", dir=SHM))
-            )
+            remove_left(Path(SHM))
+            folders.append(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-", dir=SHM)))
         path = f"{folders[0]}/weights.safetensors"
         save_file(source.weights, path)
         peer.ask("safetensors", path)
 
     return send
+
+
+def remove_left(shared: Path) -> None:
+    """Remove what benchmarks have left that were killed: of an hour ago or more, and of no process that lives."""
+    for left in shared.glob(f"{FOLDER}*-*"):
+        with suppress(OSError, ValueError):
+            lives = Path("/proc", str(int(left.name.removeprefix(FOLDER).partition("-")[0]))).exists()
+            if not lives and time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left)
