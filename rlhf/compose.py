@@ -133,9 +133,9 @@ def _plain(config: Any) -> Any:
 
 
 def unknown_choices(overrides: list[str]) -> list[str]:
-    """For each `group=a,b,...` of a sweep that names what `conf/` has not: one line that says what it has.
+    """For each `group=a,b` of a sweep, or `group=[a,b]`, that names what `conf/` has not: one line with what it has.
 
-    Hydra says so, too, before the first job, but in ten lines. With a search path of the user's own that is left to it.
+    Hydra says so in ten lines, or, of a list, not at all. With a search path of the user's own that is left to it.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -145,17 +145,25 @@ def unknown_choices(overrides: list[str]) -> list[str]:
     lines = []
     for override in overrides:
         group = override.partition("=")[0].lstrip("+").partition("@")[0]
-        if "," not in override or not (CONF / group).is_dir():
+        if not {",", "["} & set(override) or not (CONF / group).is_dir():
             continue
         try:
             (parsed,) = OverridesParser.create().parse_overrides([override])
         except HydraException:
             continue
         there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        named = list(parsed.sweep_string_iterator()) if parsed.is_choice_sweep() else []
-        if unknown := [name for name in named if name not in (*there, "null") and not name.startswith("[")]:
+        if unknown := [name for name in _choices_of(parsed) if name not in (*there, "null")]:
             lines.append(f"{override}: there is no {group}={' or '.join(unknown)}; choose from {', '.join(there)}")
     return lines
+
+
+def _choices_of(override: Any) -> list[str]:
+    """What a sweep over choices, or a list of them, names; a sweep over lists names what they hold."""
+    if override.is_choice_sweep():
+        values = [each.strip("[]").split(",") for each in override.sweep_string_iterator()]
+        return [name.strip() for names in values for name in names if name.strip()]
+    value = None if override.is_sweep_override() else override.value()
+    return [str(name) for name in value] if isinstance(value, list) else []
 
 
 def misplaced(overrides: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunError(
-            f"the disk is full ({error}): make room, then go on with python -m rlhf.resume {folder}"
+            f"the disk is full ({error}): make room, then go on with python -m rlhf.resume {shlex.quote(str(folder))}"
         ) from error
 
 

@@ -1,14 +1,21 @@
-"""A folder in which a run trains is left alone: whoever would write there is refused before Hydra does."""
+"""What must not be written over: a folder in which a run trains, and a sweep's finished jobs of other choices.
+
+Whoever would do so is refused before Hydra writes its own files there.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 
 from rlhf.ending import RunError, check_free
+from rlhf.reports.summary import read_summary
+
+NUMBERED = "${hydra.job.num}"  # Hydra's default name of a job's folder
 
 
 class Occupied(Callback):
@@ -17,12 +24,44 @@ class Occupied(Callback):
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
         """One run."""
         if config.hydra.output_subdir is not None:  # else Hydra writes nothing
-            _end_if_busy(Path(config.hydra.run.dir))
+            folder = Path(config.hydra.run.dir)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                sys.exit(f"{folder} cannot be made ({error.strerror}): choose another hydra.run.dir=...")
+            _end_if_busy(folder)
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """A sweep: any of its jobs."""
-        for hydra in sorted(Path(config.hydra.sweep.dir).glob("*/.hydra")):
+        sweep = Path(config.hydra.sweep.dir)
+        for hydra in sorted(sweep.glob("*/.hydra")):
             _end_if_busy(hydra.parent)
+        for folder, job in _jobs(config, sweep):
+            summary = read_summary(folder)
+            done = summary.get("overrides", [])
+            if summary.get("status") == "finished" and done != job:
+                sys.exit(
+                    f"{folder} holds a finished job with {_others(done, job)}, where this sweep would have one with "
+                    f"{_others(job, done)}: choose another hydra.sweep.dir=..., or remove that folder first"
+                )
+
+
+def _jobs(config: Any, sweep: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Where each job of Hydra's own sweeper will write, and its overrides; none with folders of the user's choice."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    if not str(hydra["sweeper"]["_target_"]).endswith("BasicSweeper") or hydra["sweep"]["subdir"] != NUMBERED:
+        return
+    given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    for number, job in enumerate(BasicSweeper.split_arguments(given, None)[0]):
+        yield sweep / str(number), job
+
+
+def _others(these: Sequence[str], those: Sequence[str]) -> str:
+    return " ".join(each for each in these if each not in those) or "fewer overrides"
 
 
 def _end_if_busy(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,7 @@ def found(folders: Sequence[Path]) -> list[Path]:
         below = [folder] if is_run(folder) else runs_below(folder)
         if not below:
             raise ValueError(f"{folder} is neither a run (metrics.jsonl, .hydra/) nor a sweep of runs (0/.hydra/, ...)")
-        runs += below
+        runs += [each for each in below if each.resolve() not in [run.resolve() for run in runs]]
     return runs
 
 
@@ -318,7 +319,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     where = given.to or (given.folders[0] if len(given.folders) == 1 else Path())
-    page = write_report([read_run(path) for path in paths], where)
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        if not run.rows:
+            print(f"warning: {run.path} has no metrics yet, or none that can be read", file=sys.stderr)
+    try:
+        page = write_report(runs, where)
+    except OSError as error:
+        parser.error(f"nothing can be written into {where} ({error.strerror}): choose another --to")
     print(f"{len(paths)} run(s): {page} ({page.stat().st_size / 1e6:.2f} MB), {where / 'report'}/*.png")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,43 @@ def main() -> None:
     folder, overrides = Path(arguments[0]), arguments[1:]
     with as_command(overrides):
         try:
-            config, replayed = composed(folder, overrides)
-            if finished(folder, replayed):
-                print(f"finished already: {folder}")
-                return
-            from rlhf.run import run
+            with taken_back(folder):
+                config, replayed = composed(folder, overrides)
+                if finished(folder, replayed):
+                    print(f"finished already: {folder}")
+                    return
+                from rlhf.run import run
 
-            run(config, folder, replayed, resume=True)
+                run(config, folder, replayed, resume=True)
         except (HydraException, *EXPLAINED) as error:
-            print(error, file=sys.stderr)
+            print(_with_cause(error), file=sys.stderr)
             sys.exit(1)
+
+
+@contextmanager
+def taken_back(folder: Path) -> Iterator[None]:
+    """If a resume ends with an error before anything new is saved, the run's dials are again those of before."""
+    paths = [folder / ".hydra" / name for name in ("overrides.yaml", "config.yaml", HYDRA)]
+    before, saved = {path: path.read_text() for path in paths if path.is_file()}, _saved(folder)
+    try:
+        yield
+    except Exception:
+        changed = [path for path, text in before.items() if path.read_text() != text]
+        if changed and not _saved(folder) - saved:
+            for path in changed:
+                _replace(path, before[path])
+            print("nothing of it is kept: the run's dials are what they were", file=sys.stderr)
+        raise
+
+
+def _saved(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoints/[0-9]*")}
+
+
+def _with_cause(error: Exception) -> str:
+    """Hydra's errors say which override is wrong; why is said by what they were raised from."""
+    cause = str(error.__cause__ or "").strip().partition("\n")[0]
+    return f"{error}: {cause}" if cause and cause not in str(error) and not isinstance(error, EXPLAINED) else str(error)
 
 
 def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
@@ -100,8 +128,9 @@ def finished(folder: Path, overrides: Sequence[str]) -> bool:
 
 
 def _hydra(folder: Path) -> Path:
-    if not (folder / ".hydra" / "overrides.yaml").is_file():
-        raise ValueError(f"{folder} is no folder of a run: it has no .hydra/overrides.yaml")
+    for name in ("overrides.yaml", "config.yaml"):
+        if not (folder / ".hydra" / name).is_file():
+            raise ValueError(f"{folder} is no folder of a run: it has no .hydra/{name}")
     return folder / ".hydra"
 
 

@@ -147,6 +147,8 @@ def _found(site: Site) -> Saved | None:
     if step is None:
         site.bars.say("nothing was saved yet: the run begins anew")
         return None
+    if step > site.config.steps:
+        raise RunError(f"step {step} is done already: steps must be at least that (got {site.config.steps})")
     store.keep_only([kept for kept in store.steps() if kept <= step])
     site.bars.say(f"goes on after step {step}")
     return Saved.of(store.path(step))

@@ -115,9 +115,12 @@ class SweepTable(Callback):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m rlhf.sweep DIR`: tables and plot of a sweep again, from its folders."""
-    parser = argparse.ArgumentParser("python -m rlhf.sweep", description=main.__doc__)
+    about = "Write the tables and the plot of a sweep again, from its folders."
+    parser = argparse.ArgumentParser("python -m rlhf.sweep", description=about)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep, whose jobs are DIR/0, DIR/1, ...")
-    parser.add_argument("--by", choices=[each.value for each in Objective], help="what the leaderboard is sorted by")
+    objectives = [each.value for each in Objective]
+    said = f"what the leaderboard is sorted by: {', '.join(objectives)}"
+    parser.add_argument("--by", choices=objectives, metavar="NAME", help=said)
     given = parser.parse_args(arguments)
     if not runs_below(given.folder):
         parser.error(f"{given.folder} holds no jobs of a sweep (DIR/0/.hydra/config.yaml, ...)")

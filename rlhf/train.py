@@ -25,7 +25,7 @@ NOWHERE = (f"{RUN_DIR}.", "hydra.output_subdir=null", "hydra.mode=RUN")
 HELP = """\
 RLHF: sample, score, learn, hand the new weights over; repeat.
 
-  python -m rlhf.train                                  the default run: SFT, reward model, GRPO; under a minute
+  python -m rlhf.train                                  the default run: SFT, reward model, GRPO; a minute or two
   python -m rlhf.train algo=rloo task=reverse           swap parts (group=choice); key=value changes one dial
   python -m rlhf.train mode=check algo=ppo              before a run: validate, estimate memory, make one step
   python -m rlhf.train -m transfer=ipc,disk seed=0,1    a sweep: every combination, one table

@@ -406,3 +406,26 @@ def test_a_full_disk_costs_samples_and_the_status_but_no_step_and_what_is_lost_a
     monkeypatch.undo()
     run(compose_run(*SMALL, "steps=2"), tmp_path, resume=True)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_resume_that_is_refused_changes_nothing_and_the_plain_one_goes_on(commands):
+    begin = ("rlhf.train", *SMALL, "steps=4", "checkpoint.every=2", "hydra.run.dir=run")
+    commands.start(*begin)
+    assert commands.ended() == 0, commands.said()
+    hydra, notes = commands.folder / "run" / ".hydra", ("overrides.yaml", "config.yaml", "hydra.yaml")
+    before = {name: (hydra / name).read_text() for name in notes}
+    (commands.folder / "run" / "summary.json").unlink()
+    refused = {
+        ("model.hidden=64", "steps=6"): "holds another model than model names",
+        ("algo=ppo", "steps=6"): "does not hold what this run trains",
+        ("steps=3",): "step 4 is done already: steps must be at least that (got 3)",
+        ("steps=x",): "Value 'x' of type 'str' could not be converted to Integer",
+    }
+    for overrides, why in refused.items():
+        commands.start("rlhf.resume", "run", *overrides)
+        assert commands.ended() == 1 and why in commands.said() and "Traceback" not in commands.said()
+        assert {name: (hydra / name).read_text() for name in notes} == before
+    commands.start("rlhf.resume", "run")
+    assert commands.ended() == 0, commands.said()
+    commands.start("rlhf.resume", "run", "steps=5")
+    assert commands.ended() == 0 and "- steps=5" in (hydra / "overrides.yaml").read_text()

@@ -135,13 +135,15 @@ def test_a_sweep_with_jobs_that_died_or_were_interrupted_has_them_in_its_table_a
 
 
 @pytest.mark.slow
-def test_a_job_with_other_overrides_is_no_finished_one(sweep):
-    sweep("-m", *TINY, "seed=0,1", "steps=1")
+def test_a_finished_job_is_not_written_over_by_another_sweep_and_more_seeds_may_follow(sweep):
     first = table(sweep("-m", *TINY, "seed=0,1", "steps=1")[1])
     done, folder = sweep("-m", *TINY, "seed=0,1", "steps=2")
-    assert done.returncode == 0 and "skipped" not in done.stdout
-    assert [row["overrides"] for row in table(folder)] != [row["overrides"] for row in first]
-    assert all(row["status"] == "finished" and float(row["seconds"]) > 0 for row in table(folder))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    said = "sweep/0 holds a finished job with steps=1, where this sweep would have one with steps=2: choose another"
+    assert said in done.stderr and table(folder) == first
+    done, folder = sweep("-m", *TINY, "seed=0,1,2", "steps=1")
+    assert done.returncode == 0 and done.stdout.count("skipped") == 2
+    assert [row["status"] for row in table(folder)] == ["finished"] * 3
 
 
 @pytest.mark.slow

@@ -53,6 +53,8 @@ def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
         ("model.lora.rank=8 algo.ref_every=5", 1, "the reference of an adapter is the base below it, which stays"),
         ("prompts_per_step=0", 1, "prompts_per_step must be at least 1 (got 0)"),
         ("-m seed=0,1 typo=1", 1, "Could not override 'typo'"),
+        ("logger=[console,jsonk]", 1, "there is no logger=jsonk; choose from console, jsonl, mlflow, "),
+        ("hydra.run.dir=/proc/version/run", 1, "/proc/version/run cannot be made (Not a directory): choose another"),
         ("--help", 0, "python -m rlhf.train mode=check"),
         ("mode=check --cfg job", 0, "mode: check"),
         ("mode=chek", 1, "Invalid value 'chek', expected one of [train, check]"),

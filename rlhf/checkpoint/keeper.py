@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +55,7 @@ def resumable(store: Store) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
         if not store.steps():
             raise
-        go_on = f"python -m rlhf.resume {store.folder.parent}"
+        go_on = f"python -m rlhf.resume {shlex.quote(str(store.folder.parent))}"
         print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
         if isinstance(end, SystemExit) and end.code == TERMINATED:
             raise SystemExit(RESUMABLE) from None

@@ -79,33 +79,33 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimiser over `module` holds, as `<parameter>/<key>`, with its fp32 weights where it has its own."""
-    learning = _learning(module)
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{learning[i][0]}/{key}": value for i, held in state.items() for key, value in held.items()}
-    masters = zip(learning, _stepped(optimizer), strict=True)
-    return tensors | {f"{name}/{MASTER}": master.detach() for (name, own), master in masters if master is not own}
+    stepped, own = _stepped(optimizer), dict(module.named_parameters())
+    names, state = list(stepped), optimizer.state_dict()["state"]
+    tensors = {f"{names[i]}/{key}": value for i, held in state.items() for key, value in held.items()}
+    masters = {name: weight for name, weight in stepped.items() if weight is not own[name]}
+    return tensors | {f"{name}/{MASTER}": master.detach() for name, master in masters.items()}
 
 
-def load_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; rates and the like stay those of the optimiser."""
-    index = {name: i for i, (name, _) in enumerate(_learning(module))}
-    masters = _stepped(optimizer)
+    stepped = _stepped(optimizer)
+    index = {name: i for i, name in enumerate(stepped)}
     state: dict[int, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         if key == MASTER:
-            masters[index[name]].data.copy_(tensor)
+            stepped[name].data.copy_(tensor)
         else:
             state.setdefault(index[name], {})[key] = tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _learning(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _stepped(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What it steps, by the names it was given (which weights learn is no sign: while they sample, none do)."""
+    groups = optimizer.param_groups
+    return {
+        name: weight for group in groups for name, weight in zip(group["param_names"], group["params"], strict=True)
+    }
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -140,8 +140,8 @@ def load_state(state: State, folder: Path, values: Mapping[str, Any], device: to
             saved = tensors(name)
             for key, tensor in weights_of(module).items():
                 tensor.data.copy_(saved[key])
-        for name, (module, optimizer) in state.optimizers.items():
-            load_optimizer(module, optimizer, tensors(name + OPTIMIZER))
+        for name, (_, optimizer) in state.optimizers.items():
+            load_optimizer(optimizer, tensors(name + OPTIMIZER))
         for name, held in state.tensors.items():
             for key, tensor in tensors(name).items():
                 held[key] = held[key].copy_(tensor) if key in held else tensor.to(device, copy=True)

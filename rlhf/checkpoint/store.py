@@ -46,7 +46,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """Of all checkpoints that have a name, in order; whether they verify is another question."""
-        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]" * 8))
 
     def path(self, step: int) -> Path:
         """The folder of a checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,14 @@ from rlhf.config import AdamWConfig, OptimConfig
 
 def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The optimiser that `config` names, over all parameters of `model` that learn, or over fp32 masters of them."""
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    masters = [_master(p) for p in parameters] if config.master_weights else parameters
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    masters: Sequence[Tensor] = [_master(p) for p in parameters] if config.master_weights else parameters
+    named = list(zip(names, masters, strict=True))  # a checkpoint calls its state by them
     match config:
         case AdamWConfig():
             betas = (config.beta1, config.beta2)
             optimizer = torch.optim.AdamW(
-                masters, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+                named, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
             )
         case _:
             raise AssertionError(config)

@@ -83,7 +83,7 @@ class Heartbeat:
         self._thread.join()
         with suppress(OSError):
             self.look()
-            self.write("ended" if kind is None else f"ended by {kind.__name__}")
+            self.write(_ended(kind))
 
     def _beat(self) -> None:
         while not self._end.wait(self.every_s):
@@ -129,6 +129,13 @@ class Heartbeat:
             self._dumped = since
             dump_stacks(self.folder / "stacks.txt")
             self.say(f"heartbeat: stacks are in {self.folder / 'stacks.txt'} and in the workers' logs")
+
+
+def _ended(kind: type[BaseException] | None) -> str:
+    if kind is None:
+        return "finished"
+    stopped = issubclass(kind, (KeyboardInterrupt, SystemExit))
+    return "stopped" if stopped else "failed"
 
 
 def dump_stacks(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -123,5 +124,5 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for path in sorted(folder.iterdir()):
         if not path.name.startswith("."):
             console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
-    console.print(f"next: python -m rlhf.report {folder}", soft_wrap=True, highlight=False)
+    console.print(f"next: python -m rlhf.report {shlex.quote(str(folder))}", soft_wrap=True, highlight=False)
     console.print("      look at report.html; then change a dial: algo=rloo task=reverse", highlight=False)

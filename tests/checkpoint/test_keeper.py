@@ -23,6 +23,7 @@ from rlhf.checkpoint.store import Store
 from rlhf.ending import RESUMABLE, TERMINATED, RunError, terminate_as_interrupt
 from rlhf.learning.learner import Learner
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.rollout.hf import evaluating
 
 
 class Record:
@@ -267,6 +268,19 @@ def test_a_signal_between_two_steps_saves_the_state_at_once(make_keeper, handler
     assert loaded(make_keeper, keeper) == (1, {1.0})
     assert isinstance(stopped.value, KeyboardInterrupt) or stopped.value.code == RESUMABLE == 75
     assert capsys.readouterr().err.startswith("step 1 is saved: go on with python -m rlhf.resume ")
+
+
+def test_a_signal_while_the_policy_itself_samples_saves_all_of_the_state(make_keeper, handlers):
+    keeper, learner = make_keeper("checkpoint.every=100")
+    keeper.begin(learner, 0)
+    with pytest.raises(SystemExit), keeper:
+        with keeper.changing():
+            touch(learner, 1.0)
+            keeper.reached(1, 1)
+        with evaluating(learner.policy):  # as a worker in this process does, in a thread that goes on
+            os.kill(os.getpid(), signal.SIGTERM)
+            keeper.__exit__(SystemExit, SystemExit(143), None)
+    assert loaded(make_keeper, keeper) == (1, {1.0})
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

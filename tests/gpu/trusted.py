@@ -60,7 +60,7 @@ def a_step_is_traced(folder: Path) -> str:
     kernels = sum(event.get("cat") == "kernel" for event in events)
     assert kernels > 100, f"{kernels} kernels of {len(events)} events"
     status = json.loads((run / "status.json").read_text())
-    assert status["state"] == "ended" and status["gpu_memory_mib/trainer"] > 1
+    assert status["state"] == "finished" and status["gpu_memory_mib/trainer"] > 1
     output([sys.executable, "-m", "rlhf.report", str(run)], run.with_suffix(".report"), DEADLINE_S)
     page = (run / "report.html").stat().st_size
     assert 50_000 < page < 2_000_000

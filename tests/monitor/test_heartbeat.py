@@ -39,7 +39,7 @@ def test_the_status_says_where_the_run_is_and_in_the_end_how_it_ended(tmp_path):
         assert (told["state"], told["stage"], told["done"], told["of"]) == ("running", "grpo", 3, 6)
         assert told["numbers"] == {"reward": 0.5} and told["pid"] == os.getpid() and told["memory_mib/trainer"] > 10
         raise KeyError
-    assert status(tmp_path)["state"] == "ended by KeyError"
+    assert status(tmp_path)["state"] == "failed"
 
 
 def test_a_phase_that_takes_longer_than_usual_is_said_and_one_that_does_not_end_shows_its_stacks(tmp_path):
@@ -115,7 +115,7 @@ def test_chosen_steps_are_traced_and_memory_is_in_the_summary(compose_run, tmp_p
     names = {str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"]}
     assert trace.name == "step-2.json" and any(name.startswith("aten::") for name in names)
     assert any("backward" in name.lower() for name in names), "sampled, learned and handed over"
-    assert summary["memory_mib/trainer"] > 100 and status(tmp_path)["state"] == "ended"
+    assert summary["memory_mib/trainer"] > 100 and status(tmp_path)["state"] == "finished"
 
 
 def test_steps_to_trace_are_steps_of_the_run(compose_run):
