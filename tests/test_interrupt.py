@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from run_with_fault import PHASES
+from shared_memory import left_in_shared_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("run_with_fault.py")
@@ -71,7 +72,7 @@ def ended(tmp_path, temporary):
         deadline = time.monotonic() + GONE_S
         while (survivors := living_in(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        new = set(os.listdir("/dev/shm")) - before
+        new = left_in_shared_memory(before, GONE_S)
         said = [(tmp_path / name).read_text() for name in ("stdout", "stderr")]
         return Ended(code, *said, survivors, new, os.listdir(temporary))
 

@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 from tests.faults.cases import CASES, Case
 from tests.faults.harness import Broken, Stage, Workers
 from tests.faults.sabotage import PLANTED
+from tests.shared_memory import left_in_shared_memory
 
 libc = ctypes.CDLL(None)
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def main() -> int:
         game = Game(arguments)
         game.play()
         counts, wrong = game.counts, game.wrong
-    wrong += [["left in /dev/shm", name] for name in left_in_shared_memory(shared_before, alone)]
+    wrong += [["left in /dev/shm", name] for name in left_in_shared_memory(shared_before, GONE_S, alone)]
     if arguments.result:
         arguments.result.write_text(json.dumps([counts, wrong]))
     else:
@@ -190,29 +191,6 @@ def has_shared_memory_alone() -> bool:
         and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
         and libc.mount(b"shm", b"/dev/shm", b"tmpfs", MS_NOSUID | MS_NODEV, None) == 0
     )
-
-
-def left_in_shared_memory(before: set[str], alone: bool) -> set[str]:
-    """New names in /dev/shm; where others use it, too, those that nobody has open any more."""
-    deadline = time.monotonic() + GONE_S
-    while left := set(os.listdir("/dev/shm")) - before:
-        left = left if alone else {name for name in left if not _held(f"/dev/shm/{name}")}
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.2)
-    return set()
-
-
-def _held(path: str) -> bool:
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if path in (process / "maps").read_text():
-                return True
-            if any(os.readlink(fd) == path for fd in (process / "fd").iterdir()):
-                return True
-        except OSError:
-            continue  # it has ended, or is not ours
-    return False
 
 
 def table(arguments: argparse.Namespace, counts: Counter[str], wrong: list[list[str]], seconds: float) -> str:
