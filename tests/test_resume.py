@@ -417,7 +417,7 @@ def test_a_resume_that_is_refused_changes_nothing_and_the_plain_one_goes_on(comm
     (commands.folder / "run" / "summary.json").unlink()
     refused = {
         ("model.hidden=64", "steps=6"): "holds another model than model names",
-        ("algo=ppo", "steps=6"): "does not hold what this run trains",
+        ("algo=ppo", "steps=6"): "does not hold what this run trains (it has no critic.safetensors): resume it with",
         ("steps=3",): "step 4 is done already: steps must be at least that (got 3)",
         ("steps=x",): "Value 'x' of type 'str' could not be converted to Integer",
     }

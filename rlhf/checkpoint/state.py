@@ -138,6 +138,8 @@ def load_state(state: State, folder: Path, values: Mapping[str, Any], device: to
     try:
         for name, module in state.modules.items():
             saved = tensors(name)
+            if not saved:
+                raise RuntimeError(f"it has no {name}.safetensors")
             for key, tensor in weights_of(module).items():
                 tensor.data.copy_(saved[key])
         for name, (_, optimizer) in state.optimizers.items():
@@ -149,8 +151,8 @@ def load_state(state: State, folder: Path, values: Mapping[str, Any], device: to
             setattr(owner, attribute, values[name])
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"the checkpoint {folder} does not hold what this run trains ({error}): resume it with the model and the "
-            "algorithm that it was started with"
+            f"the checkpoint {folder} does not hold what this run trains ({error}): resume it with the model, the "
+            "reward and the algorithm that it was started with"
         ) from error
 
 
