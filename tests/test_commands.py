@@ -202,32 +202,20 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ran(place):
     """`ran(command, short)`: run it in `place`; all that it said, once it has ended with code 0."""
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "commands.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}"},
-    )
 
     def run(command: str, short: str) -> str:
         text = re.sub(r"FOLDER_OR_HUB_NAME", "run/policy", command)
         text = re.sub(r"\b(FOLDER|RUN_DIR)\b", "run", text)
         python, _, module, *given = words(text)
         assert python == "python"
-        output = place / "output"
-        output.unlink(missing_ok=True)
-        told = {"module": module, "arguments": [*given, *short.split()], "folder": str(place), "output": str(output)}
-        server.stdin.write(json.dumps(told) + "\n")
-        server.stdin.flush()
-        server.stdout.readline()  # its process id
-        code = int(server.stdout.readline())
-        assert code == 0, f"{command}: exit code {code}: {output.read_text()[-3000:]}"
-        return output.read_text()
+        process = [sys.executable, "-m", module, *given, *short.split()]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}"}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(process, cwd=place, env=environment, timeout=300, check=False, **pipes)
+        assert done.returncode == 0, f"{command}: exit code {done.returncode}: {done.stdout[-3000:]}"
+        return done.stdout
 
-    yield run
-    server.stdin.close()
-    server.wait(60)
+    return run
 
 
 @pytest.mark.slow
