@@ -55,7 +55,8 @@ def _jobs(config: Any, sweep: Path) -> Iterator[tuple[Path, list[str]]]:
     hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
     if not str(hydra["sweeper"]["_target_"]).endswith("BasicSweeper") or hydra["sweep"]["subdir"] != NUMBERED:
         return
-    given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    of_file = [f"{key}={choices}" for key, choices in (hydra["sweeper"]["params"] or {}).items()]
+    given = OverridesParser.create().parse_overrides([*of_file, *config.hydra.overrides.task])
     for number, job in enumerate(BasicSweeper.split_arguments(given, None)[0]):
         yield sweep / str(number), job
 

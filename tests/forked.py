@@ -9,6 +9,7 @@ Popen was given, and has a server of its own for its workers. FRESH among the va
 from __future__ import annotations
 
 import ctypes
+import importlib
 import inspect
 import json
 import os
@@ -31,6 +32,18 @@ HERE = Path(__file__).resolve()
 FRESH = "RLHF_FRESH_PROCESSES"
 PARAMETERS = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]  # type: ignore[attr-defined]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+IMPORTED = (  # what the modules need, and their workers
+    *(
+        "rlhf.run",
+        "rlhf.resume",
+        "rlhf.train",
+        "rlhf.saved_policy",
+        "rlhf.rollout.hf",
+        "transfer.serve",
+        "transfer.app",
+    ),
+    *("transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot", "uvicorn", "httptools"),
+)
 LONGEST = 2**20  # bytes of a command
 
 _lock = threading.Lock()
@@ -169,17 +182,6 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _imported() -> None:
-    """What the modules need, and their workers."""
-    import fastapi  # noqa: F401
-    import httptools  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-    import uvicorn  # noqa: F401
-
-    import transfer.serve  # noqa: F401
-
-
 if __name__ == "__main__":
     import setproctitle
 
@@ -187,5 +189,6 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path[0] = str(HERE.parents[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what is forked; this ends with its client
-    _imported()
+    for name in IMPORTED:
+        importlib.import_module(name)
     main(socket.socket(fileno=int(sys.argv[1])))

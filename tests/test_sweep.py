@@ -134,6 +134,24 @@ def test_a_sweep_with_jobs_that_died_or_were_interrupted_has_them_in_its_table_a
     assert all(row["error"] == "" for row in table(folder))
 
 
+def test_the_jobs_that_a_sweep_will_have_are_known_before_it_begins(tmp_path):
+    """Also those of an experiment whose choices stand in its file."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from rlhf.compose import CONF, register
+    from rlhf.occupied import _jobs
+
+    register()
+    given = ["experiment=compare_transfers", "seed=0,1"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = GlobalHydra.instance().config_loader().load_configuration("config", given, RunMode.MULTIRUN)
+    jobs = dict(_jobs(config, tmp_path))
+    assert len(jobs) == 2 * 2 * 2 and list(jobs)[-1] == tmp_path / "7"
+    assert jobs[tmp_path / "1"] == ["transfer=ipc", "transfer/sender=http", "experiment=compare_transfers", "seed=1"]
+
+
 @pytest.mark.slow
 def test_a_finished_job_is_not_written_over_by_another_sweep_and_more_seeds_may_follow(sweep):
     first = table(sweep("-m", *TINY, "seed=0,1", "steps=1")[1])
