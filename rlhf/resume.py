@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.compose import CONF, checked, register
 from rlhf.config import Mode, RunConfig
-from rlhf.ending import EXPLAINED, alone
+from rlhf.ending import EXPLAINED, alone, full_disk_explained
 
 HELP = """\
 Go on with a run that was stopped, from its newest checkpoint that verifies (docs/operations.md).
@@ -42,7 +42,7 @@ def main() -> None:
     folder, overrides = Path(arguments[0]), arguments[1:]
     with as_command(overrides):
         try:
-            with taken_back(folder):
+            with full_disk_explained(folder), taken_back(folder):
                 config, replayed = composed(folder, overrides)
                 if finished(folder, replayed):
                     print(f"finished already: {folder}")
@@ -236,8 +236,12 @@ def _note(hydra: Path, config: Any, choices: Mapping[str, Any], overrides: Seque
 
 def _replace(path: Path, text: str) -> None:
     writing = path.with_suffix(".writing")
-    writing.write_text(text)
-    os.replace(writing, path)
+    try:
+        writing.write_text(text)
+        os.replace(writing, path)
+    except OSError:
+        writing.unlink(missing_ok=True)
+        raise
 
 
 if __name__ == "__main__":
