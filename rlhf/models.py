@@ -233,7 +233,7 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
             "model (reward=model) or a critic (algo=ppo) needs: choose another model, or reward=verifier and algo=grpo"
         ) from error
     model.base_model.load_state_dict(base_weights(policy.base_model))
-    for parameter in _score_layer(model).parameters():
+    for parameter in score_layer(model).parameters():
         torch.nn.init.zeros_(parameter)
     if enabled(policy):
         enable(model)
@@ -265,7 +265,7 @@ def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
     positions = torch.arange(ids.shape[1], device=ids.device)
     last = (positions * mask.to(positions.dtype)).argmax(dim=1)  # by the mask: padding may be the token EOS
     hidden = _hidden(model, ids, mask)[torch.arange(len(ids), device=ids.device), last]
-    return _score_layer(model)(hidden).squeeze(-1).float()
+    return score_layer(model)(hidden).squeeze(-1).float()
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -277,7 +277,8 @@ def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> to
     return output.last_hidden_state
 
 
-def _score_layer(model: PreTrainedModel) -> Any:
+def score_layer(model: PreTrainedModel) -> Any:
+    """The head of a reward model or a critic, from hidden states to one number."""
     return model.score if hasattr(model, "score") else model.classifier  # transformers' two names for it
 
 
@@ -287,7 +288,7 @@ def _score_layer(model: PreTrainedModel) -> Any:
 def _build(config: ModelConfig) -> dict[str, Any]:
     import torch
 
-    return {"dtype": getattr(torch, config.dtype.value), "attn_implementation": config.attention}
+    return {"dtype": getattr(torch, config.dtype.value), "attn_implementation": config.implementation}
 
 
 def _without_dropout(config: Any) -> Any:

@@ -7,7 +7,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,9 @@ from rlhf.config import (
 )
 from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
 from rlhf.ending import RunError, alone, full_disk_explained
+from rlhf.learning.fitting import fitting_tokens
 from rlhf.learning.learner import Learner
+from rlhf.learning.passes import Packed, choose_passes
 from rlhf.loop import Parts, train
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
 from rlhf.monitor.heartbeat import Heartbeat
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE = "base"  # folder of a run: the policy below its adapter, after the warm-up
+TOKENS = "tokens_per_microbatch"  # a checkpoint's note
 PAIRS_SEED = 500_009  # added to the run's seed where preference pairs are sampled
 
 
@@ -245,6 +248,7 @@ def _recorder(site: Site, transfer: Transfer, journal: Journal, stack: ExitStack
 def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable[[], None]:
     """What trains the policy: RL, or DPO on preference pairs."""
     config, policy = site.config, matter.policy
+    passes = choose_passes(policy, config.model, site.bars.say)
     match config.algo:
         case DpoConfig() as algo:
             if site.saved is None:
@@ -254,7 +258,7 @@ def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable
                 training, held_out = from_json(site.saved.told["notes"]["pairs"], parts.task)
             site.notes["pairs"] = len(training)
             parts.keeper.notes["pairs"] = as_json(training, held_out)
-            dpo_learner = DpoLearner(policy, matter.tokenizer, training, held_out, config)
+            dpo_learner = DpoLearner(policy, matter.tokenizer, training, held_out, config, passes)
             return partial(train_on_pairs, parts, dpo_learner, config, version)
         case AlgoConfig() as algo:
             learner = Learner(
@@ -262,9 +266,27 @@ def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable
                 reference=_reference(policy) if algo.kl_coef > 0 else None,
                 critic=value_model(policy, Head.token) if algo.advantage is Advantage.gae else None,
                 config=config,
+                passes=passes,
             )
+            _fit(site, parts, learner)
             return partial(train, parts, learner, config, version)
     raise AssertionError(config.algo)
+
+
+def _fit(site: Site, parts: Parts, learner: Learner) -> None:
+    """Let a GPU's memory decide how many tokens a micro-batch has; a run that goes on keeps what was measured first."""
+    known = site.saved.told["notes"].get(TOKENS) if site.saved else None
+    if known is None:
+        with site.bars.waiting("learner") if isinstance(learner.passes, Packed) else nullcontext():
+            known = fitting_tokens(learner)
+    learner.fitting_tokens = known
+    if known is not None:
+        parts.keeper.notes[TOKENS] = known
+    if isinstance(learner.passes, Packed):
+        layers = "decoder layers compiled" if learner.passes.compiled else "decoder layers not compiled"
+        tokens = known or site.config.microbatch_tokens
+        measured = ", measured" if known else ""
+        site.bars.say(f"learner: rows packed, {layers}, {tokens:,} tokens a micro-batch{measured}")
 
 
 def _reference(policy: PreTrainedModel) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf.config.rules import at_least, one_of
 from transfer.config import positive
@@ -22,6 +23,9 @@ class Device(enum.Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+AUTO = "auto"  # a dial that the machine decides; what it decided is in a run's first lines
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,12 +47,23 @@ class ModelConfig:
 
     dtype: Precision = Precision.float32  # of weights and arithmetic; optim.master_weights has what is stepped
     device: Device = Device.auto
-    attention: str = "sdpa"  # transformers' attn_implementation
+    attention: str = AUTO  # packed: rows behind each other, without padding; the others are transformers', rows padded.
+    # auto: packed on a GPU in bfloat16, where the model allows it, else sdpa, else eager
+    compile: Any = (
+        AUTO  # decoder layers of packed rows through torch.compile; auto: on a GPU, where the model allows it
+    )
     gradient_checkpointing: bool = False  # compute each layer twice, and keep less between: memory for time
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
+        one_of("model.attention", self.attention, (AUTO, "packed", "sdpa", "eager", "flash_attention_2"))
+        if not (isinstance(self.compile, bool) or self.compile == AUTO):
+            raise ValueError(f"model.compile must be auto, true or false (got {self.compile!r})")
+
+    @property
+    def implementation(self) -> str | None:
+        """transformers' attn_implementation, of all but packed rows; None: sdpa, or eager where a model has no sdpa."""
+        return None if self.attention in (AUTO, "packed") else self.attention
 
 
 @dataclass(slots=True, kw_only=True)

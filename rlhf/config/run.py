@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
-from rlhf.config.model import Device, ModelConfig
+from rlhf.config.model import AUTO, Device, ModelConfig
 from rlhf.config.optim import OptimConfig
 from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
@@ -30,6 +31,8 @@ from transfer.config import (
     TransferConfig,
     positive,
 )
+
+TOKENS = 16384  # of a micro-batch, by default
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,7 +128,8 @@ class RunConfig:
     prompts_per_step: int = 32
     samples_per_prompt: int = 8
     updates_per_step: int = 1  # optimiser steps on one step's samples
-    tokens_per_microbatch: int = 16384  # bounds memory only; gradients are the same for any value
+    tokens_per_microbatch: Any = AUTO  # bounds memory only; gradients are the same for any value. auto: what fits the
+    # GPU, measured at the start, else TOKENS
     evaluate_every: int = 10  # steps between evaluations on held-out prompts
     threads: int = 1  # torch threads a process; another number changes the last bits of floats
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -133,8 +137,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)
-        for key in ("prompts_per_step", "samples_per_prompt", "updates_per_step", "tokens_per_microbatch"):
+        for key in ("prompts_per_step", "samples_per_prompt", "updates_per_step"):
             at_least(key, getattr(self, key), 1)
+        if self.tokens_per_microbatch != AUTO:
+            whole = isinstance(self.tokens_per_microbatch, int) and not isinstance(self.tokens_per_microbatch, bool)
+            if not whole or self.tokens_per_microbatch < 1:
+                given = self.tokens_per_microbatch
+                raise ValueError(f"tokens_per_microbatch must be auto or a whole number of at least 1 (got {given!r})")
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("threads", self.threads, 1)
         at_least("seed", self.seed, 0)
@@ -152,6 +161,11 @@ class RunConfig:
         if self.task.most_answers > 1:
             self._check_conversation()
         check_transfer(self)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of a micro-batch, at most, where nobody has measured what fits."""
+        return TOKENS if self.tokens_per_microbatch == AUTO else int(self.tokens_per_microbatch)
 
     @property
     def row_tokens(self) -> int:

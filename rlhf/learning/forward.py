@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,16 +37,25 @@ class Batch:
     values_BT: Tensor | None = None
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None
+    known_lengths: list[int] | None = None  # what `lengths` says, while the mask stays as it is
+
+    def measured(self) -> Batch:
+        """The same, which knows its rows' lengths, so that nobody has to wait for the device to ask for them."""
+        return replace(self, known_lengths=self.lengths())
 
     def lengths(self, rows: Sequence[int] | slice = slice(None)) -> list[int]:
         """Tokens of each row up to the last that counts, with those before it that the policy did not sample."""
+        if self.known_lengths is not None:
+            known = self.known_lengths
+            return known[rows] if isinstance(rows, slice) else [known[row] for row in rows]
         places_T = torch.arange(1, self.mask_BT.shape[1] + 1, device=self.mask_BT.device)
         return (self.mask_BT[rows] * places_T).amax(dim=1).long().tolist()
 
     def rows(self, rows: Sequence[int]) -> Batch:
         """These rows alone, padding cut to the longest of them."""
         used = sorted({self.prompt_of_B[row] for row in rows})
-        width = max([1, *self.lengths(rows)])
+        lengths = self.lengths(rows)
+        width = max([1, *lengths])
 
         def cut(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor[rows, :width]
@@ -55,6 +64,7 @@ class Batch:
             prompts=[self.prompts[p] for p in used],
             prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
             truncated_B=self.truncated_B[rows],
+            known_lengths=lengths,
             **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
         )
 

@@ -22,11 +22,12 @@ from rlhf.ending import RunError
 from rlhf.learning import advantages as adv
 from rlhf.learning import losses
 from rlhf.learning.correction import effective_share
-from rlhf.learning.forward import Batch, collate, logprobs_and_entropy, response_logprobs, response_values
+from rlhf.learning.forward import Batch, collate
 from rlhf.learning.kl_control import KlController
-from rlhf.learning.microbatches import Sizes, split
+from rlhf.learning.microbatches import Sizes
 from rlhf.learning.objective import clipped, correction_weights, policy_loss
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.reference import acting, refresh
 from rlhf.learning.schedules import scale
 from rlhf.types import Rollouts
@@ -49,8 +50,10 @@ class Learner:
         reference: PreTrainedModel | None,
         critic: PreTrainedModel | None,
         config: RunConfig,
+        passes: Passes = PADDED,
     ) -> None:
         self.policy = policy.eval()
+        self.passes = passes
         self.reference = reference
         self.critic = critic
         self.config = config
@@ -61,6 +64,7 @@ class Learner:
         self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
         self._weights = sent_weights(policy)  # the same tensors at each push, which it can see
         self._averages: dict[str, Tensor] = {}  # what the reference rounds, where it is one of past policies
+        self.fitting_tokens: int | None = None  # of a micro-batch, where they have been measured (fitting.py)
         self.steps = 0
         self.skipped = 0
 
@@ -95,7 +99,7 @@ class Learner:
                     batch.ref_BT = self._over(batch, lambda rows: self._logprobs(reference, rows))
             if self.critic is not None:
                 critic = self.critic
-                batch.values_BT = self._over(batch, lambda rows: response_values(critic, rows))
+                batch.values_BT = self._over(batch, lambda rows: self.passes.values(critic, rows))
         return batch
 
     def learn(self, batch: Batch, rewards_B: Sequence[float | None]) -> dict[str, float]:
@@ -124,6 +128,16 @@ class Learner:
         if self.reference is not None:
             refresh(self.reference, self.policy, self.algo, self.steps, self._averages)
         return totals
+
+    def drop_gradients(self, batch: Batch) -> None:
+        """Compute what an update on this batch would, and forget it: no weight changes."""
+        zeros_BT = torch.zeros_like(batch.mask_BT)
+        for name in ("advantages_BT", "ref_BT", "values_BT", "returns_BT"):
+            setattr(batch, name, zeros_BT)
+        self._accumulate(batch, torch.ones_like(batch.mask_BT[:, 0]))
+        for optimizer in (self.optimizer, self.critic_optimizer):
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
 
     def _chosen(self, batch: Batch, update: int) -> range:
         """The prompts whose rows an update is made of."""
@@ -184,20 +198,22 @@ class Learner:
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
         weight_of_B[rows] = weights_B
         tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
-        totals: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
+        batch = batch.measured()
         for part in self._microbatches(batch, rows):
             for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
-                totals[name] = totals.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + value.double()
+        totals = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         means = {name: value if name == "loss" else value / tokens for name, value in totals.items()}
         means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
         return means | self._step_optimizers(math.isfinite(totals["loss"]))
 
-    def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, float]:
+    def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch; sums over its tokens, by name."""
         assert batch.advantages_BT is not None
         algo, mask_BT = self.algo, batch.mask_BT
         temperature, entropy_counts = self.config.rollout.temperature, algo.entropy_coef > 0
-        logprobs_BT, entropy_BT = logprobs_and_entropy(self.policy, batch, temperature, entropy_counts)
+        logprobs_BT, entropy_BT = self.passes.logprobs_and_entropy(self.policy, batch, temperature, entropy_counts)
         old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
         loss_BT, delta_BT = policy_loss(algo, logprobs_BT, old_BT, batch.advantages_BT, mask_BT)
         loss_BT = loss_BT * correction_weights(algo, old_BT, batch.sampled_BT, mask_BT)
@@ -218,12 +234,12 @@ class Learner:
         loss = (weights_B * (loss_BT * mask_BT).sum(dim=1)).sum()
         if self.critic is not None:
             assert batch.values_BT is not None and batch.returns_BT is not None
-            values_BT = response_values(self.critic, batch)
+            values_BT = self.passes.values(self.critic, batch)
             value_BT = losses.value_loss(values_BT, batch.values_BT, batch.returns_BT, algo.value_clip)
             (weights_B * (value_BT * mask_BT).sum(dim=1)).sum().backward()
             sums["value_loss"] = value_BT.detach()
         loss.backward()
-        return {"loss": float(loss.detach())} | {k: float((v * mask_BT).sum()) for k, v in sums.items()}
+        return {"loss": loss.detach()} | {name: (value_BT * mask_BT).sum() for name, value_BT in sums.items()}
 
     def _step_optimizers(self, loss_is_finite: bool) -> dict[str, float]:
         """Clip, step and clear; an update whose loss or gradient is not finite is skipped and counted."""
@@ -247,18 +263,17 @@ class Learner:
         return (norms if finite else dict.fromkeys(norms, 0.0)) | {"skipped_updates": float(not finite)}
 
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        return response_logprobs(model, batch, self.config.rollout.temperature)
+        return self.passes.logprobs(model, batch, self.config.rollout.temperature)
 
     def _over(self, batch: Batch, function: Callable[[Batch], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
         """Apply `function` to all (or the chosen) rows by micro-batches; its outputs together, [B, T], 0 elsewhere."""
-        out_BT = torch.zeros_like(batch.mask_BT)
+        batch, out_BT = batch.measured(), torch.zeros_like(batch.mask_BT)
         for part in self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen):
             rows = batch.rows(part)
             out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
         return out_BT * batch.mask_BT
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
-        """Split rows into parts of at most `tokens_per_microbatch` tokens, with little padding (microbatches.py)."""
-        lengths = batch.lengths()
-        sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, lengths)
-        return split(sizes, rows, self.config.tokens_per_microbatch)
+        """Split rows into parts of at most `tokens_per_microbatch` tokens (microbatches.py)."""
+        sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, batch.lengths())
+        return self.passes.split(sizes, rows, self.fitting_tokens or self.config.microbatch_tokens)

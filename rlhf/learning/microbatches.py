@@ -1,8 +1,8 @@
-"""Which rows are computed together: at most so many tokens at a time, rows of like lengths, prompts once.
+"""Which rows are computed together: at most so many tokens at a time, prompts once.
 
-A micro-batch is a tensor of its prompts, padded to the longest, and one of its rows' responses, padded to the longest.
-Rows are sorted, not packed behind each other: packed rows could not share their prompt's keys and values, and need
-attention kernels that are not there for every model and device.
+Padded (`split`), a micro-batch is a tensor of its prompts, padded to the longest, and one of its rows' responses,
+padded to the longest: rows of like lengths go together. Packed (`fill`), it is one sequence: the rows of a prompt go
+together.
 """
 
 from __future__ import annotations
@@ -74,6 +74,51 @@ def _cut(sizes: Sizes, rows: Iterable[int], budget: int) -> list[list[int]]:
 
 def _tokens(prompts: int, longest: int, rows: int, widest: int) -> int:
     return prompts * longest + rows * widest
+
+
+def fill(sizes: Sizes, rows: Sequence[int], budget: int, shared: bool) -> list[list[int]]:
+    """The rows in as few parts as are easily found, each of at most `budget` tokens without padding, or one row.
+
+    `shared`: a part's prompts count once, not once a row. A prompt's rows stay together where they fit in one part.
+    Largest first, each into the first part that has room (first-fit decreasing).
+    """
+    units = [unit for group in _by_prompt(sizes, rows) for unit in _units(sizes, group, budget, shared)]
+    cost = [_packed_tokens(sizes, unit, shared) for unit in units]
+    parts: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(units)), key=lambda index: -cost[index]):
+        place = next((place for place, room in enumerate(left) if room >= cost[index]), None)
+        if place is None:
+            place = len(parts)
+            parts.append([])
+            left.append(budget)
+        parts[place] += units[index]
+        left[place] -= cost[index]
+    return [sorted(part) for part in parts]
+
+
+def _by_prompt(sizes: Sizes, rows: Iterable[int]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(sizes.prompt_of_B[row], []).append(row)
+    return list(groups.values())
+
+
+def _units(sizes: Sizes, group: Sequence[int], budget: int, shared: bool) -> list[list[int]]:
+    """A prompt's rows in one piece, or in pieces that fit."""
+    units: list[list[int]] = []
+    for row in group:
+        if units and _packed_tokens(sizes, [*units[-1], row], shared) <= budget:
+            units[-1].append(row)
+        else:
+            units.append([row])
+    return units
+
+
+def _packed_tokens(sizes: Sizes, rows: Sequence[int], shared: bool) -> int:
+    """Of these rows of one prompt; what predicts nothing is left out."""
+    prompt = sizes.prompts[sizes.prompt_of_B[rows[0]]]
+    return prompt * (1 if shared else len(rows)) + sum(max(0, sizes.responses_B[row] - 1) for row in rows)
 
 
 def length_groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,30 +38,48 @@ def enabled(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def recomputing(model: torch.nn.Module, rows: torch.Tensor | None = None) -> Iterator[bool]:
+def recomputing(
+    model: torch.nn.Module,
+    rows: torch.Tensor | None = None,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[bool]:
     """Forward passes inside keep little, where gradients are recorded and `enable` was called; whether that is so.
 
     `rows`: the cache that is passed has a row a prompt, and these are the prompts of the batch's rows; each layer takes
-    its keys and values itself, so that they are not kept a row, and the cache stays as it is.
+    its keys and values itself, so that they are not kept a row, and the cache stays as it is. `within`: what a layer's
+    pass needs around it, also when it is computed again.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     if not layers or not torch.is_grad_enabled():
         yield False
         return
+    before = [
+        vars(layer).get("forward") for layer in layers
+    ]  # a compiled one (compiled_layers.py); else the class's own
     for index, layer in enumerate(layers):
-        layer.forward = partial(_forward, layer.forward, index, rows)
+        layer.forward = partial(_forward, layer.forward, index, rows, within)
     try:
         yield True
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own is there again
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
-def _forward(forward: Callable[..., Any], index: int, rows: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    forward: Callable[..., Any],
+    index: int,
+    rows: torch.Tensor | None,
+    within: Callable[[], AbstractContextManager[None]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """One layer, of which nothing but the input is kept."""
     name = next((name for name in CACHE_NAMES if isinstance(kwargs.get(name), Cache)), None)
     if name is None:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(partial(_around, within, forward), *args, use_reentrant=False, **kwargs)
     cache = kwargs[name]
     before = cache.layers[index]
 
@@ -77,3 +95,10 @@ def _forward(forward: Callable[..., Any], index: int, rows: torch.Tensor | None,
     if rows is None:
         cache.layers[index] = after
     return output
+
+
+def _around(
+    within: Callable[[], AbstractContextManager[None]], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with within():
+        return forward(*args, **kwargs)

@@ -71,7 +71,7 @@ def arithmetic(config: RunConfig, task: Task) -> list[tuple[str, str]]:
 
 def _learning(config: RunConfig, task: Task) -> list[tuple[str, str]]:
     """What a step's rows are divided into."""
-    updates, bound = config.updates_per_step, config.tokens_per_microbatch
+    updates, bound = config.updates_per_step, config.microbatch_tokens
     prompts = math.ceil(config.prompts_per_step / updates)
     rows = prompts * config.samples_per_prompt
     longest = config.row_tokens + max(len(prompt.ids) for prompt in task.train)

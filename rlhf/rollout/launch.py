@@ -57,7 +57,7 @@ def worker_spec(
         endpoint=dict(endpoint),
         dtype=dtype.name,
         device=parameter.device.type,
-        attention=config.model.attention,
+        attention=policy.config._attn_implementation,
         **_engine(config.rollout),
         threads=config.threads,
         token=secrets.token_urlsafe(32),

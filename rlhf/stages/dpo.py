@@ -23,10 +23,11 @@ from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.ending import RunError
 from rlhf.held_out import evaluated
-from rlhf.learning.forward import Batch, response_logprobs
+from rlhf.learning.forward import Batch
 from rlhf.learning.learner import MAX_SKIPPED
 from rlhf.learning.losses import dpo
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.schedules import scale
 from rlhf.loop import Parts
 from rlhf.stages.reward_model import pairs_from, split
@@ -178,7 +179,7 @@ def tokenised(pairs: Sequence[Pair], tokenizer: Tokenizer, context: int) -> list
 # --- learner ----------------------------------------------------------------------------------------------------------
 
 
-def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference]) -> Tensor:
+def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference], passes: Passes = PADDED) -> Tensor:
     """Sums of the answers' token log-probs [N, 2] at temperature 1, in fp32: chosen, rejected."""
     device = next(policy.parameters()).device
     answers = [answer for row in rows for answer in (row.chosen, row.rejected)]
@@ -193,7 +194,7 @@ def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference]) -> Tens
         sampled_BT=torch.zeros_like(mask_BT),
         truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
     )
-    logprobs_BT = response_logprobs(policy, batch, temperature=1.0)
+    logprobs_BT = passes.logprobs(policy, batch, temperature=1.0)
     return (logprobs_BT * mask_BT).sum(dim=1).view(-1, 2)
 
 
@@ -207,8 +208,10 @@ class DpoLearner:
         training: Sequence[Pair],
         held_out: Sequence[Pair],
         config: RunConfig,
+        passes: Passes = PADDED,
     ) -> None:
         assert isinstance(config.algo, DpoConfig)
+        self.passes = passes
         self.policy = policy.eval()
         self.config = config
         self.beta = config.algo.beta
@@ -266,7 +269,7 @@ class DpoLearner:
         """Means over the pairs, and the gradients of their mean loss; both the same for any split into parts."""
         totals: dict[str, float] = {}
         for part in self._parts(pairs.rows, rows):
-            logprobs_N2 = answer_logprobs(self.policy, [pairs.rows[row] for row in part])
+            logprobs_N2 = answer_logprobs(self.policy, [pairs.rows[row] for row in part], self.passes)
             ratio_N2 = logprobs_N2 - pairs.ref_N2[part]
             loss_N = dpo(ratio_N2[:, 0], ratio_N2[:, 1], self.beta)
             if gradients:
@@ -290,7 +293,7 @@ class DpoLearner:
         device = next(self.policy.parameters()).device
         ref_N2 = torch.zeros(len(rows), 2, device=device)
         for part in parts:
-            ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part])
+            ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part], self.passes)
         return Preferences(rows, ref_N2)
 
     def _parts(self, pairs: Sequence[Preference], rows: Sequence[int]) -> Iterator[list[int]]:
@@ -299,7 +302,7 @@ class DpoLearner:
         width = 0
         for row in rows:
             longer = max(width, pairs[row].length)
-            if part and 2 * longer * (len(part) + 1) > self.config.tokens_per_microbatch:
+            if part and 2 * longer * (len(part) + 1) > self.config.microbatch_tokens:
                 yield part
                 part, longer = [], pairs[row].length
             part.append(row)
