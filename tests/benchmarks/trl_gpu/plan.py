@@ -115,7 +115,9 @@ class Job:
                 rows[shape] += [{"row": row, "error": broken[shape]} for row in part.rows]
                 continue
             others = sum(other.seconds for _, other in ordered[number + 1 :])
-            rows[shape] += self._measured(self.sites[shape], part, others)
+            found = self._measured(self.sites[shape], part, others)
+            self.say("\n".join(map(in_short, found)))
+            rows[shape] += found
         return rows
 
     def _make(self, site: Site) -> str:
@@ -187,8 +189,15 @@ def _ended(process: subprocess.Popen, limit: float) -> int | None:
     return None
 
 
+def in_short(row: Row) -> str:
+    """What is known of a row, before the table is there."""
+    seconds = [f"{key} {row[key]:.3f}" for key in ("step", "sample", "learn", "transfer") if row.get(key)]
+    return f"  {row['row']}: {', '.join(seconds) or row.get('error')}"
+
+
 def reason(log: Path) -> str:
-    """The last line of a log that names an error, or the last line."""
+    """The last line of a log that names an error, or the last lines."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Set the environment variable HYDRA_FULL_ERROR")]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (errors or lines or ["no output"])[-1][:300]
+    return "; ".join(errors[-1:] or lines[-3:] or ["no output"])[-300:]
