@@ -199,5 +199,5 @@ def reason(log: Path) -> str:
     """The last line of a log that names an error, or the last lines."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("Set the environment variable HYDRA_FULL_ERROR")]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|Key '", line)]
     return "; ".join(errors[-1:] or lines[-3:] or ["no output"])[-300:]
