@@ -96,10 +96,10 @@ def show(name: str, shape: Shape, rows: list[Row], options: argparse.Namespace) 
     """Print a shape's table; what there is to write of it, and whether all sides did the same work."""
     order = ("limit", "TRL", "ours")
     rows = sorted(rows, key=lambda row: next(n for n, word in enumerate(order) if row["row"].startswith(word)))
+    compared, agreed = work_lines(rows)
     rows = completed(rows, shape, options.peak)
     print(f"\n{name}: {shape.prompts} prompts x {shape.group} rows, {shape.new} tokens a row, {options.steps} steps")
     print("\n".join(table(rows)), end="\n\n")
-    compared, agreed = work_lines(rows)
     bars = bar_lines(rows, shape.bars)
     print("\n".join([*compared, *bars]), flush=True)
     return {"rows": rows, "work": compared, "bars": bars}, agreed
