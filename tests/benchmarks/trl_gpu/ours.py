@@ -83,7 +83,7 @@ def note() -> dict[str, Any]:
         return found
 
     def noting_took(self: Recorder, rollouts: Any, version: int) -> None:
-        noted["work"].append(work_of([prompt.ids for prompt in rollouts.prompts_B], rollouts.tokens))
+        noted["work"].append(work_of([prompt.ids for prompt in rollouts.prompts_B], int(rollouts.tokens)))
         took(self, rollouts, version)
 
     Recorder.took, Workers.__enter__, Workers.senders = noting_took, noting_enter, noting_senders  # type: ignore[method-assign]
