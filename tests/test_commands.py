@@ -35,6 +35,8 @@ FILE = SHORT.replace(" model.layers=1", "")  # of a checkpoint
 MODEL = "reward.prompts=8 reward.steps=1"
 FEW = ["--senders", "http", "--repeats", "1"]
 VLLM = "a vLLM: tests/gpu and tests/rollout/test_vllm.py run it"
+COMPARE = "python -m tests.benchmarks.compare_trl_gpu "
+TRL_GPU = "a GPU, vLLM and TRL: tests/benchmarks/test_compare_trl_gpu.py runs it with --dry"
 PACKAGE = "a package that is not among those of the tests"
 
 RUN: dict[str, str] = {  # command -> what makes it short
@@ -108,6 +110,11 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
     "python -m transfer.bench": "tests/transfer/test_bench.py, with fewer rounds",
     "python -m transfer.bench --shapes qwen2.5-0.5b --senders http": "tests/transfer/test_bench.py, with small shapes",
     "python -m tests.fuzz --count 100000 --seed 0": "tests/fuzz/test_hostile_input.py",
+    f"{COMPARE}--shapes qwen2.5-0.5b --work outputs/trl --json outputs/0.5b.json": TRL_GPU,
+    f"{COMPARE}--shapes qwen2.5-1.5b --work outputs/trl --json outputs/1.5b.json": TRL_GPU,
+    f"{COMPARE}--shapes qwen2.5-7b --steps 2 --prompts 16 --json outputs/7b.json": TRL_GPU,
+    f"{COMPARE}--parts ours --ours 'small=tokens_per_microbatch=8192,optim.master_weights=false'": TRL_GPU,
+    f"{COMPARE}--dry": "tests/benchmarks/test_compare_trl_gpu.py",
     "pip install hydra-optuna-sweeper hydra-joblib-launcher": PACKAGE,
     "pip install vllm": VLLM,
     "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --logprobs-mode processed_logprobs "
