@@ -54,6 +54,7 @@ class Gather:
         n, temperature = self.config.samples_per_prompt, self.config.rollout.temperature
         with self.record.time("sample"):
             rollouts = self.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
+        self.record.sampled += rollouts.tokens
         with self.record.time("reward"):
             rewards = self.reward(rollouts.prompts_B, rollouts.texts)
         report: RewardReport | None = getattr(self.reward, "report", None)

@@ -18,9 +18,9 @@ from rlhf.reports.comparison import Line, draw_curves, draw_stall, draw_transfer
 from rlhf.reports.comparison import draw_phases as draw_phase_bars
 from rlhf.reports.leaderboard import leaderboard, shown
 from rlhf.reports.page import element, folded, html, picture, table, tiles
-from rlhf.reports.plots import LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
+from rlhf.reports.plots import HARDWARE, LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
 from rlhf.reports.run_folder import RunFolder, is_run, read_run, runs_below
-from rlhf.reports.summary import ALARM, PHASES, Rows, series, summarise
+from rlhf.reports.summary import ALARM, GPU_MEMORY, PHASES, Rows, hardware, series, summarise
 
 SAMPLES = 200  # rows of the samples table at most: the best and the worst, as many of each
 CHARACTERS = 600  # of a prompt or an answer
@@ -61,7 +61,7 @@ def _run(run: RunFolder, pngs: Path, of: int) -> list[Element]:
         parts.append(element("div", f"{run.status}: {run.error}", class_="alarm"))
     if not run.rows:
         return [*parts, element("p", f"There are no numbers in {run.path}/metrics.jsonl: logger=jsonl writes it.")]
-    parts += [tiles(_numbers(run.rows)), *_alarms(run.rows)]
+    parts += [tiles(_numbers(run)), *_alarms(run.rows)]
     parts += [
         element("h2", "Curves"),
         element("p", "A dashed red line is where an alarm fired first, a red mark each row in which it fired."),
@@ -70,7 +70,7 @@ def _run(run: RunFolder, pngs: Path, of: int) -> list[Element]:
     parts.append(_panels([_panel(run.rows, panel, pngs) for panel in panels]))
     parts += [element("h2", "Time and weights"), element("p", _time_in_words(run.rows))]
     drawn = [_figure("phases", "Milliseconds a step, by phase", lambda axis: draw_phases(axis, run.rows), pngs)]
-    drawn += [_panel(run.rows, panel, pngs) for panel in (LATENCY, LAG) if _has(run.rows, panel)]
+    drawn += [_panel(run.rows, panel, pngs) for panel in (LATENCY, LAG, *HARDWARE) if _has(run.rows, panel)]
     return [*parts, _panels(drawn), *_samples(run, SAMPLES if of == 1 else SAMPLES // 10), *_dials(run)]
 
 
@@ -87,9 +87,9 @@ def _told(run: RunFolder) -> str:
     return " ".join(run.overrides) or "the default run"
 
 
-def _numbers(rows: Rows) -> dict[str, str]:
+def _numbers(run: RunFolder) -> dict[str, str]:
     """The large numbers of a run's head; a run that has not ended has those up to its last row."""
-    summary = summarise(rows)
+    summary = summarise(run.rows)
     numbers = {
         label: f"{summary[f'{name}_start']:.3f} → {summary[f'{name}_end']:.3f}"
         for name, label in (
@@ -106,11 +106,14 @@ def _numbers(rows: Rows) -> dict[str, str]:
         ("step_ms", "a step, median", "{:.0f} ms"),
         ("transfer_ms", "weight transfer, median", "{:.2f} ms"),
         ("transfer_share", "of a step waits for weights", "{:.1%}"),
-        ("tokens_per_second", "sampled tokens a second", "{:.0f}"),
+        ("tokens_per_second", "tokens a second of a step", "{:.0f}"),
+        ("tokens_per_second_sampled", "tokens a second of sampling", "{:.0f}"),
+        ("tokens_per_second_learned", "tokens a second of learning", "{:.0f}"),
     ):
         if name in summary:
             numbers[label] = shape.format(summary[name])
-    return numbers
+    memory = {name: value for name, value in run.summary.items() if name.startswith(GPU_MEMORY)}
+    return numbers | hardware(summary | memory)
 
 
 def _alarms(rows: Rows) -> list[Element]:

@@ -43,6 +43,7 @@ from rlhf.learning.learner import Learner
 from rlhf.learning.passes import Packed, choose_passes
 from rlhf.loop import Parts, train
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.monitor.flops import Meter
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.loggers import check_loggers, make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
@@ -62,6 +63,7 @@ from rlhf.stages.sft import sft
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Reward, Sampler, Task
 from transfer import Transfer, make_transfer
+from transfer.config import LocalConfig
 from transfer.journal import Journal
 
 if TYPE_CHECKING:
@@ -225,21 +227,23 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     probe(version)
     trained = _train_rewards(site, matter, sampler)
     reward = combine(config.reward, matter.rewards)
-    record = _recorder(site, transfer, journal, stack)
+    record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
+    if not isinstance(config.transfer, LocalConfig):  # whose worker is this process
+        record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
     writes = partial(_write_policy, policy, tokenizer, base)
     store = Store(site.folder / FOLDER)
     keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes)
     return Parts(task, sampler, reward, transfer, probe, record, keeper), version
 
 
-def _recorder(site: Site, transfer: Transfer, journal: Journal, stack: ExitStack) -> Recorder:
+def _recorder(site: Site, transfer: Transfer, journal: Journal, meter: Meter | None, stack: ExitStack) -> Recorder:
     """Where the run's numbers go, with those that there are already."""
     config, done = site.config, site.saved.told["step"] if site.saved else 0
     loggers = make_loggers(config, site.folder, done + 1 if site.saved else None)
     for logger in loggers:
         stack.enter_context(closing(logger))
     bar = site.bars.stage(config.algo.name, config.steps, done)
-    record = Recorder(Outlets(loggers, site.folder, bar, journal), transfer, config)
+    record = Recorder(Outlets(loggers, site.folder, bar, journal), transfer, config, meter)
     if site.saved is not None:
         record.restore(site.saved.rows())
     return record

@@ -116,7 +116,8 @@ _STATUS = _object(
         "dtype": _or_null(STRING),
         "serving": INT | {"description": "completions that run now"},
         "plan": STRING | {"description": "how an update's bytes get here, in words"},
-    }
+    },
+    {"gpu_memory_mib": NUMBER | {"description": "of a GPU, what the worker's process has taken at most"}},
 )
 _CHOICE = _object(
     {
@@ -220,6 +221,17 @@ OPERATIONS: dict[str, Operation] = {
         "Serve again", _IS_SLEEPING, _object({}, {"tags": {"anyOf": [TEXT, _list(TEXT)]}}), {"tags": _list(TEXT, 1)}
     ),
     "is_sleeping": Operation("Whether the worker is asleep", _IS_SLEEPING),
+    "start_profile": Operation(
+        "Trace this process, for some seconds at most",
+        _object({"is_profiling": {"const": True}}),
+        _object({}, {"step": INT | {"description": "of the trainer, for the file's name"}}),
+        refusals=(409,),
+    ),
+    "stop_profile": Operation(
+        "End the trace and write its file",
+        _object({"is_profiling": {"const": False}, "said": STRING | {"description": "what is missing of it, if any"}}),
+        refusals=(409,),
+    ),
     "version": Operation("What answers, and its version", _object({"version": STRING})),
 }
 

@@ -37,6 +37,8 @@ ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
     "sleep": ("POST", "/sleep"),
     "wake_up": ("POST", "/wake_up"),
     "is_sleeping": ("GET", "/is_sleeping"),
+    "start_profile": ("POST", "/start_profile"),
+    "stop_profile": ("POST", "/stop_profile"),
     "version": ("GET", "/version"),
 }
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.monitor.gpu import GPU_MEMORY, SAMPLE_S, Gpus, gpu_peak
 from transfer.stacks import DUMP
 
 WORKERS = (b"rlhf.rollout.worker", b"rlhf.rollout.vllm_serve", b"ray::RayWorker")  # how their command lines begin
@@ -26,6 +28,7 @@ EVERY_S = 1.0
 LONG_S = 10.0  # a phase that is shorter than this is never called slow
 SLOW = 5.0  # times the median of what the phase has taken before
 STACKS_S = 300.0  # a phase that takes so long has all stacks dumped, once
+SETTLED_S = 0.2  # how long a phase must have gone on before what NVML says is about it
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class Pulse:
     phase: str = ""
     since: float = field(default_factory=time.monotonic)
     taken: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=50)))
+    busy: dict[str, list[float]] = field(default_factory=dict)  # shares of the GPU's time, by phase
 
     def at(self, stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
         """A stage has come so far."""
@@ -60,6 +64,16 @@ class Pulse:
         taken = list(self.taken.get(phase, ()))
         return statistics.median(taken) if taken else None
 
+    def saw(self, busy: float) -> None:
+        """The GPU was busy for this share of the time just now, which says nothing of a phase that has only begun."""
+        if self.phase and time.monotonic() - self.since > SETTLED_S:
+            self.busy.setdefault(self.phase, []).append(busy)
+
+    def idle(self, phases: Iterable[str]) -> dict[str, float]:
+        """For each of these phases that was seen since it was asked for last, the share of time without a kernel."""
+        seen = {phase: self.busy.pop(phase, []) for phase in list(phases)}
+        return {phase: 1 - statistics.fmean(busy) for phase, busy in seen.items() if busy}
+
 
 class Heartbeat:
     """A context around a run: reads its pulse, and keeps the largest memory of the trainer and its workers."""
@@ -68,6 +82,8 @@ class Heartbeat:
         self.folder, self.pulse, self.say, self.every_s = folder, pulse, say, every_s
         self.long_s, self.stacks_s = LONG_S, STACKS_S
         self.peaks: dict[str, float] = {}
+        self.gpus = Gpus()
+        self.ask: Callable[[], Mapping[str, float]] = dict  # the workers, for GPU memory that NVML does not tell
         self._began = time.monotonic()
         self._warned: tuple[float, float] = (0.0, 0.0)  # which phase, by its beginning; after how many seconds
         self._dumped = 0.0
@@ -86,7 +102,13 @@ class Heartbeat:
             self.write(_ended(kind))
 
     def _beat(self) -> None:
-        while not self._end.wait(self.every_s):
+        due = time.monotonic() + self.every_s
+        while not self._end.wait(min(self.every_s, SAMPLE_S) if self.gpus.there() else self.every_s):
+            if (busy := self.gpus.busy()) is not None:
+                self.pulse.saw(busy)
+            if self.gpus.there() and time.monotonic() < due:
+                continue
+            due = time.monotonic() + self.every_s
             with suppress(OSError):  # a full disk, say: what is noted is worth less than what is done
                 self.look()
                 self.write("running")
@@ -97,9 +119,23 @@ class Heartbeat:
         marks = {"memory_mib/trainer": _resident_peak(os.getpid())}
         workers = [_resident_peak(pid) for pid in workers_of(os.getpid())]
         marks |= {"memory_mib/workers": max(workers)} if workers else {}
-        marks |= _gpu_peak()
+        if (mine := gpu_peak(reserved=False)) is not None:
+            marks |= {f"{GPU_MEMORY}/trainer": mine, **self._of_workers()}
         for name, mib in marks.items():
             self.peaks[name] = max(mib, self.peaks.get(name, 0.0))
+
+    def _of_workers(self) -> Mapping[str, float]:
+        """GPU memory of each worker with all its processes: as NVML has it, or as they say themselves.
+
+        In a container NVML may know processes by other ids.
+        """
+        used, found = self.gpus.memory(), dict[str, float]()
+        if os.getpid() not in used:
+            return self.ask()
+        for pid in workers_of(os.getpid()):
+            if pid in used and (name := _name_of(pid)) is not None:
+                found[f"{GPU_MEMORY}/{name}"] = found.get(f"{GPU_MEMORY}/{name}", 0.0) + used[pid]
+        return found
 
     def write(self, state: str) -> None:
         """`status.json`, replaced in one go."""
@@ -189,9 +225,11 @@ def _catches(pid: int, signum: int) -> bool:
     return bool(int(_status(pid, "SigCgt") or "0", 16) >> (signum - 1) & 1)
 
 
-def _gpu_peak() -> dict[str, float]:
-    import torch
-
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-        return {}
-    return {"gpu_memory_mib/trainer": torch.cuda.max_memory_allocated() / 2**20}
+def _name_of(pid: int) -> str | None:
+    """worker-N: by the log worker-N.log, which a worker and its engine's processes have open."""
+    with suppress(OSError):  # it has just ended
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if match := re.search(r"/(worker-\d+)\.log$", os.readlink(f"/proc/{pid}/fd/{number}")):
+                    return match[1]
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.config import RunConfig, VerifierRewardConfig
 from rlhf.ending import RunError
 from rlhf.monitor.alarms import OF_EVALUATIONS, OF_STEPS, Watch
+from rlhf.monitor.flops import Meter, Row
 from rlhf.monitor.profiler import Profiler
 from rlhf.monitor.progress import Stage
 from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
@@ -57,7 +58,7 @@ class Outlets:
 class Recorder:
     """Collects one step after the other and hands it on; `rows` keeps them all for the report."""
 
-    def __init__(self, outlets: Outlets, transfer: Transfer, config: RunConfig) -> None:
+    def __init__(self, outlets: Outlets, transfer: Transfer, config: RunConfig, meter: Meter | None = None) -> None:
         self.outlets = outlets
         self.transfer = transfer
         self.steps, self.evaluations = Watch(OF_STEPS, config), Watch(OF_EVALUATIONS, config)
@@ -65,12 +66,14 @@ class Recorder:
         self.verified = isinstance(config.reward, VerifierRewardConfig)  # the gold score is what is trained on
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
+        self.meter = meter  # None: nobody knows what learning computes, or how much the device could
+        self.sampled = 0  # tokens of the step, with those of groups that are not learned from
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
         self.warned = False
         self.keeps_samples = True
-        self.profiler = Profiler(config.profile.steps, outlets.folder / "profile")
+        self.profiler = Profiler(config.profile.steps, outlets.folder, outlets.bar.bars.say)
         self.raised: dict[str, float] = {}  # alarms of the next row that its metrics do not tell
 
     def position(self) -> tuple[int, int]:
@@ -147,12 +150,9 @@ class Recorder:
             **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
-            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+            "train/mfu": self.meter and self.meter.of_step(rollouts, self.seconds["learn"]),
+            **self._pace(rollouts.tokens),
         }
-        worked = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
-        metrics["seconds/step"] = worked
-        metrics["tokens_per_second"] = rollouts.tokens / worked
-        self.seconds = {}
         if self.keeps_samples:
             try:
                 self._samples(step, rollouts, rewards_B, gold_B)
@@ -162,20 +162,35 @@ class Recorder:
         self._log(step, {name: value for name, value in metrics.items() if value is not None}, self.steps)
         self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
 
-    def learned(self, step: int, learned: Mapping[str, float]) -> None:
-        """One step that samples nothing is done; `learned` says, beside others, how many tokens it saw."""
+    def _pace(self, tokens: float) -> dict[str, float]:
+        """Where the step's time went, how many tokens it took a second, and how idle the GPU was; a new step begins."""
+        seconds, sampled = self.seconds, self.sampled
+        self.seconds, self.sampled = {}, 0
+        metrics = {f"seconds/{phase}": value for phase, value in seconds.items()}
+        metrics["seconds/step"] = sum(value for phase, value in seconds.items() if phase not in NO_STEP)
+        metrics["tokens_per_second"] = tokens / metrics["seconds/step"]
+        if sampled:
+            metrics["tokens_per_second/sampled"] = sampled / seconds["sample"]
+        metrics["tokens_per_second/learned"] = tokens / seconds["learn"]
+        return metrics | self._idle(seconds)
+
+    def _idle(self, phases: Iterable[str]) -> dict[str, float]:
+        return {f"gpu_idle/{phase}": idle for phase, idle in self.outlets.bar.bars.pulse.idle(phases).items()}
+
+    def learned(self, step: int, learned: Mapping[str, float], rows: Sequence[Row]) -> None:
+        """One step that samples nothing is done; `learned` says, beside others, how many tokens of `rows` it saw."""
         metrics = {f"train/{name}": value for name, value in learned.items()}
-        metrics |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
-        metrics["seconds/step"] = sum(value for phase, value in self.seconds.items() if phase not in NO_STEP)
-        metrics["tokens_per_second"] = learned["tokens"] / metrics["seconds/step"]
-        self.seconds = {}
+        if self.meter is not None:
+            metrics["train/mfu"] = self.meter.mfu(rows, self.seconds["learn"])
+        metrics |= self._pace(learned["tokens"])
         self._log(step, metrics, self.steps)
         self.outlets.bar.advance({SHOWN[name]: self.latest[name] for name in SHOWN if name in self.latest})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """One evaluation is done; its seconds are part of no step."""
         seconds = self.seconds.pop("evaluate", 0.0)
-        self._log(step, {**metrics, "seconds/evaluate": seconds}, self.evaluations)
+        idle = self._idle(["evaluate"])
+        self._log(step, {**metrics, "seconds/evaluate": seconds, **idle}, self.evaluations)
 
     def alarm(self, name: str, line: str) -> None:
         """Something has gone wrong beside the metrics; RunError where alarms end the run."""

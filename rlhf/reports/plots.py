@@ -105,6 +105,23 @@ LAG = Panel(
     (),
     least=1.0,
 )
+HARDWARE = (
+    Panel(
+        "pace",
+        "Tokens a second",
+        (("tokens_per_second/sampled", "of sampling"), ("tokens_per_second/learned", "of learning")),
+        (),
+        least=1.0,
+    ),
+    Panel("mfu", "MFU of learning", (("train/mfu", "MFU"),), (), least=0.0),
+    Panel(
+        "idle",
+        "Share of a phase without a kernel on the GPU",
+        tuple((f"gpu_idle/{phase}", phase) for phase in PHASES),
+        (),
+        least=1.0,
+    ),
+)
 
 
 @contextmanager

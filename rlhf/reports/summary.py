@@ -15,6 +15,12 @@ from rlhf.config import Objective
 Rows = Sequence[Mapping[str, float]]
 ALARM = "alarm/"
 PHASES = ("sample", "reward", "learn", "transfer", "verify")
+IDLE, GPU_MEMORY = "gpu_idle/", "gpu_memory_mib/"  # groups of numbers, a phase or a process each
+MEDIANS = {  # numbers of the summary, and the metrics whose medians they are
+    "mfu": "train/mfu",
+    "tokens_per_second_sampled": "tokens_per_second/sampled",
+    "tokens_per_second_learned": "tokens_per_second/learned",
+}
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
@@ -43,6 +49,7 @@ def summarise(rows: Rows) -> dict[str, float]:
         summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1])
         summary["transfer_share"] = summary["seconds_transfer"] / sum(steps)
         summary["tokens_per_second"] = statistics.median(series(rows, "tokens_per_second")[1])
+    summary |= _of_hardware(rows)
     for name in ("kl", "mismatch"):
         _, values = series(rows, f"train/{name}")
         if values:
@@ -50,6 +57,30 @@ def summarise(rows: Rows) -> dict[str, float]:
     for name in sorted({name for row in rows for name in row if name.startswith(ALARM)}):
         summary[name] = series(rows, name)[0][0]
     return summary
+
+
+def _of_hardware(rows: Rows) -> dict[str, float]:
+    """Medians of what was computed a second, and the means of how idle the GPU was, by phase."""
+    found: dict[str, float] = {}
+    for name, metric in MEDIANS.items():
+        if values := series(rows, metric)[1]:
+            found[name] = statistics.median(values)
+    for name in sorted({name for row in rows for name in row if name.startswith(IDLE)}):
+        found[name] = statistics.fmean(series(rows, name)[1])
+    return found
+
+
+def hardware(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What a run has made of its GPU, in words: MFU, memory of each process, and how idle it was by phase."""
+    told: dict[str, str] = {}
+    if "mfu" in summary:
+        told["MFU of learning"] = f"{summary['mfu']:.1%}"
+    for name, value in summary.items():
+        if name.startswith(GPU_MEMORY):
+            told[f"GPU memory, {name.removeprefix(GPU_MEMORY)}"] = f"{value / 1024:.1f} GiB"
+        elif name.startswith(IDLE):
+            told[f"GPU idle, {name.removeprefix(IDLE)}"] = f"{value:.0%}"
+    return told
 
 
 def _ks(names: Iterable[str]) -> list[int]:
@@ -108,6 +139,11 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for name in [name for name in summary if name.startswith(ALARM)]:
         table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
     table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
+    for kind in ("sampled", "learned"):
+        if f"tokens_per_second_{kind}" in summary:
+            table.add_row(f"  {kind}", "", f"{summary[f'tokens_per_second_{kind}']:.0f}")
+    for label, value in hardware(summary).items():
+        table.add_row(label, "", value)
     steps, seconds = summary["steps"], sum(summary[f"seconds_{phase}"] for phase in PHASES)
     table.add_row("a step, mean of all", "", f"{1e3 * seconds / steps:.1f} ms")
     for phase in PHASES:

@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
 from rlhf.ending import RunError, keeping_sigterm
+from rlhf.monitor.gpu import GPU_MEMORY
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
 from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
 from transfer.process import WorkerProcess, python_path
 from transfer.stacks import dumps_stacks_when_asked
-from transfer.wire import TOKEN_VARIABLE
+from transfer.wire import TOKEN_VARIABLE, RemoteError
 
 if TYPE_CHECKING:
     from transfer import Sender
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Connect = Callable[[], list[Sender]]  # waits until the workers are up
 
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
+STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
 RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
 
@@ -102,6 +104,15 @@ class Workers:
                 self._stack.enter_context(closing(sender))
             self._senders = senders
         return self._senders
+
+    def gpu_memory(self) -> dict[str, float]:
+        """MiB of a GPU that each worker has taken at most, by its own words; of those that say so, and answer."""
+        found: dict[str, float] = {}
+        for index, sender in enumerate(self._senders or ()):
+            with suppress(RemoteError):
+                if (mib := sender.call("status", {}, STATUS_S).get(GPU_MEMORY)) is not None:
+                    found[f"{GPU_MEMORY}/worker-{index}"] = mib
+        return found
 
     def _start(self) -> AbstractContextManager[Connect]:
         transfer, rollout = self._config.transfer, self._config.rollout
@@ -230,7 +241,7 @@ class RayWorker(Worker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         dumps_stacks_when_asked(spec.log)
-        super().__init__(*parts_of(spec))
+        super().__init__(*parts_of(spec), spec.log)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import __version__
+from rlhf.monitor.gpu import GPU_MEMORY, gpu_peak
+from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
 from transfer import make_receiver, wire
 from transfer.journal import Journal
@@ -152,8 +154,11 @@ def limits_of(text: Any, positions: int | None = None) -> completions.Limits:
 class Worker:
     """One rollout worker: an engine, and the receiver of its weights; a method per verb, Refused if it will not."""
 
-    def __init__(self, engine: Engine, receiver: Receiver, limits: completions.Limits) -> None:
+    def __init__(self, engine: Engine, receiver: Receiver, limits: completions.Limits, log: Path | None = None) -> None:
+        """`log`: of the process that is this worker alone, in the folder of its run; None of any other."""
         self._engine = engine
+        self._alone = log is not None
+        self._traces = Traces(log)
         self._receiver = receiver
         self._limits = limits
         self._gate = PauseGate()
@@ -167,7 +172,7 @@ class Worker:
     @classmethod
     def from_spec(cls, spec: WorkerSpec) -> Worker:
         """A worker with a model of its own; this process then computes with `spec.threads` threads."""
-        return cls(*parts_of(spec))
+        return cls(*parts_of(spec), spec.log)
 
     def completions(self, body: Body) -> Answer:
         """Answer the message of completions.py; 503 while paused or without weights."""
@@ -226,6 +231,17 @@ class Worker:
         wire.only(dict(body), {})
         return {"is_sleeping": self._asleep}
 
+    def start_profile(self, body: Body) -> Answer:
+        """Trace this process from now on, into `profile/` of its run; 409 if it cannot."""
+        wire.only(dict(body), {"step": wire.is_int})
+        self._traces.start(body.get("step", 0))
+        return {"is_profiling": True}
+
+    def stop_profile(self, body: Body) -> Answer:
+        """End the trace and write it; 409 if none was begun, or it is lost."""
+        wire.only(dict(body), {})
+        return {"is_profiling": False, "said": self._traces.stop()}
+
     def version(self, body: Body) -> Answer:
         """What answers: this package, whose routes are vLLM's, and its version."""
         wire.only(dict(body), {})
@@ -279,8 +295,9 @@ class Worker:
         return self._receiver.prompt(verb)
 
     def status(self, body: Body) -> Answer:
-        """Where the worker stands in the state machine of an update."""
-        return self._receiver.status(dict(body))
+        """Where the worker stands in the state machine of an update, and how much of a GPU its process has taken."""
+        used = gpu_peak() if self._alone else None
+        return self._receiver.status(dict(body)) | ({} if used is None else {GPU_MEMORY: used})
 
 
 def parts_of(spec: WorkerSpec) -> tuple[Engine, Receiver, completions.Limits]:

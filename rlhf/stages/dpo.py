@@ -30,6 +30,7 @@ from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.schedules import scale
 from rlhf.loop import Parts
+from rlhf.monitor.flops import Row
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches, encode
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
@@ -55,7 +56,7 @@ def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig, version
                     version = parts.transfer.push(learner.weights())
                 with record.time("verify"):
                     parts.probe(version)
-            record.learned(step, learned)
+            record.learned(step, learned, learner.lengths(rows))
             keeper.reached(step, version)
     keeper.judge(_evaluate(parts, learner, config, config.steps))
 
@@ -259,6 +260,11 @@ class DpoLearner:
         tokens = sum(len(self.training.rows[row].chosen) + len(self.training.rows[row].rejected) for row in rows)
         step = {"grad_norm": norm if finite else 0.0, "skipped_updates": float(not finite), "lr": rate}
         return means | step | {"tokens": float(tokens)}
+
+    def lengths(self, rows: Sequence[int]) -> list[Row]:
+        """Those of prompts and answers of these training pairs, two rows a pair."""
+        pairs = [self.training.rows[row] for row in rows]
+        return [Row(len(pair.prompt), len(answer)) for pair in pairs for answer in (pair.chosen, pair.rejected)]
 
     def measure(self) -> dict[str, float]:
         """Loss, accuracy, margin and implicit rewards of the held-out pairs; nothing if there are none."""
