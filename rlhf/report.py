@@ -106,9 +106,9 @@ def _numbers(run: RunFolder) -> dict[str, str]:
         ("step_ms", "a step, median", "{:.0f} ms"),
         ("transfer_ms", "weight transfer, median", "{:.2f} ms"),
         ("transfer_share", "of a step waits for weights", "{:.1%}"),
-        ("tokens_per_second", "tokens a second of a step", "{:.0f}"),
-        ("tokens_per_second_sampled", "tokens a second of sampling", "{:.0f}"),
-        ("tokens_per_second_learned", "tokens a second of learning", "{:.0f}"),
+        ("tokens_per_second", "tokens a second", "{:.0f}"),
+        ("tokens_per_second_sampled", "tokens a second, while sampling", "{:.0f}"),
+        ("tokens_per_second_learned", "tokens a second, while learning", "{:.0f}"),
     ):
         if name in summary:
             numbers[label] = shape.format(summary[name])

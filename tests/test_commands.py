@@ -235,7 +235,7 @@ def test_the_runs_of_the_docs_run_in_a_short_form(place, ran):
     finished = [json.loads(path.read_text())["status"] for path in place.glob("outputs/*/*/summary.json")]
     runs = [command for command in RUN if command.startswith(TRAIN)]
     assert finished == ["finished"] * (len(runs) - 1)  # one of them is `run`
-    assert list(place.glob("outputs/*/*/profile/step-3.json"))
+    assert list(place.glob("outputs/*/*/profile/step-3-worker-0.json.gz"))
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ class Recorder:
             **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
-            "train/mfu": self.meter and self.meter.of_step(rollouts, self.seconds["learn"]),
+            "train/mfu": None if self.meter is None else self.meter.of_step(rollouts, self.seconds["learn"]),
             **self._pace(rollouts.tokens),
         }
         if self.keeps_samples:

@@ -109,7 +109,7 @@ HARDWARE = (
     Panel(
         "pace",
         "Tokens a second",
-        (("tokens_per_second/sampled", "of sampling"), ("tokens_per_second/learned", "of learning")),
+        (("tokens_per_second/sampled", "while sampling"), ("tokens_per_second/learned", "while learning")),
         (),
         least=1.0,
     ),

@@ -16,6 +16,14 @@ Rows = Sequence[Mapping[str, float]]
 ALARM = "alarm/"
 PHASES = ("sample", "reward", "learn", "transfer", "verify")
 IDLE, GPU_MEMORY = "gpu_idle/", "gpu_memory_mib/"  # groups of numbers, a phase or a process each
+WHILE = {
+    "sample": "sampling",
+    "reward": "scoring",
+    "learn": "learning",
+    "transfer": "moving weights",
+    "verify": "verifying",
+    "evaluate": "evaluating",
+}
 MEDIANS = {  # numbers of the summary, and the metrics whose medians they are
     "mfu": "train/mfu",
     "tokens_per_second_sampled": "tokens_per_second/sampled",
@@ -79,7 +87,8 @@ def hardware(summary: Mapping[str, Any]) -> dict[str, str]:
         if name.startswith(GPU_MEMORY):
             told[f"GPU memory, {name.removeprefix(GPU_MEMORY)}"] = f"{value / 1024:.1f} GiB"
         elif name.startswith(IDLE):
-            told[f"GPU idle, {name.removeprefix(IDLE)}"] = f"{value:.0%}"
+            phase = name.removeprefix(IDLE)
+            told[f"GPU idle while {WHILE.get(phase, phase)}"] = f"{value:.0%}"
     return told
 
 
@@ -138,17 +147,7 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     table.add_section()
     for name in [name for name in summary if name.startswith(ALARM)]:
         table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
-    table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
-    for kind in ("sampled", "learned"):
-        if f"tokens_per_second_{kind}" in summary:
-            table.add_row(f"  {kind}", "", f"{summary[f'tokens_per_second_{kind}']:.0f}")
-    for label, value in hardware(summary).items():
-        table.add_row(label, "", value)
-    steps, seconds = summary["steps"], sum(summary[f"seconds_{phase}"] for phase in PHASES)
-    table.add_row("a step, mean of all", "", f"{1e3 * seconds / steps:.1f} ms")
-    for phase in PHASES:
-        spent = summary[f"seconds_{phase}"]
-        table.add_row(f"  {phase} ({spent / max(1e-9, seconds):.1%})", "", f"{1e3 * spent / steps:.1f} ms")
+    _add_speed(table, summary)
     console = Console()
     console.print(table)
     console.print(
@@ -162,3 +161,18 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
             console.print(f"  {path.name}{'/' if path.is_dir() else ''}", highlight=False)
     console.print(f"next: python -m rlhf.report {shlex.quote(str(folder))}", soft_wrap=True, highlight=False)
     console.print("      look at report.html; then change a dial: algo=rloo task=reverse", highlight=False)
+
+
+def _add_speed(table: Any, summary: Mapping[str, float]) -> None:
+    """Rows about tokens, the GPU, and where a step's time goes."""
+    table.add_row("tokens/s", "", f"{summary['tokens_per_second']:.0f}")
+    for name, label in (("sampled", "  sampled, while sampling"), ("learned", "  learned, while learning")):
+        if f"tokens_per_second_{name}" in summary:
+            table.add_row(label, "", f"{summary[f'tokens_per_second_{name}']:.0f}")
+    for label, value in hardware(summary).items():
+        table.add_row(label, "", value)
+    steps, seconds = summary["steps"], sum(summary[f"seconds_{phase}"] for phase in PHASES)
+    table.add_row("a step, mean of all", "", f"{1e3 * seconds / steps:.1f} ms")
+    for phase in PHASES:
+        spent = summary[f"seconds_{phase}"]
+        table.add_row(f"  {phase} ({spent / max(1e-9, seconds):.1%})", "", f"{1e3 * spent / steps:.1f} ms")

@@ -94,6 +94,7 @@ class Workers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._senders = []  # nobody is to ask them any more
         self._stack.close()
 
     def senders(self) -> list[Sender]:

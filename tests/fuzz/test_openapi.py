@@ -64,6 +64,7 @@ FORMS = [  # every form of every message: verb, message, and where its fields ar
     ("sleep", {"level": 1}, None),
     ("wake_up", {"tags": ["weights"]}, None),
     ("resume", {}, None),
+    ("start_profile", {"step": 3}, None),
 ]
 IDS = [f"{verb}{'/'.join(message.get(inner, message))[:20]}" for verb, message, inner in FORMS]
 

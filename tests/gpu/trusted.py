@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -56,9 +57,10 @@ def a_step_is_traced(folder: Path) -> str:
     run = folder / "traced"
     command = [sys.executable, "-m", "rlhf.train", f"hydra.run.dir={run}", *RUN, "profile.steps=[3]"]
     output(command, run.with_suffix(".log"), DEADLINE_S)
-    events = json.loads((run / "profile" / "step-3.json").read_text())["traceEvents"]
-    kernels = sum(event.get("cat") == "kernel" for event in events)
-    assert kernels > 100, f"{kernels} kernels of {len(events)} events"
+    for trace in ("step-3.json.gz", "step-3-worker-0.json.gz"):
+        events = json.loads(gzip.decompress((run / "profile" / trace).read_bytes()))["traceEvents"]
+        kernels = sum(event.get("cat") == "kernel" for event in events)
+        assert kernels > 100, f"{trace}: {kernels} kernels of {len(events)} events"
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "finished" and status["gpu_memory_mib/trainer"] > 1
     output([sys.executable, "-m", "rlhf.report", str(run)], run.with_suffix(".report"), DEADLINE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -112,8 +113,9 @@ def test_chosen_steps_are_traced_and_memory_is_in_the_summary(compose_run, tmp_p
     small = ("experiment=smoke", "transfer=local", "logger=jsonl", "sft.steps=2", "steps=3", "task.held_out=8")
     summary = run(compose_run(*small, "profile.steps=[2]"), tmp_path)
     (trace,) = (tmp_path / "profile").iterdir()
-    names = {str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"]}
-    assert trace.name == "step-2.json" and any(name.startswith("aten::") for name in names)
+    told = json.loads(gzip.decompress(trace.read_bytes()))
+    names = {str(event.get("name")) for event in told["traceEvents"]}
+    assert trace.name == "step-2.json.gz" and any(name.startswith("aten::") for name in names)
     assert any("backward" in name.lower() for name in names), "sampled, learned and handed over"
     assert summary["memory_mib/trainer"] > 100 and status(tmp_path)["state"] == "finished"
 
