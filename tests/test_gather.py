@@ -26,7 +26,9 @@ class Sampler:
 
 
 class Clock:
-    """Notes nothing."""
+    """Notes no time."""
+
+    sampled = 0
 
     @contextmanager
     def time(self, phase):
@@ -59,6 +61,7 @@ def test_groups_without_a_signal_give_way_to_others_until_the_step_is_full(compo
     assert len(rewards) == len(rollouts.texts) == len(rollouts.completions) == 32 and rewards[:4] == [0, 1, 2, 3]
     assert [text.partition(".")[0] for text in rollouts.texts] == [p.text for p in rollouts.prompts_B]
     assert 1 < len(sampler.asked) <= 8 and len(set(rollouts.seeds)) == 8, "no two prompts are sampled with one seed"
+    assert take.record.sampled == 32 * len(sampler.asked), "tokens of those that are left out, too"
     assert take(TRAIN, range(8), step=3)[0].texts == rollouts.texts, "the same step takes the same samples"
 
 

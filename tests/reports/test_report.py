@@ -148,6 +148,27 @@ def test_what_a_model_says_is_text_and_the_page_takes_nothing_from_elsewhere(rep
         assert not re.search(r'(href|src)="(?!#)', drawing) and "<script" not in drawing
 
 
+def test_what_a_run_has_made_of_its_gpu_is_in_the_head_and_drawn(tmp_path):
+    folder = write_run(tmp_path / "run", few=True)
+    numbers = {"train/mfu": 0.41, "gpu_idle/sample": 0.12, "gpu_idle/learn": 0.0, "tokens_per_second/sampled": 5000.0}
+    rows = [
+        {"step": step, "seconds/step": 1.0, "seconds/transfer": 0.1, "tokens_per_second": 900.0, **numbers}
+        for step in range(1, 9)
+    ]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(each) + "\n" for each in rows)
+    memory = {"gpu_memory_mib/trainer": 20480.0, "gpu_memory_mib/worker-0": 10240.0}
+    write_summary(folder, "finished", [], {"gold_end": 0.8, **memory})
+    main([str(folder)])
+    read = Read(folder / "report.html")
+    told = dict(re.findall(r"<b>([^<]+)</b><span>([^<]+)</span>", (folder / "report.html").read_text()))
+    assert told["41.0%"] == "MFU of learning" and told["12%"] == "GPU idle while sampling"
+    assert told["20.0 GiB"] == "GPU memory, trainer" and told["10.0 GiB"] == "GPU memory, worker-0"
+    assert told["5000"] == "tokens a second, while sampling"
+    drawn = drawings(read)
+    assert {"Tokens a second", "MFU of learning", "Share of a phase without a kernel on the GPU"} < set(drawn)
+
+
 def test_a_long_answer_is_cut_and_the_page_stays_small(tmp_path):
     folder = write_run(tmp_path / "run", answer="long " * 4000, few=True)
     main([str(folder)])

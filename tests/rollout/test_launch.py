@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import psutil
@@ -14,6 +15,7 @@ import requests
 
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.launch import Workers
 from rlhf.rollout.worker import WorkerSpec
 from rlhf.types import Prompt
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
@@ -174,3 +176,29 @@ def test_the_token_is_on_no_command_line_and_in_no_log(http_fleet):
     for worker in workers:
         assert token not in " ".join(worker.cmdline())
         assert token not in " ".join(worker.environ().values())
+
+
+class Telling:
+    """A worker that says how much of a GPU it has taken, or does not answer."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def call(self, verb, body, timeout_s):
+        if self.status is None:
+            raise RemoteError("worker", verb, 0, "no answer within 1 s")
+        return self.status
+
+    def close(self):
+        pass
+
+
+def test_workers_are_asked_for_their_gpu_memory_while_they_are_there(compose_run, tmp_path, monkeypatch):
+    senders = [Telling({"gpu_memory_mib": 7.0}), Telling({}), Telling(None), Telling({"gpu_memory_mib": 5.0})]
+    workers = Workers(WorkerSpec(**QWEN), compose_run(), tmp_path, None)
+    assert workers.gpu_memory() == {}, "they are not up yet"
+    monkeypatch.setattr(workers, "_start", lambda: nullcontext(lambda: senders))
+    with workers:
+        workers.senders()
+        assert workers.gpu_memory() == {"gpu_memory_mib/worker-0": 7.0, "gpu_memory_mib/worker-3": 5.0}
+    assert workers.gpu_memory() == {}

@@ -1,9 +1,13 @@
+import gzip
+import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
+from rlhf.rollout.worker import _around as around
 from transfer.senders.direct import DirectSender
 from transfer.wire import ROUTES, Refused, TransferError
 
@@ -198,3 +202,32 @@ def test_a_spec_survives_json_and_builds_the_same_architecture(model):
 def test_a_wrong_spec_says_what_is_wrong(raw, message):
     with pytest.raises(ValueError, match=message):
         WorkerSpec.from_json(raw)
+
+
+def test_a_worker_traces_its_own_process_into_the_folder_of_its_run(model, tmp_path, local_worker):
+    _, transfer = local_worker
+    worker = Worker(*around(model, transfer.endpoint, ""), tmp_path / "worker-0.log")
+    transfer.open(model.state_dict(), [DirectSender(worker, "worker 0")])
+    transfer.push(model.state_dict())
+    assert worker.start_profile({"step": 3}) == {"is_profiling": True}
+    with pytest.raises(Refused, match="stop it first"):
+        worker.start_profile({})
+    worker.completions({**ASK, "max_tokens": 2})
+    assert worker.stop_profile({}) == {"is_profiling": False, "said": ""}
+    events = json.loads(gzip.decompress((tmp_path / "profile" / "step-3-worker-0.json.gz").read_bytes()))["traceEvents"]
+    assert "aten::linear" in {event.get("name") for event in events}
+
+
+def test_a_worker_in_the_trainer_s_process_traces_nothing_and_names_no_memory_as_its_own(worker, monkeypatch):
+    monkeypatch.setattr("rlhf.rollout.worker.gpu_peak", lambda: 5.0)
+    with pytest.raises(Refused, match="no process or no run's folder of its own") as refused:
+        worker.start_profile({"step": 1})
+    assert refused.value.status == 409 and "gpu_memory_mib" not in worker.status({})
+
+
+def test_a_worker_with_a_process_of_its_own_says_how_much_of_a_gpu_it_has_taken(local_worker, model, monkeypatch):
+    _, transfer = local_worker
+    worker = Worker(*around(model, transfer.endpoint, ""), Path("worker-0.log"))
+    assert "gpu_memory_mib" not in worker.status({}), "it has none"
+    monkeypatch.setattr("rlhf.rollout.worker.gpu_peak", lambda: 5.0)
+    assert worker.status({})["gpu_memory_mib"] == 5.0
