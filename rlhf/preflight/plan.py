@@ -118,7 +118,8 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield config.transfer.path or "weights/", f"the newest {config.transfer.keep} versions of the weights"
     if config.profile.steps:
         steps = ", ".join(map(str, config.profile.steps))
-        yield "profile/", f"traces of the steps {steps}, of the trainer and of each worker, below 50 MB each"
+        workers = "" if isinstance(config.transfer, LocalConfig) else " and of each worker"
+        yield "profile/", f"traces of the steps {steps}, of the trainer{workers}, at most 50 MB each"
     yield "journal/", "what each process did with weights"
     sender = config.transfer.sender
     if isinstance(sender, HttpSenderConfig) and not sender.url and not isinstance(config.transfer, LocalConfig):

@@ -12,15 +12,17 @@ from transfer import inert_pickle
 from transfer.wire import ROUTES
 
 SECONDS = 280
+REFUSED = ("start_profile", "stop_profile")  # by a worker without a run's folder, as the target's is
 
 
 def assert_reached(outcome):
     """The messages were no noise: every verb was met, refused, and taken; weights were replaced."""
     statuses = {verb: {status for _, v, status in outcome.table if v == verb} for verb in VERBS}
-    assert all(200 in seen for seen in statuses.values())
+    assert all(200 in seen for verb, seen in statuses.items() if verb not in REFUSED)
+    assert all(409 in statuses[verb] and 200 not in statuses[verb] for verb in REFUSED)
     assert all(422 in statuses[verb] for verb, (method, _) in ROUTES.items() if method == "POST")
     assert all({200, 409, 422} <= statuses[verb] for verb in SESSION)
-    assert {f"valid {verb}" for verb in VERBS} <= set(outcome.done)
+    assert {f"valid {verb}" for verb in VERBS if verb not in REFUSED} <= set(outcome.done)
     assert outcome.done["flips"] > 30
 
 

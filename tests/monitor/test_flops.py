@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf.adapter import add_adapter
 from rlhf.monitor.flops import Meter, Row, Shape, peak_of, shape_of
+from rlhf.run import run
 from rlhf.types import Completion, Prompt, Rollouts
 
 SMALL = {
@@ -147,3 +149,14 @@ def test_a_run_is_measured_by_what_its_algorithm_computes(compose_run, monkeypat
     assert (dpo.reference, dpo.critic, dpo.updates) == (False, False, 1)
     strange = SimpleNamespace(config=SimpleNamespace())
     assert Meter.of(strange, compose_run()) is None
+
+
+@pytest.mark.parametrize("algo", ["algo=grpo", "algo=dpo algo.prompts=32 prompts_per_step=4"])
+def test_a_run_on_a_device_that_is_known_logs_its_mfu(compose_run, tmp_path, monkeypatch, algo):
+    monkeypatch.setattr("rlhf.monitor.flops._peak", lambda policy: 1e12)
+    small = ("experiment=smoke", "logger=jsonl", "transfer=local", "sft.steps=2", "steps=2", "task.held_out=8")
+    summary = run(compose_run(*small, *algo.split()), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["train/mfu"] for row in rows if "seconds/step" in row]
+    assert len(logged) == 2 and all(0 < mfu < 1 for mfu in logged)
+    assert min(logged) <= summary["mfu"] <= max(logged)
