@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -64,16 +65,18 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
     rows = [completion.ids for completion in rollouts.completions]
     width = max(1, *(len(row) for row in rows))
 
-    def pad(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        padded = [list(row) + [0] * (width - len(row)) for row in values]
-        return torch.tensor(padded, dtype=dtype, device=device)
+    def pad(columns: Sequence[Sequence[float]], dtype: type[np.generic]) -> Tensor:
+        padded = np.zeros((len(columns), width), dtype)
+        for row, values in zip(padded, columns, strict=True):
+            row[: len(values)] = values  # read through the column's own memory
+        return torch.from_numpy(padded).to(device)
 
     return Batch(
         prompts=[prompt.ids for prompt in rollouts.prompts],
         prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
-        ids_BT=pad(rows, torch.long),
-        mask_BT=pad([completion.mask for completion in rollouts.completions], torch.float32),
-        sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
+        ids_BT=pad(rows, np.int64),
+        mask_BT=pad([completion.mask for completion in rollouts.completions], np.float32),
+        sampled_BT=pad([completion.logprobs or () for completion in rollouts.completions], np.float32),
         truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import RolloutConfig
 from rlhf.ending import RunError
 from rlhf.rollout.sampling import ABORTED, seed_of
-from rlhf.types import FINISHED, TRUNCATED, Completion, Prompt, Rollouts, Tokenizer
+from rlhf.types import FINISHED, TRUNCATED, VERSIONS, Completion, Prompt, Rollouts, Tokenizer, column
 from transfer.wire import RemoteError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class RolloutClient:
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """Each completion without its special tokens."""
-        return self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        return self._tokenizer.batch_decode([c.ids.tolist() for c in completions], skip_special_tokens=True)
 
     def complete(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], n: int, temperature: float
@@ -135,7 +135,7 @@ def _part(body: Body, rows: Sequence[int]) -> Body:
 
 def _completion(choice: dict[str, Any], body: Body) -> Completion:
     ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-    versions = [int(version) for version, tokens in choice["weight_versions"] for _ in range(tokens)]
+    versions = column(VERSIONS, [int(version) for version, tokens in choice["weight_versions"] for _ in range(tokens)])
     if len(ids) > body["max_tokens"] or len(logprobs) != len(ids) or len(versions) != len(ids):
         raise ValueError(
             f"{len(ids)} tokens, {len(logprobs)} log-probs and {len(versions)} versions where up to "

@@ -67,8 +67,8 @@ def answer(request: Request, samples: Sequence[Sample]) -> dict[str, Any]:
         {
             "index": index,
             "text": "",
-            "token_ids": sample.ids,
-            "logprobs": {"token_logprobs": sample.logprobs} if request.with_logprobs else None,
+            "token_ids": sample.ids.tolist(),
+            "logprobs": _logprobs(sample) if request.with_logprobs else None,
             "finish_reason": sample.finish_reason,
             "weight_version": sample.versions[0] if sample.versions else None,
             "weight_versions": [[version, len(list(run))] for version, run in groupby(sample.versions)],
@@ -80,6 +80,10 @@ def answer(request: Request, samples: Sequence[Sample]) -> dict[str, Any]:
         "completion_tokens": sum(len(sample.ids) for sample in samples),
     }
     return {"choices": choices, "usage": usage}
+
+
+def _logprobs(sample: Sample) -> dict[str, list[float]] | None:
+    return None if sample.logprobs is None else {"token_logprobs": sample.logprobs.tolist()}
 
 
 def _is_number(value: Any) -> bool:

@@ -98,7 +98,7 @@ class VllmEngine:
         Before each step `turn` tells the version of the weights, and may change them; on None unfinished rows end with
         reason "abort".
         """
-        rows = [Sample([], [], [], ABORTED) for _ in range(len(prompts) * sampling.n)]
+        rows = [Sample.empty() for _ in range(len(prompts) * sampling.n)]
         with self._alone(turn) as alone:
             if not alone:
                 return rows
@@ -109,7 +109,7 @@ class VllmEngine:
                 while waiting and (version := turn()) is not None:
                     for output in self._engine.step():
                         if (index := waiting.get(output.request_id)) is not None:
-                            rows[index] = _extended(rows[index], output.outputs[0], version)
+                            _extend(rows[index], output.outputs[0], version)
                             if output.finished:
                                 del waiting[output.request_id]
             finally:
@@ -174,12 +174,11 @@ class VllmEngine:
             self._stepping.release()
 
 
-def _extended(row: Sample, output: Any, version: int) -> Sample:
-    """The row with the tokens of one more step."""
-    ids = list(output.token_ids)
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs or [], ids, strict=True)]
-    reason = {"stop": FINISHED, "length": TRUNCATED}.get(output.finish_reason, ABORTED)
-    return Sample(row.ids + ids, row.logprobs + logprobs, row.versions + [version] * len(ids), reason)
+def _extend(row: Sample, output: Any, version: int) -> None:
+    """Give the row the tokens of one more step."""
+    ids = output.token_ids
+    row.grow(ids, [entry[token].logprob for entry, token in zip(output.logprobs or [], ids, strict=True)], version)
+    row.finish_reason = {"stop": FINISHED, "length": TRUNCATED}.get(output.finish_reason, ABORTED)
 
 
 def _llm(spec: WorkerSpec) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_rows_that_the_limit_has_cut_may_teach_nothing_and_still_count_in_their_
     assert not torch.allclose(dropped, kept)
     other = cut(sampled(), (2, 5))
     for b in (2, 5):
-        other.completions[b].ids[:] = [3] * len(other.completions[b].ids)
+        other.completions[b].ids[:] = array("i", [3]) * len(other.completions[b].ids)
     assert torch.allclose(gradients(make_learner("algo.truncated=drop"), other, rewards), dropped, atol=1e-6)
     fewer = [None if b in (2, 5) else reward for b, reward in enumerate(rewards)]
     assert not torch.allclose(gradients(make_learner(), sampled(), fewer), dropped, atol=1e-6), "another baseline"
@@ -208,7 +209,7 @@ def test_a_correction_scales_the_loss_of_tokens_that_the_worker_found_less_likel
     plain = gradients(make_learner("algo.kl_coef=0"), sampled(), rewards)
     unlikely = sampled()
     for completion in unlikely.completions:
-        completion.logprobs[:] = [-50.0] * len(completion.logprobs)
+        completion.logprobs[:] = array("f", [-50.0]) * len(completion.logprobs)
     capped = gradients(make_learner("algo.kl_coef=0", "algo.correction=tis"), unlikely, rewards)
     assert torch.allclose(capped, 2.0 * plain, rtol=1e-4, atol=1e-7), "at most correction_high"
     assert gradients(make_learner("algo.kl_coef=0", "algo.correction=icepop"), unlikely, rewards).abs().max() == 0
@@ -237,7 +238,7 @@ def test_a_sample_without_a_reward_gives_no_gradient(make_learner):
     before = gradients(make_learner(), rollouts, rewards)
     changed = copy.deepcopy(rollouts)
     for b in (2, 6, 10):
-        changed.completions[b].ids[:] = [3] * len(changed.completions[b].ids)
+        changed.completions[b].ids[:] = array("i", [3]) * len(changed.completions[b].ids)
     assert torch.allclose(gradients(make_learner(), changed, rewards), before, atol=1e-6)
 
 
