@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RolloutConfig
 from rlhf.ending import RunError
-from rlhf.rollout.sampling import ABORTED, seed_of
-from rlhf.types import FINISHED, TRUNCATED, VERSIONS, Completion, Prompt, Rollouts, Tokenizer, column
-from transfer.wire import RemoteError
+from rlhf.rollout import columns
+from rlhf.rollout.sampling import ABORTED, Sample, seed_of
+from rlhf.types import FINISHED, Completion, Prompt, Rollouts, Tokenizer
+from transfer.wire import BODY, RemoteError
 
 if TYPE_CHECKING:
     from transfer import Sender
@@ -61,6 +61,7 @@ class RolloutClient:
             "stop_token_ids": [self._tokenizer.eos_token_id],
             "logprobs": 0,
             "return_token_ids": True,
+            "encoding": "columns",
         }
         jobs = [
             (sender, {"prompt": [list(ids) for ids in prompts[block]], "seeds": list(seeds[block]), **settings})
@@ -113,10 +114,8 @@ class RolloutClient:
         n = body["n"]
         answer = sender.call("completions", body, self._config.timeout_s)
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(len(body["prompt"]) * n)):
-                raise ValueError(f"{len(choices)} choices for {len(body['prompt'])} prompts with n={n}")
-            completions = [_completion(choice, body) for choice in choices]
+            samples = columns.decode(answer[BODY], columns.Expected(len(body["prompt"]) * n, body["max_tokens"]))
+            completions = [_completion(sample, body) for sample in samples]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error
         return [completions[start : start + n] for start in range(0, len(completions), n)]
@@ -133,20 +132,11 @@ def _part(body: Body, rows: Sequence[int]) -> Body:
     return {**body, **{key: [body[key][row] for row in rows] for key in ("prompt", "seeds")}}
 
 
-def _completion(choice: dict[str, Any], body: Body) -> Completion:
-    ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-    versions = column(VERSIONS, [int(version) for version, tokens in choice["weight_versions"] for _ in range(tokens)])
-    if len(ids) > body["max_tokens"] or len(logprobs) != len(ids) or len(versions) != len(ids):
-        raise ValueError(
-            f"{len(ids)} tokens, {len(logprobs)} log-probs and {len(versions)} versions where up to "
-            f"{body['max_tokens']} were asked for"
-        )
-    if not all(math.isfinite(logprob) for logprob in logprobs):
-        raise ValueError("a log-prob is not finite")
-    if reason == ABORTED:
-        return Completion(ids, logprobs, versions, reason)
-    if reason not in (FINISHED, TRUNCATED) or not ids:
-        raise ValueError(f"finish_reason is {reason!r} after {len(ids)} tokens")
-    if (reason == FINISHED) != (ids[-1] in body["stop_token_ids"]):
-        raise ValueError(f"finish_reason is {reason!r} and the last token {ids[-1]}")
-    return Completion(ids, logprobs, versions, reason)
+def _completion(sample: Sample, body: Body) -> Completion:
+    ids, reason = sample.ids, sample.finish_reason
+    if reason != ABORTED:
+        if not ids:
+            raise ValueError(f"finish_reason is {reason!r} after no tokens")
+        if (reason == FINISHED) != (ids[-1] in body["stop_token_ids"]):
+            raise ValueError(f"finish_reason is {reason!r} and the last token {ids[-1]}")
+    return Completion(ids, sample.logprobs, sample.versions, reason)

@@ -30,6 +30,11 @@ class Sampling:
     max_tokens: int
     temperature: float
     stop_ids: tuple[int, ...]
+    with_logprobs: frozenset[int] | None = None  # rows whose log-probs are wanted; None: all
+
+    def wants_logprobs(self, row: int) -> bool:
+        """Whether anybody wants the log-probs of this row."""
+        return self.with_logprobs is None or row in self.with_logprobs
 
 
 @dataclass(slots=True)

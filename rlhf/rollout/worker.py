@@ -169,8 +169,8 @@ class Worker:
         """A worker with a model of its own; this process then computes with `spec.threads` threads."""
         return cls(*parts_of(spec))
 
-    def completions(self, body: Body) -> Answer:
-        """Answer the message of completions.py; 503 while paused or without weights."""
+    def completions(self, body: Body) -> Answer | bytes:
+        """Answer the message of completions.py, as JSON or as columns; 503 while paused or without weights."""
         request = completions.parse(body, self._limits)
         with self._gate.generating(), self._receiver.serving() as weights:
             turn = lambda: None if self._gate.aborting() else weights()  # noqa: E731
