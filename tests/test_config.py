@@ -9,6 +9,7 @@ import yaml
 from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, SCHEMAS, misplaced
+from rlhf.config import all_logprobs, needs_logprobs
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
@@ -141,6 +142,8 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (["transfer=local", "transfer.verify=full"], r"transfer\.verify must be off \(got full\)"),
         (["transfer.verify_every=-1"], r"transfer\.verify_every must be at least 0 \(got -1\)"),
         (["transfer.verify_tolerance=0"], r"transfer\.verify_tolerance must be greater than 0 \(got 0\.0\)"),
+        (["rollout.logprobs=sample", "algo.correction=tis"], r"set rollout\.logprobs=auto"),
+        (["rollout.logprobs=sample", "algo.kl_in=reward"], r"set rollout\.logprobs=auto"),
         (["rollout.restarts=-1"], r"rollout\.restarts must be at least 0 \(got -1\)"),
         (["rollout.mismatch_alarm=0"], r"rollout\.mismatch_alarm must be greater than 0"),
         (["transfer=disk", "transfer.keep=0"], r"transfer\.keep must be at least 1"),
@@ -245,3 +248,27 @@ def test_a_key_of_another_choice_is_told_apart_from_a_typo(overrides, hint):
 )
 def test_there_is_no_hint_where_no_key_is_misplaced(overrides):
     assert misplaced(overrides) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["algo=grpo"], False),
+        (["algo=grpo", "updates_per_step=4"], False),
+        (["algo=grpo", "algo.correction=tis"], True),
+        (["algo=grpo", "algo.correction=sequence", "algo.kl_coef=0"], True),
+        (["algo=grpo", "algo.kl_in=reward"], True),
+        (["algo=grpo", "algo.kl_in=reward", "algo.kl_coef=0"], False),
+        (["algo=grpo", "algo.kl_target=0.1"], True),
+        (["algo=dpo"], False),
+    ],
+)
+def test_all_log_probs_are_asked_for_where_the_objective_computes_with_them_or_they_cost_nothing(
+    compose_run, overrides, needed
+):
+    vllm = ["rollout=vllm", "transfer.take=copy"]
+    assert needs_logprobs(compose_run(*overrides).algo) == needed
+    assert all_logprobs(compose_run(*overrides))
+    assert all_logprobs(compose_run(*overrides, *vllm)) == needed
+    assert all_logprobs(compose_run(*overrides, *vllm, "rollout.logprobs=all"))
+    assert needed or not all_logprobs(compose_run(*overrides, "rollout.logprobs=sample"))

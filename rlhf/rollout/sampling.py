@@ -17,6 +17,9 @@ from rlhf.types import IDS, LOGPROBS, VERSIONS, column
 
 ABORTED = "abort"  # finish reason of a row that new weights or a pause cut short; vLLM's word
 
+MEASURED_EVERY = 16  # rows, of which one is measured,
+MEASURED_LEAST = 32  # unless that gives fewer
+
 Keys = npt.NDArray[np.uint64]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al., OOPSLA 2014)
@@ -66,6 +69,11 @@ class Sample:
         if self.logprobs is not None:
             self.logprobs.extend(logprobs)
         self.versions.extend(array(VERSIONS, (version,)) * len(ids))
+
+
+def measured_rows(rows: int) -> range:
+    """Rows whose log-probs are enough to see whether workers and trainer agree; the same whoever samples them."""
+    return range(0, rows, max(1, min(MEASURED_EVERY, rows // MEASURED_LEAST)))
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -49,6 +49,11 @@ class Row:
         self.logprobs = None if self.last.logprobs is None else array(LOGPROBS)
         self._take(self.last)
 
+    @property
+    def measured(self) -> bool:
+        """Whether its answers have log-probs."""
+        return self.logprobs is not None
+
     def _take(self, answer: Completion) -> None:
         self.last = answer
         self._add(answer.ids, answer.logprobs, answer.versions, 1)
@@ -99,7 +104,8 @@ class Conversations:
             if not going:
                 break
             asked = [[*row.prompt.ids, *row.ids] for row in going]
-            answers = self._client.complete(asked, [row.seeds[turn] for row in going], 1, temperature)
+            seeds, measured = [row.seeds[turn] for row in going], [b for b, row in enumerate(going) if row.measured]
+            answers = self._client.complete(asked, seeds, 1, temperature, measured)
             for row, answer, text in zip(going, answers, self._client.texts(answers), strict=True):
                 row.say(answer, text)
         completions, texts = [row.completion() for row in rows], [row.said[-1] for row in rows]

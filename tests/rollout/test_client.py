@@ -3,7 +3,7 @@ import pytest
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient, blocks
 from rlhf.rollout.columns import encode
-from rlhf.rollout.sampling import Sample, seed_of
+from rlhf.rollout.sampling import Sample, measured_rows, seed_of
 from rlhf.rollout.worker import Worker
 from rlhf.types import Prompt
 from transfer import make_transfer
@@ -23,8 +23,10 @@ class FakeSender:
 
     def call(self, verb, body, timeout_s=None):
         self.asked.append((verb, body, timeout_s))
-        rows = len(body["prompt"]) * body["n"]
-        samples = [Sample([3, 1], [-0.5, -0.1], [self._version] * 2, "stop") for _ in range(rows)]
+        rows = range(len(body["prompt"]) * body["n"])
+        measured = body.get("logprobs_rows", rows)
+        logprobs = [[-0.5, -0.1] if row in measured else None for row in rows]
+        samples = [Sample([3, 1], logprobs[row], [self._version] * 2, "stop") for row in rows]
         spoilt = self._spoil(samples)
         return spoilt if isinstance(spoilt, dict) else {BODY: encode(spoilt)}
 
@@ -59,6 +61,24 @@ def test_blocks_cover_everything_once_and_evenly():
             assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("rows_per_request", [1024, 100])
+def test_log_probs_of_a_sample_are_those_of_the_same_rows_however_the_rows_are_divided(
+    tokenizer, workers, rows_per_request
+):
+    senders = [FakeSender(cut_short([40 // workers])) for _ in range(workers)]
+    config = HfRolloutConfig(max_new_tokens=10, rows_per_request=rows_per_request)
+    client = RolloutClient(senders, tokenizer, config, all_logprobs=False)
+    rollouts = client.sample(PROMPTS * 8, n=24, temperature=1.0, seed=0)  # 960 rows
+    found = [row for row, completion in enumerate(rollouts.completions) if completion.logprobs is not None]
+    assert found == list(range(0, 960, 16)) == list(measured_rows(960))
+    assert all(sum("logprobs_rows" in body for _, body, _ in sender.asked) > 1 for sender in senders)
+
+
+def test_a_step_of_few_rows_has_log_probs_of_at_least_32_of_them():
+    assert [len(measured_rows(rows)) for rows in (0, 1, 32, 63, 64, 512, 1024)] == [0, 1, 32, 63, 32, 32, 64]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -67,9 +87,13 @@ def test_blocks_cover_everything_once_and_evenly():
         (lambda samples: {BODY: encode(samples)[:-1]}, "bytes where the header speaks of"),
         (lambda samples: samples[:-1], "9 rows of 18 tokens where 10"),
         (lambda samples: [*samples[:-1], Sample([], [], [], "stop")], "'stop' after no tokens"),
-        (lambda samples: [*samples[:-1], Sample([3] * 11, None, [1] * 11, "length")], "length is not from 0 to 10"),
-        (lambda samples: [*samples[:-1], Sample([1, 3], None, [1, 1], "stop")], "finish_reason is 'stop'"),
-        (lambda samples: [*samples[:-1], Sample([3, 1], None, [1, 1], "length")], "finish_reason is 'length'"),
+        (
+            lambda samples: [*samples[:-1], Sample([3] * 11, [-1.0] * 11, [1] * 11, "length")],
+            "length is not from 0 to 10",
+        ),
+        (lambda samples: [*samples[:-1], Sample([1, 3], [-1.0] * 2, [1, 1], "stop")], "finish_reason is 'stop'"),
+        (lambda samples: [*samples[:-1], Sample([3, 1], [-1.0] * 2, [1, 1], "length")], "finish_reason is 'length'"),
+        (lambda samples: [*samples[:-1], Sample([3, 1], None, [1, 1], "stop")], "log-probs are not those of the rows"),
         (lambda samples: [*samples[:-1], Sample([1], [float("nan")], [1], "stop")], "not finite"),
     ],
 )
@@ -128,7 +152,7 @@ def cut_short(indices):
 
     def spoil(samples):
         for index in indices if indices else ():
-            samples[index] = Sample([3], [-0.5], [3], "abort")
+            samples[index] = Sample([3], samples[index].logprobs and [-0.5], [3], "abort")
         indices.clear()
         return samples
 

@@ -207,3 +207,13 @@ def test_the_tokenizer_knows_the_hints():
     tokenizer = make_tokenizer_for(raw)
     assert tokenizer.unk_token_id not in tokenizer.encode("<>")
     assert make_task(raw, tokenizer).environment.longest_reply == 1
+
+
+def test_a_conversation_has_the_log_probs_of_all_its_answers_or_of_none(clients, tokenizer):
+    client, (asked,) = clients()
+    all_of_them = Conversations(client, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
+    sampling = RolloutClient([asked], tokenizer, HfRolloutConfig(max_new_tokens=16), all_logprobs=False)
+    some = Conversations(sampling, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
+    for b, (row, known) in enumerate(zip(some.completions, all_of_them.completions, strict=True)):
+        assert (row.ids, row.versions, row.sampled) == (known.ids, known.versions, known.sampled)
+        assert row.logprobs == (None if b % 4 else known.logprobs)
