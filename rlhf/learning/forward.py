@@ -33,6 +33,7 @@ class Batch:
     mask_BT: Tensor
     sampled_BT: Tensor  # the workers' log-probs
     truncated_B: Tensor  # whether the length limit has cut the row
+    measured_B: Tensor  # whether the row has the workers' log-probs; without, they are 0
     old_BT: Tensor | None = None  # None: the policy that is updated is the old one, as in a step's first update
     ref_BT: Tensor | None = None
     values_BT: Tensor | None = None
@@ -56,6 +57,7 @@ class Batch:
             prompts=[self.prompts[p] for p in used],
             prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
             truncated_B=self.truncated_B[rows],
+            measured_B=self.measured_B[rows],
             **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
         )
 
@@ -78,6 +80,7 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
         mask_BT=pad([completion.mask for completion in rollouts.completions], np.float32),
         sampled_BT=pad([completion.logprobs or () for completion in rollouts.completions], np.float32),
         truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
+        measured_B=torch.tensor([c.logprobs is not None for c in rollouts.completions], device=device),
     )
 
 
