@@ -211,6 +211,8 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     workers = stack.enter_context(Workers(spec, config, site.folder, policy))
     if base is None:  # workers start meanwhile
         _warm_up(site, matter, base)
+    if awaited := workers.awaited():
+        site.bars.say(awaited)
     with site.bars.waiting("workers"):
         senders = workers.senders()
     if isinstance(config.rollout, VllmRolloutConfig):

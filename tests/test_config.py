@@ -10,6 +10,7 @@ from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, SCHEMAS, misplaced
 from rlhf.config import all_logprobs, needs_logprobs
+from rlhf.rollout.launch import _engine
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
@@ -272,3 +273,22 @@ def test_all_log_probs_are_asked_for_where_the_objective_computes_with_them_or_t
     assert all_logprobs(compose_run(*overrides, *vllm)) == needed
     assert all_logprobs(compose_run(*overrides, *vllm, "rollout.logprobs=all"))
     assert needed or not all_logprobs(compose_run(*overrides, "rollout.logprobs=sample"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows"),
+    [
+        (["prompts_per_step=64", "samples_per_prompt=8"], 512),
+        (["prompts_per_step=64", "samples_per_prompt=8", "rollout.workers=3"], 176),
+        (["prompts_per_step=64", "samples_per_prompt=8", "rollout.rows_per_request=100"], 100),
+        (["prompts_per_step=4", "samples_per_prompt=200", "rollout.rows_per_request=100"], 200),
+        (["prompts_per_step=2", "samples_per_prompt=2", "task.held_out=16"], 32),
+        (["prompts_per_step=2", "samples_per_prompt=2", "task.held_out=50", "evaluate.samples=4"], 200),
+        (["algo=dpo", "algo.prompts=64", "samples_per_prompt=4", "task.held_out=8"], 256),
+        (["prompts_per_step=64", "rollout.engine_args={max_num_seqs: 7}"], 7),
+        (["prompts_per_step=64", "rollout.engine_args={max_num_batched_tokens: 48}"], 48),
+    ],
+)
+def test_vllm_prepares_for_the_rows_that_a_worker_gets_at_once(compose_run, overrides, rows):
+    run = compose_run("rollout=vllm", "transfer.take=copy", *overrides)
+    assert _engine(run)["engine_args"]["max_num_seqs"] == rows

@@ -34,6 +34,7 @@ class Sampling:
     temperature: float
     stop_ids: tuple[int, ...]
     with_logprobs: frozenset[int] | None = None  # rows whose log-probs are wanted; None: all
+    steady: bool = False  # whether the weights stay as they are until the rows have ended
 
     def wants_logprobs(self, row: int) -> bool:
         """Whether anybody wants the log-probs of this row."""
