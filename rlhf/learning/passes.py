@@ -220,4 +220,5 @@ def random_batch(
         mask_BT=mask_BT,
         sampled_BT=torch.zeros_like(mask_BT),
         truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
+        measured_B=torch.zeros_like(lengths_B, dtype=torch.bool),
     )

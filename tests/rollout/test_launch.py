@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import requests
 
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.launch import Workers
 from rlhf.rollout.worker import WorkerSpec
 from rlhf.types import Prompt
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
@@ -174,3 +176,25 @@ def test_the_token_is_on_no_command_line_and_in_no_log(http_fleet):
     for worker in workers:
         assert token not in " ".join(worker.cmdline())
         assert token not in " ".join(worker.environ().values())
+
+
+EAGER = "rollout.engine_args={enforce_eager: true}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "line"),
+    [
+        ([], "cuda", "waiting for 1 worker: vLLM loads, compiles and captures CUDA graphs; its log: run/worker-0.log"),
+        (["rollout.workers=2"], "cpu", "waiting for 2 workers: vLLM loads; its log: run/worker-0.log"),
+        (
+            ["rollout.engine_args={enforce_eager: true}", "transfer/sender=ray"],
+            "cuda",
+            "waiting for 1 worker: vLLM loads",
+        ),
+        (["transfer.sender.url=[http://127.0.0.1:8000]"], "cuda", None),
+    ],
+)
+def test_what_takes_long_until_workers_are_up_is_said_with_its_log(compose_run, overrides, device, line):
+    config = compose_run("rollout=vllm", "transfer.take=copy", *overrides)
+    assert Workers(WorkerSpec(**QWEN, device=device), config, Path("run"), None).awaited() == line
+    assert Workers(WorkerSpec(**QWEN), compose_run(), Path("run"), None).awaited() is None

@@ -4,6 +4,8 @@ import time
 import pytest
 
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
+from transfer import make_transfer
+from transfer.config import InFlight, LocalConfig
 from transfer.senders.direct import DirectSender
 from transfer.wire import ROUTES, Refused, TransferError
 
@@ -198,3 +200,15 @@ def test_a_spec_survives_json_and_builds_the_same_architecture(model):
 def test_a_wrong_spec_says_what_is_wrong(raw, message):
     with pytest.raises(ValueError, match=message):
         WorkerSpec.from_json(raw)
+
+
+@pytest.mark.parametrize("in_flight", InFlight)
+def test_an_engine_is_told_whether_new_weights_wait_for_a_completion(in_flight, model, tmp_path):
+    with make_transfer(LocalConfig(), tmp_path, in_flight) as transfer:
+        worker = Worker.around(model, transfer.endpoint)
+        transfer.open(model.state_dict(), [DirectSender(worker, "worker 0")])
+        transfer.push(model.state_dict())
+        told, generate = [], worker._engine.generate
+        worker._engine.generate = lambda *request: told.append(request[2].steady) or generate(*request)
+        worker.completions(ASK)
+    assert told == [in_flight is InFlight.wait]
