@@ -271,8 +271,8 @@ def test_micro_batches_have_every_row_once_and_keep_a_prompts_rows_together_wher
 
 
 def test_what_fits_is_told_by_a_line_through_two_measurements():
-    assert fitting(10e9, (4096, int(2e9)), (8192, int(3e9))) == 32768
-    assert fitting(5e9, (4096, int(2e9)), (8192, int(3e9))) == 16384
+    assert fitting(10e9, (4096, int(2e9)), (8192, int(3e9))) == 16384
+    assert fitting(3.5e9, (4096, int(2e9)), (8192, int(3e9))) == 8192
     assert fitting(1e9, (4096, int(2e9)), (8192, int(3e9))) == LADDER[0]
 
 
