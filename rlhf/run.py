@@ -35,6 +35,7 @@ from rlhf.config import (
     JsonlLoggerConfig,
     RunConfig,
     VllmRolloutConfig,
+    all_logprobs,
 )
 from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
 from rlhf.ending import RunError, alone, full_disk_explained
@@ -215,6 +216,8 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     workers = stack.enter_context(Workers(spec, config, site.folder, policy))
     if base is None:  # workers start meanwhile
         _warm_up(site, matter, base)
+    if awaited := workers.awaited():
+        site.bars.say(awaited)
     with site.bars.waiting("workers"):
         senders = workers.senders()
     if isinstance(config.rollout, VllmRolloutConfig):
@@ -222,7 +225,8 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
-    sampler = conversing(RolloutClient(senders, tokenizer, config.rollout, transfer.recover), task.environment)
+    client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, all_logprobs(config))
+    sampler = conversing(client, task.environment)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
     trained = _train_rewards(site, matter, sampler)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.compose import choice
-from rlhf.config import EvaluationConfig, HfModelConfig
+from rlhf.config import EvaluationConfig, HfModelConfig, all_logprobs
 from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
 from rlhf.preflight.plan import check_lengths
@@ -48,7 +48,7 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
         senders = workers.senders()
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
-        client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover)
+        client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, all_logprobs(config))
         numbers = scored(task, conversing(client, task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
     (folder / "evaluation.json").write_text(json.dumps(written, indent=1) + "\n")

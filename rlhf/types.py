@@ -1,16 +1,24 @@
 """The nouns that flow around the loop. Shapes: P prompts per step, n samples per prompt, B = P*n sequences, T tokens.
 
-Token rows are ragged lists, never padded: whoever needs a tensor pads it, so no mask is ever guessed from token values.
+Token rows are ragged columns (`array.array`: no Python object a token), never padded: whoever needs a tensor pads it,
+so no mask is ever guessed from token values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled its end-of-sequence token,
 TRUNCATED = "length"  # or max_new_tokens cut the row, which then has no end-of-sequence token
+
+IDS, LOGPROBS, VERSIONS, SAMPLED = "i", "f", "q", "b"  # type codes of columns: int32, float32, int64, int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +39,36 @@ class Pair:
     rejected: str
 
 
+def column(code: str, values: Iterable[float]) -> array[Any]:
+    """The values as a column of this type code; a column of it is taken as it is, not copied."""
+    return values if isinstance(values, array) and values.typecode == code else array(code, values)
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled answer as a worker returns it, or a conversation: answers, and what an environment said in between.
 
     `ids` end with the EOS token if `finish_reason` is "stop"; `logprobs[t]` is the log-probability of `ids[t]` under
-    the sampling distribution (temperature applied), `versions[t]` the version of the weights that sampled it. Where
-    `sampled[t]` is false, the environment has said the token: its log-prob is 0 and its version the answer's before it.
+    the sampling distribution (temperature applied), None where nobody asked for those of this row; `versions[t]` is the
+    version of the weights that sampled it. Where `sampled[t]` is 0, the environment has said the token: its log-prob is
+    0 and its version the answer's before it. Other sequences of numbers become columns.
     """
 
-    ids: list[int]
-    logprobs: list[float]
-    versions: list[int]
+    ids: array[int]
+    logprobs: array[float] | None
+    versions: array[int]
     finish_reason: str
-    sampled: list[bool] | None = None  # None: the policy has sampled all of them
+    sampled: array[int] | None = None  # None: the policy has sampled all of them
+
+    def __post_init__(self) -> None:
+        for name, code in (("ids", IDS), ("logprobs", LOGPROBS), ("versions", VERSIONS), ("sampled", SAMPLED)):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, column(code, values))
 
     @property
-    def mask(self) -> list[bool]:
-        """For each token, whether the policy has sampled it."""
-        return [True] * len(self.ids) if self.sampled is None else self.sampled
+    def mask(self) -> array[int]:
+        """For each token, 1 if the policy has sampled it, else 0."""
+        return array(SAMPLED, b"\x01") * len(self.ids) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +94,24 @@ class Rollouts:
         """The oldest version that sampled any token."""
         return min(min(completion.versions) for completion in self.completions)
 
-    def lags(self, version: int) -> list[int]:
-        """How many versions each sampled token is behind the trainer's `version`."""
-        return [
-            version - sampled
-            for completion in self.completions
-            for sampled, ours in zip(completion.versions, completion.mask, strict=True)
-            if ours
-        ]
+    def lags(self, version: int) -> npt.NDArray[np.int64]:
+        """How many versions each sampled token is behind the trainer's `version`, [tokens]."""
+        import numpy as np
+
+        return version - np.concatenate([_of_policy(completion) for completion in self.completions])
 
     @property
     def tokens(self) -> int:
         """How many tokens were sampled."""
-        return sum(sum(completion.mask) for completion in self.completions)
+        return sum(len(c.ids) if c.sampled is None else c.sampled.count(1) for c in self.completions)
+
+
+def _of_policy(completion: Completion) -> npt.NDArray[np.int64]:
+    """The versions of the tokens that the policy has sampled."""
+    import numpy as np
+
+    versions = np.asarray(completion.versions, np.int64)
+    return versions if completion.sampled is None else versions[np.asarray(completion.sampled, np.bool_)]
 
 
 class Environment(Protocol):

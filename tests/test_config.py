@@ -9,6 +9,8 @@ import yaml
 from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, SCHEMAS, misplaced
+from rlhf.config import all_logprobs, needs_logprobs
+from rlhf.rollout.launch import _engine
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
@@ -141,6 +143,8 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (["transfer=local", "transfer.verify=full"], r"transfer\.verify must be off \(got full\)"),
         (["transfer.verify_every=-1"], r"transfer\.verify_every must be at least 0 \(got -1\)"),
         (["transfer.verify_tolerance=0"], r"transfer\.verify_tolerance must be greater than 0 \(got 0\.0\)"),
+        (["rollout.logprobs=sample", "algo.correction=tis"], r"set rollout\.logprobs=auto"),
+        (["rollout.logprobs=sample", "algo.kl_in=reward"], r"set rollout\.logprobs=auto"),
         (["rollout.restarts=-1"], r"rollout\.restarts must be at least 0 \(got -1\)"),
         (["rollout.mismatch_alarm=0"], r"rollout\.mismatch_alarm must be greater than 0"),
         (["transfer=disk", "transfer.keep=0"], r"transfer\.keep must be at least 1"),
@@ -245,3 +249,46 @@ def test_a_key_of_another_choice_is_told_apart_from_a_typo(overrides, hint):
 )
 def test_there_is_no_hint_where_no_key_is_misplaced(overrides):
     assert misplaced(overrides) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["algo=grpo"], False),
+        (["algo=grpo", "updates_per_step=4"], False),
+        (["algo=grpo", "algo.correction=tis"], True),
+        (["algo=grpo", "algo.correction=sequence", "algo.kl_coef=0"], True),
+        (["algo=grpo", "algo.kl_in=reward"], True),
+        (["algo=grpo", "algo.kl_in=reward", "algo.kl_coef=0"], False),
+        (["algo=grpo", "algo.kl_target=0.1"], True),
+        (["algo=dpo"], False),
+    ],
+)
+def test_all_log_probs_are_asked_for_where_the_objective_computes_with_them_or_they_cost_nothing(
+    compose_run, overrides, needed
+):
+    vllm = ["rollout=vllm", "transfer.take=copy"]
+    assert needs_logprobs(compose_run(*overrides).algo) == needed
+    assert all_logprobs(compose_run(*overrides))
+    assert all_logprobs(compose_run(*overrides, *vllm)) == needed
+    assert all_logprobs(compose_run(*overrides, *vllm, "rollout.logprobs=all"))
+    assert needed or not all_logprobs(compose_run(*overrides, "rollout.logprobs=sample"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows"),
+    [
+        (["prompts_per_step=64", "samples_per_prompt=8"], 512),
+        (["prompts_per_step=64", "samples_per_prompt=8", "rollout.workers=3"], 176),
+        (["prompts_per_step=64", "samples_per_prompt=8", "rollout.rows_per_request=100"], 100),
+        (["prompts_per_step=4", "samples_per_prompt=200", "rollout.rows_per_request=100"], 200),
+        (["prompts_per_step=2", "samples_per_prompt=2", "task.held_out=16"], 32),
+        (["prompts_per_step=2", "samples_per_prompt=2", "task.held_out=50", "evaluate.samples=4"], 200),
+        (["algo=dpo", "algo.prompts=64", "samples_per_prompt=4", "task.held_out=8"], 256),
+        (["prompts_per_step=64", "rollout.engine_args={max_num_seqs: 7}"], 7),
+        (["prompts_per_step=64", "rollout.engine_args={max_num_batched_tokens: 48}"], 48),
+    ],
+)
+def test_vllm_prepares_for_the_rows_that_a_worker_gets_at_once(compose_run, overrides, rows):
+    run = compose_run("rollout=vllm", "transfer.take=copy", *overrides)
+    assert _engine(run)["engine_args"]["max_num_seqs"] == rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -366,7 +367,7 @@ def test_trap_20_training_sees_the_tokens_that_were_sampled_not_those_that_their
     lossy = 0
     for b, text in enumerate(rollouts.texts):
         ids = batch.ids_BT[b, batch.mask_BT[b] > 0].tolist()
-        assert ids == rollouts.completions[b].ids
+        assert ids == rollouts.completions[b].ids.tolist()
         lossy += Lossy().encode(text) != [token for token in ids if token > 1]
     assert lossy > 10, "most rows would be others, had they been read again"
 
@@ -408,7 +409,7 @@ def test_trap_22_a_reward_that_raises_is_no_reward_of_zero_its_sample_is_left_ou
     assert rewards == [0.5, None, 0.25, 1.0] * 3 and reward.report.errors == 3
     left_out = sampled()
     for b in (1, 5, 9):
-        left_out.completions[b].ids[:] = [3] * len(left_out.completions[b].ids)
+        left_out.completions[b].ids[:] = array("i", [3]) * len(left_out.completions[b].ids)
     with_others, zero = (gradients(make_learner(), rows, list(rewards)) for rows in (sampled(), left_out))
     assert torch.allclose(with_others, zero, atol=1e-6), "whatever it was, it taught nothing"
     as_zero = gradients(make_learner(), sampled(), [r or 0.0 for r in rewards])

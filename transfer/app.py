@@ -3,7 +3,8 @@
 Every request but GET /health needs `Authorization: Bearer <token>`; that comes first, also on paths that do not exist.
 A verb's message is the JSON object of a POST's body together with the query's parameters (those of openapi.py). Verbs
 run in threads, completions in their own, so that /health and the messages of an update are answered while the worker
-samples. Errors are `{"error": {"message": ..., "code": <status>}}`.
+samples. Errors are `{"error": {"message": ..., "code": <status>}}`. What a verb answers is sent as JSON, bytes as they
+are: of type wire.Binary under their own content type.
 
 The verbs are plain ASGI routes of the FastAPI app: its own machinery around a function costs as much again. `AtOnce`
 answers, without app and threads, the messages of an update that the worker calls prompt (bounded_http.py).
@@ -129,7 +130,7 @@ class Verb:
 def answer(
     call: Callable[[dict[str, Any]], Any], limit: int, known: Mapping[str, Any], body: bytearray, query: bytes
 ) -> tuple[int, bytes]:
-    """The status and the JSON of a worker's answer to a body of at most `limit` bytes; never raises."""
+    """The status and the JSON, or bytes, of a worker's answer to a body of at most `limit` bytes; never raises."""
     try:
         message = _shallow(wire.loads(body, limit))  # 413 if over the limit
         if query:
@@ -182,6 +183,8 @@ def _add_query(message: dict[str, Any], query: bytes, known: Mapping[str, Any]) 
 
 
 def _encoded(answer: Any) -> bytes:
+    if isinstance(answer, bytes):
+        return answer if isinstance(answer, wire.Binary) else wire.Binary(answer)
     return json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -190,8 +193,8 @@ def _error(status: int, reason: str) -> bytes:
 
 
 async def _send(send: Send, status: int, answer: bytes, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    length = str(len(answer)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", length), *more]
+    kind = answer.content_type if isinstance(answer, wire.Binary) else "application/json"
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(answer)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": answer})
 

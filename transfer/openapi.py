@@ -92,9 +92,16 @@ _COMPLETIONS = _object(
         "seeds": _list(INT, 1, maxItems=MAX_ROWS) | {"description": "one for each prompt"},
         "stop_token_ids": _list(_TOKEN),
         "logprobs": _or_null(_int(0, 1)),
+        "logprobs_rows": _list(_int(0, MAX_ROWS - 1))
+        | {"description": "the choices that are to have log-probs; not given: all, if logprobs is"},
         "return_token_ids": {"const": True},
+        "encoding": _one_of(["json", "columns"])
+        | {"description": f"columns: the answer is bytes, of content type {wire.COLUMNS_TYPE}"},
     },
-) | {"not": {"required": ["seed", "seeds"]}}
+) | {
+    "not": {"required": ["seed", "seeds"]},
+    "dependentSchemas": {"logprobs_rows": {"properties": {"logprobs": INT}, "required": ["logprobs"]}},
+}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -149,6 +156,7 @@ class Operation:
     body: Schema = field(default_factory=lambda: NOTHING)
     query: Mapping[str, Schema] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
+    bytes_type: str | None = None  # content type of an answer that a message may ask for in place of JSON
 
 
 _UPDATE = (409, 503)
@@ -156,7 +164,7 @@ _ADDRESSED = (*_UPDATE, 412)
 
 OPERATIONS: dict[str, Operation] = {
     "health": Operation("Whether the process answers; the only route without a token", _object({"status": STRING})),
-    "completions": Operation("Sample completions of token ids", _SAMPLES, _COMPLETIONS, refusals=(503,)),
+    "completions": Operation("Sample completions of token ids", _SAMPLES, _COMPLETIONS, {}, (503,), wire.COLUMNS_TYPE),
     "get_world_size": Operation(
         "How many processes hold the model", _object({"world_size": INT}), query={"include_dp": BOOL}
     ),
@@ -275,6 +283,8 @@ def _operation(verb: str, method: str, told: Operation) -> dict[str, Any]:
         "parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in told.query.items()],
         "responses": {"200": _response("the answer", told.answer)},
     }
+    if told.bytes_type is not None:
+        operation["responses"]["200"]["content"][told.bytes_type] = {"schema": {"type": "string", "format": "binary"}}
     if verb == "health":
         operation["security"] = []
     else:

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -107,10 +108,14 @@ class Place(Protocol):
 
 
 class Turns:
-    """Asked before each token of a completion; `versions` are those that it was told, each once."""
+    """Asked before each token of a completion; `versions` are those that it was told, each once.
 
-    def __init__(self, turn: Callable[[], int | None]) -> None:
+    `steady`: there will be one, since new weights wait for the completion's end.
+    """
+
+    def __init__(self, turn: Callable[[], int | None], steady: bool) -> None:
         self._turn = turn
+        self.steady = steady
         self.versions: list[int] = []
 
     def __call__(self) -> int | None:
@@ -162,17 +167,19 @@ class Receiver:
         """Hold the live weights as they are, but for `Turns`; Refused 503 if there are none to serve."""
         with self._gate.shared(self._timeout_s):
             self._serves()
-            turns, began = Turns(self._turn), time.monotonic()
+            in_flight = self._in_flight  # as it was agreed when the completion began
+            turns = Turns(partial(self._turn, in_flight), in_flight is InFlight.wait)
+            began = time.monotonic()
             try:
                 yield turns
             finally:
                 self._journal.write("serve", versions=turns.versions, digest=self._state.digest, began=began)
 
-    def _turn(self) -> int | None:
+    def _turn(self, in_flight: InFlight) -> int | None:
         """The version that the next token is sampled with, after a flip that waits; None: end the completion."""
-        if self._gate.wanted and self._in_flight is InFlight.abort:
+        if self._gate.wanted and in_flight is InFlight.abort:
             return None
-        if self._gate.wanted and self._in_flight is InFlight.keep:
+        if self._gate.wanted and in_flight is InFlight.keep:
             self._gate.give_way(self._timeout_s)
         return self._serves()
 

@@ -3,6 +3,9 @@
 A worker has one method per verb, with a JSON object in and a JSON object out; over HTTP the verb is a route (vLLM's,
 where vLLM has it), on a Ray actor it is the method's name. A refusal carries an HTTP status and one clear line.
 
+One answer may be bytes instead, `Binary`: over HTTP the whole body under a content type of its own, over any other
+sender the value of `BODY` in the answer, as all senders hand it on.
+
 Who may call: every verb but `health` needs the run's bearer token over HTTP. 401 no or wrong token, 409 conflict with
 the worker's state, 413 body too large, 422 the message is not of the verb's form, 503 nothing to serve yet.
 """
@@ -17,6 +20,9 @@ TOKEN_VARIABLE = (
     "RLHF_WORKER_TOKEN"  # the environment variable with a worker's bearer token, where nobody hands it over
 )
 MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
+BODY = "body"  # key of the bytes in an answer that is bytes
+BYTES_TYPE = "application/octet-stream"  # content types of such answers: of any,
+COLUMNS_TYPE = "application/vnd.rlhf.columns"  # and of completions as columns
 MAX_INT = 2**64 - 1  # any number in a message: no arithmetic on it becomes too long to print
 
 ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
@@ -41,6 +47,25 @@ ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
     "stop_profile": ("POST", "/stop_profile"),
     "version": ("GET", "/version"),
 }
+
+
+class Binary(bytes):
+    """An answer that is no JSON object, with the content type under which it goes over HTTP."""
+
+    content_type: str
+
+    def __new__(cls, content: bytes, content_type: str = BYTES_TYPE) -> Binary:
+        made = super().__new__(cls, content)
+        made.content_type = content_type
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Binary, (bytes(self), self.content_type)
+
+
+def handed_on(answer: Any) -> dict[str, Any]:
+    """A worker's answer as a sender hands it on: bytes become {BODY: bytes}."""
+    return {BODY: bytes(answer)} if isinstance(answer, bytes) else answer
 
 
 class Refused(Exception):

@@ -28,7 +28,7 @@ from rlhf.config.reward import (
     SumRewardConfig,
     VerifierRewardConfig,
 )
-from rlhf.config.rollout import HfRolloutConfig, RolloutConfig, VllmRolloutConfig
+from rlhf.config.rollout import HfRolloutConfig, Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.run import (
     EvaluateConfig,
     EvaluationConfig,
@@ -37,7 +37,9 @@ from rlhf.config.run import (
     ProfileConfig,
     RunConfig,
     SftConfig,
+    all_logprobs,
     check_transfer,
+    needs_logprobs,
 )
 from rlhf.config.task import (
     ArithmeticTaskConfig,
@@ -67,6 +69,7 @@ __all__ = [
     "JsonlLoggerConfig",
     "JsonlTaskConfig",
     "LoggerConfig",
+    "Logprobs",
     "LoraConfig",
     "MlflowLoggerConfig",
     "Mode",
@@ -95,5 +98,7 @@ __all__ = [
     "VllmRolloutConfig",
     "WandbLoggerConfig",
     "WandbMode",
+    "all_logprobs",
     "check_transfer",
+    "needs_logprobs",
 ]

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from rlhf.config.model import Precision
 from rlhf.config.rules import at_least, in_range
 from transfer.config import InFlight, positive
+
+
+class Logprobs(Enum):
+    """Which rows the workers tell the log-probs of; `rlhf.config.all_logprobs` says what `auto` is in a run."""
+
+    auto = "auto"  # all, where the objective computes with them or they cost nothing; else a sample
+    all = "all"
+    sample = "sample"  # every 16th row, and at least 32 a step: enough for train/mismatch and its alarm
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,6 +27,7 @@ class RolloutConfig:
     restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
     mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
+    logprobs: Logprobs = Logprobs.auto  # rows whose log-probs the workers tell; rollout=vllm is faster without
     max_new_tokens: int = 16
     temperature: float = 1.0
     dtype: Precision | None = None  # null: the policy's own

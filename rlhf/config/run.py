@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig, TrainingConfig
+from rlhf.config.algo import Advantage, AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import AUTO, Device, ModelConfig
 from rlhf.config.optim import OptimConfig
 from rlhf.config.reward import ModelRewardConfig, RewardConfig
-from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
+from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
 from rlhf.monitor.alarms import AlarmsConfig
@@ -192,6 +192,11 @@ class RunConfig:
                 )
 
     def _check_algorithm(self, algo: AlgoConfig) -> None:
+        if self.rollout.logprobs is Logprobs.sample and needs_logprobs(algo):
+            raise ValueError(
+                "rollout.logprobs=sample leaves rows without the workers' log-probs, which algo.correction, "
+                "algo.kl_in=reward and algo.kl_target compute with: set rollout.logprobs=auto"
+            )
         if algo.group_based and self.samples_per_prompt < 2:
             raise ValueError(
                 f"{algo.name} compares samples of one prompt: samples_per_prompt must be at least 2 "
@@ -217,6 +222,27 @@ class RunConfig:
                 f"updates_per_step splits the step's prompts: it must be at most prompts_per_step "
                 f"({self.prompts_per_step}; got {self.updates_per_step})"
             )
+
+
+def needs_logprobs(algo: TrainingConfig) -> bool:
+    """Whether the objective computes with the workers' log-probs, so that every row must have them.
+
+    A correction does; and where there is a reference, its KL in the reward and the controller of its coefficient do,
+    as they come before the first update, whose pass gives the policy's own.
+    """
+    if not isinstance(algo, AlgoConfig):
+        return False
+    before_updates = algo.kl_in is KlIn.reward or algo.kl_target is not None
+    return algo.correction is not Correction.off or (algo.kl_coef > 0 and before_updates)
+
+
+def all_logprobs(run: RunConfig | EvaluationConfig) -> bool:
+    """Whether the workers are asked for the log-probs of all rows, rather than of a sample of them."""
+    if run.rollout.logprobs is not Logprobs.auto:
+        return run.rollout.logprobs is Logprobs.all
+    if not isinstance(run.rollout, VllmRolloutConfig):
+        return True  # engine hf has them anyway
+    return isinstance(run, RunConfig) and needs_logprobs(run.algo)
 
 
 def check_transfer(run: RunConfig | EvaluationConfig) -> None:

@@ -12,7 +12,7 @@ from rlhf.config.model import AUTO
 from rlhf.learning.learner import Learner
 from rlhf.learning.passes import Packed, random_batch
 
-LADDER = (1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768)  # few sizes, so that a resumed run finds the same
+LADDER = (1024, 2048, 4096, 6144, 8192, 12288, 16384)  # few, so that a resumed run finds the same; more are no faster
 TRIALS = ((4096, 8192), (512, 1024))  # the second where the first does not fit
 SPARE = 0.1  # of the free memory, for what a line does not see
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -32,6 +33,7 @@ class Batch:
     mask_BT: Tensor
     sampled_BT: Tensor  # the workers' log-probs
     truncated_B: Tensor  # whether the length limit has cut the row
+    measured_B: Tensor  # whether the row has the workers' log-probs; without, they are 0
     old_BT: Tensor | None = None  # None: the policy that is updated is the old one, as in a step's first update
     ref_BT: Tensor | None = None
     values_BT: Tensor | None = None
@@ -39,7 +41,7 @@ class Batch:
     returns_BT: Tensor | None = None
     known_lengths: list[int] | None = None  # what `lengths` says, while the mask stays as it is
 
-    def measured(self) -> Batch:
+    def with_lengths(self) -> Batch:
         """The same, which knows its rows' lengths, so that nobody has to wait for the device to ask for them."""
         return replace(self, known_lengths=self.lengths())
 
@@ -65,6 +67,7 @@ class Batch:
             prompt_of_B=[used.index(self.prompt_of_B[row]) for row in rows],
             truncated_B=self.truncated_B[rows],
             known_lengths=lengths,
+            measured_B=self.measured_B[rows],
             **{name: cut(getattr(self, name)) for name in self.__slots__ if name.endswith("_BT")},
         )
 
@@ -74,17 +77,20 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
     rows = [completion.ids for completion in rollouts.completions]
     width = max(1, *(len(row) for row in rows))
 
-    def pad(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        padded = [list(row) + [0] * (width - len(row)) for row in values]
-        return torch.tensor(padded, dtype=dtype, device=device)
+    def pad(columns: Sequence[Sequence[float]], dtype: type[np.generic]) -> Tensor:
+        padded = np.zeros((len(columns), width), dtype)
+        for row, values in zip(padded, columns, strict=True):
+            row[: len(values)] = values  # read through the column's own memory
+        return torch.from_numpy(padded).to(device)
 
     return Batch(
         prompts=[prompt.ids for prompt in rollouts.prompts],
         prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
-        ids_BT=pad(rows, torch.long),
-        mask_BT=pad([completion.mask for completion in rollouts.completions], torch.float32),
-        sampled_BT=pad([completion.logprobs for completion in rollouts.completions], torch.float32),
+        ids_BT=pad(rows, np.int64),
+        mask_BT=pad([completion.mask for completion in rollouts.completions], np.float32),
+        sampled_BT=pad([completion.logprobs or () for completion in rollouts.completions], np.float32),
         truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
+        measured_B=torch.tensor([c.logprobs is not None for c in rollouts.completions], device=device),
     )
 
 

@@ -38,6 +38,7 @@ GROUPS = {
     Advantage.leave_one_out: adv.leave_one_out,
     Advantage.reinforce_pp_baseline: adv.group_mean,
 }
+MEASURED = ("mismatch", "w", "w_squared")  # of tokens whose rows have the workers' log-probs
 MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
 
 
@@ -198,13 +199,15 @@ class Learner:
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
         weight_of_B[rows] = weights_B
         tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
+        measured = float((batch.mask_BT[rows] * batch.measured_B[rows, None]).sum().clamp(min=1))
         sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
-        batch = batch.measured()
+        batch = batch.with_lengths()
         for part in self._microbatches(batch, rows):
             for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
         totals = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-        means = {name: value if name == "loss" else value / tokens for name, value in totals.items()}
+        of = {"loss": 1.0, **dict.fromkeys(MEASURED, measured)}
+        means = {name: value / of.get(name, tokens) for name, value in totals.items()}
         means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
         return means | self._step_optimizers(math.isfinite(totals["loss"]))
 
@@ -218,14 +221,16 @@ class Learner:
         loss_BT, delta_BT = policy_loss(algo, logprobs_BT, old_BT, batch.advantages_BT, mask_BT)
         loss_BT = loss_BT * correction_weights(algo, old_BT, batch.sampled_BT, mask_BT)
         loss_BT = loss_BT - algo.entropy_coef * entropy_BT
+        w_BT = losses.log_ratio(old_BT, batch.sampled_BT).exp()
         sums = {
             "entropy": entropy_BT.detach(),
             "mismatch": (old_BT - batch.sampled_BT).abs(),
             "clip_fraction": clipped(algo, delta_BT, batch.advantages_BT),
             "approx_kl": losses.kl_k3(old_BT, logprobs_BT.detach()),
-            "w": (w_BT := losses.log_ratio(old_BT, batch.sampled_BT).exp()),
+            "w": w_BT,
             "w_squared": w_BT.square(),
         }
+        sums |= {name: sums[name] * batch.measured_B[:, None] for name in MEASURED}
         if batch.ref_BT is not None:
             kl_BT = losses.kl_in_loss(logprobs_BT, batch.ref_BT, algo.kl_estimator.value if algo.kl_estimator else "k3")
             sums["kl"] = kl_BT.detach()
@@ -267,7 +272,7 @@ class Learner:
 
     def _over(self, batch: Batch, function: Callable[[Batch], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
         """Apply `function` to all (or the chosen) rows by micro-batches; its outputs together, [B, T], 0 elsewhere."""
-        batch, out_BT = batch.measured(), torch.zeros_like(batch.mask_BT)
+        batch, out_BT = batch.with_lengths(), torch.zeros_like(batch.mask_BT)
         for part in self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen):
             rows = batch.rows(part)
             out_BT[part, : rows.ids_BT.shape[1]] = function(rows)

@@ -3,7 +3,8 @@
 On a GPU, in half precision, it is FlashAttention 2 by lengths (torch's own kernels): one call in which every segment
 sees itself, and, where prompts are shared, one in which the responses of a prompt see it whole. Two softmaxes over
 disjoint keys are joined by their log-sum-exps, and the gradient of each part follows from the joint output and the
-joint log-sum-exp, as in ring attention (arXiv:2310.01889). Elsewhere it is plain products, segment by segment.
+joint log-sum-exp, as in ring attention (arXiv:2310.01889). Elsewhere segments are padded, a
+few at a time, and multiplied.
 
 Both are one operator for torch.compile, which does not look into it.
 
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
@@ -26,6 +29,7 @@ from rlhf.learning.packing import Segments
 NAME = "rlhf_packed"
 LARGEST_HEAD = 256  # numbers, a multiple of 8: of FlashAttention 2
 FULL = -1  # no window
+FEW, MANY = 2**18, 2**24  # scores of queries and keys that are held at a time, where FlashAttention is not there
 _NOW: dict[str, Tensor] = {}  # the segments of the sequence that is computed
 
 
@@ -218,15 +222,15 @@ def _repeatable() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
-# --- segment by segment -----------------------------------------------------------------------------------------------
+# --- padded, a few segments at a time ---------------------------------------------------------------------------------
 
 
 def by_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int = FULL) -> Tensor:
     """The same output [T, H, D], in any dtype and on any device."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for own, seen in _seen(segments, q.device):
-        weights_HQK = _weights(q[own], _heads(k[seen], q), scale, window)
-        out[own] = (weights_HQK @ _heads(v[seen], q)).transpose(0, 1).to(q.dtype)
+    for few in _some(segments, q, window):
+        weights_SHQK = few.weights(few.queries(q), few.heads(k, q), scale)
+        out[few.places] = (weights_SHQK @ few.heads(v, q)).transpose(1, 2)[few.real].to(q.dtype)
     return out
 
 
@@ -235,46 +239,104 @@ def _by_segments_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient, q, k, v = parts
     gq, gk, gv = (torch.zeros(each.shape, dtype=torch.float32, device=each.device) for each in (q, k, v))
-    for own, seen in _seen(segments, q.device):
-        keys_HKD, values_HKD, of_out_HQD = _heads(k[seen], q), _heads(v[seen], q), gradient[own].transpose(0, 1).float()
-        weights_HQK = _weights(q[own], keys_HKD, scale, window)
-        of_weights_HQK = of_out_HQD @ values_HKD.transpose(1, 2)
-        of_scores_HQK = (
-            weights_HQK * (of_weights_HQK - (weights_HQK * of_weights_HQK).sum(dim=-1, keepdim=True)) * scale
-        )
-        gq[own] = (of_scores_HQK @ keys_HKD).transpose(0, 1)
-        gk.index_add_(0, seen, _shared_heads(of_scores_HQK.transpose(1, 2) @ q[own].transpose(0, 1).float(), k))
-        gv.index_add_(0, seen, _shared_heads(weights_HQK.transpose(1, 2) @ of_out_HQD, v))
+    for few in _some(segments, q, window):
+        q_SHQD, keys_SHKD, values_SHKD = few.queries(q), few.heads(k, q), few.heads(v, q)
+        weights_SHQK = few.weights(q_SHQD, keys_SHKD, scale)
+        of_out_SHQD = few.queries(gradient).mul_(few.real[:, None, :, None])
+        of_weights_SHQK = of_out_SHQD @ values_SHKD.transpose(2, 3)
+        mean_SHQ1 = (weights_SHQK * of_weights_SHQK).sum(dim=-1, keepdim=True)
+        of_scores_SHQK = of_weights_SHQK.sub_(mean_SHQ1).mul_(weights_SHQK).mul_(scale)
+        gq[few.places] = (of_scores_SHQK @ keys_SHKD).transpose(1, 2)[few.real]
+        few.add(gk, of_scores_SHQK.transpose(2, 3) @ q_SHQD)
+        few.add(gv, weights_SHQK.transpose(2, 3) @ of_out_SHQD)
     return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype)
 
 
-def _seen(segments: Segments, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Each segment's own places, and those that it may see: its prompt's, and its own."""
-    bounds, prompts, groups = (each.tolist() for each in (segments.bounds, segments.prompts, segments.groups))
-    shared, prompt = int(segments.sizes[0]), 0
-    for begin, end in pairwise(bounds):
-        own = torch.arange(begin, end, device=device)
-        if shared and begin >= shared:
-            while groups[prompt + 1] <= begin - shared:
-                prompt += 1
-            own = torch.cat([torch.arange(prompts[prompt], prompts[prompt + 1], device=device), own])
-        yield slice(begin, end), own
+@dataclass(frozen=True, slots=True)
+class _Few:
+    """Segments padded on the right: S of them, at most Q queries and K keys each."""
+
+    query_SQ: Tensor  # places in the sequence
+    key_SK: Tensor
+    real: Tensor  # [S, Q]: no padding
+    hidden_SQK: Tensor  # what a query does not see
+
+    def to(self, device: torch.device) -> _Few:
+        """The same there."""
+        return _Few(*(getattr(self, name).to(device) for name in self.__slots__))
+
+    @property
+    def places(self) -> Tensor:
+        """Of the queries that are no padding, in order."""
+        return self.query_SQ[self.real]
+
+    def queries(self, each_THD: Tensor) -> Tensor:
+        """[S, H, Q, D] in fp32."""
+        return each_THD[self.query_SQ].transpose(1, 2).float()
+
+    def heads(self, each_TKD: Tensor, q_THD: Tensor) -> Tensor:
+        """Keys or values for each of the query's heads, [S, H, K, D] in fp32."""
+        times, each_SHKD = q_THD.shape[1] // each_TKD.shape[1], each_TKD[self.key_SK].transpose(1, 2).float()
+        return each_SHKD if times == 1 else each_SHKD.repeat_interleave(times, dim=1)
+
+    def weights(self, q_SHQD: Tensor, keys_SHKD: Tensor, scale: float) -> Tensor:
+        """softmax(q k' scale) [S, H, Q, K]."""
+        scores_SHQK = (q_SHQD @ keys_SHKD.transpose(2, 3)).mul_(scale)
+        return scores_SHQK.masked_fill_(self.hidden_SQK[:, None], -torch.inf).softmax(dim=-1)
+
+    def add(self, sums_TKD: Tensor, each_SHKD: Tensor) -> None:
+        """Add gradients of keys or values, those of heads that share one together; of padding they are 0."""
+        heads = sums_TKD.shape[1]
+        if each_SHKD.shape[1] != heads:
+            each_SHKD = each_SHKD.unflatten(1, (heads, -1)).sum(dim=2)
+        sums_TKD.index_add_(0, self.key_SK.flatten(), each_SHKD.transpose(1, 2).flatten(0, 1))
 
 
-def _weights(q_QHD: Tensor, keys_HKD: Tensor, scale: float, window: int) -> Tensor:
-    """softmax(q k' scale) [H, Q, K] in fp32; the queries are the last of the positions of the keys."""
-    places = torch.arange(keys_HKD.shape[1], device=q_QHD.device)
-    distance = places[len(places) - len(q_QHD) :, None] - places
-    hidden = (distance < 0) | (distance >= window) if window != FULL else distance < 0
-    scores_HQK = q_QHD.transpose(0, 1).float() @ keys_HKD.transpose(1, 2) * scale
-    return scores_HQK.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+def _some(segments: Segments, q: Tensor, window: int) -> tuple[_Few, ...]:
+    """All segments, those of like lengths together, with at most MANY scores."""
+    bounds, prompts, groups = (each.cpu() for each in (segments.bounds, segments.prompts, segments.groups))
+    told = (each.numpy().tobytes() for each in (bounds, prompts, groups))
+    return _planned(*told, q.shape[1], window, q.device)
 
 
-def _heads(each_KD: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [l, K, D] for each of the query's heads, [H, l, D], in fp32."""
-    return each_KD.transpose(0, 1).float().repeat_interleave(q.shape[1] // each_KD.shape[1], dim=0)
+@lru_cache(maxsize=4)  # every layer asks for the same
+def _planned(
+    bounds: bytes, prompts: bytes, groups: bytes, heads: int, window: int, device: torch.device
+) -> tuple[_Few, ...]:
+    bounds_S, prompts_P, groups_P = (
+        torch.from_numpy(np.frombuffer(each, np.int32).astype(np.int64)) for each in (bounds, prompts, groups)
+    )
+    begin_S, length_S = bounds_S[:-1], bounds_S.diff()
+    seen_S, before_S = torch.zeros_like(begin_S), torch.zeros_like(begin_S)  # a response's prompt: its place and length
+    shared = int(prompts_P[-1])
+    if shared:
+        answers = begin_S >= shared
+        prompt_S = torch.searchsorted(groups_P, begin_S[answers] - shared, right=True) - 1
+        seen_S[answers], before_S[answers] = prompts_P[prompt_S], prompts_P.diff()[prompt_S]
+    order = torch.argsort(length_S + before_S, stable=True)
+    parts = _parts(length_S[order].tolist(), (length_S + before_S)[order].tolist(), heads)
+    columns = begin_S[:, None], length_S[:, None], seen_S[:, None], before_S[:, None]
+    told = [[column[order[part]] for column in columns] for part in parts]
+    return tuple(_few(begin, length, seen, before, window).to(device) for begin, length, seen, before in told)
 
 
-def _shared_heads(each_HlD: Tensor, like: Tensor) -> Tensor:
-    """The inverse for gradients: [H, l, D], summed, as [l, K, D]."""
-    return each_HlD.view(like.shape[1], -1, *each_HlD.shape[1:]).sum(dim=1).transpose(0, 1)
+def _few(begin_S1: Tensor, length_S1: Tensor, seen_S1: Tensor, before_S1: Tensor, window: int) -> _Few:
+    """Segments that begin and are as long as this says, and see so many tokens of a prompt before."""
+    query, key = torch.arange(int(length_S1.max())), torch.arange(int((length_S1 + before_S1).max()))
+    last_S1 = begin_S1 + length_S1 - 1
+    key_SK = torch.where(key < before_S1, seen_S1 + key, (begin_S1 + key - before_S1).minimum(last_S1))
+    distance_SQK = (before_S1 + query)[:, :, None] - key
+    hidden_SQK = (distance_SQK < 0) | (distance_SQK >= window) if window != FULL else distance_SQK < 0
+    return _Few((begin_S1 + query).minimum(last_S1), key_SK, query < length_S1, hidden_SQK)
+
+
+def _parts(queries: Sequence[int], keys: Sequence[int], heads: int) -> list[slice]:
+    """Cut a list that is sorted by keys: after MANY scores, or after FEW where segments are twice as long by now."""
+    parts, first, widest = [], 0, 0
+    for place, (count, length) in enumerate(zip(queries, keys, strict=True)):
+        widest = max(widest, count)
+        scores = (place + 1 - first) * widest * length * heads
+        if place > first and (scores > MANY or (scores > FEW and length > 2 * keys[first])):
+            parts.append(slice(first, place))
+            first, widest = place, count
+    return [*parts, slice(first, len(keys))] if keys else []

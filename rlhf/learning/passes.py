@@ -91,9 +91,9 @@ class Packed:
     ) -> tuple[Tensor, Tensor]:
         """As Passes has it."""
         tokens = packed(batch, self._window)
-        layer, ids_N = output_layer.OutputLayer.of(model), batch.ids_BT.flatten()[tokens.places_N]
+        layer, hidden_NH = output_layer.OutputLayer.of(model), self._hidden(model, tokens)
         of_tokens = output_layer.logprobs_and_entropy(
-            self._hidden(model, tokens), layer, ids_N, temperature, entropy_gradient, self.compiled
+            hidden_NH, layer, tokens.targets_N, temperature, entropy_gradient, self.compiled
         )
         logprobs_BT, entropy_BT = (_placed(each_N, tokens, batch) for each_N in of_tokens)
         return logprobs_BT, entropy_BT
@@ -126,7 +126,7 @@ class Packed:
 def _placed(values_N: Tensor, tokens: Tokens, batch: Batch) -> Tensor:
     """The tokens' numbers as [B, T], 0 elsewhere."""
     flat = torch.zeros(batch.ids_BT.numel(), dtype=values_N.dtype, device=values_N.device)
-    return flat.index_copy(0, tokens.places_N, values_N).view(batch.ids_BT.shape)
+    return flat.index_copy(0, tokens.places_n, values_N[: len(tokens.places_n)]).view(batch.ids_BT.shape)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -220,4 +220,5 @@ def random_batch(
         mask_BT=mask_BT,
         sampled_BT=torch.zeros_like(mask_BT),
         truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
+        measured_B=torch.zeros_like(lengths_B, dtype=torch.bool),
     )

@@ -122,11 +122,11 @@ class Recorder:
     def took(self, rollouts: Rollouts, version: int) -> None:
         """These samples are about to be learned from; RunError if an older version than the live one sampled any."""
         lags = rollouts.lags(version)
-        if max(lags) > 0:
+        if lags.max() > 0:
             raise RunError(
                 f"version {version} is live, and version {rollouts.version} has sampled what is learned from"
             )
-        self.lag = {"rollout/lag": sum(lags) / len(lags), "rollout/lag_max": float(max(lags))}
+        self.lag = {"rollout/lag": int(lags.sum()) / len(lags), "rollout/lag_max": float(lags.max())}
         self.outlets.journal.write("consume", version=version, oldest=rollouts.version, seeds=rollouts.seeds)
 
     def step(

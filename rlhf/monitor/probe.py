@@ -46,7 +46,7 @@ class Probe:
         batch = collate(rollouts, self._policy.device)
         with torch.no_grad():
             logprobs_BT = response_logprobs(self._policy, batch, self._temperature)
-        worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT).max())
+        worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT * batch.measured_B[:, None]).max())
         if not worst <= self._tolerance:
             raise RunError(
                 f"version {version}: the workers' log-probs differ from the trainer's by up to {worst:.3g} nats, more "

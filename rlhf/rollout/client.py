@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RolloutConfig
 from rlhf.ending import RunError
-from rlhf.rollout.sampling import ABORTED, seed_of
-from rlhf.types import FINISHED, TRUNCATED, Completion, Prompt, Rollouts, Tokenizer
-from transfer.wire import RemoteError
+from rlhf.rollout import columns
+from rlhf.rollout.sampling import ABORTED, Sample, measured_rows, seed_of
+from rlhf.types import FINISHED, Completion, Prompt, Rollouts, Tokenizer
+from transfer.wire import BODY, RemoteError
 
 if TYPE_CHECKING:
     from transfer import Sender
 
-Body = dict[str, Any]
+Settings = dict[str, Any]  # the fields of a message that are the same for all workers
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Prompts for one worker, each with its seed and the numbers of its samples whose log-probs are wanted."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    measured: Sequence[Sequence[int]]
+
+    def part(self, rows: Sequence[int]) -> Share:
+        """These of the prompts."""
+        prompts, seeds = [self.prompts[row] for row in rows], [self.seeds[row] for row in rows]
+        return Share(prompts, seeds, [self.measured[row] for row in rows])
+
+    def rows(self, n: int) -> list[int]:
+        """The rows, of n a prompt, whose log-probs are wanted."""
+        return [place * n + sample for place, samples in enumerate(self.measured) for sample in samples]
+
+    def message(self, settings: Settings) -> dict[str, Any]:
+        """What the worker is asked."""
+        n, rows = settings["n"], self.rows(settings["n"])
+        body = {"prompt": [list(ids) for ids in self.prompts], "seeds": list(self.seeds), **settings}
+        return body if len(rows) == len(self.prompts) * n else {**body, "logprobs_rows": rows}
 
 
 class RolloutClient:
     """Samples from the workers behind `senders`; a `rlhf.types.Sampler`.
 
     `recover` is asked when a worker fails: True if it has been started again and given its weights, so that its share
-    can be sampled once more. Samples depend on seeds alone, so nobody sees a difference.
+    can be sampled once more. Samples depend on seeds alone, so nobody sees a difference. Without `all_logprobs` only
+    the rows of `measured_rows` have log-probs.
     """
 
     def __init__(
@@ -34,7 +60,9 @@ class RolloutClient:
         tokenizer: Tokenizer,
         config: RolloutConfig,
         recover: Callable[[Sender], bool] = lambda sender: False,
+        all_logprobs: bool = True,
     ) -> None:
+        self._all_logprobs = all_logprobs
         self._senders = senders
         self._tokenizer = tokenizer
         self._config = config
@@ -43,17 +71,23 @@ class RolloutClient:
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
         seeds = [seed_of(seed, index) for index in range(len(prompts))]
-        completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature)
+        measured = None if self._all_logprobs else measured_rows(len(prompts) * n)
+        completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature, measured)
         return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """Each completion without its special tokens."""
-        return self._tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        return self._tokenizer.batch_decode([c.ids.tolist() for c in completions], skip_special_tokens=True)
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], n: int, temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        n: int,
+        temperature: float,
+        measured: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """n answers to each of these prompts, which are token ids with a seed of their own."""
+        """n answers to each of these prompts, token ids with a seed of their own; rows with log-probs, None: all."""
         settings = {
             "n": n,
             "max_tokens": self._config.max_new_tokens,
@@ -61,62 +95,65 @@ class RolloutClient:
             "stop_token_ids": [self._tokenizer.eos_token_id],
             "logprobs": 0,
             "return_token_ids": True,
+            "encoding": "columns",
         }
+        of_prompts: list[list[int]] = [[] for _ in prompts]
+        for row in range(len(prompts) * n) if measured is None else measured:
+            of_prompts[row // n].append(row % n)
+        whole = Share(prompts, seeds, of_prompts)
         jobs = [
-            (sender, {"prompt": [list(ids) for ids in prompts[block]], "seeds": list(seeds[block]), **settings})
+            (sender, whole.part(range(len(prompts))[block]), settings)
             for sender, block in zip(self._senders, blocks(len(prompts), len(self._senders)), strict=True)
             if block.start < block.stop
         ]
         pool = ThreadPoolExecutor(max(1, len(jobs)))  # one worker's parts follow each other
         try:
             asked = [pool.submit(self._ask, *job) for job in jobs]
-            answers = [self._answer(pool, *job, future) for job, future in zip(jobs, asked, strict=True)]
+            answers = [self._answer(pool, job, future) for job, future in zip(jobs, asked, strict=True)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure or Ctrl-C, do not wait for slow workers
         return [completion for answer in answers for completion in answer]
 
     def _answer(
-        self, pool: ThreadPoolExecutor, sender: Sender, body: Body, future: Future[list[Completion]]
+        self, pool: ThreadPoolExecutor, job: tuple[Sender, Share, Settings], future: Future[list[Completion]]
     ) -> list[Completion]:
         """One worker's share, asked for again for as long as the worker can be recovered."""
         while True:
             try:
                 return future.result()
             except RemoteError:
-                if not self._recover(sender):  # in this thread, which outlives the worker
+                if not self._recover(job[0]):  # in this thread, which outlives the worker
                     raise
-                future = pool.submit(self._ask, sender, body)
+                future = pool.submit(self._ask, *job)
 
-    def _ask(self, sender: Sender, body: Body) -> list[Completion]:
+    def _ask(self, sender: Sender, share: Share, settings: Settings) -> list[Completion]:
         """One worker's share, in requests of at most `rows_per_request` rows."""
-        size = max(1, self._config.rows_per_request // body["n"])
-        rows = range(len(body["prompt"]))
-        parts = [_part(body, rows[start : start + size]) for start in rows[::size]]
-        return [completion for part in parts for completion in self._ask_until_whole(sender, part)]
+        size = max(1, self._config.rows_per_request // settings["n"])
+        rows = range(len(share.prompts))
+        parts = [share.part(rows[start : start + size]) for start in rows[::size]]
+        return [completion for part in parts for completion in self._ask_until_whole(sender, part, settings)]
 
-    def _ask_until_whole(self, sender: Sender, body: Body) -> list[Completion]:
+    def _ask_until_whole(self, sender: Sender, share: Share, settings: Settings) -> list[Completion]:
         """One request; prompts of which new weights cut a sample short are sampled again, all n samples."""
         deadline = time.monotonic() + self._config.timeout_s
-        n, groups = body["n"], self._ask_once(sender, body)
+        n, groups = settings["n"], self._ask_once(sender, share, settings)
         while cut := [index for index, group in enumerate(groups) if any(c.finish_reason == ABORTED for c in group)]:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"{sender.name}: {len(cut) * n} samples were cut short again and again for "
                     f"{self._config.timeout_s:g} s (rollout.timeout_s): is the worker paused, or updated all the time?"
                 )
-            for index, group in zip(cut, self._ask_once(sender, _part(body, cut)), strict=True):
+            for index, group in zip(cut, self._ask_once(sender, share.part(cut), settings), strict=True):
                 groups[index] = group
         return [completion for group in groups for completion in group]
 
-    def _ask_once(self, sender: Sender, body: Body) -> list[list[Completion]]:
+    def _ask_once(self, sender: Sender, share: Share, settings: Settings) -> list[list[Completion]]:
         """The n completions of each prompt."""
-        n = body["n"]
-        answer = sender.call("completions", body, self._config.timeout_s)
+        n, measured = settings["n"], frozenset(share.rows(settings["n"]))
+        answer = sender.call("completions", share.message(settings), self._config.timeout_s)
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(len(body["prompt"]) * n)):
-                raise ValueError(f"{len(choices)} choices for {len(body['prompt'])} prompts with n={n}")
-            completions = [_completion(choice, body) for choice in choices]
+            samples = columns.decode(answer[BODY], columns.Expected(len(share.prompts) * n, settings["max_tokens"]))
+            completions = [_completion(sample, row in measured, settings) for row, sample in enumerate(samples)]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error
         return [completions[start : start + n] for start in range(0, len(completions), n)]
@@ -128,25 +165,13 @@ def blocks(count: int, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _part(body: Body, rows: Sequence[int]) -> Body:
-    """The same request for these of its prompts."""
-    return {**body, **{key: [body[key][row] for row in rows] for key in ("prompt", "seeds")}}
-
-
-def _completion(choice: dict[str, Any], body: Body) -> Completion:
-    ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-    versions = [int(version) for version, tokens in choice["weight_versions"] for _ in range(tokens)]
-    if len(ids) > body["max_tokens"] or len(logprobs) != len(ids) or len(versions) != len(ids):
-        raise ValueError(
-            f"{len(ids)} tokens, {len(logprobs)} log-probs and {len(versions)} versions where up to "
-            f"{body['max_tokens']} were asked for"
-        )
-    if not all(math.isfinite(logprob) for logprob in logprobs):
-        raise ValueError("a log-prob is not finite")
-    if reason == ABORTED:
-        return Completion(ids, logprobs, versions, reason)
-    if reason not in (FINISHED, TRUNCATED) or not ids:
-        raise ValueError(f"finish_reason is {reason!r} after {len(ids)} tokens")
-    if (reason == FINISHED) != (ids[-1] in body["stop_token_ids"]):
-        raise ValueError(f"finish_reason is {reason!r} and the last token {ids[-1]}")
-    return Completion(ids, logprobs, versions, reason)
+def _completion(sample: Sample, measured: bool, settings: Settings) -> Completion:
+    ids, reason = sample.ids, sample.finish_reason
+    if (sample.logprobs is not None) != measured:
+        raise ValueError("log-probs are not those of the rows that were asked for")
+    if reason != ABORTED:
+        if not ids:
+            raise ValueError(f"finish_reason is {reason!r} after no tokens")
+        if (reason == FINISHED) != (ids[-1] in settings["stop_token_ids"]):
+            raise ValueError(f"finish_reason is {reason!r} and the last token {ids[-1]}")
+    return Completion(ids, sample.logprobs, sample.versions, reason)

@@ -10,7 +10,9 @@ Choice i*n + j is sample j of prompt i. Without `stop_token_ids` rows stop at th
 config. Ours, not vLLM's: `seeds` (one a prompt; `seed` gives prompt i its own seed, made of `seed` and i) and
 `weight_versions`, [version, tokens] for each run of tokens that one version sampled, the first in `weight_version`. An
 answer with finish_reason "abort" was cut short by new weights or by a pause. There is no tokenizer here, so `text` is
-empty and a prompt of text is refused.
+empty and a prompt of text is refused. Two more fields are ours: `logprobs_rows` names the choices that are to have
+log-probs where `logprobs` is given, others have null; and with `"encoding": "columns"` the answer is not JSON but the
+bytes of columns.py.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from rlhf.rollout import columns
 from rlhf.rollout.sampling import Sample, Sampling, seed_of
 from transfer import wire
 from transfer.wire import Refused
 
+COLUMNS = "columns"  # the other encoding is json
 MAX_ROWS = 65536  # prompts * n of one message
 MIN_TEMPERATURE = 1e-3  # below, logits / temperature may overflow; 0 is greedy
 
@@ -45,7 +49,7 @@ class Request:
     prompts: list[list[int]]
     seeds: list[int]
     sampling: Sampling
-    with_logprobs: bool
+    as_columns: bool
 
 
 def parse(body: Mapping[str, Any], limits: Limits) -> Request:
@@ -57,18 +61,26 @@ def parse(body: Mapping[str, Any], limits: Limits) -> Request:
         max_tokens=_max_tokens(body, prompts, limits),
         temperature=_temperature(body),
         stop_ids=tuple(_ids("stop_token_ids", body.get("stop_token_ids", limits.stop_ids), limits)),
+        with_logprobs=_with_logprobs(body, len(prompts) * body.get("n", 1)),
     )
-    return Request(prompts, _seeds(body, len(prompts)), sampling, body.get("logprobs") is not None)
+    return Request(prompts, _seeds(body, len(prompts)), sampling, body.get("encoding") == COLUMNS)
 
 
-def answer(request: Request, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples as vLLM's choices, each with the versions of the weights that sampled it."""
+def answer(request: Request, samples: Sequence[Sample]) -> dict[str, Any] | bytes:
+    """The samples as vLLM's choices, each with the versions of the weights that sampled it, or as columns."""
+    for row, sample in enumerate(samples):
+        if not request.sampling.wants_logprobs(row):
+            sample.logprobs = None
+    return columns.encode(samples) if request.as_columns else _choices(request, samples)
+
+
+def _choices(request: Request, samples: Sequence[Sample]) -> dict[str, Any]:
     choices = [
         {
             "index": index,
             "text": "",
-            "token_ids": sample.ids,
-            "logprobs": {"token_logprobs": sample.logprobs} if request.with_logprobs else None,
+            "token_ids": sample.ids.tolist(),
+            "logprobs": _logprobs(sample),
             "finish_reason": sample.finish_reason,
             "weight_version": sample.versions[0] if sample.versions else None,
             "weight_versions": [[version, len(list(run))] for version, run in groupby(sample.versions)],
@@ -80,6 +92,14 @@ def answer(request: Request, samples: Sequence[Sample]) -> dict[str, Any]:
         "completion_tokens": sum(len(sample.ids) for sample in samples),
     }
     return {"choices": choices, "usage": usage}
+
+
+def _logprobs(sample: Sample) -> dict[str, list[float]] | None:
+    return None if sample.logprobs is None else {"token_logprobs": sample.logprobs.tolist()}
+
+
+def _is_row(value: Any) -> bool:
+    return wire.is_int(value) and value < MAX_ROWS
 
 
 def _is_number(value: Any) -> bool:
@@ -96,7 +116,9 @@ KNOWN = {  # field -> is its value of the right type?
     "seeds": lambda value: isinstance(value, list),
     "stop_token_ids": lambda value: isinstance(value, list),
     "logprobs": lambda value: value is None or (wire.is_int(value) and value <= 1),  # of the sampled token only
+    "logprobs_rows": lambda value: isinstance(value, list) and all(map(_is_row, value)),
     "return_token_ids": lambda value: value is True,  # ids are all that there is
+    "encoding": lambda value: value in ("json", COLUMNS),
 }
 
 
@@ -132,6 +154,17 @@ def _max_tokens(body: Mapping[str, Any], prompts: list[list[int]], limits: Limit
     if room < 1:
         raise Refused(422, f"body.prompt: {longest} tokens leave no room in the model's {limits.positions} positions")
     return _between(body, "max_tokens", min(16, room), 1, room)
+
+
+def _with_logprobs(body: Mapping[str, Any], rows: int) -> frozenset[int]:
+    if "logprobs_rows" not in body:
+        return frozenset(range(rows) if body.get("logprobs") is not None else ())
+    if body.get("logprobs") is None:
+        raise Refused(422, "body.logprobs_rows needs body.logprobs beside it")
+    chosen = frozenset(body["logprobs_rows"])
+    if max(chosen, default=0) >= rows:
+        raise Refused(422, f"body.logprobs_rows: {max(chosen)} is no row of the {rows} that are asked for")
+    return chosen
 
 
 def _temperature(body: Mapping[str, Any]) -> float:

@@ -7,6 +7,7 @@ batch. Shapes: P prompts, R rows still in the batch (at first P*n), L prompt pos
 from __future__ import annotations
 
 import inspect
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
-from rlhf.types import FINISHED, TRUNCATED
+from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
 
 DROP_SHARE = 0.125  # finished rows leave once they are this share of the batch: leaving costs a copy of the cache
 ROW_STEP = 32  # few shapes, as kernels are prepared for each (bfloat16 on CPU: milliseconds at every new one)
@@ -116,8 +117,14 @@ class Rows:
         """The rows in order."""
         reasons = np.where(self._lengths == self._ids.shape[1], TRUNCATED, ABORTED)
         reasons[self._stopped] = FINISHED
+        versions = array(VERSIONS, self._versions)
         return [
-            Sample(ids[:length].tolist(), logprobs[:length].tolist(), self._versions[:length], str(reason))
+            Sample(
+                array(IDS, ids[:length].astype(np.int32).tobytes()),
+                array(LOGPROBS, logprobs[:length].tobytes()),
+                versions[:length],
+                str(reason),
+            )
             for ids, logprobs, length, reason in zip(self._ids, self._logprobs, self._lengths, reasons, strict=True)
         ]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
+from rlhf.config.algo import DpoConfig
 from rlhf.ending import RunError, keeping_sigterm
 from rlhf.monitor.gpu import GPU_MEMORY
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
 RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
+LEAST_ROWS = 32  # that vLLM prepares for
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
 
 
@@ -60,25 +62,42 @@ def worker_spec(
         dtype=dtype.name,
         device=parameter.device.type,
         attention=policy.config._attn_implementation,
-        **_engine(config.rollout),
+        **_engine(config),
         threads=config.threads,
         token=secrets.token_urlsafe(32),
         adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
     )
 
 
-def _engine(config: RolloutConfig) -> dict[str, Any]:
+def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:
     """Which engine samples, and how it is made."""
-    if not isinstance(config, VllmRolloutConfig):
+    rollout = config.rollout
+    if not isinstance(rollout, VllmRolloutConfig):
         return {}
-    settings = {"enable_sleep_mode": True} if config.sleep_level else {}
-    if config.in_flight is InFlight.keep:
+    settings: dict[str, Any] = {"max_num_seqs": rows_at_once(config)}
+    if "max_num_batched_tokens" in rollout.engine_args:  # of which vLLM wants one a row at least
+        settings["max_num_seqs"] = min(settings["max_num_seqs"], rollout.engine_args["max_num_batched_tokens"])
+    if rollout.sleep_level:
+        settings["enable_sleep_mode"] = True
+    if rollout.in_flight is InFlight.keep:
         settings["async_scheduling"] = False  # so that a step's tokens are those of the step before new weights
     return {
         "engine": "vllm",
-        "engine_args": {**settings, **config.engine_args},
-        "keep_prefix_cache": config.keep_prefix_cache,
+        "engine_args": {**settings, **rollout.engine_args},
+        "keep_prefix_cache": rollout.keep_prefix_cache,
     }
+
+
+def rows_at_once(config: RunConfig | EvaluationConfig) -> int:
+    """Rows that a worker samples together, at most, in a step or an evaluation: vLLM prepares for no more."""
+    asked = [(config.task.held_out, config.evaluate.samples)]
+    if isinstance(config, RunConfig):
+        prompts = config.algo.prompts if isinstance(config.algo, DpoConfig) else config.prompts_per_step
+        asked.append((prompts, config.samples_per_prompt))
+    rows = [
+        min(-(-prompts // config.rollout.workers) * n, max(config.rollout.rows_per_request, n)) for prompts, n in asked
+    ]
+    return max(LEAST_ROWS, *rows)
 
 
 class Workers:
@@ -96,6 +115,16 @@ class Workers:
     def __exit__(self, *exception: object) -> None:
         self._senders = []  # nobody is to ask them any more
         self._stack.close()
+
+    def awaited(self) -> str | None:
+        """What takes long until vLLM's workers of this run are up, in one line; None of other workers."""
+        rollout, sender = self._config.rollout, self._config.transfer.sender
+        if not isinstance(rollout, VllmRolloutConfig) or (isinstance(sender, HttpSenderConfig) and sender.url):
+            return None
+        graphs = self._spec.device == "cuda" and not rollout.engine_args.get("enforce_eager")
+        count = f"{rollout.workers} worker{'s' if rollout.workers > 1 else ''}"
+        log = f"; its log: {self._folder / 'worker-0.log'}" if isinstance(sender, HttpSenderConfig) else ""
+        return f"waiting for {count}: vLLM loads{', compiles and captures CUDA graphs' if graphs else ''}{log}"
 
     def senders(self) -> list[Sender]:
         """One sender a worker, once all are up; an error names a worker that did not come up."""

@@ -6,13 +6,19 @@ other rows share the batch or the worker: each draw is one output of a counter-b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from rlhf.types import IDS, LOGPROBS, VERSIONS, column
+
 ABORTED = "abort"  # finish reason of a row that new weights or a pause cut short; vLLM's word
+
+MEASURED_EVERY = 16  # rows, of which one is measured,
+MEASURED_LEAST = 32  # unless that gives fewer
 
 Keys = npt.NDArray[np.uint64]
 
@@ -27,16 +33,48 @@ class Sampling:
     max_tokens: int
     temperature: float
     stop_ids: tuple[int, ...]
+    with_logprobs: frozenset[int] | None = None  # rows whose log-probs are wanted; None: all
+    steady: bool = False  # whether the weights stay as they are until the rows have ended
+
+    def wants_logprobs(self, row: int) -> bool:
+        """Whether anybody wants the log-probs of this row."""
+        return self.with_logprobs is None or row in self.with_logprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sample:
-    """One row as sampled: `ids` with the stop token, if any; of each its log-probability and its weights' version."""
+    """One row as sampled: `ids` with the stop token, if any; of each its log-probability and its weights' version.
 
-    ids: list[int]
-    logprobs: list[float]
-    versions: list[int]
+    Columns that grow in place; `logprobs` is None of a row whose log-probs nobody wants. Other sequences of numbers
+    become columns.
+    """
+
+    ids: array[int]
+    logprobs: array[float] | None
+    versions: array[int]
     finish_reason: str
+
+    def __post_init__(self) -> None:
+        self.ids = column(IDS, self.ids)
+        self.logprobs = None if self.logprobs is None else column(LOGPROBS, self.logprobs)
+        self.versions = column(VERSIONS, self.versions)
+
+    @classmethod
+    def empty(cls, with_logprobs: bool = True) -> Sample:
+        """A row of no tokens, as one that was cut short before its first."""
+        return cls(array(IDS), array(LOGPROBS) if with_logprobs else None, array(VERSIONS), ABORTED)
+
+    def grow(self, ids: Sequence[int], logprobs: Iterable[float], version: int) -> None:
+        """Add tokens that one version of the weights sampled; `logprobs` are ignored where the row has none."""
+        self.ids.extend(ids)
+        if self.logprobs is not None:
+            self.logprobs.extend(logprobs)
+        self.versions.extend(array(VERSIONS, (version,)) * len(ids))
+
+
+def measured_rows(rows: int) -> range:
+    """Rows whose log-probs are enough to see whether workers and trainer agree; the same whoever samples them."""
+    return range(0, rows, max(1, min(MEASURED_EVERY, rows // MEASURED_LEAST)))
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -8,12 +8,26 @@ reply's behind them: a worker sees a completion like any other, and nothing is e
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import seed_of
-from rlhf.types import FINISHED, Completion, Environment, Prompt, Rollouts, Sampler
+from rlhf.types import (
+    FINISHED,
+    IDS,
+    LOGPROBS,
+    SAMPLED,
+    VERSIONS,
+    Completion,
+    Environment,
+    Prompt,
+    Rollouts,
+    Sampler,
+    column,
+)
 
 SAMPLES = 65536  # more than there are samples a prompt: apart from each other are the seeds of turns
 
@@ -26,28 +40,36 @@ class Row:
     seeds: list[int]  # of its turns after the first
     last: Completion
     said: list[str]  # answer, reply, answer, ...
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
+    ids: array[int] = field(default_factory=partial(array, IDS))
+    logprobs: array[float] | None = None  # as those of its first answer: of all its answers, or of none
+    versions: array[int] = field(default_factory=partial(array, VERSIONS))
+    sampled: array[int] = field(default_factory=partial(array, SAMPLED))
 
     def __post_init__(self) -> None:
+        self.logprobs = None if self.last.logprobs is None else array(LOGPROBS)
         self._take(self.last)
+
+    @property
+    def measured(self) -> bool:
+        """Whether its answers have log-probs."""
+        return self.logprobs is not None
 
     def _take(self, answer: Completion) -> None:
         self.last = answer
-        self.ids += answer.ids
-        self.logprobs += answer.logprobs
-        self.versions += answer.versions
-        self.sampled += [True] * len(answer.ids)
+        self._add(answer.ids, answer.logprobs, answer.versions, 1)
 
     def hear(self, reply: str, ids: Sequence[int]) -> None:
         """The environment's turn."""
         self.said.append(reply)
-        self.ids += ids
-        self.logprobs += [0.0] * len(ids)
-        self.versions += [self.last.versions[-1]] * len(ids)
-        self.sampled += [False] * len(ids)
+        said = column(IDS, ids)
+        self._add(said, array(LOGPROBS, (0.0,)) * len(said), self.last.versions[-1:] * len(said), 0)
+
+    def _add(self, ids: array[int], logprobs: array[float] | None, versions: array[int], sampled: int) -> None:
+        self.ids.extend(ids)
+        if self.logprobs is not None and logprobs is not None:
+            self.logprobs.extend(logprobs)
+        self.versions.extend(versions)
+        self.sampled.extend(array(SAMPLED, (sampled,)) * len(ids))
 
     def say(self, answer: Completion, text: str) -> None:
         """The policy's turn."""
@@ -82,7 +104,8 @@ class Conversations:
             if not going:
                 break
             asked = [[*row.prompt.ids, *row.ids] for row in going]
-            answers = self._client.complete(asked, [row.seeds[turn] for row in going], 1, temperature)
+            seeds, measured = [row.seeds[turn] for row in going], [b for b, row in enumerate(going) if row.measured]
+            answers = self._client.complete(asked, seeds, 1, temperature, measured)
             for row, answer, text in zip(going, answers, self._client.texts(answers), strict=True):
                 row.say(answer, text)
         completions, texts = [row.completion() for row in rows], [row.said[-1] for row in rows]

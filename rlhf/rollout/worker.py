@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -174,12 +174,13 @@ class Worker:
         """A worker with a model of its own; this process then computes with `spec.threads` threads."""
         return cls(*parts_of(spec), spec.log)
 
-    def completions(self, body: Body) -> Answer:
-        """Answer the message of completions.py; 503 while paused or without weights."""
+    def completions(self, body: Body) -> Answer | bytes:
+        """Answer the message of completions.py, as JSON or as columns; 503 while paused or without weights."""
         request = completions.parse(body, self._limits)
         with self._gate.generating(), self._receiver.serving() as weights:
             turn = lambda: None if self._gate.aborting() else weights()  # noqa: E731
-            samples = self._engine.generate(request.prompts, request.seeds, request.sampling, turn)
+            sampling = replace(request.sampling, steady=weights.steady)
+            samples = self._engine.generate(request.prompts, request.seeds, sampling, turn)
         return completions.answer(request, samples)
 
     def pause(self, body: Body) -> Answer:

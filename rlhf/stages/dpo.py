@@ -194,6 +194,7 @@ def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference], passes:
         mask_BT=mask_BT,
         sampled_BT=torch.zeros_like(mask_BT),
         truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
+        measured_B=torch.zeros_like(lengths_B, dtype=torch.bool),
     )
     logprobs_BT = passes.logprobs(policy, batch, temperature=1.0)
     return (logprobs_BT * mask_BT).sum(dim=1).view(-1, 2)

@@ -46,6 +46,7 @@ INIT = {
 }
 ONE_SHOT = {"names": [], "dtype_names": [], "shapes": [], "ipc_handles": []}
 SAMPLING = {"model": "m", "n": 1, "max_tokens": 2, "temperature": 0.5, "stop_token_ids": [1], "logprobs": 0}
+ENCODED = {"encoding": "json", "logprobs": 0, "logprobs_rows": [0]}
 FORMS = [  # every form of every message: verb, message, and where its fields are
     ("init_weight_transfer_engine", {"init_info": INIT}, "init_info"),
     ("init_weight_transfer_engine", {"init_info": {"packed": False}}, "init_info"),
@@ -60,6 +61,7 @@ FORMS = [  # every form of every message: verb, message, and where its fields ar
     ("withdraw_weights", SESSION, None),
     ("completions", {"prompt": PROMPT, **SAMPLING, "seeds": [1, 2], "return_token_ids": True}, None),
     ("completions", {"prompt": PROMPT, "seed": 3}, None),
+    ("completions", {"prompt": PROMPT, **ENCODED}, None),
     ("pause", {"mode": "keep", "clear_cache": True}, None),
     ("sleep", {"level": 1}, None),
     ("wake_up", {"tags": ["weights"]}, None),
@@ -131,7 +133,7 @@ def test_no_other_verb_takes_query_parameters():
 
 
 WHAT_A_SCHEMA_CANNOT_SAY = {  # fields whose values must fit the model, the trainer, or each other
-    *(("completions", field) for field in ("prompt", "seeds", "max_tokens")),
+    *(("completions", field) for field in ("prompt", "seeds", "max_tokens", "logprobs_rows")),
     *(("update_weights", field) for field in (*ONE_SHOT, "where")),
     ("start_weight_update", "where"),
     *(("init_weight_transfer_engine", field) for field in ("manifest", "where")),

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_rows_that_the_limit_has_cut_may_teach_nothing_and_still_count_in_their_
     assert not torch.allclose(dropped, kept)
     other = cut(sampled(), (2, 5))
     for b in (2, 5):
-        other.completions[b].ids[:] = [3] * len(other.completions[b].ids)
+        other.completions[b].ids[:] = array("i", [3]) * len(other.completions[b].ids)
     assert torch.allclose(gradients(make_learner("algo.truncated=drop"), other, rewards), dropped, atol=1e-6)
     fewer = [None if b in (2, 5) else reward for b, reward in enumerate(rewards)]
     assert not torch.allclose(gradients(make_learner(), sampled(), fewer), dropped, atol=1e-6), "another baseline"
@@ -208,7 +209,7 @@ def test_a_correction_scales_the_loss_of_tokens_that_the_worker_found_less_likel
     plain = gradients(make_learner("algo.kl_coef=0"), sampled(), rewards)
     unlikely = sampled()
     for completion in unlikely.completions:
-        completion.logprobs[:] = [-50.0] * len(completion.logprobs)
+        completion.logprobs[:] = array("f", [-50.0]) * len(completion.logprobs)
     capped = gradients(make_learner("algo.kl_coef=0", "algo.correction=tis"), unlikely, rewards)
     assert torch.allclose(capped, 2.0 * plain, rtol=1e-4, atol=1e-7), "at most correction_high"
     assert gradients(make_learner("algo.kl_coef=0", "algo.correction=icepop"), unlikely, rewards).abs().max() == 0
@@ -232,12 +233,40 @@ def test_the_effective_share_of_samples_is_one_where_workers_and_trainer_agree(m
     assert learner.learn(learner.score(rollouts), [float(b % 2) for b in range(12)])["ess"] < 0.99
 
 
+def test_mismatch_and_effective_share_are_of_the_rows_that_have_the_workers_log_probs(make_learner):
+    rewards, rows = [float(b % 2) for b in range(12)], sampled()
+    some = replace(
+        rows, completions=[replace(c, logprobs=None) if b % 3 else c for b, c in enumerate(rows.completions)]
+    )
+    learner = make_learner()
+    batch, whole = learner.score(some), learner.score(rows)
+    assert batch.measured_B.tolist() == [b % 3 == 0 for b in range(12)] and bool(whole.measured_B.all())
+    assert bool((batch.sampled_BT[~batch.measured_B] == 0).all())
+    assert batch.rows([3, 4]).measured_B.tolist() == [True, False]
+    with torch.no_grad():
+        old_BT = learner._over(batch, lambda part: learner._logprobs(learner.policy, part))
+    delta = (old_BT - whole.sampled_BT)[batch.mask_BT * batch.measured_B[:, None] > 0]
+    w = delta.exp()
+    learned, all_learned = learner.learn(batch, rewards), make_learner().learn(whole, rewards)
+    assert learned["mismatch"] == pytest.approx(float(delta.abs().mean()), rel=1e-5)
+    assert learned["ess"] == pytest.approx(float(w.mean() ** 2 / w.square().mean()), rel=1e-5)
+    assert {key for key in learned if learned[key] != all_learned[key]} == {"mismatch", "ess"}, "and nothing else"
+
+
+def test_a_step_without_any_log_probs_of_the_workers_has_nothing_to_tell_of_them(make_learner):
+    rows = sampled()
+    none = replace(rows, completions=[replace(completion, logprobs=None) for completion in rows.completions])
+    learner = make_learner()
+    learned = learner.learn(learner.score(none), [float(b % 2) for b in range(12)])
+    assert (learned["mismatch"], learned["ess"]) == (0.0, 1.0)
+
+
 def test_a_sample_without_a_reward_gives_no_gradient(make_learner):
     rollouts, rewards = sampled(), [1.0, 0.0, None, 1.0] * 3
     before = gradients(make_learner(), rollouts, rewards)
     changed = copy.deepcopy(rollouts)
     for b in (2, 6, 10):
-        changed.completions[b].ids[:] = [3] * len(changed.completions[b].ids)
+        changed.completions[b].ids[:] = array("i", [3]) * len(changed.completions[b].ids)
     assert torch.allclose(gradients(make_learner(), changed, rewards), before, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 import requests
 
+from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.worker import Worker
 from transfer import serve, wire
 from transfer.app import MAX_DEPTH, THREADS, BearerToken, make_app
@@ -168,6 +169,21 @@ def test_a_completion_over_http(url, headers):
         (0, 4, 0),
         (1, 4, 0),
         (2, 4, 0),
+    ]
+
+
+def test_a_completion_as_columns_is_one_binary_body_with_the_numbers_of_the_json_answer(url, headers):
+    body = ASK | {"n": 3, "logprobs": 0, "stop_token_ids": []}
+    plain = requests.post(f"{url}/v1/completions", headers=headers, json=body, timeout=20).json()
+    answer = requests.post(f"{url}/v1/completions", headers=headers, json=body | {"encoding": "columns"}, timeout=20)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, wire.COLUMNS_TYPE)
+    samples = decode(answer.content, Expected(3, ASK["max_tokens"]))
+    assert [
+        (sample.ids.tolist(), sample.logprobs.tolist(), sample.versions.tolist(), sample.finish_reason)
+        for sample in samples
+    ] == [
+        (c["token_ids"], c["logprobs"]["token_logprobs"], [c["weight_version"]] * 4, c["finish_reason"])
+        for c in plain["choices"]
     ]
 
 

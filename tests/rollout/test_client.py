@@ -2,37 +2,33 @@ import pytest
 
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient, blocks
-from rlhf.rollout.sampling import seed_of
+from rlhf.rollout.columns import encode
+from rlhf.rollout.sampling import Sample, measured_rows, seed_of
 from rlhf.rollout.worker import Worker
 from rlhf.types import Prompt
 from transfer import make_transfer
 from transfer.config import HttpSenderConfig, IpcConfig, LocalConfig
 from transfer.senders.direct import DirectSender
-from transfer.wire import RemoteError
+from transfer.wire import BODY, RemoteError
 
 PROMPTS = [Prompt("x", ids) for ids in [(3, 4, 5), (8,), (9, 2, 10), (4, 4), (11, 3, 5, 2, 6)]]
 CONFIG = HfRolloutConfig(max_new_tokens=10)
 
 
 class FakeSender:
-    """Answers each prompt with the letter b and the end; remembers what was asked; `spoil` changes the answer."""
+    """Answers each prompt with the letter b and the end; remembers what was asked; `spoil` changes the samples."""
 
-    def __init__(self, spoil=lambda answer: answer, version=3):
+    def __init__(self, spoil=lambda samples: samples, version=3):
         self.name, self.asked, self._spoil, self._version = "worker 5", [], spoil, version
 
     def call(self, verb, body, timeout_s=None):
         self.asked.append((verb, body, timeout_s))
-        choices = [
-            {
-                "index": index,
-                "token_ids": [3, 1],
-                "logprobs": {"token_logprobs": [-0.5, -0.1]},
-                "finish_reason": "stop",
-                "weight_versions": [[self._version, 2]],
-            }
-            for index in range(len(body["prompt"]) * body["n"])
-        ]
-        return self._spoil({"choices": choices})
+        rows = range(len(body["prompt"]) * body["n"])
+        measured = body.get("logprobs_rows", rows)
+        logprobs = [[-0.5, -0.1] if row in measured else None for row in rows]
+        samples = [Sample([3, 1], logprobs[row], [self._version] * 2, "stop") for row in rows]
+        spoilt = self._spoil(samples)
+        return spoilt if isinstance(spoilt, dict) else {BODY: encode(spoilt)}
 
     def close(self):
         pass
@@ -46,7 +42,7 @@ def test_prompts_are_split_in_order_and_each_has_a_seed_of_its_own(tokenizer):
     assert [seed for _, body, _ in asked for seed in body["seeds"]] == [seed_of(9, index) for index in range(5)]
     assert {timeout for _, _, timeout in asked} == {CONFIG.timeout_s}
     assert (rollouts.prompts, rollouts.texts, rollouts.samples_per_prompt) == (PROMPTS, ["b"] * 10, 2)
-    assert rollouts.completions[0].ids == [3, 1]
+    assert rollouts.completions[0].ids.tolist() == [3, 1]
     assert rollouts.version == 2
 
 
@@ -65,26 +61,43 @@ def test_blocks_cover_everything_once_and_evenly():
             assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("rows_per_request", [1024, 100])
+def test_log_probs_of_a_sample_are_those_of_the_same_rows_however_the_rows_are_divided(
+    tokenizer, workers, rows_per_request
+):
+    senders = [FakeSender(cut_short([40 // workers])) for _ in range(workers)]
+    config = HfRolloutConfig(max_new_tokens=10, rows_per_request=rows_per_request)
+    client = RolloutClient(senders, tokenizer, config, all_logprobs=False)
+    rollouts = client.sample(PROMPTS * 8, n=24, temperature=1.0, seed=0)  # 960 rows
+    found = [row for row, completion in enumerate(rollouts.completions) if completion.logprobs is not None]
+    assert found == list(range(0, 960, 16)) == list(measured_rows(960))
+    assert all(sum("logprobs_rows" in body for _, body, _ in sender.asked) > 1 for sender in senders)
+
+
+def test_a_step_of_few_rows_has_log_probs_of_at_least_32_of_them():
+    assert [len(measured_rows(rows)) for rows in (0, 1, 32, 63, 64, 512, 1024)] == [0, 1, 32, 63, 32, 32, 64]
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("spoil", "message"),
     [
-        ("index", 7, "choices"),
-        ("token_ids", [], "0 tokens, 2 log-probs"),
-        ("token_ids", [3, 2, 1], "3 tokens, 2 log-probs and 2 versions"),
-        ("token_ids", [1, 3], "finish_reason is 'stop'"),
-        ("logprobs", None, "TypeError"),
-        ("logprobs", {"token_logprobs": [-0.5, float("nan")]}, "not finite"),
-        ("finish_reason", "gone", "'gone'"),
-        ("finish_reason", "length", "'length'"),
-        ("weight_versions", None, "TypeError"),
-        ("weight_versions", [[0, 1]], "2 tokens, 2 log-probs and 1 versions"),
+        (lambda samples: {"choices": []}, "KeyError"),
+        (lambda samples: {BODY: b"rlhf"}, "4 bytes are no columns"),
+        (lambda samples: {BODY: encode(samples)[:-1]}, "bytes where the header speaks of"),
+        (lambda samples: samples[:-1], "9 rows of 18 tokens where 10"),
+        (lambda samples: [*samples[:-1], Sample([], [], [], "stop")], "'stop' after no tokens"),
+        (
+            lambda samples: [*samples[:-1], Sample([3] * 11, [-1.0] * 11, [1] * 11, "length")],
+            "length is not from 0 to 10",
+        ),
+        (lambda samples: [*samples[:-1], Sample([1, 3], [-1.0] * 2, [1, 1], "stop")], "finish_reason is 'stop'"),
+        (lambda samples: [*samples[:-1], Sample([3, 1], [-1.0] * 2, [1, 1], "length")], "finish_reason is 'length'"),
+        (lambda samples: [*samples[:-1], Sample([3, 1], None, [1, 1], "stop")], "log-probs are not those of the rows"),
+        (lambda samples: [*samples[:-1], Sample([1], [float("nan")], [1], "stop")], "not finite"),
     ],
 )
-def test_an_answer_that_makes_no_sense_is_an_error_that_names_the_worker(tokenizer, field, value, message):
-    def spoil(answer):
-        answer["choices"][1][field] = value
-        return answer
-
+def test_an_answer_that_makes_no_sense_is_an_error_that_names_the_worker(tokenizer, spoil, message):
     client = RolloutClient([FakeSender(spoil)], tokenizer, CONFIG)
     with pytest.raises(RuntimeError, match=rf"worker 5: completions: .*{message}"):
         client.sample(PROMPTS, n=2, temperature=1.0, seed=0)
@@ -117,8 +130,8 @@ def test_two_worker_processes_sample_what_one_in_process_samples(launch, model, 
     assert [c.ids for c in remote.completions] == [c.ids for c in local.completions]
     assert remote.texts == local.texts
     for there, here in zip(remote.completions, local.completions, strict=True):
-        assert there.logprobs == pytest.approx(here.logprobs, abs=1e-5)
-        assert there.versions == here.versions == [0] * len(here.ids)
+        assert list(there.logprobs) == pytest.approx(list(here.logprobs), abs=1e-5)
+        assert there.versions == here.versions and set(here.versions) == {0}
 
 
 def test_the_same_worker_gives_the_same_numbers_to_the_last_bit(http_fleet, tokenizer):
@@ -137,13 +150,11 @@ def test_a_refusal_reaches_the_trainer_in_the_workers_words(http_fleet, tokenize
 def cut_short(indices):
     """Spoils the first answer: these samples were cut short by new weights after their first token."""
 
-    def spoil(answer):
+    def spoil(samples):
         for index in indices if indices else ():
-            choice = answer["choices"][index]
-            choice["token_ids"], choice["logprobs"] = [3], {"token_logprobs": [-0.5]}
-            choice["weight_versions"], choice["finish_reason"] = [[3, 1]], "abort"
+            samples[index] = Sample([3], samples[index].logprobs and [-0.5], [3], "abort")
         indices.clear()
-        return answer
+        return samples
 
     return spoil
 

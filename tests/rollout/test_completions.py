@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.completions import Limits, Request, answer, parse
 from rlhf.rollout.sampling import Sample, seed_of
 from transfer.wire import Refused
@@ -14,14 +15,16 @@ GOOD = {"prompt": [[3, 4], [5]], "n": 2, "max_tokens": 4, "temperature": 0.5, "s
 
 def test_a_message_becomes_a_request():
     request = parse(GOOD | {"logprobs": 0, "return_token_ids": True, "model": "policy"}, LIMITS)
-    assert (request.prompts, request.seeds, request.with_logprobs) == ([[3, 4], [5]], [8, 9], True)
+    assert (request.prompts, request.seeds, request.as_columns) == ([[3, 4], [5]], [8, 9], False)
+    assert request.sampling.with_logprobs == {0, 1, 2, 3}
     sampling = request.sampling
     assert (sampling.n, sampling.max_tokens, sampling.temperature, sampling.stop_ids) == (2, 4, 0.5, (1, 2))
 
 
 def test_a_stock_clients_message_gets_openais_defaults():
     request = parse({"prompt": [3, 4], "seed": 5}, LIMITS)
-    assert (request.prompts, request.seeds, request.with_logprobs) == ([[3, 4]], [seed_of(5, 0)], False)
+    assert (request.prompts, request.seeds, request.as_columns) == ([[3, 4]], [seed_of(5, 0)], False)
+    assert request.sampling.with_logprobs == set()
     assert (request.sampling.n, request.sampling.temperature, request.sampling.stop_ids) == (1, 1.0, (1,))
     assert request.sampling.max_tokens == 14  # 16, were the model longer
 
@@ -61,6 +64,13 @@ def test_without_a_seed_two_messages_differ():
         ({"stop_token_ids": 1}, "stop_token_ids"),
         ({"logprobs": 5}, "logprobs"),
         ({"return_token_ids": False}, "return_token_ids"),
+        ({"logprobs": 0, "logprobs_rows": [4]}, "logprobs_rows"),
+        ({"logprobs": 0, "logprobs_rows": [-1]}, "logprobs_rows"),
+        ({"logprobs": 0, "logprobs_rows": 1}, "logprobs_rows"),
+        ({"logprobs_rows": [1]}, "logprobs_rows"),
+        ({"logprobs": None, "logprobs_rows": []}, "logprobs_rows"),
+        ({"encoding": "pickle"}, "encoding"),
+        ({"encoding": []}, "encoding"),
     ],
 )
 def test_a_mistake_is_refused_with_the_name_of_its_field(change, field):
@@ -76,7 +86,10 @@ VALUES = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*GOOD, "seed", "logprobs", "model", "x"]), VALUES), st.booleans())
+@given(
+    st.dictionaries(st.sampled_from([*GOOD, "seed", "logprobs", "logprobs_rows", "encoding", "model", "x"]), VALUES),
+    st.booleans(),
+)
 def test_whatever_the_message_it_is_answered_or_refused(change, mostly_good):
     try:
         assert isinstance(parse(GOOD | change if mostly_good else change, LIMITS), Request)
@@ -100,3 +113,16 @@ def test_the_answer_has_vllms_form():
     }
     assert got["choices"][1]["weight_versions"] == [[8, 1]]
     assert got["usage"] == {"prompt_tokens": 2, "completion_tokens": 3}
+
+
+def test_log_probs_are_in_the_answer_for_the_rows_that_were_named():
+    request = parse({"prompt": [[3, 4]], "n": 2, "logprobs": 0, "logprobs_rows": [1]}, LIMITS)
+    samples = [Sample([5, 1], [-0.5, -0.25], [7, 8], "stop"), Sample([6], [-1.0], [8], "length")]
+    choices = answer(request, samples)["choices"]
+    assert [choice["logprobs"] for choice in choices] == [None, {"token_logprobs": [-1.0]}]
+
+
+def test_a_client_that_asks_for_columns_gets_bytes_with_the_same_samples():
+    request = parse({"prompt": [[3, 4]], "n": 2, "logprobs": 0, "logprobs_rows": [1], "encoding": "columns"}, LIMITS)
+    samples = [Sample([5, 1], [-0.5, -0.25], [7, 8], "stop"), Sample([6], [-1.0], [8], "length")]
+    assert decode(answer(request, samples), Expected(2, 14, 12)) == [Sample([5, 1], None, [7, 8], "stop"), samples[1]]

@@ -75,7 +75,7 @@ def test_completions_in_flight_end_or_start_again_or_go_on(in_flight, talkative,
         after = RolloutClient(fleet.workers.senders(), tokenizer, CONFIG)
         undisturbed = after.sample(PROMPTS, n=16, temperature=1.0, seed=1)
     spans = {tuple(sorted(set(completion.versions))) for completion in rollouts.completions}
-    assert all(c.versions == sorted(c.versions) for c in rollouts.completions), "never back to older weights"
+    assert all(list(c.versions) == sorted(c.versions) for c in rollouts.completions), "never back to older weights"
     assert {c.finish_reason for c in rollouts.completions} <= {"stop", "length"}
     assert set(undisturbed.lags(1)) == {0}
     if in_flight is InFlight.wait:

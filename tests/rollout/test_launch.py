@@ -8,6 +8,7 @@ import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -202,3 +203,25 @@ def test_workers_are_asked_for_their_gpu_memory_while_they_are_there(compose_run
         workers.senders()
         assert workers.gpu_memory() == {"gpu_memory_mib/worker-0": 7.0, "gpu_memory_mib/worker-3": 5.0}
     assert workers.gpu_memory() == {}
+
+
+EAGER = "rollout.engine_args={enforce_eager: true}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "line"),
+    [
+        ([], "cuda", "waiting for 1 worker: vLLM loads, compiles and captures CUDA graphs; its log: run/worker-0.log"),
+        (["rollout.workers=2"], "cpu", "waiting for 2 workers: vLLM loads; its log: run/worker-0.log"),
+        (
+            ["rollout.engine_args={enforce_eager: true}", "transfer/sender=ray"],
+            "cuda",
+            "waiting for 1 worker: vLLM loads",
+        ),
+        (["transfer.sender.url=[http://127.0.0.1:8000]"], "cuda", None),
+    ],
+)
+def test_what_takes_long_until_workers_are_up_is_said_with_its_log(compose_run, overrides, device, line):
+    config = compose_run("rollout=vllm", "transfer.take=copy", *overrides)
+    assert Workers(WorkerSpec(**QWEN, device=device), config, Path("run"), None).awaited() == line
+    assert Workers(WorkerSpec(**QWEN), compose_run(), Path("run"), None).awaited() is None

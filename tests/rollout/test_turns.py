@@ -7,6 +7,7 @@ from rlhf.config import GuessTaskConfig, HfRolloutConfig
 from rlhf.learning.forward import collate, response_logprobs
 from rlhf.models import make_tokenizer
 from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.sampling import seed_of
 from rlhf.rollout.turns import Conversations, conversing
 from rlhf.rollout.worker import Worker
@@ -15,6 +16,7 @@ from rlhf.types import Prompt
 from transfer import make_transfer
 from transfer.config import LocalConfig
 from transfer.senders.direct import DirectSender
+from transfer.wire import BODY
 
 EOS = 1
 
@@ -46,8 +48,9 @@ class Asked:
         if verb != "completions":
             return self.sender.call(verb, body, timeout_s)
         self.bodies.append(body)
-        self.answers.append(self.sender.call(verb, body, timeout_s))
-        return self.answers[-1]
+        answer = self.sender.call(verb, body, timeout_s)
+        self.answers.append(decode(answer[BODY], Expected(len(body["prompt"]) * body["n"], body["max_tokens"])))
+        return answer
 
 
 PROMPTS = [Prompt("x", ids) for ids in [(3, 4, 5), (8,), (9, 2, 10), (4, 4)]]
@@ -85,7 +88,7 @@ def test_a_row_is_its_answers_with_the_replies_between_them_masked(clients):
         assert text == said[-1], "the last answer is what is scored"
         assert all(logprob == 0 for logprob, ours in zip(row.logprobs, row.mask, strict=True) if not ours)
         assert row.mask[-1], "no reply is the last word"
-    assert rollouts.tokens == sum(len(c["token_ids"]) for answer in asked.answers for c in answer["choices"])
+    assert rollouts.tokens == sum(len(sample.ids) for answer in asked.answers for sample in answer)
     assert len(rollouts.lags(5)) == rollouts.tokens and set(rollouts.lags(5)) == {5}
 
 
@@ -97,9 +100,9 @@ def test_workers_are_asked_with_the_tokens_that_were_sampled_and_each_answer_is_
     assert first["prompt"] == [list(prompt.ids) for prompt in PROMPTS] and first["n"] == 9
     assert [body["n"] for body in later] == [1, 1] and set(later[0]) == set(first), "the same message as ever"
     for body, answer in zip(later, asked.answers[1:], strict=True):
-        for prompt, choice in zip(body["prompt"], answer["choices"], strict=True):
+        for prompt, sample in zip(body["prompt"], answer, strict=True):
             assert prompt[-2:] == [7, 8] and prompt[-3] == EOS
-            assert any(row[: len(prompt) + len(choice["token_ids"])] == prompt + choice["token_ids"] for row in whole)
+            assert any(row[: len(prompt) + len(sample.ids)] == [*prompt, *sample.ids] for row in whole)
 
 
 def test_the_trainer_computes_the_log_probs_that_were_sampled_at_every_turn(clients, model):
@@ -147,7 +150,7 @@ def test_without_an_environment_the_client_samples_as_ever(clients):
     assert conversing(client, None) is client
     assert isinstance(conversing(client, Listener()), Conversations)
     plain = client.sample(PROMPTS, n=2, temperature=1.0, seed=0)
-    assert plain.conversations == [] and plain.completions[0].mask == [True] * len(plain.completions[0].ids)
+    assert plain.conversations == [] and plain.completions[0].mask.count(1) == len(plain.completions[0].ids)
 
 
 def guessing(secret, guess):
@@ -204,3 +207,13 @@ def test_the_tokenizer_knows_the_hints():
     tokenizer = make_tokenizer_for(raw)
     assert tokenizer.unk_token_id not in tokenizer.encode("<>")
     assert make_task(raw, tokenizer).environment.longest_reply == 1
+
+
+def test_a_conversation_has_the_log_probs_of_all_its_answers_or_of_none(clients, tokenizer):
+    client, (asked,) = clients()
+    all_of_them = Conversations(client, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
+    sampling = RolloutClient([asked], tokenizer, HfRolloutConfig(max_new_tokens=16), all_logprobs=False)
+    some = Conversations(sampling, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
+    for b, (row, known) in enumerate(zip(some.completions, all_of_them.completions, strict=True)):
+        assert (row.ids, row.versions, row.sampled) == (known.ids, known.versions, known.sampled)
+        assert row.logprobs == (None if b % 4 else known.logprobs)

@@ -8,6 +8,8 @@ import pytest
 
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.rollout.worker import _around as around
+from transfer import make_transfer
+from transfer.config import InFlight, LocalConfig
 from transfer.senders.direct import DirectSender
 from transfer.wire import ROUTES, Refused, TransferError
 
@@ -231,3 +233,15 @@ def test_a_worker_with_a_process_of_its_own_says_how_much_of_a_gpu_it_has_taken(
     assert "gpu_memory_mib" not in worker.status({}), "it has none"
     monkeypatch.setattr("rlhf.rollout.worker.gpu_peak", lambda: 5.0)
     assert worker.status({})["gpu_memory_mib"] == 5.0
+
+
+@pytest.mark.parametrize("in_flight", InFlight)
+def test_an_engine_is_told_whether_new_weights_wait_for_a_completion(in_flight, model, tmp_path):
+    with make_transfer(LocalConfig(), tmp_path, in_flight) as transfer:
+        worker = Worker.around(model, transfer.endpoint)
+        transfer.open(model.state_dict(), [DirectSender(worker, "worker 0")])
+        transfer.push(model.state_dict())
+        told, generate = [], worker._engine.generate
+        worker._engine.generate = lambda *request: told.append(request[2].steady) or generate(*request)
+        worker.completions(ASK)
+    assert told == [in_flight is InFlight.wait]

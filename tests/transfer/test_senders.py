@@ -88,6 +88,9 @@ class Worker:
     def status(self, body):
         return {"seen": body}
 
+    def completions(self, body):
+        return wire.Binary(b"\0\xff")
+
     def pause(self, body):
         raise wire.Refused(409, "not now")
 
@@ -95,6 +98,7 @@ class Worker:
 def test_a_direct_call_is_answered_and_a_refusal_names_the_worker():
     sender = DirectSender(Worker(), "worker 7")
     assert sender.call("status", {"a": 1}) == {"seen": {"a": 1}}
+    assert sender.call("completions", {}) == {wire.BODY: b"\0\xff"}
     with pytest.raises(wire.RemoteError, match=r"worker 7: pause: not now \(status 409\)") as caught:
         sender.call("pause", {})
     assert caught.value.status == 409
@@ -150,6 +154,15 @@ def test_an_empty_answer_or_one_word_is_an_empty_object():
         assert sender.call("pause", {}) == {}
     with serving(answer(200, b'"ok"')) as server, http_sender(server) as sender:
         assert sender.call("pause", {}) == {}
+
+
+@pytest.mark.parametrize("kind", ["application/octet-stream", "Application/VND.rlhf.columns; v=1"])
+def test_an_answer_of_bytes_is_handed_on_as_they_are(kind):
+    with serving(answer(200, b"\0{}\xff", **{"Content-Type": kind})) as server, http_sender(server) as sender:
+        assert sender.call("completions", {}) == {wire.BODY: b"\0{}\xff"}
+    refused = answer(409, {"error": {"message": "no"}}, **{"Content-Type": kind})
+    with serving(refused) as server, http_sender(server) as sender, pytest.raises(wire.RemoteError, match="no"):
+        sender.call("completions", {})
 
 
 def test_an_answer_that_is_not_json_is_an_error():
@@ -368,6 +381,9 @@ class Actor:
     def is_paused(self, body):
         threading.Event().wait(60)
 
+    def version(self, body):
+        return wire.Binary(b"\0\xff")
+
     def completions(self, body):
         os._exit(9)
 
@@ -376,6 +392,7 @@ def test_a_ray_actor_answers_and_its_refusals_keep_their_status(ray):
     actor = ray.remote(Actor).options(num_cpus=0).remote()
     sender = RaySender(actor, "worker 3", 60.0)
     assert sender.call("health", {"a": 1}) == {"seen": {"a": 1}}
+    assert sender.call("version", {}) == {wire.BODY: b"\0\xff"}
     with pytest.raises(wire.RemoteError, match=r"worker 3: pause: not now \(status 409\)"):
         sender.call("pause", {})
     with pytest.raises(wire.RemoteError, match=r"KeyError: 'a bug' \(status 500\)"):

@@ -18,7 +18,7 @@ class DirectSender:
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """The worker's answer; a call in the same thread has no deadline of its own."""
         try:
-            return getattr(self._worker, verb)(dict(body))
+            return wire.handed_on(getattr(self._worker, verb)(dict(body)))
         except wire.Refused as error:
             raise wire.RemoteError(self.name, verb, error.status, error.reason) from error
 

@@ -33,7 +33,7 @@ class HttpSender:
         self._move(url)
 
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
-        """The worker's JSON answer; RemoteError with the worker's own message, status 0 if none came in time."""
+        """The worker's answer; RemoteError with the worker's own message, status 0 if none came in time."""
         method, path = wire.ROUTES[verb]
         deadline = self._timeout_s if timeout_s is None else timeout_s
         payload = json.dumps(body, separators=(",", ":")).encode() if method == "POST" else b""
@@ -49,6 +49,8 @@ class HttpSender:
             raise wire.RemoteError(self.name, verb, 0, f"the connection to {self._url} broke: {error}") from None
         if answer.status != 200:
             raise wire.RemoteError(self.name, verb, answer.status, _message(answer.body, answer.reason))
+        if answer.content_type in (wire.BYTES_TYPE, wire.COLUMNS_TYPE):
+            return wire.handed_on(answer.body)
         return _parsed(answer.body, self.name, verb)
 
     def restart(self) -> bool:

@@ -31,6 +31,7 @@ class Answer(NamedTuple):
     status: int
     reason: str
     body: bytes
+    content_type: str = ""  # without its parameters, in lower case
 
 
 class KeptAlive:
@@ -111,6 +112,7 @@ class _Reading:
         self._parser = httptools.HttpResponseParser(self)
         self._reason = b""
         self._body = bytearray()
+        self._kind = b""
         self._sized = False
         self._in_body = False
         self.complete = False
@@ -127,11 +129,14 @@ class _Reading:
 
     def answer(self) -> Answer:
         """The answer, once it is complete."""
-        return Answer(self._parser.get_status_code(), self._reason.decode("latin-1"), bytes(self._body))
+        kind = self._kind.partition(b";")[0].strip().lower()
+        return Answer(
+            self._parser.get_status_code(), self._reason.decode("latin-1"), bytes(self._body), kind.decode("latin-1")
+        )
 
     def on_message_begin(self) -> None:
         """Also after a 1xx, which is not the answer yet."""
-        self._reason, self._sized, self._in_body = b"", False, False
+        self._reason, self._kind, self._sized, self._in_body = b"", b"", False, False
 
     def on_status(self, reason: bytes) -> None:
         """A part of the reason phrase."""
@@ -140,6 +145,8 @@ class _Reading:
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header."""
         self._sized |= name.lower() in (b"content-length", b"transfer-encoding")
+        if name.lower() == b"content-type":
+            self._kind = value
 
     def on_headers_complete(self) -> None:
         """All headers are there."""

@@ -28,7 +28,7 @@ class RaySender:
 
         deadline = self._timeout_s if timeout_s is None else timeout_s
         try:
-            return ray.get(getattr(self._actor, verb).remote(dict(body)), timeout=deadline)
+            return wire.handed_on(ray.get(getattr(self._actor, verb).remote(dict(body)), timeout=deadline))
         except ray.exceptions.GetTimeoutError:
             raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
         except ray.exceptions.RayTaskError as error:
