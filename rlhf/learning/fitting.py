@@ -1,7 +1,8 @@
 """`tokens_per_microbatch=auto`: the largest micro-batch of packed rows that fits the GPU beside all that is there.
 
 Two micro-batches of random rows go forward and backward; a line through their peaks tells what a token costs, and what
-is there anyway. AdamW's moments, which the first step makes, are set aside.
+is there anyway. AdamW's moments, which the first step makes, are set aside. A run that goes on from a checkpoint keeps
+what was measured first, so that its sums are added up in the same order.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from rlhf.config.model import AUTO
 from rlhf.learning.learner import Learner
 from rlhf.learning.passes import Packed, random_batch
 
-LADDER = (1024, 2048, 4096, 6144, 8192, 12288, 16384)  # few, so that a resumed run finds the same; more are no faster
+LADDER = (1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768)  # few sizes; larger ones are no faster
 TRIALS = ((4096, 8192), (512, 1024))  # the second where the first does not fit
 SPARE = 0.1  # of the free memory, for what a line does not see
+MOST = 0.3  # of all memory: more tokens gain little, and workers may want the room
 
 
 def fitting_tokens(learner: Learner) -> int | None:
@@ -28,8 +30,9 @@ def fitting_tokens(learner: Learner) -> int | None:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
+        most = MOST * torch.cuda.get_device_properties(learner.device).total_memory
         room = _free(learner.device) * (1 - SPARE) - _to_come(learner)
-        return fitting(room, (few, low), (many, high))
+        return fitting(min(room, most), (few, low), (many, high))
     return LADDER[0]
 
 

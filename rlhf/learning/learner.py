@@ -135,10 +135,12 @@ class Learner:
         zeros_BT = torch.zeros_like(batch.mask_BT)
         for name in ("advantages_BT", "ref_BT", "values_BT", "returns_BT"):
             setattr(batch, name, zeros_BT)
-        self._accumulate(batch, torch.ones_like(batch.mask_BT[:, 0]))
-        for optimizer in (self.optimizer, self.critic_optimizer):
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
+        try:
+            self._accumulate(batch, torch.ones_like(batch.mask_BT[:, 0]))
+        finally:  # also where memory did not suffice
+            for optimizer in (self.optimizer, self.critic_optimizer):
+                if optimizer is not None:
+                    optimizer.zero_grad(set_to_none=True)
 
     def _chosen(self, batch: Batch, update: int) -> range:
         """The prompts whose rows an update is made of."""

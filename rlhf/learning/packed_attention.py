@@ -227,69 +227,81 @@ def _repeatable() -> Iterator[None]:
 
 def by_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int = FULL) -> Tensor:
     """The same output [T, H, D], in any dtype and on any device."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q_HTD, k_HTD, v_HTD = (_by_head(each, q.shape[1]) for each in (q, k, v))
+    out_HTD = torch.empty_like(q_HTD)
     for few in _some(segments, q, window):
-        weights_SHQK = few.weights(few.queries(q), few.heads(k, q), scale)
-        out[few.places] = (weights_SHQK @ few.heads(v, q)).transpose(1, 2)[few.real].to(q.dtype)
-    return out
+        weights = few.weights(few.queries(q_HTD), few.keys(k_HTD), scale)
+        few.put(out_HTD, weights @ few.keys(v_HTD))
+    return out_HTD.transpose(0, 1).to(q.dtype, memory_format=torch.contiguous_format)
 
 
 def _by_segments_backward(
     parts: Tensors, segments: Segments, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradient, q, k, v = parts
-    gq, gk, gv = (torch.zeros(each.shape, dtype=torch.float32, device=each.device) for each in (q, k, v))
-    for few in _some(segments, q, window):
-        q_SHQD, keys_SHKD, values_SHKD = few.queries(q), few.heads(k, q), few.heads(v, q)
-        weights_SHQK = few.weights(q_SHQD, keys_SHKD, scale)
-        of_out_SHQD = few.queries(gradient).mul_(few.real[:, None, :, None])
-        of_weights_SHQK = of_out_SHQD @ values_SHKD.transpose(2, 3)
-        mean_SHQ1 = (weights_SHQK * of_weights_SHQK).sum(dim=-1, keepdim=True)
-        of_scores_SHQK = of_weights_SHQK.sub_(mean_SHQ1).mul_(weights_SHQK).mul_(scale)
-        gq[few.places] = (of_scores_SHQK @ keys_SHKD).transpose(1, 2)[few.real]
-        few.add(gk, of_scores_SHQK.transpose(2, 3) @ q_SHQD)
-        few.add(gv, weights_SHQK.transpose(2, 3) @ of_out_SHQD)
-    return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype)
+    gradient_HTD, q_HTD, k_HTD, v_HTD = (_by_head(each, parts[1].shape[1]) for each in parts)
+    gq_HTD, gk_HTD, gv_HTD = (torch.zeros_like(q_HTD) for _ in range(3))
+    for few in _some(segments, parts[1], window):
+        queries, keys, values = few.queries(q_HTD), few.keys(k_HTD), few.keys(v_HTD)
+        weights, of_out = few.weights(queries, keys, scale), few.queries(gradient_HTD).mul_(few.counts)
+        of_weights = of_out @ values.transpose(1, 2)
+        mean = (weights * of_weights).sum(dim=-1, keepdim=True)
+        of_scores = of_weights.sub_(mean).mul_(weights).mul_(scale)
+        few.put(gq_HTD, of_scores @ keys)
+        few.add(gk_HTD, of_scores.transpose(1, 2) @ queries)
+        few.add(gv_HTD, weights.transpose(1, 2) @ of_out)
+    return _by_token(gq_HTD, parts[1]), _by_token(gk_HTD, parts[2]), _by_token(gv_HTD, parts[3])
+
+
+def _by_head(each_TKD: Tensor, heads: int) -> Tensor:
+    """[T, K, D] for each of the query's heads, [H, T, D] in fp32."""
+    each_KTD = each_TKD.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    times = heads // len(each_KTD)
+    return each_KTD if times == 1 else each_KTD.repeat_interleave(times, dim=0)
+
+
+def _by_token(each_HTD: Tensor, like_TKD: Tensor) -> Tensor:
+    """The inverse for gradients: those of heads that share a key are added up."""
+    each_KTD = each_HTD.unflatten(0, (like_TKD.shape[1], -1)).sum(dim=1)
+    return each_KTD.transpose(0, 1).to(like_TKD.dtype, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)
 class _Few:
-    """Segments padded on the right: S of them, at most Q queries and K keys each."""
+    """S segments padded on the right, at most Q queries and K keys each; tensors of them are [H * S, Q or K, ...]."""
 
-    query_SQ: Tensor  # places in the sequence
-    key_SK: Tensor
-    real: Tensor  # [S, Q]: no padding
-    hidden_SQK: Tensor  # what a query does not see
+    query_n: Tensor  # places in the sequence, of the S * Q queries,
+    key_n: Tensor  # and of the S * K keys
+    real_t: Tensor  # which of the queries are no padding,
+    place_t: Tensor  # and their places in the sequence
+    counts: Tensor  # [S, Q, 1], repeated for H: 1, and 0 for padding
+    hidden_SQK: Tensor  # 0, and -inf for what a query does not see
 
     def to(self, device: torch.device) -> _Few:
         """The same there."""
         return _Few(*(getattr(self, name).to(device) for name in self.__slots__))
 
-    @property
-    def places(self) -> Tensor:
-        """Of the queries that are no padding, in order."""
-        return self.query_SQ[self.real]
+    def queries(self, each_HTD: Tensor) -> Tensor:
+        """Padding is a copy of the segment's last."""
+        return each_HTD.index_select(1, self.query_n).view(-1, self.hidden_SQK.shape[1], each_HTD.shape[2])
 
-    def queries(self, each_THD: Tensor) -> Tensor:
-        """[S, H, Q, D] in fp32."""
-        return each_THD[self.query_SQ].transpose(1, 2).float()
+    def keys(self, each_HTD: Tensor) -> Tensor:
+        """Padding is a copy of the segment's last."""
+        return each_HTD.index_select(1, self.key_n).view(-1, self.hidden_SQK.shape[2], each_HTD.shape[2])
 
-    def heads(self, each_TKD: Tensor, q_THD: Tensor) -> Tensor:
-        """Keys or values for each of the query's heads, [S, H, K, D] in fp32."""
-        times, each_SHKD = q_THD.shape[1] // each_TKD.shape[1], each_TKD[self.key_SK].transpose(1, 2).float()
-        return each_SHKD if times == 1 else each_SHKD.repeat_interleave(times, dim=1)
+    def weights(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """softmax(q k' scale)."""
+        scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+        scores.view(-1, *self.hidden_SQK.shape).add_(self.hidden_SQK)
+        return scores.softmax(dim=-1)
 
-    def weights(self, q_SHQD: Tensor, keys_SHKD: Tensor, scale: float) -> Tensor:
-        """softmax(q k' scale) [S, H, Q, K]."""
-        scores_SHQK = (q_SHQD @ keys_SHKD.transpose(2, 3)).mul_(scale)
-        return scores_SHQK.masked_fill_(self.hidden_SQK[:, None], -torch.inf).softmax(dim=-1)
+    def put(self, all_HTD: Tensor, queries: Tensor) -> None:
+        """Write what belongs to the queries."""
+        flat_HnD = queries.view(len(all_HTD), -1, all_HTD.shape[2])
+        all_HTD.index_copy_(1, self.place_t, flat_HnD.index_select(1, self.real_t))
 
-    def add(self, sums_TKD: Tensor, each_SHKD: Tensor) -> None:
-        """Add gradients of keys or values, those of heads that share one together; of padding they are 0."""
-        heads = sums_TKD.shape[1]
-        if each_SHKD.shape[1] != heads:
-            each_SHKD = each_SHKD.unflatten(1, (heads, -1)).sum(dim=2)
-        sums_TKD.index_add_(0, self.key_SK.flatten(), each_SHKD.transpose(1, 2).flatten(0, 1))
+    def add(self, sums_HTD: Tensor, keys: Tensor) -> None:
+        """Add gradients of keys or values; of padding they are 0."""
+        sums_HTD.index_add_(1, self.key_n, keys.view(len(sums_HTD), -1, sums_HTD.shape[2]))
 
 
 def _some(segments: Segments, q: Tensor, window: int) -> tuple[_Few, ...]:
@@ -317,17 +329,26 @@ def _planned(
     parts = _parts(length_S[order].tolist(), (length_S + before_S)[order].tolist(), heads)
     columns = begin_S[:, None], length_S[:, None], seen_S[:, None], before_S[:, None]
     told = [[column[order[part]] for column in columns] for part in parts]
-    return tuple(_few(begin, length, seen, before, window).to(device) for begin, length, seen, before in told)
+    return tuple(_few(four, heads, window).to(device) for four in told)
 
 
-def _few(begin_S1: Tensor, length_S1: Tensor, seen_S1: Tensor, before_S1: Tensor, window: int) -> _Few:
-    """Segments that begin and are as long as this says, and see so many tokens of a prompt before."""
+def _few(columns: Sequence[Tensor], heads: int, window: int) -> _Few:
+    """Segments by where they begin, their length, and where the prompt begins of which they see so many tokens."""
+    begin_S1, length_S1, seen_S1, before_S1 = columns
     query, key = torch.arange(int(length_S1.max())), torch.arange(int((length_S1 + before_S1).max()))
     last_S1 = begin_S1 + length_S1 - 1
     key_SK = torch.where(key < before_S1, seen_S1 + key, (begin_S1 + key - before_S1).minimum(last_S1))
     distance_SQK = (before_S1 + query)[:, :, None] - key
     hidden_SQK = (distance_SQK < 0) | (distance_SQK >= window) if window != FULL else distance_SQK < 0
-    return _Few((begin_S1 + query).minimum(last_S1), key_SK, query < length_S1, hidden_SQK)
+    query_SQ, real_SQ = (begin_S1 + query).minimum(last_S1), query < length_S1
+    return _Few(
+        query_n=query_SQ.flatten(),
+        key_n=key_SK.flatten(),
+        real_t=real_SQ.flatten().nonzero()[:, 0],
+        place_t=query_SQ[real_SQ],
+        counts=real_SQ[..., None].float().repeat(heads, 1, 1),
+        hidden_SQK=torch.zeros(hidden_SQK.shape).masked_fill_(hidden_SQK, -torch.inf),
+    )
 
 
 def _parts(queries: Sequence[int], keys: Sequence[int], heads: int) -> list[slice]:

@@ -71,7 +71,7 @@ def environment() -> Path:
 
 def make_checkpoint(work: Path) -> Path:
     """Warm the bench's model up by SFT, so that answers end; write it and the prompts."""
-    run_ours(work / "warm-up", ["steps=1", "model.dtype=float32", "model.attention=sdpa"])
+    run_ours(work / "warm-up", ["steps=1", "model.dtype=float32", "model.attention=sdpa", "model.compile=false"])
     from rlhf.config import ArithmeticTaskConfig
     from rlhf.tasks import read_task
 

@@ -271,9 +271,21 @@ def test_micro_batches_have_every_row_once_and_keep_a_prompts_rows_together_wher
 
 
 def test_what_fits_is_told_by_a_line_through_two_measurements():
-    assert fitting(10e9, (4096, int(2e9)), (8192, int(3e9))) == 16384
+    assert fitting(10e9, (4096, int(2e9)), (8192, int(3e9))) == 32768
     assert fitting(3.5e9, (4096, int(2e9)), (8192, int(3e9))) == 8192
     assert fitting(1e9, (4096, int(2e9)), (8192, int(3e9))) == LADDER[0]
+
+
+def test_trying_what_fits_changes_no_weight_and_leaves_no_gradient(make_learner):
+    learner = as_packed(make_learner("algo=ppo"))
+    before = copy.deepcopy(learner.weights())
+    learner.drop_gradients(random_batch(learner.policy, [4], [0, 0], [5, 3]))
+    assert all(torch.equal(before[name], value) for name, value in learner.weights().items())
+    assert all(parameter.grad is None for parameter in learner.policy.parameters())
+    with pytest.raises(RuntimeError, match="no memory"):
+        learner.passes.values = lambda *_: (_ for _ in ()).throw(RuntimeError("no memory"))
+        learner.drop_gradients(random_batch(learner.policy, [4], [0, 0], [5, 3]))
+    assert all(parameter.grad is None for parameter in learner.policy.parameters())
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
