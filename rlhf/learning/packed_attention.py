@@ -99,14 +99,14 @@ def flashes(q_THD: Tensor) -> bool:
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Tensor], scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """The output [T, H, D] for q [T, H, D] and k, v [T, K, D]; by FlashAttention also the log-sum-exps [H, T].
+    """The output [T, H, D] for q [T, H, D] and k, v [T, K, D]; by FlashAttention also the log-sum-exps [H, T], else 0.
 
     `segments` are the fields of Segments.
     """
     who = Segments(*segments)
     if flashes(q):
         return _flash((q, k, v), who, scale, window)
-    return by_segments(q, k, v, who, scale, window), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return by_segments(q, k, v, who, scale, window), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @packed_attention.register_fake
@@ -232,7 +232,7 @@ def by_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: floa
     for few in _some(segments, q, window):
         weights = few.weights(few.queries(q_HTD), few.keys(k_HTD), scale)
         few.put(out_HTD, weights @ few.keys(v_HTD))
-    return out_HTD.transpose(0, 1).to(q.dtype, memory_format=torch.contiguous_format)
+    return out_HTD.transpose(0, 1).to(q.dtype).contiguous()
 
 
 def _by_segments_backward(
@@ -254,7 +254,7 @@ def _by_segments_backward(
 
 def _by_head(each_TKD: Tensor, heads: int) -> Tensor:
     """[T, K, D] for each of the query's heads, [H, T, D] in fp32."""
-    each_KTD = each_TKD.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    each_KTD = each_TKD.transpose(0, 1).float().contiguous()
     times = heads // len(each_KTD)
     return each_KTD if times == 1 else each_KTD.repeat_interleave(times, dim=0)
 
@@ -262,7 +262,7 @@ def _by_head(each_TKD: Tensor, heads: int) -> Tensor:
 def _by_token(each_HTD: Tensor, like_TKD: Tensor) -> Tensor:
     """The inverse for gradients: those of heads that share a key are added up."""
     each_KTD = each_HTD.unflatten(0, (like_TKD.shape[1], -1)).sum(dim=1)
-    return each_KTD.transpose(0, 1).to(like_TKD.dtype, memory_format=torch.contiguous_format)
+    return each_KTD.transpose(0, 1).to(like_TKD.dtype).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -453,6 +453,15 @@ def test_the_output_layers_log_probs_entropies_and_gradients_are_those_of_plain_
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_torch_compile_is_told_of_the_operator_is_what_it_does(dtype):
+    segments, tensors, _ = attention_case(2, True)
+    q, k, v, _ = (each.to(dtype).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for each in tensors)
+    who = [segments.bounds, segments.prompts, segments.groups, segments.sizes]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(packed_attention.packed_attention, (q, k, v, who, 0.3, -1), test_utils=checks)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize(
