@@ -7,7 +7,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,13 @@ from rlhf.config import (
     JsonlLoggerConfig,
     RunConfig,
     VllmRolloutConfig,
-    all_logprobs,
 )
 from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
 from rlhf.ending import RunError, alone, full_disk_explained
-from rlhf.learning.fitting import fitting_tokens
+from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
-from rlhf.learning.passes import Packed, choose_passes
+from rlhf.learning.pass_choice import check_passes, choose_passes
+from rlhf.learning.passes import Packed, Passes
 from rlhf.loop import Parts, train
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
 from rlhf.monitor.flops import Meter
@@ -54,7 +54,7 @@ from rlhf.preflight.plan import check_data, check_lengths, cut_answers, in_one_l
 from rlhf.reports.plots import plot_curves
 from rlhf.reports.summary import print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, combine, given_rewards
-from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
@@ -196,6 +196,7 @@ def gathered(site: Site) -> Matter:
     check_data(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
     check_lengths(config, task, policy)
+    check_passes(policy, config.model)
     rewards = given_rewards(config.reward, task, config.model)
     site.bars.say(in_one_line(config, policy))
     if warning := cut_answers(config, task, tokenizer):
@@ -225,7 +226,7 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
-    client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, all_logprobs(config))
+    client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
     sampler = conversing(client, task.environment)
     probe = Probe(policy, list(task.held_out), sampler, config)
     probe(version)
@@ -266,6 +267,7 @@ def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable
                 training, held_out = from_json(site.saved.told["notes"]["pairs"], parts.task)
             site.notes["pairs"] = len(training)
             parts.keeper.notes["pairs"] = as_json(training, held_out)
+            _say_how_it_learns(site, passes)
             dpo_learner = DpoLearner(policy, matter.tokenizer, training, held_out, config, passes)
             return partial(train_on_pairs, parts, dpo_learner, config, version)
         case AlgoConfig() as algo:
@@ -277,24 +279,33 @@ def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable
                 passes=passes,
             )
             _fit(site, parts, learner)
+            _say_how_it_learns(site, passes, learner.fitting_tokens)
             return partial(train, parts, learner, config, version)
     raise AssertionError(config.algo)
 
 
 def _fit(site: Site, parts: Parts, learner: Learner) -> None:
-    """Let a GPU's memory decide how many tokens a micro-batch has; a run that goes on keeps what was measured first."""
+    """Let a GPU's memory decide how many tokens a micro-batch has; a run that goes on keeps what was measured first.
+
+    Not where workers sleep while the policy learns: now they are awake, and hold what it will have.
+    """
+    rollout = site.config.rollout
+    if not fits(learner) or (isinstance(rollout, VllmRolloutConfig) and rollout.sleep_level):
+        return
     known = site.saved.told["notes"].get(TOKENS) if site.saved else None
     if known is None:
-        with site.bars.waiting("learner") if isinstance(learner.passes, Packed) else nullcontext():
+        with site.bars.waiting("learner"):
             known = fitting_tokens(learner)
-    learner.fitting_tokens = known
-    if known is not None:
-        parts.keeper.notes[TOKENS] = known
-    if isinstance(learner.passes, Packed):
-        layers = "decoder layers compiled" if learner.passes.compiled else "decoder layers not compiled"
-        tokens = known or site.config.microbatch_tokens
-        measured = ", measured" if known else ""
-        site.bars.say(f"learner: rows packed, {layers}, {tokens:,} tokens a micro-batch{measured}")
+    learner.fitting_tokens = parts.keeper.notes[TOKENS] = known
+
+
+def _say_how_it_learns(site: Site, passes: Passes, measured: int | None = None) -> None:
+    """What `auto` has decided, where that is not the same on every machine."""
+    if isinstance(passes, Packed):
+        tokens = f"{measured:,} tokens a micro-batch, as measured" if measured else ""
+        tokens = tokens or f"{site.config.microbatch_tokens:,} tokens a micro-batch"
+        layers = "compiled" if passes.compiled else "not compiled"
+        site.bars.say(f"learner: rows packed, decoder layers {layers}, {tokens}")
 
 
 def _reference(policy: PreTrainedModel) -> PreTrainedModel:

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.compose import choice
-from rlhf.config import EvaluationConfig, HfModelConfig, all_logprobs
+from rlhf.config import EvaluationConfig, HfModelConfig
 from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
 from rlhf.preflight.plan import check_lengths
-from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.tasks import make_task, read_task
@@ -48,7 +48,7 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
         senders = workers.senders()
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
-        client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, all_logprobs(config))
+        client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
         numbers = scored(task, conversing(client, task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
     (folder / "evaluation.json").write_text(json.dumps(written, indent=1) + "\n")

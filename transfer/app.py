@@ -183,8 +183,8 @@ def _add_query(message: dict[str, Any], query: bytes, known: Mapping[str, Any]) 
 
 
 def _encoded(answer: Any) -> bytes:
-    if isinstance(answer, bytes):
-        return answer if isinstance(answer, wire.Binary) else wire.Binary(answer)
+    if isinstance(answer, wire.Binary):
+        return answer
     return json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
 
 

@@ -21,8 +21,7 @@ TOKEN_VARIABLE = (
 )
 MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
 BODY = "body"  # key of the bytes in an answer that is bytes
-BYTES_TYPE = "application/octet-stream"  # content types of such answers: of any,
-COLUMNS_TYPE = "application/vnd.rlhf.columns"  # and of completions as columns
+COLUMNS_TYPE = "application/vnd.rlhf.columns"  # content type of completions as columns
 MAX_INT = 2**64 - 1  # any number in a message: no arithmetic on it becomes too long to print
 
 ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)
@@ -54,7 +53,7 @@ class Binary(bytes):
 
     content_type: str
 
-    def __new__(cls, content: bytes, content_type: str = BYTES_TYPE) -> Binary:
+    def __new__(cls, content: bytes, content_type: str) -> Binary:
         made = super().__new__(cls, content)
         made.content_type = content_type
         return made

@@ -59,6 +59,11 @@ class ModelConfig:
         one_of("model.attention", self.attention, (AUTO, "packed", "sdpa", "eager", "flash_attention_2"))
         if not (isinstance(self.compile, bool) or self.compile == AUTO):
             raise ValueError(f"model.compile must be auto, true or false (got {self.compile!r})")
+        if self.compile is True and self.attention not in (AUTO, "packed"):
+            raise ValueError(
+                f"model.compile=true compiles packed rows: set model.attention=packed, or model.compile=auto "
+                f"(got model.attention={self.attention})"
+            )
 
     @property
     def implementation(self) -> str | None:

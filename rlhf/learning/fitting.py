@@ -11,7 +11,8 @@ import torch
 
 from rlhf.config.model import AUTO
 from rlhf.learning.learner import Learner
-from rlhf.learning.passes import Packed, random_batch
+from rlhf.learning.pass_choice import context_of, random_batch
+from rlhf.learning.passes import Packed
 
 LADDER = (1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768)  # few sizes; larger ones are no faster
 TRIALS = ((4096, 8192), (512, 1024))  # the second where the first does not fit
@@ -19,11 +20,14 @@ SPARE = 0.1  # of the free memory, for what a line does not see
 MOST = 0.3  # of all memory: more tokens gain little, and workers may want the room
 
 
-def fitting_tokens(learner: Learner) -> int | None:
-    """Tokens of a micro-batch; None where the configuration names them, or rows are not packed on a GPU."""
-    asked = learner.config.tokens_per_microbatch
-    if asked != AUTO or not isinstance(learner.passes, Packed) or learner.device.type != "cuda":
-        return None
+def fits(learner: Learner) -> bool:
+    """Whether the number is to be measured: where the configuration names none, and rows are packed on a GPU."""
+    packed = isinstance(learner.passes, Packed) and learner.device.type == "cuda"
+    return packed and learner.config.tokens_per_microbatch == AUTO
+
+
+def fitting_tokens(learner: Learner) -> int:
+    """Tokens of a micro-batch."""
     for few, many in TRIALS:
         try:
             low, high = _peak(learner, few), _peak(learner, many)
@@ -44,8 +48,9 @@ def fitting(room: float, small: tuple[int, int], large: tuple[int, int]) -> int:
 
 def _peak(learner: Learner, tokens: int) -> int:
     """Bytes beyond what is there now, at most, while the gradients of so many tokens are computed; they are dropped."""
-    rows = max(1, tokens // 512)
-    batch = random_batch(learner.policy, [16], [0] * rows, [tokens // rows] * rows)
+    row = min(512, max(1, context_of(learner.policy) - 16))
+    rows = max(1, tokens // row)
+    batch = random_batch(learner.policy, [16], [0] * rows, [row] * rows)
     learner.drop_gradients(batch)  # compiles, and makes what libraries keep
     torch.cuda.synchronize(learner.device)
     torch.cuda.reset_peak_memory_stats(learner.device)

@@ -118,10 +118,13 @@ class Learner:
         if batch.values_BT is not None and batch.returns_BT is not None:
             totals["explained_variance"] = adv.explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)
         updates = self.config.updates_per_step
+        told: dict[str, int] = {}  # updates that measured it: not all have rows with the workers' log-probs
         for update in range(updates):
             rows = [b for b, p in enumerate(batch.prompt_of_B) if p in self._chosen(batch, update)]
             for name, value in self._update(batch if update else replace(batch, old_BT=None), rows).items():
                 totals[name] = totals.get(name, 0.0) + value / updates
+                told[name] = told.get(name, 0) + 1
+        totals |= {name: totals[name] * updates / count for name, count in told.items() if count < updates}
         self.steps += 1
         if batch.ref_BT is not None:
             kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
@@ -201,7 +204,8 @@ class Learner:
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
         weight_of_B[rows] = weights_B
         tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
-        measured = float((batch.mask_BT[rows] * batch.measured_B[rows, None]).sum().clamp(min=1))
+        measured = float((batch.mask_BT[rows] * batch.measured_B[rows, None]).sum())
+        any_measured, measured = measured > 0, max(1.0, measured)
         sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
         batch = batch.with_lengths()
         for part in self._microbatches(batch, rows):
@@ -211,6 +215,8 @@ class Learner:
         of = {"loss": 1.0, **dict.fromkeys(MEASURED, measured)}
         means = {name: value / of.get(name, tokens) for name, value in totals.items()}
         means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
+        if not any_measured:
+            del means["ess"], means["mismatch"]
         return means | self._step_optimizers(math.isfinite(totals["loss"]))
 
     def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, Tensor]:

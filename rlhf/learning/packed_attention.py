@@ -29,6 +29,7 @@ from rlhf.learning.packing import Segments
 NAME = "rlhf_packed"
 LARGEST_HEAD = 256  # numbers, a multiple of 8: of FlashAttention 2
 FULL = -1  # no window
+SLIDING = "sliding_attention"  # a layer's type in a transformers configuration
 FEW, MANY = 2**18, 2**24  # scores of queries and keys that are held at a time, where FlashAttention is not there
 _NOW: dict[str, Tensor] = {}  # the segments of the sequence that is computed
 
@@ -60,12 +61,24 @@ def window_of(model: PreTrainedModel) -> int | None:
     Unsupported where layers see by other rules.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+    kinds = set(getattr(config, "layer_types", None) or [SLIDING])
+    if other := sorted(kinds - {"full_attention", SLIDING}):
         raise Unsupported(f"{type(model).__name__} has layers of {', '.join(other)}, which know no packed rows")
+    return _window_by(config) if SLIDING in kinds else None
+
+
+def _window_by(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
-    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-    return int(window) if window and slides else None
+    return int(window) if window and getattr(config, "use_sliding_window", True) else None
+
+
+def _slides(module: torch.nn.Module) -> bool:
+    """Whether an attention layer sees a window only, by its configuration."""
+    config: Any = getattr(module, "config", None)
+    kinds, place = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and place is not None:
+        return kinds[place] == SLIDING and _window_by(config) is not None
+    return _window_by(config) is not None
 
 
 def _attend(
@@ -75,6 +88,10 @@ def _attend(
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise Unsupported(f"its attention has {name}, which packed attention does not compute")
+    if not options.get("sliding_window") and not torch.compiler.is_compiling() and _slides(module):
+        raise Unsupported(
+            "its attention has a window and tells it by a mask alone, which packed attention does not read"
+        )
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     window = options.get("sliding_window") or FULL

@@ -131,7 +131,9 @@ class Heartbeat:
         """
         used, found = self.gpus.memory(), dict[str, float]()
         if os.getpid() not in used:
-            return self.ask()
+            with suppress(Exception):  # a worker that is being ended, say: the heartbeat goes on
+                return self.ask()
+            return {}
         for pid in workers_of(os.getpid()):
             if pid in used and (name := _name_of(pid)) is not None:
                 found[f"{GPU_MEMORY}/{name}"] = found.get(f"{GPU_MEMORY}/{name}", 0.0) + used[pid]

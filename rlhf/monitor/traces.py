@@ -20,6 +20,8 @@ from transfer.wire import Refused
 LONGEST_S = 10.0
 MOST_BYTES = 50 * 10**6
 READY_S = 60.0  # for a profiler to start
+WRITTEN_S = 300.0  # for its file
+MOST_TRACES = 100  # of a worker: whoever has its token may ask for them
 ATTEMPTS = 4  # to find a length that fits
 FOLDER = "profile"  # of a run
 EVENT, LAST = "  {\n", "  ]"  # lines with which an event begins, and the end of all events
@@ -32,23 +34,29 @@ class Traces:
         self._log = log
         self._lock = threading.Lock()
         self._running: Trace | None = None
+        self._begun = 0
 
     def start(self, step: int) -> None:
         """Begin the trace of this step; Refused 409 without a folder, or while another one goes on."""
         if self._log is None:
             raise Refused(409, "this worker has no process or no run's folder of its own to write a trace into")
         with self._lock:
-            if self._running is not None and self._running.going:
+            if self._running is not None:
                 raise Refused(409, "a trace goes on: stop it first")
+            if self._begun == MOST_TRACES:
+                raise Refused(409, f"this worker has written {MOST_TRACES} traces: start it again for more")
+            self._begun += 1
             self._running = Trace(self._log.parent / FOLDER / f"step-{step}-{self._log.stem}.json.gz")
 
     def stop(self) -> str:
         """End the trace and write it; what is to be said of it. Refused 409 if none was begun, or it failed."""
         with self._lock:
-            trace, self._running = self._running, None
-        if trace is None:
-            raise Refused(409, "no trace was begun")
-        return trace.stop()
+            if self._running is None:
+                raise Refused(409, "no trace was begun")
+            try:
+                return self._running.stop()  # meanwhile none begins
+            finally:
+                self._running = None
 
 
 class Trace:
@@ -73,7 +81,9 @@ class Trace:
     def stop(self) -> str:
         """End it if it has not ended; what is to be said of its file. Refused 409 if there is none."""
         self._end.set()
-        self._thread.join()
+        self._thread.join(WRITTEN_S)
+        if self._thread.is_alive():
+            raise Refused(409, f"the trace was not written within {WRITTEN_S:g} s")
         self._check()
         return self._said
 

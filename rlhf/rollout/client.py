@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import RolloutConfig
+from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, all_logprobs
 from rlhf.ending import RunError
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import ABORTED, Sample, measured_rows, seed_of
@@ -46,12 +46,24 @@ class Share:
         return body if len(rows) == len(self.prompts) * n else {**body, "logprobs_rows": rows}
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an answer has: log-probs of all rows or of `measured_rows`; ids below `vocabulary`, where that is known."""
+
+    all_logprobs: bool = True
+    vocabulary: int | None = None
+
+
+def wanted_of(config: RunConfig | EvaluationConfig, policy: Any) -> Wanted:
+    """What a run wants of its workers' answers."""
+    return Wanted(all_logprobs(config), policy.config.get_text_config().vocab_size)
+
+
 class RolloutClient:
     """Samples from the workers behind `senders`; a `rlhf.types.Sampler`.
 
     `recover` is asked when a worker fails: True if it has been started again and given its weights, so that its share
-    can be sampled once more. Samples depend on seeds alone, so nobody sees a difference. Without `all_logprobs` only
-    the rows of `measured_rows` have log-probs.
+    can be sampled once more. Samples depend on seeds alone, so nobody sees a difference.
     """
 
     def __init__(
@@ -60,9 +72,9 @@ class RolloutClient:
         tokenizer: Tokenizer,
         config: RolloutConfig,
         recover: Callable[[Sender], bool] = lambda sender: False,
-        all_logprobs: bool = True,
+        wanted: Wanted = Wanted(),
     ) -> None:
-        self._all_logprobs = all_logprobs
+        self._wanted = wanted
         self._senders = senders
         self._tokenizer = tokenizer
         self._config = config
@@ -71,7 +83,7 @@ class RolloutClient:
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
         seeds = [seed_of(seed, index) for index in range(len(prompts))]
-        measured = None if self._all_logprobs else measured_rows(len(prompts) * n)
+        measured = None if self._wanted.all_logprobs else measured_rows(len(prompts) * n)
         completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature, measured)
         return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
 
@@ -152,7 +164,8 @@ class RolloutClient:
         n, measured = settings["n"], frozenset(share.rows(settings["n"]))
         answer = sender.call("completions", share.message(settings), self._config.timeout_s)
         try:
-            samples = columns.decode(answer[BODY], columns.Expected(len(share.prompts) * n, settings["max_tokens"]))
+            expected = columns.Expected(len(share.prompts) * n, settings["max_tokens"], self._wanted.vocabulary)
+            samples = columns.decode(answer[BODY], expected)
             completions = [_completion(sample, row in measured, settings) for row, sample in enumerate(samples)]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error

@@ -40,6 +40,7 @@ JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a p
 STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
 RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
 LEAST_ROWS = 32  # that vLLM prepares for
+MOST_ROWS = 1024  # as vLLM has it by default on large GPUs; further rows wait
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
 
 
@@ -74,9 +75,10 @@ def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:
     rollout = config.rollout
     if not isinstance(rollout, VllmRolloutConfig):
         return {}
-    settings: dict[str, Any] = {"max_num_seqs": rows_at_once(config)}
-    if "max_num_batched_tokens" in rollout.engine_args:  # of which vLLM wants one a row at least
-        settings["max_num_seqs"] = min(settings["max_num_seqs"], rollout.engine_args["max_num_batched_tokens"])
+    settings: dict[str, Any] = {"max_num_seqs": min(rows_at_once(config), MOST_ROWS)}
+    batched = rollout.engine_args.get("max_num_batched_tokens")
+    if isinstance(batched, int):  # of which vLLM wants one a row at least
+        settings["max_num_seqs"] = min(settings["max_num_seqs"], batched)
     if rollout.sleep_level:
         settings["enable_sleep_mode"] = True
     if rollout.in_flight is InFlight.keep:

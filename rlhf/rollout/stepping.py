@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 RETURN_S = 0.01  # until one who waits for others' turns takes its own again
+STEP_S = 600.0  # for one step
+LATE = f"the engine's step has not ended within {STEP_S:g} s"
 COLLECT_STEPS = 4096  # between two garbage collections while completions never end all at once
 
 Turn = Callable[[], int | None]
@@ -122,8 +124,8 @@ class Stepping:
             if not self._changed.wait_for(lambda: self._begins(part), RETURN_S):
                 part.arrived = False
                 return False
-            if self._under_way:
-                self._changed.wait_for(lambda: not part.arrived)
+            if self._under_way and not self._changed.wait_for(lambda: not part.arrived, STEP_S):
+                raise TimeoutError(LATE)
             leads = part.arrived
             self._under_way |= leads
         if leads:
@@ -167,7 +169,8 @@ class Stepping:
         """Abort what is left of the part, between two steps."""
         with self._changed:
             part.arrived = False
-            self._changed.wait_for(lambda: not self._under_way)
+            if not self._changed.wait_for(lambda: not self._under_way, STEP_S):
+                raise TimeoutError(LATE)
         if part.rows:
             with self._handing_over:
                 self._engine.abort_request(list(part.rows))

@@ -258,7 +258,18 @@ def test_a_step_without_any_log_probs_of_the_workers_has_nothing_to_tell_of_them
     none = replace(rows, completions=[replace(completion, logprobs=None) for completion in rows.completions])
     learner = make_learner()
     learned = learner.learn(learner.score(none), [float(b % 2) for b in range(12)])
-    assert (learned["mismatch"], learned["ess"]) == (0.0, 1.0)
+    assert "mismatch" not in learned and "ess" not in learned
+
+
+def test_mismatch_and_effective_share_are_of_updates_that_have_rows_with_the_workers_log_probs(make_learner):
+    rollouts, rewards = sampled(), [float(b % 2) for b in range(12)]
+    some = [replace(c, logprobs=None) if b >= 4 else c for b, c in enumerate(rollouts.completions)]
+    one = make_learner("updates_per_step=3", "optim.lr=1e-9")
+    found = one.learn(one.score(replace(rollouts, completions=some)), rewards)
+    first = make_learner("updates_per_step=3", "optim.lr=1e-9")
+    batch = first.score(rollouts)
+    alone = first._update(replace(batch, old_BT=None, advantages_BT=batch.mask_BT), [0, 1, 2, 3])
+    assert found["mismatch"] == pytest.approx(alone["mismatch"]) and found["ess"] == pytest.approx(alone["ess"])
 
 
 def test_a_sample_without_a_reward_gives_no_gradient(make_learner):

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.algo import Aggregation
-from rlhf.learning import packed_attention, passes
+from rlhf.learning import packed_attention, pass_choice
 from rlhf.learning.fitting import LADDER, fitting
 from rlhf.learning.learner import Learner
 from rlhf.learning.microbatches import Sizes, fill
 from rlhf.learning.packing import STEP, packed, shares
-from rlhf.learning.passes import PADDED, Packed, choose_passes, random_batch, trial
+from rlhf.learning.pass_choice import choose_passes, random_batch, trial
+from rlhf.learning.passes import PADDED, Packed
 from tests.learning.test_learner import ALGOS, conversations, gradients, make_learner, sampled
 
 SHAPE = {
@@ -344,13 +345,46 @@ def test_what_a_model_raises_is_the_reason_that_it_is_not_packed():
     assert trial(model, Packed(False)) == "RuntimeError: no such kernel"
 
 
+def test_a_model_whose_backward_pass_fails_is_not_trained_that_way(monkeypatch):
+    def no_gradient(*_):
+        raise RuntimeError("no gradient here")
+
+    monkeypatch.setattr(packed_attention, "_by_segments_backward", no_gradient)
+    assert trial(model_of("llama"), Packed(False)) == "RuntimeError: no gradient here"
+
+
+MASKED = {
+    "phimoe": {"sliding_window": 48, "num_local_experts": 4},
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 48},
+        **{"shared_expert_intermediate_size": 16, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_window_that_only_a_mask_tells_of_is_not_lost(name):
+    model = model_of(name, **MASKED[name])
+    assert packed_attention.window_of(model) == 48
+    fault = trial(model, Packed(False, 48))
+    assert fault is not None and "tells it by a mask alone" in fault
+
+
+def test_few_positions_are_enough_for_a_trial():
+    assert trial(model_of("gpt2", n_positions=24), Packed(False)) is None
+
+
 def test_auto_says_why_layers_are_not_compiled_and_why_rows_are_not_packed(monkeypatch):
-    faults = iter(["compiled: no compiler", None])
-    monkeypatch.setattr(passes, "trial", lambda policy, way: next(faults))
-    monkeypatch.setattr(passes, "_compiles", lambda policy, config: True)
+    monkeypatch.setattr(pass_choice, "trial", lambda policy, way: "no compiler" if way.compiled else None)
+    monkeypatch.setattr(pass_choice, "_compiles", lambda policy, config: True)
     way, said = chosen(model_of("llama"), attention="packed")
     assert isinstance(way, Packed) and not way.compiled
-    assert said == ["learner: decoder layers are not compiled: compiled: no compiler"]
+    assert said == ["learner: decoder layers are not compiled: no compiler"]
+    monkeypatch.setattr(pass_choice, "_wanted", lambda policy, config: True)
+    monkeypatch.setattr(pass_choice, "trial", lambda policy, way: "it mixes rows")
+    assert chosen(model_of("llama")) == (PADDED, ["learner: rows are padded, not packed: it mixes rows"])
+    said = chosen(model_of("llama", head_dim=12))[1]
+    assert len(said) == 1 and "heads of 8 to 256 numbers, in steps of 8, and these have 12" in said[0]
 
 
 # --- attention and output layer ---------------------------------------------------------------------------------------

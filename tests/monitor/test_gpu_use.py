@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from rlhf.monitor import heartbeat
@@ -108,7 +109,7 @@ def worker(tmp_path):
 def test_the_processes_of_a_worker_are_added_up_under_its_name(tmp_path, worker, monkeypatch):
     monkeypatch.setattr(heartbeat, "gpu_peak", lambda reserved: 10.0)
     heart = Heartbeat(tmp_path, Pulse(), print)
-    of_engine = next(pid for pid in heartbeat.workers_of(os.getpid()) if pid != worker.pid)
+    of_engine = psutil.Process(worker.pid).children()[0].pid
     heart.gpus = gpus(FakeNvml(({os.getpid(): 12, worker.pid: 100, of_engine: 50, 1: 999}, {of_engine: 25})))
     heart.look()
     told = {name: mib for name, mib in heart.peaks.items() if name.startswith("gpu_")}

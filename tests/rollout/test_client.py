@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf.config import HfRolloutConfig
-from rlhf.rollout.client import RolloutClient, blocks
+from rlhf.rollout.client import RolloutClient, Wanted, blocks
 from rlhf.rollout.columns import encode
 from rlhf.rollout.sampling import Sample, measured_rows, seed_of
 from rlhf.rollout.worker import Worker
@@ -68,7 +68,7 @@ def test_log_probs_of_a_sample_are_those_of_the_same_rows_however_the_rows_are_d
 ):
     senders = [FakeSender(cut_short([40 // workers])) for _ in range(workers)]
     config = HfRolloutConfig(max_new_tokens=10, rows_per_request=rows_per_request)
-    client = RolloutClient(senders, tokenizer, config, all_logprobs=False)
+    client = RolloutClient(senders, tokenizer, config, wanted=Wanted(all_logprobs=False))
     rollouts = client.sample(PROMPTS * 8, n=24, temperature=1.0, seed=0)  # 960 rows
     found = [row for row, completion in enumerate(rollouts.completions) if completion.logprobs is not None]
     assert found == list(range(0, 960, 16)) == list(measured_rows(960))

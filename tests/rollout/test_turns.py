@@ -6,7 +6,7 @@ import torch
 from rlhf.config import GuessTaskConfig, HfRolloutConfig
 from rlhf.learning.forward import collate, response_logprobs
 from rlhf.models import make_tokenizer
-from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.client import RolloutClient, Wanted
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.sampling import seed_of
 from rlhf.rollout.turns import Conversations, conversing
@@ -212,7 +212,7 @@ def test_the_tokenizer_knows_the_hints():
 def test_a_conversation_has_the_log_probs_of_all_its_answers_or_of_none(clients, tokenizer):
     client, (asked,) = clients()
     all_of_them = Conversations(client, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
-    sampling = RolloutClient([asked], tokenizer, HfRolloutConfig(max_new_tokens=16), all_logprobs=False)
+    sampling = RolloutClient([asked], tokenizer, HfRolloutConfig(max_new_tokens=16), wanted=Wanted(all_logprobs=False))
     some = Conversations(sampling, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
     for b, (row, known) in enumerate(zip(some.completions, all_of_them.completions, strict=True)):
         assert (row.ids, row.versions, row.sampled) == (known.ids, known.versions, known.sampled)

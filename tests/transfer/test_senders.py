@@ -89,7 +89,7 @@ class Worker:
         return {"seen": body}
 
     def completions(self, body):
-        return wire.Binary(b"\0\xff")
+        return wire.Binary(b"\0\xff", wire.COLUMNS_TYPE)
 
     def pause(self, body):
         raise wire.Refused(409, "not now")
@@ -156,7 +156,7 @@ def test_an_empty_answer_or_one_word_is_an_empty_object():
         assert sender.call("pause", {}) == {}
 
 
-@pytest.mark.parametrize("kind", ["application/octet-stream", "Application/VND.rlhf.columns; v=1"])
+@pytest.mark.parametrize("kind", ["application/vnd.rlhf.columns", "Application/VND.rlhf.columns; v=1"])
 def test_an_answer_of_bytes_is_handed_on_as_they_are(kind):
     with serving(answer(200, b"\0{}\xff", **{"Content-Type": kind})) as server, http_sender(server) as sender:
         assert sender.call("completions", {}) == {wire.BODY: b"\0{}\xff"}
@@ -382,7 +382,7 @@ class Actor:
         threading.Event().wait(60)
 
     def version(self, body):
-        return wire.Binary(b"\0\xff")
+        return wire.Binary(b"\0\xff", wire.COLUMNS_TYPE)
 
     def completions(self, body):
         os._exit(9)

@@ -49,7 +49,7 @@ class HttpSender:
             raise wire.RemoteError(self.name, verb, 0, f"the connection to {self._url} broke: {error}") from None
         if answer.status != 200:
             raise wire.RemoteError(self.name, verb, answer.status, _message(answer.body, answer.reason))
-        if answer.content_type in (wire.BYTES_TYPE, wire.COLUMNS_TYPE):
+        if answer.content_type == wire.COLUMNS_TYPE:
             return wire.handed_on(answer.body)
         return _parsed(answer.body, self.name, verb)
 
