@@ -115,6 +115,7 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     from rlhf.learning.recompute import enable
 
     device = resolve_device(config.device)
+    _check_flash(config)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention is planned anew, for 0.1 s, for each new length
     match config:
         case TinyModelConfig():
@@ -129,6 +130,17 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if config.gradient_checkpointing:
         enable(policy)
     return policy.to(device).eval()  # type: ignore[arg-type]
+
+
+def _check_flash(config: ModelConfig) -> None:
+    """ValueError where transformers' FlashAttention is asked for, and its package is not there."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if config.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "model.attention=flash_attention_2 needs a GPU and the package flash-attn: install it, or set "
+            "model.attention=packed (torch's own FlashAttention) or sdpa"
+        )
 
 
 def _new_policy(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file, too")
     parser.add_argument("--dry", action="store_true", help="try the command on a CPU, with a tiny model")
     options = parser.parse_args()
+    if not options.dry and shutil.which("nvidia-smi") is None:
+        parser.error("there is no GPU here (no nvidia-smi): try --dry")
     options.shapes = options.shapes or (["nano"] if options.dry else ["qwen2.5-0.5b", "qwen2.5-1.5b"])
     if unknown := [*(set(options.shapes) - set(SHAPES)), *(set(options.parts) - set(PARTS))]:
         parser.error(f"unknown: {', '.join(unknown)}; shapes: {', '.join(SHAPES)}; parts: {', '.join(PARTS)}")

@@ -101,9 +101,7 @@ def test_what_a_worker_s_engine_has_started_is_asked_and_no_process_that_would_e
         for each, env in ((code, asked), (code, os.environ), (ENGINE, asked))
     ]
     assert [process.stdout.readline() for process in started] == 3 * [b"up\n"]
-    assert len(set(workers_of(os.getpid())) - others) == 4, (
-        "two workers with an engine each, and no more"
-    )
+    assert len(set(workers_of(os.getpid())) - others) == 4, "two workers with an engine each, and no more"
     dump_stacks(tmp_path / "stacks.txt")
     wait_for(lambda: "Current thread" in (tmp_path / "worker-0.log").read_text())
     assert [process.poll() for process in started] == 3 * [None]
