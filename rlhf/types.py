@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled its end-of-sequence token,
 TRUNCATED = "length"  # or max_new_tokens cut the row, which then has no end-of-sequence token
 
-IDS, LOGPROBS, VERSIONS, SAMPLED = "i", "f", "q", "b"  # type codes of columns: int32, float32, int64, int8
+IDS, LOGPROBS, VERSIONS, SAMPLED = "i", "f", "Q", "b"  # type codes of columns: int32, float32, uint64, int8
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ All numbers are little-endian, and nothing stands between the parts:
     B    uint8            1 for each row that has log-probs, else 0; the tokens of those rows are M
     4*M  float32          log-probs, row after row
     4*B  int32            runs of each row: tokens one after the other that one version of the weights has sampled
-    8*R  int64            version of each run
+    8*R  uint64           version of each run
     4*R  int32            tokens of each run, at least 1; those of a row's runs are the row's
 
 Nothing follows. A reader knows beforehand how many rows and how many tokens a row it has asked for, and believes no
@@ -50,7 +50,7 @@ COLUMNS = (  # name, dtype, and the count that is its length
     ("measured", "u1", "rows"),
     ("logprobs", "<f4", "logprobs"),
     ("runs_of", "<i4", "rows"),
-    ("versions", "<i8", "runs"),
+    ("versions", "<u8", "runs"),
     ("run_tokens", "<i4", "runs"),
 )
 
@@ -69,7 +69,7 @@ class Expected:
 def encode(samples: Sequence[Sample]) -> Binary:
     """The samples as bytes of this form."""
     measured = [sample for sample in samples if sample.logprobs is not None]
-    runs = [_runs(np.asarray(sample.versions, np.int64)) for sample in samples]
+    runs = [_runs(np.asarray(sample.versions, np.uint64)) for sample in samples]
     columns: dict[str, Any] = {
         "lengths": [len(sample.ids) for sample in samples],
         "reasons": [REASONS.index(sample.finish_reason) for sample in samples],
@@ -169,8 +169,8 @@ def _check_runs(columns: dict[str, Column], counts: dict[str, int]) -> None:
     runs_of, tokens = columns["runs_of"].astype(np.int64), columns["run_tokens"].astype(np.int64)
     if runs_of.min(initial=0) < 0 or runs_of.sum() != counts["runs"]:
         raise ValueError("the rows' runs do not add up")
-    if tokens.min(initial=1) < 1 or columns["versions"].min(initial=0) < 0:
-        raise ValueError("a run has no tokens, or a negative version")
+    if tokens.min(initial=1) < 1:
+        raise ValueError("a run has no tokens")
     rows = np.repeat(np.arange(counts["rows"]), runs_of)
     of_rows = np.zeros(counts["rows"], np.int64)
     np.add.at(of_rows, rows, tokens)
@@ -182,7 +182,7 @@ def _samples(columns: dict[str, Column]) -> list[Sample]:
     lengths, measured = columns["lengths"], columns["measured"] == 1
     ids = _cut(array(IDS, columns["ids"].astype(np.int32).tobytes()), lengths)
     logprobs = _cut(array(LOGPROBS, columns["logprobs"].astype(np.float32).tobytes()), lengths * measured)
-    each = np.repeat(columns["versions"].astype(np.int64), columns["run_tokens"])
+    each = np.repeat(columns["versions"].astype(np.uint64), columns["run_tokens"])
     versions = _cut(array(VERSIONS, each.tobytes()), lengths)
     reasons = [REASONS[reason] for reason in columns["reasons"].tolist()]
     return [
