@@ -58,7 +58,7 @@ RUN: dict[str, str] = {  # command -> what makes it short
     f"{TRAIN}reward=sum 'reward.parts={{right: {{kind: verifier}}, short: {{kind: function, function: "
     "examples.reward_functions:brevity, weight: 0.1}}'": SHORT,
     f"{TRAIN}experiment=guess": f"{SHORT} rollout.max_new_tokens=2",
-    f"{TRAIN}experiment=smoke 'profile.steps=[3,4]'": f"{SHORT} steps=4",
+    f"{TRAIN}experiment=smoke 'profile.steps=[3,4]'": f"{SHORT} steps=4".replace("transfer=local ", ""),
     "python -m rlhf.resume FOLDER": "",
     "python -m rlhf.resume RUN_DIR": "",
     "python -m rlhf.resume RUN_DIR steps=200": "steps=2",
