@@ -40,8 +40,7 @@ from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
 from rlhf.ending import RunError, alone, full_disk_explained
 from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
-from rlhf.learning.pass_choice import check_passes, choose_passes
-from rlhf.learning.passes import Packed, Passes
+from rlhf.learning.pass_choice import announce, check_passes, choose_passes
 from rlhf.loop import Parts, train
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
 from rlhf.monitor.flops import Meter
@@ -267,7 +266,7 @@ def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable
                 training, held_out = from_json(site.saved.told["notes"]["pairs"], parts.task)
             site.notes["pairs"] = len(training)
             parts.keeper.notes["pairs"] = as_json(training, held_out)
-            _say_how_it_learns(site, passes)
+            announce(passes, config.microbatch_tokens, None, site.bars.say)
             dpo_learner = DpoLearner(policy, matter.tokenizer, training, held_out, config, passes)
             return partial(train_on_pairs, parts, dpo_learner, config, version)
         case AlgoConfig() as algo:
@@ -279,7 +278,7 @@ def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable
                 passes=passes,
             )
             _fit(site, parts, learner)
-            _say_how_it_learns(site, passes, learner.fitting_tokens)
+            announce(passes, config.microbatch_tokens, learner.fitting_tokens, site.bars.say)
             return partial(train, parts, learner, config, version)
     raise AssertionError(config.algo)
 
@@ -297,15 +296,6 @@ def _fit(site: Site, parts: Parts, learner: Learner) -> None:
         with site.bars.waiting("learner"):
             known = fitting_tokens(learner)
     learner.fitting_tokens = parts.keeper.notes[TOKENS] = known
-
-
-def _say_how_it_learns(site: Site, passes: Passes, measured: int | None = None) -> None:
-    """What `auto` has decided, where that is not the same on every machine."""
-    if isinstance(passes, Packed):
-        tokens = f"{measured:,} tokens a micro-batch, as measured" if measured else ""
-        tokens = tokens or f"{site.config.microbatch_tokens:,} tokens a micro-batch"
-        layers = "compiled" if passes.compiled else "not compiled"
-        site.bars.say(f"learner: rows packed, decoder layers {layers}, {tokens}")
 
 
 def _reference(policy: PreTrainedModel) -> PreTrainedModel:

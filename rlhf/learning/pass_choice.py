@@ -57,6 +57,14 @@ def choose_passes(policy: PreTrainedModel, config: ModelConfig, say: Callable[[s
     return Packed(False, window)
 
 
+def announce(passes: Passes, tokens: int, measured: int | None, say: Callable[[str], None]) -> None:
+    """Say what `auto` has decided, where that is not the same on every machine; `measured`: tokens that fit the GPU."""
+    if isinstance(passes, Packed):
+        layers = "compiled" if passes.compiled else "not compiled"
+        size = f"{measured:,} tokens a micro-batch, as measured" if measured else f"{tokens:,} tokens a micro-batch"
+        say(f"learner: rows packed, decoder layers {layers}, {size}")
+
+
 def _wanted(policy: PreTrainedModel, config: ModelConfig) -> bool:
     """Whether rows are to be packed, if that can be."""
     parameter = next(policy.parameters())
