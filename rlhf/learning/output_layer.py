@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-Told = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor | None
-]  # ids, log-sum-exps, entropies, and gradients of both results
+Told = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # ids, log-sum-exps, entropies, gradients of both results
 CHUNK = {"compiled": 2**29, "cuda": 2**27, "cpu": 2**22}  # logits at a time
 
 
@@ -37,11 +35,12 @@ class OutputLayer:
     def of(cls, model: PreTrainedModel) -> OutputLayer:
         """A causal LM's, as its configuration describes it."""
         config, head = model.config.get_text_config(), model.get_output_embeddings()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-        return cls(head.weight, getattr(head, "bias", None), float(scale), cap)  # type: ignore[union-attr, arg-type]
+        told = {
+            name: getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        }
+        scale = (told["logit_scale"] or 1.0) / (told["logits_scaling"] or 1.0)
+        cap = told["final_logit_softcapping"] or 0.0
+        return cls(head.weight, getattr(head, "bias", None), scale, cap)  # type: ignore[union-attr, arg-type]
 
 
 def logprobs_and_entropy(

@@ -108,9 +108,8 @@ def test_a_prompt_that_is_shared_and_one_that_is_not_have_the_same_results():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
-def test_compiled_layers_have_the_same_results_for_any_number_of_tokens(name):
-    model = model_of(name)
+def test_compiled_layers_have_the_same_results_for_any_number_of_tokens():
+    model = model_of("gemma3_text")  # two kinds of layers
     window = packed_attention.window_of(model)
     for lengths in ([3, 20, 7, 9], [1, 5], [30, 30, 30, 30, 30, 30]):
         batch = random_batch(model, [9, 4], [b % 2 for b in range(len(lengths))], lengths)
