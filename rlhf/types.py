@@ -28,6 +28,7 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, Any]] = ()  # what `text` was rendered from; empty: the data have it as a text
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,8 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path):
     assert {task.train[0].text, task.held_out[0].text} == {"[u]Hi 0[a]", "[u]Hi 1[a]"}
     assert task.train[0].ids == tuple(map(ord, task.train[0].text))
     assert task.demonstrations == [(task.train[0], "Hello")]
+    contents = {prompt.text: prompt.messages[-1]["content"] for prompt in (*task.train, *task.held_out)}
+    assert contents == {"[u]Hi 0[a]": "Hi 0", "[u]Hi 1[a]": "Hi 1"}, "rewards with templates of their own need them"
 
 
 def test_conversations_without_a_chat_template_are_refused(tmp_path):

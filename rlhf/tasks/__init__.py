@@ -155,11 +155,12 @@ def make_task(raw: RawTask, tokenizer: Tokenizer) -> Task:
 
 
 def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
+    messages = [] if isinstance(row.question, str) else row.question
     text = row.question if isinstance(row.question, str) else _rendered(row.question, tokenizer)
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     if not ids:
         raise ValueError(f"the model's tokenizer makes no token of the prompt {text!r}: leave that prompt out")
-    return Prompt(text, ids, row.columns)
+    return Prompt(text, ids, row.columns, messages)
 
 
 def _rendered(messages: list[Message], tokenizer: Tokenizer) -> str:
