@@ -77,17 +77,26 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
     """1 - var(returns - values) / var(returns) over the sampled tokens: 1 for a perfect critic, 0 for a constant."""
     sampled = mask_BT > 0
     left, total = (returns_BT - values_BT)[sampled].var(unbiased=False), returns_BT[sampled].var(unbiased=False)
-    return float(1 - left / total) if total > 0 else 0.0
+    return float(1 - left / total) if total > 0 and not _equal(returns_BT, mask_BT) else 0.0
 
 
 def whiten(advantages_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the sampled tokens of the whole batch; unchanged when there are fewer than two."""
+    """Mean 0 and variance 1 over the sampled tokens of the whole batch, exactly 0 where all are equal; unchanged when
+    there are fewer than two."""
     count = mask_BT.sum()
     if count < 2:
         return advantages_BT * mask_BT
+    if _equal(advantages_BT, mask_BT):  # their mean rounds, and what is left would be divided by hardly anything
+        return torch.zeros_like(advantages_BT)
     mean = (advantages_BT * mask_BT).sum() / count
     variance = ((advantages_BT - mean).square() * mask_BT).sum() / (count - 1)
     return (advantages_BT - mean) / (variance + 1e-8).sqrt() * mask_BT
+
+
+def _equal(values_BT: Tensor, mask_BT: Tensor) -> bool:
+    """Whether all sampled tokens have one value."""
+    values_N = values_BT[mask_BT > 0]
+    return bool((values_N == values_N[:1]).all())
 
 
 def _count(rewards_Pn: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ERROR = 0.2  # the relative error that counts, at most
@@ -17,6 +18,6 @@ class KlController:
 
     def observe(self, kl: float, rows: int) -> None:
         """Move the coefficient after a step of so many rows, whose summed KL was `kl` nats a row on average."""
-        if self.target is not None:
+        if self.target is not None and not math.isnan(kl):
             error = max(-ERROR, min(ERROR, kl / self.target - 1))
             self.coefficient *= 1 + error * rows / self.horizon

@@ -127,8 +127,10 @@ class Learner:
         totals |= {name: totals[name] * updates / count for name, count in told.items() if count < updates}
         self.steps += 1
         if batch.ref_BT is not None:
-            kl_B = (losses.kl_k1(self._old(batch), batch.ref_BT) * batch.mask_BT).sum(dim=1)
-            self.kl.observe(float(kl_B.mean()), len(kl_B))
+            kl_B = losses.counted(losses.kl_k1(self._old(batch), batch.ref_BT), batch.mask_BT).sum(dim=1)
+            kl_B = kl_B[batch.mask_BT.sum(dim=1) > 0]  # rows that are left out are no rows of 0 nats
+            if len(kl_B):
+                self.kl.observe(float(kl_B.mean()), len(kl_B))
         if self.reference is not None:
             refresh(self.reference, self.policy, self.algo, self.steps, self._averages)
         return totals
@@ -177,7 +179,7 @@ class Learner:
         penalty_BT = torch.zeros_like(mask_BT)
         if self.algo.kl_in is KlIn.reward and batch.ref_BT is not None:
             estimator = losses.KL[self.algo.kl_estimator.value if self.algo.kl_estimator else "k1"]
-            penalty_BT = self.kl.coefficient * estimator(self._old(batch), batch.ref_BT) * mask_BT
+            penalty_BT = losses.counted(self.kl.coefficient * estimator(self._old(batch), batch.ref_BT), mask_BT)
         if self.algo.group_based:
             penalised_B = rewards_B - penalty_BT.sum(dim=1)
             compared = GROUPS[self.algo.advantage](penalised_B.view(len(batch.prompts), -1))
@@ -203,7 +205,7 @@ class Learner:
         )
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
         weight_of_B[rows] = weights_B
-        tokens = float(batch.mask_BT[rows].sum().clamp(min=1))
+        tokens = float(batch.mask_BT[rows].sum())
         measured = float((batch.mask_BT[rows] * batch.measured_B[rows, None]).sum())
         any_measured, measured = measured > 0, max(1.0, measured)
         sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
@@ -213,10 +215,12 @@ class Learner:
                 sums[name] = sums.get(name, 0.0) + value.double()
         totals = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         of = {"loss": 1.0, **dict.fromkeys(MEASURED, measured)}
-        means = {name: value / of.get(name, tokens) for name, value in totals.items()}
+        means = {name: value / of.get(name, max(1.0, tokens)) for name, value in totals.items()}
         means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
         if not any_measured:
             del means["ess"], means["mismatch"]
+        if not tokens:  # there is nothing that these could be means of
+            means = {"loss": means["loss"]}
         return means | self._step_optimizers(math.isfinite(totals["loss"]))
 
     def _accumulate(self, batch: Batch, weights_B: Tensor) -> dict[str, Tensor]:
@@ -225,10 +229,12 @@ class Learner:
         algo, mask_BT = self.algo, batch.mask_BT
         temperature, entropy_counts = self.config.rollout.temperature, algo.entropy_coef > 0
         logprobs_BT, entropy_BT = self.passes.logprobs_and_entropy(self.policy, batch, temperature, entropy_counts)
+        logprobs_BT = losses.counted(logprobs_BT, mask_BT)  # what the environment says may be impossible for the policy
         old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
         loss_BT, delta_BT = policy_loss(algo, logprobs_BT, old_BT, batch.advantages_BT, mask_BT)
         loss_BT = loss_BT * correction_weights(algo, old_BT, batch.sampled_BT, mask_BT)
-        loss_BT = loss_BT - algo.entropy_coef * entropy_BT
+        if entropy_counts:
+            loss_BT = loss_BT - algo.entropy_coef * entropy_BT
         w_BT = losses.log_ratio(old_BT, batch.sampled_BT).exp()
         sums = {
             "entropy": entropy_BT.detach(),
@@ -244,15 +250,17 @@ class Learner:
             sums["kl"] = kl_BT.detach()
             if algo.kl_in is KlIn.loss:
                 loss_BT = loss_BT + self.kl.coefficient * kl_BT
-        loss = (weights_B * (loss_BT * mask_BT).sum(dim=1)).sum()
+        loss = (weights_B * losses.counted(loss_BT, mask_BT).sum(dim=1)).sum()
         if self.critic is not None:
             assert batch.values_BT is not None and batch.returns_BT is not None
             values_BT = self.passes.values(self.critic, batch)
             value_BT = losses.value_loss(values_BT, batch.values_BT, batch.returns_BT, algo.value_clip)
-            (weights_B * (value_BT * mask_BT).sum(dim=1)).sum().backward()
+            (weights_B * losses.counted(value_BT, mask_BT).sum(dim=1)).sum().backward()
             sums["value_loss"] = value_BT.detach()
         loss.backward()
-        return {"loss": loss.detach()} | {name: (value_BT * mask_BT).sum() for name, value_BT in sums.items()}
+        return {"loss": loss.detach()} | {
+            name: losses.counted(value_BT, mask_BT).sum() for name, value_BT in sums.items()
+        }
 
     def _step_optimizers(self, loss_is_finite: bool) -> dict[str, float]:
         """Clip, step and clear; an update whose loss or gradient is not finite is skipped and counted."""
@@ -284,7 +292,7 @@ class Learner:
         for part in self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen):
             rows = batch.rows(part)
             out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
-        return out_BT * batch.mask_BT
+        return losses.counted(out_BT, batch.mask_BT)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
         """Split rows into parts of at most `tokens_per_microbatch` tokens (microbatches.py)."""

@@ -63,7 +63,10 @@ def entropy(logits_BTV: Tensor, temperature: float) -> Tensor:
 
 
 class _Entropy(torch.autograd.Function):
-    """logsumexp(z) - sum p z with z = x / temperature, p = softmax(z); its gradient is -p (log p + H) / temperature."""
+    """logsumexp(z) - sum p z with z = x / temperature, p = softmax(z); its gradient is -p (log p + H) / temperature.
+
+    0 log 0 is 0, in both: a word of the logit -inf cannot be sampled, and counts for nothing.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_BTV: Tensor, temperature: float) -> Tensor:
@@ -73,7 +76,8 @@ class _Entropy(torch.autograd.Function):
         for part in _parts(rows_NV):
             scaled_nV = rows_NV[part].float() / temperature
             total_N[part] = scaled_nV.logsumexp(dim=-1)
-            mean_N[part] = (scaled_nV.softmax(dim=-1) * scaled_nV).sum(dim=-1)
+            softmax_nV = scaled_nV.softmax(dim=-1)
+            mean_N[part] = scaled_nV.mul_(softmax_nV).masked_fill_(softmax_nV == 0, 0.0).sum(dim=-1)
         ctx.save_for_backward(rows_NV, total_N, mean_N)
         ctx.temperature, ctx.shape = temperature, logits_BTV.shape
         return (total_N - mean_N).view(logits_BTV.shape[:-1])
@@ -87,8 +91,14 @@ class _Entropy(torch.autograd.Function):
         for part in _parts(rows_NV):
             scaled_nV = rows_NV[part].float() / ctx.temperature
             softmax_nV = (scaled_nV - total_N[part, None]).exp_()
-            gradient_NV[part] = softmax_nV.mul_(scaled_nV.sub_(mean_N[part, None])).mul_(-scale_N1[part])
+            scaled_nV.sub_(mean_N[part, None]).masked_fill_(softmax_nV == 0, 0.0)
+            gradient_NV[part] = softmax_nV.mul_(scaled_nV).mul_(-scale_N1[part])
         return gradient_NV.view(ctx.shape), None
+
+
+def counted(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The values where the mask is 1, else 0, whatever is there: not even NaN or infinity counts."""
+    return torch.where(mask_BT > 0, values_BT, 0.0)
 
 
 def log_ratio(logprobs_BT: Tensor, old_BT: Tensor) -> Tensor:

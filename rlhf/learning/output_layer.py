@@ -98,7 +98,8 @@ def _reduced(logits_nV: Tensor, ids_n: Tensor, scale: float, cap: float) -> tupl
     """Log-probs, log-sum-exps and entropies [n]."""
     z_nV = _scaled(logits_nV.float(), scale, cap)
     total_n = z_nV.logsumexp(dim=1)
-    mean_n = ((z_nV - total_n[:, None]).exp() * z_nV).sum(dim=1)
+    p_nV = (z_nV - total_n[:, None]).exp()
+    mean_n = torch.where(p_nV == 0, 0.0, p_nV * z_nV).sum(dim=1)  # 0 log 0 is 0
     return z_nV.gather(1, ids_n[:, None])[:, 0] - total_n, total_n, total_n - mean_n
 
 
@@ -112,7 +113,8 @@ def _gradient(logits_nV: Tensor, told: Told, scale: float, cap: float) -> Tensor
     chosen_nV = torch.arange(logits_nV.shape[1], device=logits_nV.device) == ids_n[:, None]
     gradient_nV = torch.where(chosen_nV, of_logprobs_n[:, None], 0.0) - of_logprobs_n[:, None] * p_nV
     if of_entropy_n is not None:
-        gradient_nV = gradient_nV - of_entropy_n[:, None] * p_nV * (log_p_nV + entropy_n[:, None])
+        surprise_nV = torch.where(p_nV == 0, 0.0, log_p_nV + entropy_n[:, None])
+        gradient_nV = gradient_nV - of_entropy_n[:, None] * p_nV * surprise_nV
     gradient_nV = gradient_nV * scale
     if cap:
         gradient_nV = gradient_nV * (1 - (x_nV / cap).tanh().square())

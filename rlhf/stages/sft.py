@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
+from rlhf.learning.losses import counted
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.recompute import recomputing
 from rlhf.types import Prompt, Tokenizer
@@ -34,7 +35,7 @@ def sft(
         with recomputing(policy):
             logits_BLV = policy(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
         loss_BL = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), ids_BL[:, 1:], reduction="none")
-        loss = (loss_BL * mask_BL[:, 1:]).sum() / mask_BL[:, 1:].sum()
+        loss = counted(loss_BL, mask_BL[:, 1:]).sum() / mask_BL[:, 1:].sum()
         loss.backward()
         clip_gradients(optimizer, optim.max_grad_norm)
         optimizer.step()
