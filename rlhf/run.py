@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from rlhf.adapter import (
     sent_weights,
 )
 from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
+from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
 from rlhf.compose import choice
@@ -181,6 +183,7 @@ class Matter:
     tokenizer: PreTrainedTokenizerBase
     policy: PreTrainedModel
     rewards: dict[str, Reward | None]  # by part; None: the run trains it
+    rows: dict[str, Any] = field(default_factory=dict)  # what the task's rows are, for checkpoints
 
 
 def gathered(site: Site) -> Matter:
@@ -191,7 +194,10 @@ def gathered(site: Site) -> Matter:
         check_peft()
     raw = read_task(config.task, config.seed)
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
-    task = make_task(raw, tokenizer)
+    began = site.saved.told["notes"].get(MOMENT) if site.saved else None
+    moment = datetime.fromisoformat(began) if began else datetime.now()
+    task = make_task(raw, tokenizer, moment)
+    rows = _rows(site, task, tokenizer)
     check_data(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
     check_lengths(config, task, policy)
@@ -200,7 +206,20 @@ def gathered(site: Site) -> Matter:
     site.bars.say(in_one_line(config, policy))
     if warning := cut_answers(config, task, tokenizer):
         site.bars.say(warning)
-    return Matter(task, tokenizer, policy, rewards)
+    return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()})
+
+
+def _rows(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the task's rows are; of a run that goes on, RunError if they are others than before."""
+    settings = site.config.checkpoint
+    if not settings.every and site.saved is None:
+        return {}
+    rows = splits_of(task, tokenizer)
+    if site.saved is not None:
+        said = check_rows(site.saved.told["notes"].get(ROWS), rows, task, allowed=not settings.check_data)
+        if said:
+            site.bars.say(said)
+    return rows
 
 
 def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
@@ -208,7 +227,7 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
-    base, notes = _base(config, site.folder), dict[str, Any](summary=site.notes)
+    base, notes = _base(config, site.folder), dict[str, Any](summary=site.notes, **matter.rows)
     if base is not None:  # workers load it, so that it must be there when they start
         _warm_up(site, matter, base)
         notes["base"] = _put_adapter_on(policy, tokenizer, site, base)

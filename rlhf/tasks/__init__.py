@@ -6,8 +6,11 @@ In two steps, because the tiny model's tokenizer is made from the task's own cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from rlhf.config import (
@@ -140,8 +143,30 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
     raise AssertionError(f"no task is made from {type(config).__name__}")
 
 
-def make_task(raw: RawTask, tokenizer: Tokenizer) -> Task:
-    """Render conversations with the tokenizer's chat template, and tokenise without adding special tokens."""
+def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None) -> Task:
+    """Render conversations with the tokenizer's chat template, and tokenise without adding special tokens.
+
+    A template that asks for the date is told that of `moment`; None: today's.
+    """
+    dated = raw.conversational and "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+    with _told(moment) if dated and moment is not None else nullcontext():
+        return _tokenised(raw, tokenizer)
+
+
+@contextmanager
+def _told(moment: datetime) -> Iterator[None]:
+    """Chat templates' `strftime_now` is about this moment: transformers takes no function in place of its own."""
+    from transformers.utils import chat_template_utils as templates
+
+    real = templates.datetime
+    templates.datetime = SimpleNamespace(now=lambda: moment)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        templates.datetime = real  # type: ignore[misc]
+
+
+def _tokenised(raw: RawTask, tokenizer: Tokenizer) -> Task:
     train = [_prompt(row, tokenizer) for row in raw.train]
     pairs = list(zip(train, raw.train, strict=True))
     return TokenisedTask(
