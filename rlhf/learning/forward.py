@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.learning import losses
 from rlhf.learning.microbatches import length_groups
 from rlhf.learning.recompute import recomputing
+from rlhf.model_cache import cache_name
 from rlhf.types import TRUNCATED, Rollouts
 
 
@@ -114,6 +115,7 @@ def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
     Prompts are computed once for all of their rows, and short rows apart from long ones where that saves padding.
     """
     device = batch.ids_BT.device
+    name = cache_name(model)
     prompts, cache, first_PV = _prompt_pass(model, batch.prompts, device)
     prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
     yield Piece(list(range(len(prompt_of_B))), 0, first_PV[prompt_of_B][:, None])
@@ -124,8 +126,8 @@ def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
                 input_ids=batch.ids_BT[rows, : width - 1],
                 attention_mask=prompts.mask(of_rows, width - 1),
                 position_ids=prompts.lengths_P[of_rows][:, None] + torch.arange(width - 1, device=device),
-                past_key_values=cache if late else _of_rows(cache, of_rows),
                 use_cache=True,
+                **{name: cache if late else _of_rows(cache, of_rows)},
             ).logits
         yield Piece(rows, 1, outputs_btV)
 
@@ -189,8 +191,8 @@ def _prompt_pass(
             input_ids=ids_PL,
             attention_mask=mask_PL if padded else None,
             position_ids=(mask_PL.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(model): cache},
         )
     return Prompts(lengths_P, mask_PL if padded else None), cache, outputs.logits[:, -1]
 

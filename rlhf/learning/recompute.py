@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-CACHE_NAMES = ("cache", "past_key_values")  # of a layer's argument, by the version of transformers
-
 
 def enable(model: PreTrainedModel) -> PreTrainedModel:
     """Let `recomputing` take effect on the model; ValueError if its architecture cannot."""
@@ -77,19 +75,18 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """One layer, of which nothing but the input is kept."""
-    name = next((name for name in CACHE_NAMES if isinstance(kwargs.get(name), Cache)), None)
-    if name is None:
+    cache = next((each for each in [*args, *kwargs.values()] if isinstance(each, Cache)), None)
+    if cache is None:
         return checkpoint(partial(_around, within, forward), *args, use_reentrant=False, **kwargs)
-    cache = kwargs[name]
-    before = cache.layers[index]
+    before: Any = cache.layers[index]
 
     def again(*args: Any) -> tuple[Any, Any]:
-        own = copy.copy(cache)
-        own.layers = list(cache.layers)
-        own.layers[index] = copy.copy(before)
+        own, layer = copy.copy(cache), copy.copy(before)
+        own.layers = [*cache.layers[:index], layer, *cache.layers[index + 1 :]]
         if rows is not None:
-            own.layers[index].batch_select_indices(rows)
-        return forward(*args, **{**kwargs, name: own}), own.layers[index]
+            layer.batch_select_indices(rows)
+        there = {name: own if each is cache else each for name, each in kwargs.items()}
+        return forward(*(own if each is cache else each for each in args), **there), layer
 
     output, after = checkpoint(again, *args, use_reentrant=False)
     if rows is None:

@@ -6,7 +6,6 @@ batch. Shapes: P prompts, R rows still in the batch (at first P*n), L prompt pos
 
 from __future__ import annotations
 
-import inspect
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.model_cache import cache_name, cache_of, parameters_of
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
 from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
 
@@ -141,7 +141,8 @@ class Decoder:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self._model = model
         self._device = next(model.parameters()).device
-        self._known = inspect.signature(model.forward).parameters
+        self._known = parameters_of(model)
+        self._name = cache_name(model)
         self._cache: Any = None
         self._width = max(map(len, prompts))
         self._mask: torch.Tensor | None = None  # [R, L + max_tokens], 0 on padding
@@ -171,7 +172,7 @@ class Decoder:
         self._forward(ids[:, None])
 
     def _forward(self, ids: torch.Tensor) -> None:
-        arguments: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
+        arguments: dict[str, Any] = {self._name: self._cache, "use_cache": True}
         if self._mask is not None:
             mask = arguments["attention_mask"] = self._mask[:, : self._width]
             if "position_ids" in self._known:
@@ -179,7 +180,7 @@ class Decoder:
         if "logits_to_keep" in self._known:
             arguments["logits_to_keep"] = 1
         output = self._model(input_ids=ids, **arguments)
-        self._cache = output.past_key_values
+        self._cache = cache_of(output)
         self.logits = output.logits[:, -1]
 
 
