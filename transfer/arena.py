@@ -10,6 +10,7 @@ the trainer's own: an update moves no byte, and before they change the trainer w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,19 +18,25 @@ import torch
 
 from transfer import memory, wire
 from transfer.config import IpcConfig, Staging, Take
+from transfer.descriptors import DescriptorServer, receive_region
 from transfer.digest import Hasher, digest_of
 from transfer.finite import NotFinite
 from transfer.manifest import Manifest, same_tensors
 from transfer.one_pass import OnePass, addresses, available
 
+LOG = logging.getLogger(__name__)
 MAX_SLOTS = 64
+OPEN_TO_WRITERS = (
+    "this kernel cannot seal shared memory against writing (F_SEAL_FUTURE_WRITE, Linux 5.1): another process "
+    "of this user could change the weights that workers serve"
+)
 
 
 class Slots:
     """The trainer's shared memory: on the device of its weights, as many slots as asked for."""
 
     def __init__(self) -> None:
-        self._server = memory.DescriptorServer()
+        self._server = DescriptorServer()
         self._region: memory.HostRegion | memory.CudaRegion | None = None
         self.device = memory.HostRegion.device
         self.socket = self._server.path
@@ -46,6 +53,8 @@ class Slots:
             where |= {"device": memory.device_uuid(device), "handle": self._region.handle}
         else:
             self._region = memory.HostRegion(nbytes)
+            if not self._region.sealed:
+                LOG.warning(OPEN_TO_WRITERS)
             self._server.offer(self._region)
         self.device = device
         self.views = [memory.tensors(self._region, manifest, slot) for slot in range(count)]
@@ -220,7 +229,7 @@ class ArenaIntake:
         if "handle" in where:
             region = memory.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes, device)
         else:
-            region = memory.receive_region(self._socket, nbytes)
+            region = receive_region(self._socket, nbytes)
         if not self.in_place and region.device != device:
             raise ValueError(
                 f"transfer.take=view needs the sampler on the device of the trainer's slots, {region.device} "

@@ -7,14 +7,11 @@ ever point at unmapped memory. The kernel frees all of it when the processes end
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import re
-import secrets
-import socket
-import struct
-import threading
 import warnings
 import weakref
 from functools import cache
@@ -27,7 +24,7 @@ from transfer.manifest import Manifest, round_up
 PAGE = 4096  # bytes; slots begin on page borders
 CUDA_PAGE = 2**21  # bytes; of a cudaMalloc that is no multiple, another process or GPU reads a fifth more slowly
 SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-HANDSHAKE_S = 10.0  # deadline of passing a descriptor
+FUTURE_WRITE = 0x0010  # F_SEAL_FUTURE_WRITE, linux/fcntl.h: nobody can write but by mappings that exist; Linux 5.1
 HANDLE = re.compile(r"[0-9a-f]{128}")  # cudaIpcMemHandle_t, 64 bytes
 
 
@@ -61,7 +58,10 @@ def views_of(block: torch.Tensor, manifest: Manifest) -> dict[str, torch.Tensor]
 
 
 class HostRegion:
-    """A memfd without a name anywhere, sealed against resizing and touched once, so that no later write is slow."""
+    """A memfd without a name anywhere, sealed against resizing and touched once, so that no later write is slow.
+
+    Once it is mapped here it is sealed against every other writer, too, where the kernel can (`sealed`).
+    """
 
     device = torch.device("cpu")
 
@@ -69,19 +69,23 @@ class HostRegion:
         self._fd = os.memfd_create("transfer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._fd, nbytes)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
             self.bytes = _mapped(self._fd, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            self.sealed = seal(self._fd)
         except BaseException:
             os.close(self._fd)
             raise
 
     def read_only_fd(self) -> int:
-        """A new descriptor of the same memory that cannot be written through; the caller closes it."""
+        """A new descriptor of the same memory that is open for reading alone; the caller closes it.
+
+        Without `sealed` its holder can open it anew for writing, under /proc/self/fd.
+        """
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Give up the descriptor and this side's view."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1  # whoever still asks for it must not get what has its number next
+        os.close(fd)
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
@@ -102,6 +106,21 @@ class PeerHostRegion:
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
+def seal(fd: int) -> bool:
+    """Let the size of a memfd be for good, and nobody write to it but by mappings that exist; False if they still can.
+
+    That is on a kernel before Linux 5.1, or one that only looks like Linux.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | FUTURE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the seal is known, and something else is wrong
+            raise
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        return False
+    return True
+
+
 def _mapped(fd: int, nbytes: int, protection: int) -> torch.Tensor:
     """The file's bytes as a tensor that keeps the mapping alive; all pages are mapped at once."""
     import numpy
@@ -110,82 +129,6 @@ def _mapped(fd: int, nbytes: int, protection: int) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(numpy.frombuffer(mapping, dtype=numpy.uint8))
-
-
-class DescriptorServer:
-    """Hands a host region's read-only descriptor to whoever of the same user connects to an abstract Unix socket.
-
-    Its name is in no folder, so that nothing is left however this process ends; both sides check the other's user.
-    The socket exists from the start, so that workers can be told its name before there is any memory to share.
-    """
-
-    def __init__(self) -> None:
-        self.path = f"\0transfer-{secrets.token_hex(16)}"
-        self._region: HostRegion | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._socket.bind(self.path)
-            self._socket.listen(64)
-        except BaseException:
-            self._socket.close()
-            raise
-        self._thread = threading.Thread(target=self._serve, name="transfer-descriptors", daemon=True)
-        self._thread.start()
-
-    def offer(self, region: HostRegion) -> None:
-        """From now on hand out this region."""
-        self._region = region
-
-    def close(self) -> None:
-        """End the thread and the socket."""
-        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._thread.join(HANDSHAKE_S)
-        self._socket.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._socket.accept()
-            except OSError:
-                return  # closed
-            with peer:
-                try:
-                    self._hand_over(peer)
-                except OSError:
-                    continue  # that peer is gone, and sees why on its side
-
-    def _hand_over(self, peer: socket.socket) -> None:
-        region = self._region
-        if _peer_uid(peer) != os.geteuid() or region is None:
-            return
-        peer.settimeout(HANDSHAKE_S)
-        fd = region.read_only_fd()
-        try:
-            socket.send_fds(peer, [b"\0"], [fd])
-        finally:
-            os.close(fd)
-
-
-def receive_region(path: str, nbytes: int) -> PeerHostRegion:
-    """Fetch and map what the DescriptorServer at `path` offers; OSError or ValueError if it is not ours."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(HANDSHAKE_S)
-        connection.connect(path)
-        if _peer_uid(connection) != os.geteuid():
-            raise ConnectionError(f"the socket {path!r} belongs to another user")
-        _, fds, _, _ = socket.recv_fds(connection, 1, 1)
-    if not fds:
-        raise ConnectionError(f"the socket {path!r} handed over no memory")
-    try:
-        return PeerHostRegion(fds[0], nbytes)
-    finally:
-        os.close(fds[0])  # the mapping stays
-
-
-def _peer_uid(connection: socket.socket) -> int:
-    size = struct.calcsize("3i")
-    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return uid
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

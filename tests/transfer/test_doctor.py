@@ -383,6 +383,12 @@ def test_a_memfd_that_is_refused_or_whose_seals_do_not_hold_is_a_failure():
         host.memfd(seals=0)
 
 
+def test_a_kernel_that_cannot_seal_memory_against_writers_is_a_warning(monkeypatch):
+    assert "every writer but the trainer" in host.memfd().seen
+    monkeypatch.setattr(host, "FUTURE_WRITE", 0x4000)  # which this kernel does not know
+    assert host.memfd().status == WARN and "against other writers" in host.memfd().seen
+
+
 def test_a_peer_of_another_user_is_a_failure():
     with pytest.raises(Problem, match="SO_PEERCRED does not say who is there"):
         host.descriptors(user=os.geteuid() + 1)

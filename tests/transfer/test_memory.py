@@ -7,13 +7,13 @@ import pytest
 import torch
 from worker_process import CONTEXT, Float8Model, OddModel
 
-from transfer import memory
+from transfer import descriptors, memory
 from transfer.manifest import Manifest
 
 
 @pytest.fixture
 def server():
-    server = memory.DescriptorServer()
+    server = descriptors.DescriptorServer()
     yield server
     server.close()
 
@@ -24,7 +24,7 @@ def mappings():
 
 def read_peer(path, nbytes, connection):
     torch.set_num_threads(1)
-    region = memory.receive_region(path, nbytes)
+    region = descriptors.receive_region(path, nbytes)
     connection.send(bytes(region.bytes.numpy()))
     connection.recv()
     connection.send(bytes(region.bytes.numpy()))
@@ -32,7 +32,7 @@ def read_peer(path, nbytes, connection):
 
 
 def write_peer(path, nbytes):
-    memory.receive_region(path, nbytes).bytes[0] = 1
+    descriptors.receive_region(path, nbytes).bytes[0] = 1
 
 
 def test_another_process_sees_the_bytes_and_later_writes(server):
@@ -86,7 +86,7 @@ def test_every_kind_of_tensor_has_its_bytes_back(model, server):
     manifest = Manifest.of(weights)
     region = memory.HostRegion(2 * memory.slot_bytes(manifest))
     server.offer(region)
-    peer = memory.receive_region(server.path, 2 * memory.slot_bytes(manifest))
+    peer = descriptors.receive_region(server.path, 2 * memory.slot_bytes(manifest))
     for name, view in memory.tensors(region, manifest, 1).items():
         view.copy_(weights[name])
     for name, view in memory.tensors(peer, manifest, 1).items():
@@ -101,7 +101,7 @@ def test_memory_of_another_size_or_without_seals_is_refused(server):
     region = memory.HostRegion(memory.PAGE)
     server.offer(region)
     with pytest.raises(ValueError, match="must be sealed and have 8192 bytes"):
-        memory.receive_region(server.path, 2 * memory.PAGE)
+        descriptors.receive_region(server.path, 2 * memory.PAGE)
     region.close()
     fd = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, memory.PAGE)
@@ -112,11 +112,11 @@ def test_memory_of_another_size_or_without_seals_is_refused(server):
 
 def test_a_server_with_nothing_to_offer_hands_over_nothing(server):
     with pytest.raises(ConnectionError, match="handed over no memory"):
-        memory.receive_region(server.path, memory.PAGE)
+        descriptors.receive_region(server.path, memory.PAGE)
 
 
 def test_the_socket_has_a_name_that_cannot_be_guessed_and_is_in_no_folder(server):
-    another = memory.DescriptorServer()
+    another = descriptors.DescriptorServer()
     another.close()
     assert server.path[0] == "\0" and len(server.path) > 32 and server.path != another.path
 
@@ -130,7 +130,7 @@ def test_another_users_process_gets_no_memory(server, monkeypatch):
         connection.settimeout(10)
         assert socket.recv_fds(connection, 1, 1)[1] == []
     with pytest.raises(ConnectionError, match="belongs to another user"):
-        memory.receive_region(server.path, memory.PAGE)
+        descriptors.receive_region(server.path, memory.PAGE)
     region.close()
 
 
@@ -140,17 +140,17 @@ def test_a_peer_that_hangs_up_does_not_end_the_server(server):
     for _ in range(5):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(server.path)
-    memory.receive_region(server.path, memory.PAGE).close()
+    descriptors.receive_region(server.path, memory.PAGE).close()
     region.close()
 
 
 def test_nothing_is_left_after_close():
     gc.collect()
     before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd")), mappings()
-    server = memory.DescriptorServer()
+    server = descriptors.DescriptorServer()
     region = memory.HostRegion(memory.PAGE)
     server.offer(region)
-    peer = memory.receive_region(server.path, memory.PAGE)
+    peer = descriptors.receive_region(server.path, memory.PAGE)
     assert len(mappings()) == len(before[2]) + 2
     peer.close()
     region.close()

@@ -24,6 +24,7 @@ from transfer.doctor.peer import beside, peer_of
 
 MIB = 2**20
 SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL  # of the session's slots
+FUTURE_WRITE = 0x0010  # F_SEAL_FUTURE_WRITE, linux/fcntl.h, of Linux 5.1
 PEER_S = 8.0  # for another process to do its part
 DOCKER_SHM = 64 * MIB  # of /dev/shm, unless a container was started with another size
 SLOW_MS = 5.0  # a round trip on loopback that costs an update more than the weights do
@@ -67,7 +68,25 @@ def memfd(create: Callable[[str, int], int] = os.memfd_create, seals: int = SEAL
             except PermissionError:
                 continue
             raise Problem("a sealed memfd could be resized, so that a peer could crash whoever reads it")
-    return ok("memory without a name, sealed against resizing")
+    if not _resists_writers(create):
+        return warn(
+            "memory without a name, sealed against resizing, but this kernel cannot seal it against other writers",
+            "use Linux 5.1 or newer where other processes of this user may mean harm: they could change the weights",
+        )
+    return ok("memory without a name, sealed against resizing and every writer but the trainer")
+
+
+def _resists_writers(create: Callable[[str, int], int]) -> bool:
+    """Whether memory that is mapped for writing here can be closed to whoever opens it anew."""
+    with _sealed(create, 0, b"\0" * MIB) as fd, mmap.mmap(fd, MIB):
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | FUTURE_WRITE)
+        with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as again:
+            try:
+                again.write(b"x")
+            except PermissionError:
+                return True
+    return False
 
 
 @contextmanager
