@@ -34,6 +34,7 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import AlgoConfig, DpoConfig
+from rlhf.search_path import of_command
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,
@@ -193,15 +194,16 @@ def _files(group: str, schema: str) -> list[str]:
 
 def _chosen(overrides: list[str]) -> dict[str, Any]:
     """The schema chosen for each group when only the choices among `overrides` are composed."""
-    from hydra import compose, initialize_config_dir
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    choices = [o for o in overrides if o.partition("=")[0] in {*SCHEMAS, "experiment"} and "," not in o]
+    where, words = of_command(overrides)
+    choices = [o for o in words if o.partition("=")[0] in {*SCHEMAS, "experiment"} and "," not in o]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", choices)
+            config = where.compose("config", choices)
     except Exception:  # the mistake is in a choice itself, and Hydra has said so already
         return {}
     nodes = {group: OmegaConf.select(config, group.replace("/", ".")) for group in SCHEMAS}

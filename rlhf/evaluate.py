@@ -52,7 +52,7 @@ def _job(config: Any) -> None:
 def main() -> None:
     """`python -m rlhf.evaluate`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print_help([argument for argument in sys.argv[1:] if "=" in argument], "evaluate", HELP)
+        print_help(sys.argv[1:], "evaluate", HELP)
         return
     terminate_as_interrupt()
     try:

@@ -17,14 +17,19 @@ from typing import Any
 from rlhf.compose import CONF, checked, register
 from rlhf.config import Mode, RunConfig
 from rlhf.ending import EXPLAINED, alone, full_disk_explained
+from rlhf.search_path import Where, note, noted, of_command
 
 HELP = """\
 Go on with a run that was stopped, from its newest checkpoint that verifies (docs/operations.md).
 
   python -m rlhf.resume RUN_DIR                 what is missing, as if the run had never been stopped
   python -m rlhf.resume RUN_DIR steps=200       with other dials from here on; each is named
+
+Choices of your own (--config-dir, hydra.searchpath) are looked for where the run had them; --config-dir DIR says where
+they are now.
 """
 MOST = 8  # keys that a message names
+NOWHERE = Where()  # but in conf/
 GONE, MISSING = "gone", "???"  # a key that is not there; a default that a schema leaves to a choice
 HYDRA, CHOICES = "hydra.yaml", "hydra.runtime.choices"  # a file beside the configuration, and what it says there
 
@@ -35,15 +40,16 @@ def main() -> None:
 
     from rlhf.train import as_command
 
-    arguments = sys.argv[1:]
-    if not arguments or {"--help", "-h"} & set(arguments) or "=" in arguments[0]:
+    asked = bool({"--help", "-h"} & set(sys.argv[1:]))
+    where, words = (Where(), []) if asked else of_command(sys.argv[1:])
+    if not words or ("=" in words[0] and not Path(words[0]).is_dir()):
         print(HELP)
-        sys.exit(0 if {"--help", "-h"} & set(arguments) else 2)
-    folder, overrides = Path(arguments[0]), arguments[1:]
+        sys.exit(0 if asked else 2)
+    folder, overrides = Path(words[0]), words[1:]
     with as_command(overrides):
         try:
             with full_disk_explained(folder), taken_back(folder):
-                config, replayed = composed(folder, overrides)
+                config, replayed = composed(folder, overrides, where)
                 if finished(folder, replayed):
                     print(f"finished already: {folder}")
                     return
@@ -81,8 +87,10 @@ def _with_cause(error: Exception) -> str:
     return f"{error}: {cause}" if cause and cause not in str(error) and not isinstance(error, EXPLAINED) else str(error)
 
 
-def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
+def composed(folder: Path, overrides: Sequence[str], given: Where = NOWHERE) -> tuple[RunConfig, list[str]]:
     """The run's configuration with these overrides behind its own, and all of them; `.hydra/` then says the same.
+
+    Its choices are looked for where is `given`, and where they were.
 
     ValueError names the keys and choices that differ from what the run was started with, if these overrides are not
     why; a key that there was not, and that has its default, is only said.
@@ -91,14 +99,15 @@ def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[st
 
     first = [str(each) for each in OmegaConf.load(_hydra(folder) / "overrides.yaml")]
     began, chosen = OmegaConf.to_container(OmegaConf.load(_hydra(folder) / "config.yaml")), _chosen(folder, first)
-    (config, choices), (plain, chosen_now) = _compose([*first, *overrides]), _compose(first)
+    where = noted(_hydra(folder) / HYDRA, given)
+    (config, choices), (plain, chosen_now) = _compose([*first, *overrides], where), _compose(first, where)
     chosen = {group: name for group, name in chosen.items() if group in choices}  # those of a new group are its keys
     now = _leaves(_plain(config)) | {group: choices[group] for group in chosen}
     without = _leaves(_plain(plain)) | {group: chosen_now[group] for group in chosen if group in chosen_now}
     before = {key: value for key, value in _leaves(began).items() if value != {} or not _filled(key, now)} | chosen
-    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    told = {override.partition("=")[0].lstrip("+~") for override in overrides}
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key, GONE) != now.get(key, GONE)]
-    others = [key for key in differ if now.get(key, GONE) == without.get(key, GONE) and key not in given]
+    others = [key for key in differ if now.get(key, GONE) == without.get(key, GONE) and key not in told]
     new = [key for key in others if _is_new(key, began, config)]
     if changed := [key for key in others if key not in new]:
         raise ValueError(
@@ -108,9 +117,9 @@ def composed(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[st
     run = checked(config)
     if run.mode is not Mode.train:
         raise ValueError(f"a run that was begun needs no check: leave out mode={run.mode.value}")
-    if overrides or new:
+    if overrides or new or given.sources:
         with alone(folder):
-            _note(_hydra(folder), config, choices, [*first, *overrides])
+            _note(_hydra(folder), (config, choices), [*first, *overrides], where)
     if new:
         print(f"new since the run began: {_listed([f'{key}={now[key]}' for key in new])}")
     if overrides:
@@ -134,14 +143,14 @@ def _hydra(folder: Path) -> Path:
     return folder / ".hydra"
 
 
-def _compose(overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def _compose(overrides: Sequence[str], where: Where = NOWHERE) -> tuple[Any, dict[str, Any]]:
     """What they compose, and the choice of each group: neither Hydra's own nor the experiment, which is its keys."""
-    from hydra import compose, initialize_config_dir
+    from hydra import initialize_config_dir
     from omegaconf import open_dict
 
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", list(overrides), return_hydra_config=True)
+        config = where.compose("config", overrides, return_hydra_config=True)
     choices = config.hydra.runtime.choices
     with open_dict(config):
         del config["hydra"]
@@ -153,9 +162,9 @@ def _chosen(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     path = _hydra(folder) / HYDRA
-    noted = OmegaConf.select(OmegaConf.load(path), CHOICES) if path.is_file() else None
+    known = OmegaConf.select(OmegaConf.load(path), CHOICES) if path.is_file() else None
     said = {key: choice for key, _, choice in (each.partition("=") for each in overrides)}
-    return {} if noted is None else {group: said.get(group, name) for group, name in noted.items()}
+    return {} if known is None else {group: said.get(group, name) for group, name in known.items()}
 
 
 def _filled(group: str, leaves: Mapping[str, Any]) -> bool:
@@ -222,16 +231,18 @@ def _listed(shown: Sequence[str]) -> str:
     return ", ".join([*shown[:MOST], *([f"and {len(shown) - MOST} more"] if len(shown) > MOST else [])])
 
 
-def _note(hydra: Path, config: Any, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+def _note(hydra: Path, made: tuple[Any, Mapping[str, Any]], overrides: Sequence[str], where: Where) -> None:
     """What the run has from here on, where Hydra notes it."""
     from omegaconf import OmegaConf
 
+    config, choices = made
     _replace(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
     _replace(hydra / "config.yaml", OmegaConf.to_yaml(config))
     if (hydra / HYDRA).is_file():
-        noted = OmegaConf.load(hydra / HYDRA)
-        OmegaConf.select(noted, CHOICES).update(choices)
-        _replace(hydra / HYDRA, OmegaConf.to_yaml(noted))
+        told = OmegaConf.load(hydra / HYDRA)
+        OmegaConf.select(told, CHOICES).update(choices)
+        note(told, where)
+        _replace(hydra / HYDRA, OmegaConf.to_yaml(told))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from rlhf.compose import CONF, checked, misplaced, register, unknown_choices
 from rlhf.config import Mode
 from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, TERMINATED, terminate_as_interrupt
+from rlhf.search_path import of_command
 
 register()
 
@@ -94,7 +95,7 @@ def for_check(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `rlhf-train`, and `python -m rlhf.train`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print_help([argument for argument in sys.argv[1:] if "=" in argument])
+        print_help(sys.argv[1:])
         return
     if unknown := unknown_choices(sys.argv[1:]):
         sys.exit("\n".join(unknown))
@@ -125,16 +126,20 @@ def _say_stopped(how: str) -> None:
     print(f"{how}: workers and shared memory are released", file=sys.stderr)
 
 
-def print_help(overrides: list[str], name: str = "config", text: str = HELP) -> None:
-    """What can be chosen, and what `overrides` compose of `name`; Hydra's own help takes seconds to list as much."""
-    from hydra import compose, initialize_config_dir
+def print_help(arguments: list[str], name: str = "config", text: str = HELP) -> None:
+    """What can be chosen, and what a command line composes of `name`; Hydra's own help takes seconds for as much."""
+    from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    groups = sorted({path.parent.relative_to(CONF).as_posix() for path in CONF.glob("**/*.yaml")} - {"."})
-    choices = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups}
+    where, overrides = of_command(arguments)
+    choices: dict[str, list[str]] = {}
+    for path in sorted(
+        path.relative_to(place) for place in (CONF, *where.folders()) for path in place.glob("*/**/*.yaml")
+    ):
+        choices.setdefault(path.parent.as_posix(), []).append(path.stem)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            composed = compose(name, overrides)
+            composed = where.compose(name, overrides)
         except HydraException as error:
             sys.exit(str(error))
     shown = [
