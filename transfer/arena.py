@@ -5,7 +5,8 @@
 
 At `init` a worker maps the memory, once per run. With `take=view` the slot becomes the worker's weights, so a slot may
 be written again only when no worker serves its version any more. With both `live` and `view` the worker's weights are
-the trainer's own: an update moves no byte, and before they change the trainer withdraws them.
+the trainer's own: an update moves no byte, and before they change the trainer withdraws them. With `live` and `copy` a
+word beside the weights (mark.py) says whether they have held still while they were copied.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transfer.descriptors import DescriptorServer, receive_region
 from transfer.digest import Hasher, digest_of
 from transfer.finite import NotFinite
 from transfer.manifest import Manifest, same_tensors
+from transfer.mark import MARK_BYTES, Mark
 from transfer.one_pass import OnePass, addresses, available
 
 LOG = logging.getLogger(__name__)
@@ -41,11 +43,14 @@ class Slots:
         self.device = memory.HostRegion.device
         self.socket = self._server.path
         self.views: list[dict[str, torch.Tensor]] = []
+        self.mark: Mark | None = None  # of slots that change without a word to the workers
 
-    def allocate(self, manifest: Manifest, weights: Mapping[str, torch.Tensor], count: int) -> dict[str, Any]:
+    def allocate(
+        self, manifest: Manifest, weights: Mapping[str, torch.Tensor], count: int, marked: bool = False
+    ) -> dict[str, Any]:
         """Allocate `count` slots in place of the ones before; what a worker must know to map them."""
         self._drop()
-        nbytes = count * memory.slot_bytes(manifest)
+        nbytes = count * memory.slot_bytes(manifest) + MARK_BYTES * marked
         device = next((w.device for w in weights.values() if w.is_cuda), memory.HostRegion.device)
         where: dict[str, Any] = {"slots": count}
         if device.type == "cuda":
@@ -58,6 +63,7 @@ class Slots:
             self._server.offer(self._region)
         self.device = device
         self.views = [memory.tensors(self._region, manifest, slot) for slot in range(count)]
+        self.mark = Mark(self._region) if marked else None
         return where
 
     def close(self) -> None:
@@ -66,7 +72,7 @@ class Slots:
         self._drop()
 
     def _drop(self) -> None:
-        self.views = []
+        self.views, self.mark = [], None
         if self._region is not None:
             self._region.close()
             self._region = None
@@ -125,6 +131,9 @@ class ArenaPublisher:
             raise NotFinite
         return digest
 
+    def release(self) -> None:
+        """Nothing: no slot is written before all workers have said what they serve."""
+
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""
         self._passes = {}
@@ -150,7 +159,8 @@ class LivePublisher:
     @torch.no_grad()
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Give the tensors themselves new memory, with the same values; what a worker must know to map it."""
-        where = self._slots.allocate(manifest, weights, 1)
+        where = self._slots.allocate(manifest, weights, 1, marked=True)
+        self.release()
         for entry in manifest.entries:
             view = self._slots.views[0][entry.name]
             view.copy_(weights[entry.name])
@@ -167,7 +177,7 @@ class LivePublisher:
     def write(
         self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
-        """Only look: ValueError if a tensor is no longer where workers look for it; the digest.
+        """Only look, and mark the version: ValueError if a tensor is no longer where workers look for it; the digest.
 
         NotFinite for values that one pass has found: the digest's, or if workers do not look as they copy.
         """
@@ -176,12 +186,19 @@ class LivePublisher:
         found = self._pass.start(with_digest) if self._pass is not None and looks else None
         self._check_places(weights)  # while the GPU looks
         if found is None:
-            slow = with_digest and self._pass is None
-            return {"slot": 0}, digest_of(self._slots.views[0].values()) if slow else None
-        digest, finite = found()
-        if not finite:
-            raise NotFinite
+            digest = digest_of(self._slots.views[0].values()) if with_digest and self._pass is None else None
+        else:
+            digest, finite = found()
+            if not finite:
+                raise NotFinite
+        assert self._slots.mark is not None
+        self._slots.mark.hold(version)
         return {"slot": 0}, digest
+
+    def release(self) -> None:
+        """The weights may change from now on: what a worker has not copied by now it will not serve."""
+        if self._slots.mark is not None:
+            self._slots.mark.let_go()
 
     def _check_places(self, weights: Mapping[str, torch.Tensor]) -> None:
         views = self._slots.views[0]
@@ -216,6 +233,7 @@ class ArenaIntake:
         self.in_place = Take(endpoint["take"]) is Take.copy
         self.settled = Staging(endpoint["staging"]) is Staging.arena
         self.unchecked = False
+        self._mark: Mark | None = None  # of memory that is not settled
         self._region: memory.Region | None = None
         self.slots: Sequence[dict[str, torch.Tensor]] = ()
         self.owner = memory.HostRegion.device
@@ -224,7 +242,7 @@ class ArenaIntake:
         """Map the trainer's slots; ValueError if `take=view` cannot put them under a module on `device`."""
         wire.only(dict(where), {"slots": _is_slots, "device": wire.is_str, "handle": wire.is_str}, "where")
         slots = where.get("slots", 0)
-        nbytes = slots * memory.slot_bytes(manifest)
+        nbytes = slots * memory.slot_bytes(manifest) + MARK_BYTES * (not self.settled)
         region: memory.Region
         if "handle" in where:
             region = memory.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes, device)
@@ -237,6 +255,7 @@ class ArenaIntake:
             )
         self.close()
         self._region = region
+        self._mark = None if self.settled else Mark(region)
         self.unchecked = not self.settled and "handle" in where
         self.slots = [memory.tensors(region, manifest, slot) for slot in range(slots)]
         self.owner = region.device
@@ -248,9 +267,13 @@ class ArenaIntake:
             raise ValueError(f"where.slot must be below {len(self.slots)} (got {where.get('slot')})")
         return self.slots[where["slot"]]
 
+    def still(self, version: int) -> bool:
+        """Whether what was read of this version up to now is whole: its slot has not been written meanwhile."""
+        return self._mark is None or self._mark.holds(version)
+
     def close(self) -> None:
         """Give up the mapping; weights that view it keep it."""
-        self.slots = ()
+        self.slots, self._mark = (), None
         if self._region is not None:
             self._region.close()
             self._region = None

@@ -19,6 +19,7 @@ import torch
 from transfer import memory, wire
 from transfer.config import CollectiveConfig, Library, Take
 from transfer.digest import Hasher, digest_of
+from transfer.hold import Hold
 from transfer.manifest import ALIGNMENT, Entry, Manifest, round_up
 from transfer.process_group import DEPTH, TrainerGroup, WorkerGroup, listener, one_gpu
 
@@ -95,6 +96,7 @@ class CollectivePublisher:
         self._memory: list[torch.Tensor] = []
         self._takers: Sequence[Hashable] = ()
         self._group: TrainerGroup | None = None
+        self._hold = Hold()  # of the broadcast that began last
         self.endpoint = {"backend": config.library.value, "host": config.host, "take": config.take.value}
 
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -132,7 +134,14 @@ class CollectivePublisher:
             self._group = TrainerGroup(self._config.library, self._device, 1 + len(takers), self._config.host)
             self._takers = takers
         group = self._group
-        return Broadcast(group, lambda timeout_s: group.broadcast(timeout_s, *self._packed()))
+        self._hold = Hold()
+        count, pack = self._packed()
+        return Broadcast(group, lambda timeout_s: group.broadcast(timeout_s, count, pack))
+
+    def release(self) -> None:
+        """No bucket is packed any more: a broadcast that lags behind its push ends instead of sending later weights."""
+        self._hold.end()
+        self._synchronize()
 
     def close(self) -> None:
         """Leave the group; workers keep what they have."""
@@ -148,10 +157,15 @@ class CollectivePublisher:
             self._group.close()
         self._group = None
 
-    def _packed(self) -> tuple[int, Callable[[int], torch.Tensor]]:
-        """How many buckets there are, and what packs one."""
+    def _synchronize(self) -> None:
+        """What is queued may write the weights, or read them."""
         for device in {tensor.device for tensor in self._weights.values() if tensor.is_cuda}:
-            torch.cuda.synchronize(device)  # other streams may have changed the weights
+            torch.cuda.synchronize(device)
+
+    def _packed(self) -> tuple[int, Callable[[int], torch.Tensor]]:
+        """How many buckets there are, and what packs one while the weights are held."""
+        self._synchronize()
+        hold = self._hold
         buckets = buckets_of(self._manifest, self._size)
         flat: dict[str, torch.Tensor] = {}  # the tensor that the next bucket goes on with
 
@@ -162,11 +176,13 @@ class CollectivePublisher:
             for entry, first, last in bucket.pieces:
                 if entry.name not in flat:
                     flat.clear()
-                    flat[entry.name] = self._weights[entry.name].detach().reshape(-1)
+                    with hold.reading():  # a tensor that is not contiguous is copied
+                        flat[entry.name] = self._weights[entry.name].detach().reshape(-1)
                 start, itemsize = entry.offset - bucket.start, entry.torch_dtype.itemsize
                 targets.append(packed[start + first : start + last].view(entry.torch_dtype))
                 sources.append(flat[entry.name][first // itemsize : last // itemsize])
-            torch._foreach_copy_(targets, sources)
+            with hold.reading():
+                torch._foreach_copy_(targets, sources)
             return packed[: bucket.end - bucket.start]
 
         return len(buckets), pack
@@ -245,6 +261,10 @@ class CollectiveIntake:
             self._leave()
             raise
         return {e.name: _view(block[e.offset : e.offset + e.nbytes], e) for e in self._manifest.entries}
+
+    def still(self, version: int) -> bool:
+        """Always: what is staged is the worker's own."""
+        return True
 
     def close(self) -> None:
         """Leave the group; weights that view the memory keep it."""

@@ -83,6 +83,9 @@ class DiskPublisher:
         self._remove_old({*served, *self._written[-self._keep :]})
         return {"xxh3_128": file_hash}, digest_of(data.values()) if with_digest else None
 
+    def release(self) -> None:
+        """Nothing: the files are copies."""
+
     def close(self) -> None:
         """The last versions stay, for whoever comes late."""
 
@@ -132,6 +135,10 @@ class DiskIntake:
         found = load(raw)
         _check(found, self._manifest)
         return {entry.name: found[entry.name].to(self._device) for entry in self._manifest.entries}
+
+    def still(self, version: int) -> bool:
+        """Always: what is staged is the worker's own."""
+        return True
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -33,6 +33,9 @@ class LocalPublisher:
         """Nothing to write."""
         return {}, None
 
+    def release(self) -> None:
+        """Nothing is held."""
+
     def close(self) -> None:
         """Nothing to close."""
 
@@ -54,6 +57,10 @@ class LocalIntake:
         """No tensors: the module has the new weights already."""
         wire.only(dict(where), {}, "where")
         return {}
+
+    def still(self, version: int) -> bool:
+        """Always: the sampler has nothing but the trainer's module."""
+        return True
 
     def close(self) -> None:
         """Nothing to close."""

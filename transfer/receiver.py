@@ -33,13 +33,14 @@ from typing import Any, Protocol
 
 import torch
 
-from transfer import protocol, wire
+from transfer import lease, protocol, wire
 from transfer.config import InFlight, Verify
 from transfer.digest import SUMS
 from transfer.gate import Gate
 from transfer.journal import Journal
 from transfer.landing import Staged
 from transfer.manifest import Manifest
+from transfer.mark import WENT_ON
 from transfer.oneshot import Chunks
 
 TIMEOUT_S = 60.0  # deadline of one message, until a trainer names its own
@@ -63,6 +64,7 @@ class Intake(Protocol):
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None: ...
     def stage(self, version: int, where: Mapping[str, Any]) -> Staged: ...
+    def still(self, version: int) -> bool: ...  # whether what was read of it up to now is whole
     def close(self) -> None: ...
 
 
@@ -160,7 +162,7 @@ class Receiver:
     @property
     def phase(self) -> protocol.Phase:
         """Where this worker stands."""
-        return protocol.expired(self._state, time.monotonic()).phase
+        return protocol.expired(self._state, lease.now()).phase
 
     @contextmanager
     def serving(self) -> Iterator[Turns]:
@@ -211,7 +213,7 @@ class Receiver:
 
     def status(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Where this worker stands, how many completions it is busy with, and the manifest that it wants."""
-        state = protocol.expired(self._state, time.monotonic())
+        state = protocol.expired(self._state, lease.now())
         return {
             "phase": state.phase.value,
             "boot": self._boot,
@@ -276,7 +278,7 @@ class Receiver:
                 _only(info, {"epoch": _is_epoch, "version": wire.is_int, "where": _is_dict}, "update_info")
                 message = protocol.Update(info["epoch"], info["version"])
                 return self._update(message, lambda: self._intake.stage(message.version, info["where"]))
-            alone = protocol.expired(self._state, time.monotonic()).target is None
+            alone = protocol.expired(self._state, lease.now()).target is None
             version = self._next()
             if alone:
                 self._start(protocol.Start(0, version))
@@ -376,7 +378,7 @@ class Receiver:
         return self._standing()
 
     def _finish(self, message: protocol.Finish, check: Callable[[], None] | None = None) -> dict[str, Any]:
-        _, decision = self._step(message)
+        self._state, decision = self._step(message)
         if isinstance(decision, protocol.Do):
             with self._or_failed(f"finishing version {message.version}"):
                 if check is not None:
@@ -391,11 +393,22 @@ class Receiver:
         """Weights and label change together; what is not verified afterwards is not served."""
         self._state = protocol.reported(self._state, protocol.Event.WRITING)
         digest = self._write_weights()
+        self._check_still()
         if digest is not None and self._verify is not Verify.full:
             self._check_digest(self._state, digest, "copied")
         elif self._verify is Verify.full or not self._intake.settled:
             self._compare(self._state, self._live_digest, "live")
         self._state = protocol.reported(self._state, protocol.Event.FLIPPED)
+
+    def _check_still(self) -> None:
+        """What was copied out of the trainer's own memory is whole only if the trainer still held still at the end."""
+        if self._intake.settled or not self._intake.in_place:
+            return
+        target = self._state.target
+        if protocol.expired(self._state, lease.now()).target is None:
+            raise ValueError("the lease of the update has ended before its weights were copied")
+        if target is None or not self._intake.still(target):
+            raise ValueError(f"version {target}: {WENT_ON}")
 
     def _live_digest(self, like: str) -> str:
         """Of the module's tensors; unless all is to be looked at, of the slot that has just become them."""
@@ -440,7 +453,7 @@ class Receiver:
             self._verbs.release()
 
     def _step(self, message: protocol.Message) -> tuple[protocol.State, protocol.Decision]:
-        state, decision = protocol.step(self._state, message, time.monotonic(), 2 * self._timeout_s)
+        state, decision = protocol.step(self._state, message, lease.now(), 2 * self._timeout_s)
         if isinstance(decision, protocol.Refuse):
             raise wire.Refused(409, decision.reason)
         return state, decision
@@ -464,7 +477,7 @@ class Receiver:
 
     def _next(self) -> int:
         """The version of a one-shot update: the one under way, or the one after the newest."""
-        state = protocol.expired(self._state, time.monotonic())
+        state = protocol.expired(self._state, lease.now())
         if state.target is not None:
             return state.target
         return 0 if state.version is None else state.version + 1

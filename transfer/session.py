@@ -3,6 +3,7 @@
     write      the bytes, where workers find them; nobody is told yet
     stage      start and update, to all workers at once
     finish     only when all have staged; else abort to all, and the live weights are the old ones everywhere
+    release    whatever came of it: what is read of the trainer's own memory from now on counts no more
     withdraw   where workers serve the trainer's own memory: before that changes, so that none serves a mixture
 
 After a failure the next push takes a new epoch first: then no late message of the failed one counts, and what each
@@ -61,6 +62,7 @@ class Publisher(Protocol):
     def write(
         self, version: int, weights: Weights, served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]: ...
+    def release(self) -> None: ...  # the trainer goes on: nothing may be read of its own memory any more
     def close(self) -> None: ...
 
 
@@ -234,6 +236,7 @@ class Session:
         """
         if self._publisher.exposes:
             self._writes = {}  # nobody may get them any more
+            self._publisher.release()
         if not self._viewers:
             return
         version = max(self._named, -1 if self._newest is None else self._newest)
@@ -366,6 +369,14 @@ class Session:
     def _update(self, members: Sequence[Member], written: Written) -> None:
         """Let these workers take one version: all, or none as far as that can be undone."""
         self._unsure = True
+        try:
+            self._carry(members, written)
+        finally:
+            if not self._publisher.exposes:
+                self._publisher.release()
+        self._unsure = False
+
+    def _carry(self, members: Sequence[Member], written: Written) -> None:
         at_once = len(members) == 1 and is_remote(members[0])
         failures = self._stage(members, written, at_once)
         if again := self._rejoined(list(failures)):
@@ -377,7 +388,6 @@ class Session:
             self._raise(f"{'the update to' if at_once else 'staging'} version {written.version}", failures)
         if not at_once:
             self._finish_all(members, written)
-        self._unsure = False
 
     def _finish_all(self, members: Sequence[Member], written: Written) -> None:
         failures = self._finish(members, written.version)

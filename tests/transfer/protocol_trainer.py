@@ -243,6 +243,9 @@ class Publisher:
         content = self._slots[where["slot"]] = self.contents[version] = self._world.publish(self._name, version)
         return where, content.digest if with_digest else None
 
+    def release(self) -> None:
+        """What a worker has copied is judged by what it holds."""
+
 
 # --- what stands in place of the rest ---------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import torch
 
 from transfer.digest import SUMS
 from transfer.engine import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from transfer.mark import WENT_ON
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.reload import OwnWay
 
@@ -101,6 +102,8 @@ class RlhfIpcEngine(WeightTransferEngine[RlhfInitInfo, RlhfUpdateInfo]):
         if expected is not None and (said["digest"] or not self._rank.settled):
             found = said["digest"] or self._rank.live_digest(update_info.version, update_info.where, expected)
             self._compare("copied", found, expected)
+        if not said["still"]:
+            raise ValueError(f"version {update_info.version}: {WENT_ON}; the weights are torn")
         self._version, self._torn = update_info.version, ""
 
     def _compare(self, which: str, found: str, expected: str) -> None:

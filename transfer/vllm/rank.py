@@ -63,7 +63,10 @@ class RankWeights:
         self._intake = intake
 
     def copy(self, version: int, where: Mapping[str, Any], with_digest: bool) -> dict[str, Any]:
-        """Make the staged weights the model's; `digest` if it cost nothing, and whether all were `finite`."""
+        """Make the staged weights the model's; `digest` if it cost nothing, and whether all were `finite`.
+
+        `still`: whether they have held still meanwhile; if not, the model holds a mixture.
+        """
         staged = self._staged(version, where)
         found = self._replay_of(staged)
         if found is not None:
@@ -74,7 +77,7 @@ class RankWeights:
                 self._own_way.reload(self._named(staged))
                 synchronize(self._device)
                 self._prove(staged)
-        return {"digest": digest, "finite": finite}
+        return {"digest": digest, "finite": finite, "still": self._intake is not None and self._intake.still(version)}
 
     def digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
         """Of the staged weights."""

@@ -14,6 +14,7 @@ import torch
 from transfer.config import Staging, Take
 from transfer.finite import NotFinite
 from transfer.manifest import Manifest
+from transfer.mark import WENT_ON
 
 Rpc = Callable[[str, dict[str, Any]], list[dict[str, Any]]]  # verb, body -> what each rank says
 
@@ -56,6 +57,10 @@ class RemoteIntake:
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, Any]:
         """What the ranks must be told to find these weights."""
         return {"version": version, "where": dict(where)}
+
+    def still(self, version: int) -> bool:
+        """As far as this process knows: ranks look for themselves."""
+        return True
 
     def close(self) -> None:
         """Let every rank give the memory up."""
@@ -100,6 +105,8 @@ class RemoteLanding:
         answers = self._ranks.call("copy", **staged, with_digest=with_digest)
         if not all(said["finite"] for said in answers):
             raise NotFinite("the weights have values that are not finite")
+        if not all(said["still"] for said in answers):
+            raise ValueError(WENT_ON)
         self._last = staged
         digests = {said["digest"] for said in answers}
         return digests.pop() if len(answers) == 1 else None
