@@ -16,6 +16,7 @@ from hydra.errors import CompactHydraException
 from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
 from rlhf.train import print_help
+from transfer.shown import printable
 
 register()
 
@@ -46,7 +47,7 @@ def _job(config: Any) -> None:
 
         evaluate_policy(evaluation, folder)
     except EXPLAINED as error:
-        raise CompactHydraException(str(error)) from error
+        raise CompactHydraException(printable(str(error))) from error
 
 
 def main() -> None:

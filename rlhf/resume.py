@@ -18,6 +18,7 @@ from rlhf.compose import CONF, checked, register
 from rlhf.config import Mode, RunConfig
 from rlhf.ending import EXPLAINED, alone, full_disk_explained
 from rlhf.search_path import Where, note, noted, of_command
+from transfer.shown import printable
 
 HELP = """\
 Go on with a run that was stopped, from its newest checkpoint that verifies (docs/operations.md).
@@ -57,7 +58,7 @@ def main() -> None:
 
                 run(config, folder, replayed, resume=True)
         except (HydraException, *EXPLAINED) as error:
-            print(_with_cause(error), file=sys.stderr)
+            print(printable(_with_cause(error)), file=sys.stderr)
             sys.exit(1)
 
 

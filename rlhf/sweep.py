@@ -20,6 +20,7 @@ from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, RunError, end_with_par
 from rlhf.reports.leaderboard import write_tables
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import objective_of, read_summary, write_summary
+from transfer.shown import printable
 
 END_S = 30.0  # how long an interrupted job may take to end by itself
 
@@ -105,7 +106,7 @@ class SweepTable(Callback):
             return
         if job_return.status is JobStatus.FAILED:
             error = str(job_return._return_value)
-            print(f"job {config.hydra.job.num} failed: {error}", file=sys.stderr)
+            print(f"job {config.hydra.job.num} failed: {printable(error)}", file=sys.stderr)
             folder = Path(config.hydra.runtime.output_dir)
             if read_summary(folder).get("error") != error:  # else run_job has noted it
                 write_summary(folder, "failed", list(config.hydra.overrides.task), {"error": error})

@@ -17,6 +17,7 @@ from rlhf.compose import CONF, checked, misplaced, register, unknown_choices
 from rlhf.config import Mode
 from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, TERMINATED, terminate_as_interrupt
 from rlhf.search_path import of_command
+from transfer.shown import printable
 
 register()
 
@@ -69,7 +70,7 @@ def _job(config: Any) -> float | None:
 
         run(run_config, folder, overrides)
     except EXPLAINED as error:
-        raise CompactHydraException(str(error)) from error
+        raise CompactHydraException(printable(str(error))) from error
     return None
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfer.inert_pickle import DTYPE_BYTES, Global
+from transfer.shown import MAX_SHOWN, shown
 
 MEMFD = "memfd"
 ALIGN = 256  # bytes
@@ -67,7 +68,7 @@ def own_handle(handle: Any) -> tuple[str, Any]:
     for uuid in itertools.chain(own, _peer_uuids()):
         if _normal(uuid) in available:
             return uuid, available[_normal(uuid)]
-    raise ValueError(f"IPC handle not found for GPU UUID {own[0]}. Available UUIDs: {list(handle)}")
+    raise ValueError(f"IPC handle not found for GPU UUID {own[0]}. Available UUIDs: {shown(list(handle), 400)}")
 
 
 def _own_uuids() -> list[str]:
@@ -116,8 +117,10 @@ class CudaTensor:
 
 def check(dtype: str, shape: Sequence[int], handle: Any) -> HostTensor | CudaTensor:
     """Compare a tensor's handle with the dtype and shape announced for it; ValueError that says what is wrong."""
-    require(isinstance(dtype, str) and dtype in DTYPE_BYTES, f"dtype {str(dtype)[:40]!r} is not known")
-    require(_is_ints(shape), f"shape {str(shape)[:80]} is not a list of sizes")
+    require(isinstance(dtype, str) and dtype in DTYPE_BYTES, f"dtype {shown(dtype)} is not known")
+    require(_is_ints(shape), f"shape {shown(shape)} is not a list of sizes")
+    reach = math.prod(max(1, length) for length in shape) * DTYPE_BYTES[dtype]  # an empty tensor has strides, too
+    require(reach <= MAX_BYTES, f"shape {shown(shape)} has sizes of more than {MAX_BYTES} bytes together")
     uuid, fields = own_handle(handle)
     if uuid == host_id():
         return _check_host(dtype, tuple(shape), fields)
@@ -133,13 +136,13 @@ def _check_host(dtype: str, shape: tuple[int, ...], fields: Any) -> HostTensor:
     require(_is_count(pid, 2**31) and pid > 0, "the process id is out of range")
     require(_is_count(fd, 2**31) and _is_count(inode, 2**63), "the descriptor or inode is out of range")
     require(_is_count(offset, MAX_BYTES) and offset % ALIGN == 0, f"the offset is not a multiple of {ALIGN} bytes")
-    require(handle_dtype == dtype, f"the message says {dtype}, the handle {str(handle_dtype)[:40]}")
+    require(handle_dtype == dtype, f"the message says {dtype}, the handle {_name(handle_dtype)}")
     require(
         _is_ints(handle_shape) and tuple(handle_shape) == shape,
-        f"the message says shape {list(shape)}, the handle {str(handle_shape)[:80]}",
+        f"the message says shape {shown(list(shape))}, the handle {shown(handle_shape)}",
     )
     need = math.prod(shape) * DTYPE_BYTES[dtype]
-    require(_is_count(size, MAX_BYTES) and size == need, f"{need} bytes are needed, the handle has {str(size)[:40]}")
+    require(_is_count(size, MAX_BYTES) and size == need, f"{need} bytes are needed, the handle has {shown(size)}")
     return HostTensor(dtype, shape, (pid, fd, inode), offset, size)
 
 
@@ -150,7 +153,8 @@ def _check_cuda(dtype: str, shape: tuple[int, ...], fields: Any) -> CudaTensor:
     require(_name(storage_cls) in STORAGE_CLASSES, f"the storage class must be one of {', '.join(STORAGE_CLASSES)}")
     require(_name(handle_dtype) == f"torch.{dtype}", f"the message says {dtype}, the handle {_name(handle_dtype)}")
     require(
-        _is_ints(size) and tuple(size) == shape, f"the message says shape {list(shape)}, the handle {str(size)[:80]}"
+        _is_ints(size) and tuple(size) == shape,
+        f"the message says shape {shown(list(shape))}, the handle {shown(size)}",
     )
     require(_is_ints(stride) and len(stride) == len(shape), "the stride does not fit the shape")
     require(_is_count(offset, MAX_BYTES), "the offset is out of range")
@@ -209,4 +213,4 @@ def _name(given: Any) -> str:
         return given.name
     if isinstance(given, type):
         return f"{given.__module__}.{given.__qualname__}"
-    return str(given)[:80]
+    return given[:MAX_SHOWN] if isinstance(given, str) else shown(given)

@@ -4,7 +4,8 @@ A pickle is a program for a stack machine. This is an interpreter of the few ins
 dicts, tuples, numbers, strings and bytes (protocols 2 to 5). A global is never looked up: it becomes a `Global`, a mere
 name, and only if the name is in `GLOBALS`. Nothing is called: the two calls that honest payloads contain,
 `torch.Size(tuple)` and protocol 2's spelling of bytes, are worked out here. Any other instruction, name or call is
-refused, and so is what is too large, too deep or refers to itself. Standard library only.
+refused, and so is what is too large, too deep or refers to itself. A pickle may hold one value in many places: what it
+would be if each place had its own is bounded, too, for whoever walks it. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transfer.shown import shown
+
 MAX_BYTES = 8 * 2**20
 MAX_STEPS = 2**20  # instructions; bounds the memory that small instructions can ask for
-MAX_ENCODED = 4096  # characters of one protocol-2 bytes; each call makes a copy, so its size is bounded, too
+MAX_ENCODED = 4096  # characters of one protocol-2 bytes; of all together, no more than the pickle has
 MAX_CONTAINERS = 2**17  # lists, dicts and tuples; a tensor's handle has 5 or 6, and a byte of input can make one
+MAX_WEIGHT = 2 * MAX_BYTES  # values and their characters, each counted as often as it occurs; honest ones have a third
 MAX_DEPTH = 8  # containers inside containers; a list of dicts of (function, fields with a size) has 5
 
 DTYPE_BYTES = {
@@ -75,6 +79,8 @@ class _Reader:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.depth: dict[int, int] = {}  # of each list, dict and tuple, by id
+        self.weight: dict[int, int] = {}  # the same, of all that is in it
+        self.encoded = 0  # bytes that calls have made
         self.open: set[int] = set()  # ids of the lists and dicts that may still grow
 
     def run(self) -> Any:
@@ -135,25 +141,31 @@ class _Reader:
     # --- containers
 
     def push_container(self, container: list[Any] | dict[str, Any]) -> None:
-        self.depth[id(container)] = 1
+        self.depth[id(container)] = self.weight[id(container)] = 1
         self.open.add(id(container))
         self.stack.append(container)
 
     def push_tuple(self, items: list[Any]) -> None:
         made = tuple(items)
-        self.depth[id(made)] = 1
+        self.depth[id(made)] = self.weight[id(made)] = 1
         self.open.discard(id(made))
         self.put_into(made, items)
         self.stack.append(made)
 
     def put_into(self, container: Any, items: list[Any]) -> None:
         """Close the containers among `items`, of which `container` now is one level above."""
+        depth, weight = self.depth[id(container)], self.weight[id(container)]
         for item in items:
             if isinstance(item, list | dict | tuple):
                 self.open.discard(id(item))
-                self.depth[id(container)] = max(self.depth[id(container)], 1 + self.depth[id(item)])
-        if self.depth[id(container)] > MAX_DEPTH:
+                depth, weight = max(depth, 1 + self.depth[id(item)]), weight + self.weight[id(item)]
+            else:
+                weight += 1 + (len(item) if isinstance(item, str | bytes) else 0)
+        if depth > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} containers inside each other")
+        if weight > MAX_WEIGHT:
+            raise ValueError(f"more than {MAX_WEIGHT} values and characters, each counted as often as it occurs")
+        self.depth[id(container)], self.weight[id(container)] = depth, weight
 
     def extend(self, items: list[Any]) -> None:
         target = self.growing(list)
@@ -165,7 +177,7 @@ class _Reader:
         keys, values = pairs[::2], pairs[1::2]
         if len(keys) != len(values) or not all(isinstance(key, str) for key in keys):
             raise ValueError("a dict needs pairs of a string and a value")
-        self.put_into(target, values)
+        self.put_into(target, pairs)
         self.growing(dict).update(zip(keys, values, strict=True))
 
     def growing(self, kind: type) -> Any:
@@ -180,7 +192,7 @@ class _Reader:
     def push_global(self, module: Any, name: Any) -> None:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
         if full not in GLOBALS:
-            raise ValueError(f"the name {full[:80]!r} is not allowed")
+            raise ValueError(f"the name {shown(full)} is not allowed")
         self.stack.append(Global(full))
 
     def reduce(self) -> None:
@@ -189,6 +201,9 @@ class _Reader:
             case Global(name=name), (tuple() as size,) if name == SIZE:
                 self.stack.append(size)
             case Global(name=name), (str() as text, "latin1") if name == ENCODE and len(text) <= MAX_ENCODED:
+                self.encoded += len(text)
+                if self.encoded > len(self.data):
+                    raise ValueError("more bytes are encoded than it has")
                 self.stack.append(text.encode("latin1"))
             case _:
                 raise ValueError("a call is not allowed")

@@ -23,6 +23,7 @@ from transfer import inert_pickle
 from transfer.engine import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo, parsed
 from transfer.handle_check import check
 from transfer.handles import Exporter, Importer
+from transfer.shown import one_line, shown
 from transfer.wire import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _named(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return step(*arguments)
     except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from error
+        raise ValueError(f"{shown(name)}: {error}") from error
 
 
 # --- transports -------------------------------------------------------------------------------------------------------
@@ -198,9 +199,10 @@ def _send_http(route: str, message: dict[str, Any]) -> None:
         except requests.Timeout as error:
             raise TimeoutError(f"{route} did not answer within {TIMEOUT_S} s") from error
         except requests.RequestException as error:
-            raise RuntimeError(f"{route} cannot be reached: {error}") from error
+            raise RuntimeError(f"{route} cannot be reached: {one_line(str(error))}") from error
     if not 200 <= answer.status_code < 300:
-        raise RuntimeError(f"{route} answered {answer.status_code}: {_message(said) or answer.reason}")
+        words = one_line(_message(said) or str(answer.reason))
+        raise RuntimeError(f"{route} answered {answer.status_code}: {words}")
 
 
 def _message(body: bytes) -> str:
@@ -208,7 +210,7 @@ def _message(body: bytes) -> str:
     text = body.decode(errors="replace").strip()
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     while isinstance(value, dict):
         value = next((value[key] for key in ("error", "detail", "message") if key in value), text)

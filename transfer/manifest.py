@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
+from transfer.shown import shown
+
 ALIGNMENT = 256  # bytes; keeps every dtype aligned, also behind odd-sized tensors
 MAX_BYTES = 2**48  # of one tensor: more is a hostile or broken message
+MAX_DIMS = 64  # of one tensor, as torch has it
 LISTED = 10  # differences shown
 
 DTYPES: dict[str, torch.dtype] = {
@@ -181,9 +184,10 @@ def _checked_row(index: int, row: Any) -> tuple[str, str, tuple[int, ...], tuple
     match row:
         case [str(name), str(dtype), list(shape), list(aliases)] if (
             dtype in DTYPES
+            and len(shape) <= MAX_DIMS
             and all(type(size) is int and 0 <= size <= MAX_BYTES for size in shape)
-            and math.prod(shape) * DTYPES[dtype].itemsize <= MAX_BYTES
+            and math.prod(max(1, size) for size in shape) * DTYPES[dtype].itemsize <= MAX_BYTES
             and all(isinstance(alias, str) for alias in aliases)
         ):
             return name, dtype, tuple(shape), tuple(aliases)
-    raise ValueError(f"entry {index} of a manifest must be [name, dtype, shape, aliases], not {str(row)[:120]}")
+    raise ValueError(f"entry {index} of a manifest must be [name, dtype, shape, aliases], not {shown(row, 120)}")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from transfer.shown import printable
 from transfer.wire import TransferError
 
 DYING_S = 1.0  # from a broken connection to the end of the process behind it
@@ -113,4 +114,4 @@ class WorkerProcess:
         return process
 
     def _tail(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        return printable("\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_TAIL:]))

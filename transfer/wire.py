@@ -16,10 +16,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from transfer.shown import one_line, shown
+
 TOKEN_VARIABLE = (
     "RLHF_WORKER_TOKEN"  # the environment variable with a worker's bearer token, where nobody hands it over
 )
 MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
+MAX_CONTAINERS = 2**20  # lists and objects in a message: three bytes of it become 64 or more of memory
 BODY = "body"  # key of the bytes in an answer that is bytes
 COLUMNS_TYPE = "application/vnd.rlhf.columns"  # content type of completions as columns
 MAX_INT = 2**64 - 1  # any number in a message: no arithmetic on it becomes too long to print
@@ -83,6 +86,7 @@ class RemoteError(RuntimeError):
     """A call to a worker that was refused (`status` from the worker), or never answered (`status` 0)."""
 
     def __init__(self, worker: str, verb: str, status: int, reason: str) -> None:
+        reason = one_line(reason)
         super().__init__(f"{worker}: {verb}: {reason}" + (f" (status {status})" if status else ""))
         self.worker = worker
         self.verb = verb
@@ -102,6 +106,8 @@ def loads(raw: bytes | bytearray | str, limit: int = MAX_CONTROL_BYTES) -> dict[
         return {}
     try:
         text = raw if isinstance(raw, str) else raw.decode()  # else json guesses UTF-16 and others
+        if text.count("[") + text.count("{") > MAX_CONTAINERS:  # some may be of strings
+            raise ValueError(f"more than {MAX_CONTAINERS} lists and objects")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(422, f"the body is not strict JSON: {error}") from None
@@ -116,7 +122,7 @@ def only(body: dict[str, Any], known: dict[str, Callable[[Any], bool]], where: s
         if key not in known:
             raise Refused(422, f"{where}.{key[:80]} is not known; known: {', '.join(sorted(known))}")
         if not known[key](value):
-            raise Refused(422, f"{where}.{key} has a value that is not allowed: {str(value)[:80]!r}")
+            raise Refused(422, f"{where}.{key} has a value that is not allowed: {shown(value)}")
 
 
 def is_int(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.config.rules import at_least, one_of
 from transfer.config import positive
+from transfer.shown import shown
 
 
 class Precision(enum.Enum):
@@ -58,7 +59,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         one_of("model.attention", self.attention, (AUTO, "packed", "sdpa", "eager", "flash_attention_2"))
         if not (isinstance(self.compile, bool) or self.compile == AUTO):
-            raise ValueError(f"model.compile must be auto, true or false (got {self.compile!r})")
+            raise ValueError(f"model.compile must be auto, true or false (got {shown(self.compile)})")
         if self.compile is True and self.attention not in (AUTO, "packed"):
             raise ValueError(
                 f"model.compile=true compiles packed rows: set model.attention=packed, or model.compile=auto "

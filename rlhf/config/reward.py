@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from rlhf.config.rules import at_least, in_range, named_as_part
 from transfer.config import positive
+from transfer.shown import shown
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class SumRewardConfig(RewardConfig):
     def __post_init__(self) -> None:
         RewardConfig.__post_init__(self)
         if not self.parts or not isinstance(self.parts, dict):
-            raise ValueError(f"reward.parts must be like {{right: {{kind: verifier}}}} (got {self.parts!r})")
+            raise ValueError(f"reward.parts must be like {{right: {{kind: verifier}}}} (got {shown(self.parts)})")
         self.parts = {name: _part(name, given) for name, given in self.parts.items()}
         trained = [
             name
@@ -155,15 +156,15 @@ def _part(name: Any, given: Any) -> RewardPart:
     if isinstance(given, RewardPart):
         return given
     if not (isinstance(name, str) and name.isidentifier()):
-        raise ValueError(f"reward.parts: a part's name must be letters, digits and _ (got {name!r})")
+        raise ValueError(f"reward.parts: a part's name must be letters, digits and _ (got {shown(name)})")
     if not isinstance(given, dict):
-        raise ValueError(f"reward.parts.{name} must be like {{kind: verifier, weight: 1.0}} (got {given!r})")
+        raise ValueError(f"reward.parts.{name} must be like {{kind: verifier, weight: 1.0}} (got {shown(given)})")
     values = dict(given)
     kind, weight = values.pop("kind", None), values.pop("weight", 1.0)
     if not isinstance(kind, str) or kind not in REWARD_PARTS:
-        raise ValueError(f"reward.parts.{name}.kind must be one of {', '.join(REWARD_PARTS)} (got {kind!r})")
+        raise ValueError(f"reward.parts.{name}.kind must be one of {', '.join(REWARD_PARTS)} (got {shown(kind)})")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise ValueError(f"reward.parts.{name}.weight must be a finite number (got {weight!r})")
+        raise ValueError(f"reward.parts.{name}.weight must be a finite number (got {shown(weight)})")
     with named_as_part(name):
         return RewardPart(_typed(kind, values), float(weight))
 

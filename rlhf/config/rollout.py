@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.config.model import Precision
 from rlhf.config.rules import at_least, in_range
 from transfer.config import InFlight, positive
+from transfer.shown import shown
 
 
 class Logprobs(Enum):
@@ -80,7 +81,7 @@ class VllmRolloutConfig(RolloutConfig):
         self.engine_args = {} if self.engine_args is None else self.engine_args
         if not isinstance(self.engine_args, dict) or not all(isinstance(key, str) for key in self.engine_args):
             raise ValueError(
-                f"rollout.engine_args must be like {{gpu_memory_utilization: 0.4}} (got {self.engine_args!r})"
+                f"rollout.engine_args must be like {{gpu_memory_utilization: 0.4}} (got {shown(self.engine_args)})"
             )
         if taken := [key for key in OWN_ARGS if key in self.engine_args]:
             raise ValueError(

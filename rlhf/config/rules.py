@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf.ending import RunError
+from transfer.shown import shown
 
 
 def at_least(key: str, value: float, least: float) -> None:
@@ -24,7 +25,7 @@ def in_range(key: str, value: float, low: float, high: float) -> None:
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(allowed)} (got {value!r})")
+        raise ValueError(f"{key} must be one of {', '.join(allowed)} (got {shown(value)})")
 
 
 @contextmanager

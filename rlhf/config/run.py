@@ -31,6 +31,7 @@ from transfer.config import (
     TransferConfig,
     positive,
 )
+from transfer.shown import shown
 
 TOKENS = 16384  # of a micro-batch, by default
 
@@ -143,7 +144,9 @@ class RunConfig:
             whole = isinstance(self.tokens_per_microbatch, int) and not isinstance(self.tokens_per_microbatch, bool)
             if not whole or self.tokens_per_microbatch < 1:
                 given = self.tokens_per_microbatch
-                raise ValueError(f"tokens_per_microbatch must be auto or a whole number of at least 1 (got {given!r})")
+                raise ValueError(
+                    f"tokens_per_microbatch must be auto or a whole number of at least 1 (got {shown(given)})"
+                )
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("threads", self.threads, 1)
         at_least("seed", self.seed, 0)

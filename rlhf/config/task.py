@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.rules import at_least, in_range
+from transfer.shown import shown
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,7 +106,7 @@ class ReasoningGymTaskConfig(TaskConfig):
         at_least("task.prompts", self.prompts, 1)
         self.options = {} if self.options is None else self.options
         if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
-            raise ValueError(f"task.options must be like {{max_terms: 3}} (got {self.options!r})")
+            raise ValueError(f"task.options must be like {{max_terms: 3}} (got {shown(self.options)})")
         if taken := {"seed", "size"} & set(self.options):
             raise ValueError(f"task.options must not have {', '.join(sorted(taken))}: set seed and task.prompts")
 

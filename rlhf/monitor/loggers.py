@@ -35,6 +35,7 @@ from rlhf.config import (
 )
 from rlhf.reports.run_folder import flat
 from rlhf.types import Logger
+from transfer.shown import one_line
 
 CLOSE_S = 30.0  # how long a service has at the end of a run to take what it has not taken yet
 SERVICES = {WandbLoggerConfig: "wandb", MlflowLoggerConfig: "mlflow", TrackioLoggerConfig: "trackio"}
@@ -218,7 +219,10 @@ class Guarded:
     def fail(self, reason: str) -> None:
         """Say why and drop the logger, which may still hold something open."""
         failed, self.logger = self.logger, None
-        print(f"warning: logger={self.name} has failed, and the run goes on without it: {reason}", file=sys.stderr)
+        print(
+            f"warning: logger={self.name} has failed, and the run goes on without it: {one_line(reason)}",
+            file=sys.stderr,
+        )
         if failed is not None:
             with suppress(Exception):
                 failed.close()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlhf.monitor.heartbeat import Pulse
+from transfer.shown import printable
 
 TRANSFER_LOG = logging.getLogger("transfer")
 LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage
@@ -84,7 +85,7 @@ class Bars:
     def say(self, text: str) -> None:
         """One line above the bars."""
         if self.on:
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
 
 class Warnings(logging.Handler):

@@ -35,6 +35,7 @@ from rlhf.types import Pair, Task
 from transfer.config import DiskConfig
 from transfer.manifest import Manifest
 from transfer.memory import slot_bytes
+from transfer.shown import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +161,7 @@ def _in_one_line(pulse: Pulse) -> Iterator[None]:
     except EXPLAINED:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(str(error), 300)
         raise RunError(
             f"the check failed ({pulse.stage}): {type(error).__name__}: {said} (HYDRA_FULL_ERROR=1 shows where)"
         ) from error

@@ -23,6 +23,7 @@ from rlhf.config import (
     TaskConfig,
 )
 from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
+from transfer.shown import shown
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Gold = Callable[[Mapping[str, Any], str], float | None]  # (a row's columns, an answer) -> score in [0, 1]
@@ -184,7 +185,7 @@ def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
     text = row.question if isinstance(row.question, str) else _rendered(row.question, tokenizer)
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     if not ids:
-        raise ValueError(f"the model's tokenizer makes no token of the prompt {text!r}: leave that prompt out")
+        raise ValueError(f"the model's tokenizer makes no token of the prompt {shown(text)}: leave that prompt out")
     return Prompt(text, ids, row.columns, messages)
 
 
@@ -199,4 +200,6 @@ def _rendered(messages: list[Message], tokenizer: Tokenizer) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses a conversation ({error}): {messages!r:.300}") from None
+        raise ValueError(
+            f"the model's chat template refuses a conversation ({error}): {shown(messages, 300)}"
+        ) from None

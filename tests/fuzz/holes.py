@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.rollout.worker import Worker
-from transfer import app, handles, inert_pickle, wire
+from transfer import app, handle_check, handles, inert_pickle, wire
 from transfer.oneshot import Chunks
 from transfer.receiver import Receiver
 
@@ -109,6 +109,19 @@ def _incomplete_one_shot() -> None:
     Chunks.check_complete = lambda self: None  # type: ignore[method-assign]
 
 
+def _printed_whole() -> None:
+    handle_check.shown = lambda value, limit=80: str(value)[:limit]
+
+
+def _calls_without_a_sum() -> None:
+    inert_pickle._Reader.encoded = property(lambda self: 0, lambda self, count: None)  # type: ignore[assignment]
+
+
+def _shapes_without_a_bound() -> None:
+    require = handle_check.require
+    handle_check.require = lambda holds, otherwise: require(holds or "bytes together" in otherwise, otherwise)
+
+
 HOLES: dict[str, Callable[[], None]] = {
     "a real unpickler": _real_unpickler,
     "an unchecked message": _unchecked_message,
@@ -119,5 +132,8 @@ HOLES: dict[str, Callable[[], None]] = {
     "a file named by a message": _file_by_name,
     "a connection that a message asks for": _address_by_message,
     "strings that cannot be encoded": _any_unicode,
+    "values that are printed whole": _printed_whole,
+    "calls of which only each is bounded": _calls_without_a_sum,
+    "shapes without a bound": _shapes_without_a_bound,
     "incomplete one-shot weights": _incomplete_one_shot,
 }

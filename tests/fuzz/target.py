@@ -52,6 +52,7 @@ from transfer.wire import ROUTES  # noqa: E402
 TOKEN = "f" * 64
 LIFE = 400  # messages to one worker; then another, so that both of update_weights' forms are met in every state
 STOP = 5  # violations
+MAX_MEMORY = 24 * 2**20, 40  # bytes that a message may take while it is answered, and so many more for each of its own
 MAY_BE_REFUSED = ("completions", "init_weight_transfer_engine", "withdraw_weights", "start_profile", "stop_profile")
 VOCABULARY = 12
 WAYS = {
@@ -152,6 +153,7 @@ class Target:
         self.traffic = Traffic(seed, self.material)
         self.sent = 0
         self.slowest = 0.0
+        self.peak = 0
         self.renew()
 
     def _trainer(self, config: Any) -> None:
@@ -274,7 +276,7 @@ class Target:
             where, digest, number = self.place(self.upcoming(status))
             with self.audit.off():
                 sent = self.traffic.next(status, where, digest, one_shot)
-            began = time.monotonic()
+            began, resident = time.monotonic(), self.peak_from_here()
             try:
                 code, answer = await self.send(sent)
             except Exception as error:
@@ -282,6 +284,7 @@ class Target:
             else:
                 self.slowest = max(self.slowest, time.monotonic() - began)
                 self.table[sent.verb, code] += 1
+                self.check_memory(sent, resident)
                 self.check(sent, status, number, code, answer)
             self.sent += 1
             if self.audit.seen:
@@ -294,6 +297,20 @@ class Target:
         self.violations.append(f"seed {self.seed}, message {self.sent}: {what}\n    {sent}")
 
     # --- what must hold after every message ---
+
+    def peak_from_here(self) -> int:
+        """Bytes that are resident now; the kernel's peak begins anew (proc_pid_clear_refs(5))."""
+        with self.audit.off():
+            Path("/proc/self/clear_refs").write_text("5")
+            return _resident()["VmHWM"]
+
+    def check_memory(self, sent: Sent, before: int) -> None:
+        with self.audit.off():
+            peak = _resident()["VmHWM"]
+        self.peak = max(self.peak, peak)
+        fixed, each = MAX_MEMORY
+        if peak - before > fixed + each * len(sent.body):
+            self.violation(sent, f"{len(sent.body)} bytes have taken {(peak - before) / 2**20:.0f} MiB")
 
     def check(self, sent: Sent, before: dict[str, Any], number: int, code: int, answer: Any) -> None:
         if code not in self.answers[sent.verb]:
@@ -361,8 +378,7 @@ class Target:
         gc.collect()
         with self.audit.off():
             ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that what is left is in use
-            lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-            memory = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
+            memory = _resident()
             descriptors = len(os.listdir("/proc/self/fd"))
         return {
             "sent": self.sent,
@@ -372,7 +388,7 @@ class Target:
             "done": self.done,
             "memory": memory["RssAnon"] + memory["RssShmem"],  # without pages of libraries, which come as they are used
             "rss": memory["VmRSS"],
-            "peak": memory["VmHWM"],
+            "peak": self.peak,
             "descriptors": descriptors,
             "slowest": self.slowest,
             "status": self.worker.status({}),
@@ -404,6 +420,12 @@ class Current:
     def __getattr__(self, verb: str) -> Any:
         getattr(self._target.worker, verb)
         return lambda message: getattr(self._target.worker, verb)(message)
+
+
+def _resident() -> dict[str, int]:
+    """Bytes of this process, by the kernel's names."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
 
 
 def _answers() -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import pickle
 from dataclasses import dataclass
 from typing import Any
 
+from extremes import extreme
 from mutations import Mutator
 
 from transfer import wire
@@ -167,6 +168,9 @@ class Traffic:
             filler = self.random.choice([b" ", b"[", b"0,", b'"a",'])
             return Sent(verb, query, b'{"a":' + filler * (HUGE // len(filler)), False)
         info = message.get("update_info", {})
+        if info.get("names") and self.random.random() < 0.15:
+            asks = {"update_info": extreme(self.random, info, self.material["handles"])}
+            return Sent(verb, query, json.dumps(asks).encode(), False)
         if "ipc_handles_pickled" in info and self.random.random() < 0.75:
             info["ipc_handles_pickled"] = self.mutator.handles(_tuples(self.material["handles"]))
             return Sent(verb, query, json.dumps(message).encode(), False)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transfer.shown import printable
+
 OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
 MAX_REASON = 400  # characters of one reason
 
@@ -99,7 +101,7 @@ def failed(error: BaseException) -> Finding:
 
 
 def one_line(text: str) -> str:
-    """A text's first and last line as one, cut to a readable length."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    """A text's first and last line as one, cut to a readable length, and safe on a terminal."""
+    lines = [line.strip() for line in printable(text).splitlines() if line.strip()] or ["no reason given"]
     whole = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     return whole if len(whole) <= MAX_REASON else f"{whole[: MAX_REASON // 2]} ... {whole[-MAX_REASON // 2 :]}"
