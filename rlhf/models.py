@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Device, HfModelConfig, ModelConfig, TinyModelConfig
+from rlhf.endings import as_config, carry_stop_ids, stop_ids, stop_ids_of
+from rlhf.saving import Brought, brought_by, carry
+from rlhf.saving import save_model as save_model  # of which this is the usual place
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +94,9 @@ def _splitter(characters: list[str]) -> Tokenizer:
 
 
 def _load_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    shape = _from_pretrained(AutoConfig, path, f"{key}: cannot load a model")
     tokenizer = _from_pretrained(AutoTokenizer, path, f"{key}: cannot load a tokenizer")
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -101,6 +105,11 @@ def _load_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    brought = _from_pretrained(Brought, path, f"{key}: cannot load a model")
+    text = shape.get_text_config()
+    named = [brought.generation.get("eos_token_id"), shape.eos_token_id, text.eos_token_id]
+    carry_stop_ids(tokenizer, named, getattr(text, "vocab_size", len(tokenizer)))
+    carry(tokenizer, brought)
     return tokenizer
 
 
@@ -124,8 +133,9 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
             policy = _load_policy(config, tokenizer)
         case _:
             raise AssertionError(f"no policy is made from {type(config).__name__}")
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.config.update(ends)
+    ends = {"eos_token_id": as_config(stop_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
+    for shape in (policy.config, policy.config.get_text_config()):
+        shape.update(ends)
     policy.generation_config = GenerationConfig(**ends)  # sampling is the run's to choose, not the checkpoint's
     if config.gradient_checkpointing:
         enable(policy)
@@ -173,19 +183,14 @@ def _load_policy(config: HfModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
 
     shape = _without_dropout(_from_pretrained(AutoConfig, config.path, "model.path: cannot load a model"))
     policy = _load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **_build(config))
+    if (brought := brought_by(tokenizer)) is not None:
+        brought.look_at_weights()  # which are here by now
     rows = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise ValueError(
             f"model.path: the tokenizer of {config.path} has {len(tokenizer)} tokens, and the model embeds only {rows}"
         )
     return policy
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a policy or a reward model as a plain Hugging Face folder, which `from_pretrained` loads."""
-    _hide_bars()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def reload(policy: PreTrainedModel, folder: Path) -> None:
@@ -236,6 +241,8 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     shape = _without_dropout(copy.deepcopy(policy.config))
     shape.num_labels = 1
     shape.classifier_dropout = 0.0
+    if shape.pad_token_id in stop_ids_of(shape):  # transformers would take the end of a text for padding behind it
+        shape.pad_token_id = None
     try:
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are all overwritten
             model = auto.from_config(shape, dtype=policy.dtype, attn_implementation=policy.config._attn_implementation)

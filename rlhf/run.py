@@ -44,7 +44,7 @@ from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import announce, check_passes, choose_passes
 from rlhf.loop import Parts, train
-from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.models import Head, make_policy, make_tokenizer, reload, value_model
 from rlhf.monitor.flops import Meter
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.loggers import check_loggers, make_loggers
@@ -59,6 +59,7 @@ from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
+from rlhf.saving import export_model, save_model
 from rlhf.stages.dpo import DpoLearner, as_json, from_json, preference_pairs, train_on_pairs
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.stages.sft import sft
@@ -356,11 +357,11 @@ def _write_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
 def _save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site) -> None:
     """`policy/`, a plain Hugging Face folder; of one with an adapter, merged, and beside it the adapter alone."""
-    base = _base(site.config, site.folder)
+    base, dtype = _base(site.config, site.folder), site.config.model.save_dtype
     if base is None:
-        save_model(policy, tokenizer, site.folder / "policy")
+        export_model(policy, tokenizer, site.folder / "policy", dtype)
     else:
-        save_model(merged(policy), tokenizer, site.folder / "policy")
+        export_model(merged(policy), tokenizer, site.folder / "policy", dtype)
         save_adapter(policy, site.folder / "adapter", base)
 
 
@@ -414,4 +415,4 @@ def _train_reward(site: Site, reward: ModelReward, config: Any, matter: Matter, 
         site.notes["reward_model_accuracy"] = float((margins_B > 0).float().mean())
         site.notes["reward_model_margin"] = float(margins_B.mean())
         site.notes["reward_model_pairs"] = len(training)
-    save_model(reward.model, matter.tokenizer, site.folder / "reward_model")
+    export_model(reward.model, matter.tokenizer, site.folder / "reward_model", site.config.model.save_dtype)

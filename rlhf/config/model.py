@@ -47,6 +47,7 @@ class ModelConfig:
     """The policy."""
 
     dtype: Precision = Precision.float32  # of weights and arithmetic; optim.master_weights has what is stepped
+    save_dtype: Precision | None = None  # of the saved policy/ and reward_model/; null: the checkpoint's, or as trained
     device: Device = Device.auto
     attention: str = AUTO  # packed: rows behind each other, without padding; the others are transformers', rows padded.
     # auto: packed on a GPU in bfloat16, where the model allows it, else sdpa, else eager

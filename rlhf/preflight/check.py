@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards import ModelReward
 from rlhf.run import Matter, gathered, opened, trained
+from rlhf.saving import saved_dtype
 from rlhf.types import Pair, Task
 from transfer.config import DiskConfig
 from transfer.manifest import Manifest
@@ -175,7 +177,8 @@ def _tell(config: RunConfig, matter: Matter, folder: Path, told: str, console: C
     _table(console, "The run", arithmetic(config, matter.task))
     rewards = [reward for reward in matter.rewards.values() if isinstance(reward, ModelReward)]
     dtype = getattr(torch, (config.rollout.dtype or config.model.dtype).value)
-    sizes = sizes_of(matter.policy, config.model.lora, dtype, rewards)
+    left = getattr(torch, saved_dtype(matter.policy, matter.tokenizer, config.model.save_dtype))
+    sizes = replace(sizes_of(matter.policy, config.model.lora, dtype, rewards), saved=left.itemsize)
     places = {
         f"trainer, on {matter.policy.device}": trainer(config, sizes),
         f"each of {config.rollout.workers} worker(s)": worker(config, sizes),

@@ -41,6 +41,7 @@ class Sizes:
     hidden: int  # inputs of a critic's or a reward model's head
     slot: int  # bytes of what an update carries, in the workers' dtype
     loaded_rewards: int = 0  # bytes of reward models that are not trained here
+    saved: int = FLOAT32  # bytes of an element of what is left in the end
 
 
 def gradients(learning: Count, masters: bool) -> int:
@@ -154,9 +155,9 @@ def disk(config: RunConfig, sizes: Sizes) -> Parts:
     lora = bool(config.model.lora.rank)
     parts = {
         f"checkpoints, {count} at most while one is written": count * checkpoint(config, sizes),
-        "policy": (sizes.policy.elements - lora * sizes.learning.elements) * sizes.policy.itemsize,
+        "policy": (sizes.policy.elements - lora * sizes.learning.elements) * sizes.saved,
         "adapter": lora * sizes.learning.nbytes,
-        "reward model": trained_reward(config, sizes),
+        "reward model": trained_reward(config, sizes) // sizes.policy.itemsize * sizes.saved,
     }
     if isinstance(config.transfer, DiskConfig):
         parts["transfer, versions"] = (config.transfer.keep + 1) * sizes.slot

@@ -20,10 +20,10 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
+from rlhf.endings import ended
 from rlhf.monitor.loggers import SERVICES
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_pairs
-from rlhf.stages.sft import encode
 from rlhf.types import Task
 from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig, RaySenderConfig
 
@@ -176,7 +176,8 @@ def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreT
 
 def cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
     """A warning, if rollout.max_new_tokens would cut most answers like the demonstrations; else nothing."""
-    lengths = [len(ids) for ids in encode(tokenizer, [text for _, text in task.demonstrations], end=True)]
+    prompts, texts = [prompt for prompt, _ in task.demonstrations], [text for _, text in task.demonstrations]
+    lengths = [len(ids) for ids in ended(tokenizer, prompts, texts)]
     new = config.rollout.max_new_tokens
     if not lengths or statistics.median(lengths) <= new:
         return ""

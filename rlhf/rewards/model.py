@@ -41,10 +41,12 @@ class ModelReward:
     @torch.no_grad()
     def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         rows = [(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        unique = list(dict.fromkeys(rows))  # samples repeat themselves
+        asked = dict(zip(rows, prompts, strict=True))
+        unique = list(asked)  # samples repeat themselves
         scores: dict[tuple[str, str], float] = {}
         for start in range(0, len(unique), self.batch_size):
             part = unique[start : start + self.batch_size]
-            values_U = score_texts(self.model, self.tokenizer, [text for text, _ in part], [text for _, text in part])
+            prompts_U, texts_U = [asked[row] for row in part], [text for _, text in part]
+            values_U = score_texts(self.model, self.tokenizer, prompts_U, texts_U)
             scores |= zip(part, values_U.tolist(), strict=True)
         return [scores[row] for row in rows]

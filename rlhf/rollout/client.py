@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, all_logprobs
 from rlhf.ending import RunError
+from rlhf.endings import stop_ids
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import ABORTED, Sample, measured_rows, seed_of
 from rlhf.types import FINISHED, Completion, Prompt, Rollouts, Tokenizer
@@ -88,8 +89,9 @@ class RolloutClient:
         return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
-        """Each completion without its special tokens."""
-        return self._tokenizer.batch_decode([c.ids.tolist() for c in completions], skip_special_tokens=True)
+        """Each completion without its special tokens, and without the one that ended it, which need not be special."""
+        said = [c.ids.tolist()[:-1] if c.finish_reason == FINISHED else c.ids.tolist() for c in completions]
+        return self._tokenizer.batch_decode(said, skip_special_tokens=True)
 
     def complete(
         self,
@@ -104,7 +106,7 @@ class RolloutClient:
             "n": n,
             "max_tokens": self._config.max_new_tokens,
             "temperature": temperature,
-            "stop_token_ids": [self._tokenizer.eos_token_id],
+            "stop_token_ids": list(stop_ids(self._tokenizer)),
             "logprobs": 0,
             "return_token_ids": True,
             "encoding": "columns",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import __version__
+from rlhf.endings import stop_ids_of
 from rlhf.monitor.gpu import GPU_MEMORY, gpu_peak
 from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
@@ -143,11 +144,10 @@ class Engine(Protocol):
 
 def limits_of(text: Any, positions: int | None = None) -> completions.Limits:
     """What a model with this transformers config can take, `positions` of its context at most."""
-    stop = text.eos_token_id
     return completions.Limits(
         vocabulary=text.vocab_size,
         positions=positions or getattr(text, "max_position_embeddings", None),
-        stop_ids=tuple(stop if isinstance(stop, list) else [] if stop is None else [stop]),
+        stop_ids=stop_ids_of(text),
     )
 
 

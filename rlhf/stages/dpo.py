@@ -22,6 +22,7 @@ from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.ending import RunError
+from rlhf.endings import ended
 from rlhf.held_out import evaluated
 from rlhf.learning.forward import Batch
 from rlhf.learning.learner import MAX_SKIPPED
@@ -32,7 +33,7 @@ from rlhf.learning.schedules import scale
 from rlhf.loop import Parts
 from rlhf.monitor.flops import Row
 from rlhf.stages.reward_model import pairs_from, split
-from rlhf.stages.sft import batches, encode
+from rlhf.stages.sft import batches
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
 
 TIE = 1e-4  # nats by which an implicit preference may be noise of floating point; half right, then
@@ -140,7 +141,7 @@ def _sampled(parts: Parts, config: RunConfig, algo: DpoConfig, version: int, see
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One pair as token ids; the answers end with EOS."""
+    """One pair as token ids; the answers with what ends them."""
 
     prompt: tuple[int, ...]
     chosen: list[int]
@@ -164,8 +165,9 @@ def tokenised(pairs: Sequence[Pair], tokenizer: Tokenizer, context: int) -> list
     """The pairs as token ids; ValueError if any is longer than the model's `context`."""
     if not pairs:
         return []
+    prompts = [pair.prompt for pair in pairs]
     chosen, rejected = (
-        encode(tokenizer, texts, end=True) for texts in zip(*[(p.chosen, p.rejected) for p in pairs], strict=True)
+        ended(tokenizer, prompts, texts) for texts in zip(*[(p.chosen, p.rejected) for p in pairs], strict=True)
     )
     rows = [Preference(pair.prompt.ids, *ids) for pair, *ids in zip(pairs, chosen, rejected, strict=True)]
     longest = max(row.length for row in rows)

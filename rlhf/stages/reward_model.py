@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ModelRewardConfig, OptimConfig
+from rlhf.endings import ended
 from rlhf.learning.losses import bradley_terry
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.models import scores
 from rlhf.stages.sft import batches, encode, join
-from rlhf.types import Pair, Rollouts, Task, Tokenizer
+from rlhf.types import Pair, Prompt, Rollouts, Task, Tokenizer
 
 
 def pairs_from(rollouts: Rollouts, task: Task, label_noise: float, seed: int) -> list[Pair]:
@@ -93,18 +94,20 @@ def pair_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """s_chosen and s_rejected, each [pairs]; an answer in several pairs is computed once."""
     rows = [(pair.prompt.text, pair.chosen) for pair in pairs] + [(pair.prompt.text, pair.rejected) for pair in pairs]
-    place = {row: index for index, row in enumerate(dict.fromkeys(rows))}
-    scores_U = score_texts(model, tokenizer, [prompt for prompt, _ in place], [answer for _, answer in place])
+    prompts = dict(zip(rows, [pair.prompt for pair in pairs] * 2, strict=True))
+    place = {row: index for index, row in enumerate(prompts)}
+    scores_U = score_texts(model, tokenizer, list(prompts.values()), [answer for _, answer in prompts])
     chosen_B, rejected_B = scores_U[[place[row] for row in rows]].chunk(2)
     return chosen_B, rejected_B
 
 
 def score_texts(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], answers: Sequence[str]
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], answers: Sequence[str]
 ) -> torch.Tensor:
-    """The model's scalar for each prompt + answer + EOS, [B]."""
+    """The model's scalar for each prompt + answer + what ends it, [B]."""
     device = next(model.parameters()).device
-    rows = list(zip(encode(tokenizer, prompts), encode(tokenizer, answers, end=True), strict=True))
+    texts = [prompt.text for prompt in prompts]
+    rows = list(zip(encode(tokenizer, texts), ended(tokenizer, prompts, answers), strict=True))
     ids_BL, _ = join(rows, device)
     lengths_B = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], device=device)
     mask_BL = (torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]).long()

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: cross-entropy of the answer's tokens and of the EOS that ends it."""
+"""Supervised fine-tuning on demonstrations: cross-entropy of the answer's tokens and of what ends it (endings.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
+from rlhf.endings import ended, text_end
 from rlhf.learning.losses import counted
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.recompute import recomputing
@@ -26,8 +27,9 @@ def sft(
     policy.eval()
     device = next(policy.parameters()).device
     optimizer = make_optimizer(policy, optim, config.lr)
-    answers = encode(tokenizer, [answer for _, answer in demonstrations], end=True)
-    rows = [(prompt.ids, answer) for (prompt, _), answer in zip(demonstrations, answers, strict=True)]
+    prompts = [prompt for prompt, _ in demonstrations]
+    answers = ended(tokenizer, prompts, [answer for _, answer in demonstrations])
+    rows = [(prompt.ids, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     for step, batch in enumerate(batches(len(rows), config.batch_size, config.steps, seed)):
         for group in optimizer.param_groups:  # linear decay: a warm-up has an end
             group["lr"] = config.lr * (1 - step / config.steps)
@@ -44,8 +46,8 @@ def sft(
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], end: bool = False) -> list[list[int]]:
-    """Token ids of each text without special tokens, with the EOS token behind them if `end`."""
-    tail = [tokenizer.eos_token_id] if end else []
+    """Token ids of each text without special tokens, with the token that ends a plain text behind them if `end`."""
+    tail = text_end(tokenizer) if end else []
     return [ids + tail for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
