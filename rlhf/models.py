@@ -260,7 +260,10 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
 
 
 def load_reward_model(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A one-number sequence classifier and its tokenizer, with the policy's dtype, attention and device."""
+    """A one-number sequence classifier and its tokenizer, with the policy's dtype and device.
+
+    One that a run has trained (`trained_by_a_run`) has the policy's attention, too, and an end-of-sequence token.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     device = resolve_device(config.device)
@@ -270,11 +273,29 @@ def load_reward_model(path: str, config: ModelConfig) -> tuple[PreTrainedModel, 
             f"reward.path: {path} is no reward model: a sequence classifier with num_labels=1 is needed, "
             f"this is {', '.join(shape.architectures or ['a model'])} with num_labels={shape.num_labels}"
         )
-    model = _load_weights(AutoModelForSequenceClassification, path, "reward.path", config=shape, **_build(config))
-    if not any(hasattr(model, name) for name in ("score", "classifier")):
-        raise ValueError(f"reward.path: {type(model).__name__} has no scalar head `score` on a decoder")
-    model = model.to(device).eval()  # type: ignore[arg-type]
-    return model, _load_tokenizer(path, "reward.path")
+    ours, options = trained_by_a_run(shape), _build(config)
+    if not ours:
+        del options["attn_implementation"]  # the policy's, which others may not have
+    model = _load_weights(AutoModelForSequenceClassification, path, "reward.path", config=shape, **options)
+    tokenizer = _load_tokenizer(path, "reward.path") if ours else _others_tokenizer(path, model)
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def trained_by_a_run(config: Any) -> bool:
+    """Whether a reward model's config says that it is one of ours, which notes how its scores are normalised."""
+    return hasattr(config, "reward_mean")
+
+
+def _others_tokenizer(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, path, "reward.path: cannot load a tokenizer")
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"reward.path: the tokenizer of {path} has {len(tokenizer)} tokens, and the model embeds only {rows}"
+        )
+    return tokenizer
 
 
 def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ from rlhf.config import (
     ConsoleLoggerConfig,
     HfModelConfig,
     JsonlLoggerConfig,
+    ModelRewardConfig,
     RunConfig,
     VllmRolloutConfig,
 )
@@ -385,7 +386,9 @@ def _train_rewards(site: Site, matter: Matter, sampler: Sampler) -> State:
     state = State()
     for name, part in site.config.reward.weighted().items():
         if matter.rewards[name] is None:
-            trained = ModelReward(value_model(matter.policy, Head.sequence), matter.tokenizer)
+            assert isinstance(part.reward, ModelRewardConfig)
+            model = value_model(matter.policy, Head.sequence)
+            trained = ModelReward(model, matter.tokenizer, clip=part.reward.clip)
             if site.saved is None:
                 _train_reward(site, trained, part.reward, matter, sampler)
             trained.model.requires_grad_(False)

@@ -163,6 +163,7 @@ class RewardReport:
     means: dict[str, float] = field(default_factory=dict)  # of its parts, by name
     errors: int | None = None  # samples without a reward because an exception was raised; None: it counts none
     error: str = ""  # what the last of them was
+    counts: dict[str, int] = field(default_factory=dict)  # samples by what else befell their rewards
 
 
 class Reward(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlhf.config.model import AUTO
 from rlhf.config.rules import at_least, in_range, named_as_part
 from transfer.config import positive
 from transfer.shown import shown
@@ -47,6 +48,8 @@ class ModelRewardConfig(RewardConfig):
     """
 
     path: str | None = None
+    chat_template: str | None = None  # Jinja, or a file of it, in place of that of `path`'s tokenizer
+    clip: Any = AUTO  # scores are cut at +- this; null: not at all. auto: 10 where a run has normalised them, else null
     prompts: int = 4096  # prompts from which pairs are sampled, at most
     samples: int = 4  # answers sampled a prompt; every two whose gold scores differ make a pair
     label_noise: float = 0.05  # share of sampled pairs whose preference is flipped: people err, too
@@ -58,6 +61,11 @@ class ModelRewardConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         RewardConfig.__post_init__(self)
+        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool) and self.clip > 0
+        if not (number or self.clip is None or self.clip == AUTO):
+            raise ValueError(f"reward.clip must be auto, null or a number greater than 0 (got {self.clip!r})")
+        if self.chat_template is not None and self.path is None:
+            raise ValueError("reward.chat_template is for the reward model of reward.path, which is not set")
         at_least("reward.centring", self.centring, 0)
         at_least("reward.prompts", self.prompts, 1)
         at_least("reward.samples", self.samples, 2)

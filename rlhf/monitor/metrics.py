@@ -103,7 +103,7 @@ class Recorder:
 
     def rewarded(self, report: RewardReport) -> None:
         """One of the step's calls of the reward is done; its first exception is said."""
-        self.reports.append(dataclasses.replace(report, means=dict(report.means)))
+        self.reports.append(dataclasses.replace(report, means=dict(report.means), counts=dict(report.counts)))
         if report.errors and not self.warned:
             self.warned = True
             self.outlets.bar.bars.say(
@@ -112,12 +112,16 @@ class Recorder:
             )
 
     def _rewarded(self) -> dict[str, float | None]:
-        """Means of the reward's parts and the number of exceptions, over all calls of the step."""
+        """Means of the reward's parts, and samples by what befell their rewards, over all calls of the step."""
         reports, self.reports = self.reports, []
         names = sorted({name for report in reports for name in report.means})
         means = {f"train/reward/{name}": mean([report.means.get(name) for report in reports]) for name in names}
-        counts = [report.errors for report in reports if report.errors is not None]
-        return means | ({"train/reward_errors": float(sum(counts))} if counts else {})
+        errors = [{"errors": report.errors} for report in reports if report.errors is not None]
+        befallen: dict[str, float] = {}
+        for counts in [*errors, *(report.counts for report in reports)]:
+            for name, count in counts.items():
+                befallen[f"train/reward_{name}"] = befallen.get(f"train/reward_{name}", 0.0) + count
+        return means | befallen
 
     def took(self, rollouts: Rollouts, version: int) -> None:
         """These samples are about to be learned from; RunError if an older version than the live one sampled any."""

@@ -5,6 +5,7 @@ from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.make import check_reward, combine, given_rewards
 from rlhf.rewards.model import ModelReward
+from rlhf.rewards.pretrained import PretrainedReward
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
 
@@ -12,6 +13,7 @@ __all__ = [
     "FunctionReward",
     "HttpReward",
     "ModelReward",
+    "PretrainedReward",
     "VerifierReward",
     "WeightedSum",
     "check_reward",

@@ -14,10 +14,11 @@ from rlhf.config import (
     VerifierRewardConfig,
 )
 from rlhf.config.rules import named_as_part
-from rlhf.models import load_reward_model
+from rlhf.models import load_reward_model, trained_by_a_run
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
-from rlhf.rewards.model import ModelReward
+from rlhf.rewards.model import ModelReward, chat_template
+from rlhf.rewards.pretrained import PretrainedReward
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
 from rlhf.types import Reward, Task
@@ -63,11 +64,23 @@ def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | Non
             return FunctionReward(function)
         case HttpRewardConfig():
             return HttpReward(config)
-        case ModelRewardConfig(path=str(path)):
-            return ModelReward(*load_reward_model(path, model))
+        case ModelRewardConfig(path=str()):
+            return _loaded(config, task, model)
         case ModelRewardConfig():
             return None
     raise AssertionError(config)
+
+
+def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig) -> ModelReward:
+    """The reward model of `reward.path`; ValueError where it does not fit the task's prompts."""
+    assert config.path is not None
+    model, tokenizer = load_reward_model(config.path, policy)
+    template = chat_template(config.chat_template, tokenizer)
+    if trained_by_a_run(model.config):
+        return ModelReward(model, tokenizer, template, config.clip)
+    reward = PretrainedReward(model, tokenizer, template, config.clip)
+    reward.check([*task.train, *task.held_out])
+    return reward
 
 
 def combine(config: RewardConfig, parts: Mapping[str, Reward | None]) -> Reward:

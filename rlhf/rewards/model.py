@@ -1,31 +1,59 @@
-"""A reward model's scalar."""
+"""A reward model's scalar: of one that a run has trained; of other people's, pretrained.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.checkpoint.state import State
+from rlhf.config.model import AUTO
+from rlhf.endings import ended
 from rlhf.stages.reward_model import score_texts
-from rlhf.types import Prompt, Tokenizer
+from rlhf.stages.sft import encode
+from rlhf.types import Prompt, RewardReport, Tokenizer
+from transfer.shown import shown
+
+NORMALISED_CLIP = 10.0  # standard deviations
+TABLES = ("wpe", "embed_positions", "position_embeddings")  # transformers' names for learned positions
 
 
 class ModelReward:
-    """A reward model's scalar, normalised to mean 0 and standard deviation 1 on `calibrate`'s samples, within +-10."""
+    """A reward model's scalar of prompt + answer + its end, normalised to mean 0 and standard deviation 1 on what
+    `calibrate` was given, within +-`clip` (auto: 10).
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int = 512) -> None:
+    `template` renders the messages of a conversation where the model is of another run; None: the prompts' texts are
+    its own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        clip: Any = AUTO,
+        batch_size: int = 512,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.clip: float | None = NORMALISED_CLIP if clip == AUTO else clip
+        self.template = template
         self.mean = float(getattr(model.config, "reward_mean", 0.0))  # kept in the saved folder's config.json
         self.std = float(getattr(model.config, "reward_std", 1.0))
+        self.positions = position_table(model)
+        self.report = RewardReport()
 
     def calibrate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Measure mean and standard deviation on these samples, and note them in the model's config."""
         raw = torch.tensor(self._raw(prompts, answers))
         self.mean, self.std = float(raw.mean()), float(raw.std().clamp(min=1e-6))
+        if bool((raw == raw[0]).all()):  # there is no deviation that could be 1, and the mean of equal numbers rounds
+            self.mean, self.std = float(raw[0]), 1.0
         self.model.config.reward_mean, self.model.config.reward_std = self.mean, self.std
 
     def state(self, part: str = "") -> State:
@@ -36,17 +64,81 @@ class ModelReward:
         )
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        return [max(-10.0, min(10.0, (raw - self.mean) / self.std)) for raw in self._raw(prompts, answers)]
+        self.report = RewardReport()
+        scores = [None if raw is None else (raw - self.mean) / self.std for raw in self._raw(prompts, answers)]
+        return scores if self.clip is None else self._clipped(scores, self.clip)
+
+    def _clipped(self, scores: Sequence[float | None], clip: float) -> list[float | None]:
+        self.report.counts["clipped"] = sum(score is not None and abs(score) > clip for score in scores)
+        return [None if score is None else max(-clip, min(clip, score)) for score in scores]
 
     @torch.no_grad()
-    def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        rows = [(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        asked = dict(zip(rows, prompts, strict=True))
-        unique = list(asked)  # samples repeat themselves
+    def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Sequence[float | None]:
+        """What the model says of each answer; None where it can say nothing."""
+        asked = [self._asked(prompt) for prompt in prompts]
+        rows = [(prompt.text, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        prompt_of = dict(zip(rows, asked, strict=True))  # samples repeat themselves
+        unique = [row for row, prompt in prompt_of.items() if self._fits(prompt, row[1])]
         scores: dict[tuple[str, str], float] = {}
         for start in range(0, len(unique), self.batch_size):
             part = unique[start : start + self.batch_size]
-            prompts_U, texts_U = [asked[row] for row in part], [text for _, text in part]
+            prompts_U, texts_U = [prompt_of[row] for row in part], [text for _, text in part]
             values_U = score_texts(self.model, self.tokenizer, prompts_U, texts_U)
             scores |= zip(part, values_U.tolist(), strict=True)
-        return [scores[row] for row in rows]
+        self._count_long(sum(row not in scores for row in rows))
+        return [scores.get(row) for row in rows]
+
+    def _fits(self, prompt: Prompt, answer: str) -> bool:
+        if self.positions is None:
+            return True
+        (asked,), (answered,) = encode(self.tokenizer, [prompt.text]), ended(self.tokenizer, [prompt], [answer])
+        return len(asked) + len(answered) <= self.positions
+
+    def _count_long(self, rows: int) -> None:
+        """So many rows were longer than `positions`, and have no score."""
+        if rows:
+            self.report.errors = rows
+            self.report.error = (
+                f"reward.path: rows are longer than the {self.positions} tokens that the reward model takes: lower "
+                "rollout.max_new_tokens, or choose another reward model"
+            )
+
+    def _asked(self, prompt: Prompt) -> Prompt:
+        """The prompt with its text as the model has learned it."""
+        if self.template is None or not prompt.messages:
+            return prompt
+        text = rendered(self.tokenizer, self.template, prompt.messages, add_generation_prompt=True)
+        return replace(prompt, text=text)
+
+
+def position_table(model: PreTrainedModel) -> int | None:
+    """The tokens of a row for which the model has learned positions; None where they are computed, as RoPE's are."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TABLES and isinstance(module, torch.nn.Embedding):
+            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return module.num_embeddings - unused
+    return None
+
+
+def chat_template(given: str | None, tokenizer: Any) -> str | None:
+    """The Jinja of `reward.chat_template`, in itself or in a file, else the tokenizer's own; None: there is none."""
+    if given is None:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"reward.chat_template must be Jinja, or a file of it (got {given!r}: {error})") from None
+
+
+def rendered(tokenizer: Tokenizer, template: str, messages: Sequence[Any], **options: Any) -> str:
+    """The messages as a reward model's chat template has them; ValueError if it refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template, **options)
+    except TemplateError as error:
+        raise ValueError(
+            f"reward.path: the reward model's chat template refuses a conversation ({error}): {shown(messages, 300)}"
+        ) from None

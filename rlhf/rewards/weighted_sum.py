@@ -12,7 +12,7 @@ from rlhf.types import Prompt, Reward, RewardReport
 class WeightedSum:
     """sum_i w_i r_i over the parts, by name; None where any part has no reward.
 
-    `report` has each part's mean over the samples that it rewarded, unweighted, and the errors of all parts.
+    `report` has each part's mean over the samples that it rewarded, unweighted, and the errors and counts of all parts.
     """
 
     def __init__(self, parts: Mapping[str, tuple[float, Reward]]) -> None:
@@ -37,6 +37,8 @@ class WeightedSum:
         if average is not None:
             self.report.means[name] = average
         part = getattr(reward, "report", None)
+        for befell, count in part.counts.items() if part is not None else ():
+            self.report.counts[befell] = self.report.counts.get(befell, 0) + count
         if part is not None and part.errors is not None:
             self.report.errors = (self.report.errors or 0) + part.errors
             self.report.error = self.report.error or of_part(name, part.error)

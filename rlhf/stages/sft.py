@@ -47,6 +47,8 @@ def sft(
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], end: bool = False) -> list[list[int]]:
     """Token ids of each text without special tokens, with the token that ends a plain text behind them if `end`."""
+    if not texts:  # of which some tokenizers make an IndexError
+        return []
     tail = text_end(tokenizer) if end else []
     return [ids + tail for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
