@@ -1,10 +1,14 @@
 """Backend `disk`: one safetensors file and one JSON manifest a version, in a folder that both sides see.
 
-    00000007.safetensors    the tensors under their entry names
-    00000007.json           {"version", "bytes", "xxh3_128", "manifest"}; written last: without it there is no version
+    00000003-00000007.safetensors   version 7 of the trainer with epoch 3: the tensors under their entry names
+    00000003-00000007.json          {"epoch", "version", "bytes", "xxh3_128", "manifest"}; written last: without it
+                                    there is no version
+    .writer                         who writes into the folder: one process at a time (folder_lock.py)
 
-Each is written under a temporary name, flushed to the disk and renamed. A reader makes the file names from its own
-folder and the version number alone, follows no links, and believes a file only if its hash is the one the trainer sent.
+Each is written under a temporary name, flushed to the disk and renamed. A trainer that was replaced, and does not know
+it yet, writes under names of its own. A reader makes the file names from its own folder and these two numbers alone,
+follows no links, opens nothing but regular files, reads no more than was announced, and believes a file only if its
+hash is the one the trainer sent.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +29,11 @@ import torch
 from transfer import wire
 from transfer.config import DiskConfig
 from transfer.digest import digest_of
+from transfer.folder_lock import FolderLock
 from transfer.manifest import Manifest
 
 ABANDONED_S = 3600.0  # the write of a version takes less
-MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file
+MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file, and of what a safetensors file holds beside its tensors
 
 
 class DiskPublisher:
@@ -44,9 +49,11 @@ class DiskPublisher:
         self._folder = Path(config.path) if config.path else folder / "weights"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._folder = self._folder.resolve()
+        self._lock = FolderLock(self._folder, "transfer.path")
         self._keep = config.keep
         self._manifest: Manifest | None = None
-        self._written: list[int] = []
+        self._epoch = 0
+        self._written: dict[int, int] = {}  # the epoch in which a version was written, in the order of writing
         self.endpoint: dict[str, Any] = {"backend": "disk", "folder": str(self._folder)}
 
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -58,11 +65,15 @@ class DiskPublisher:
         self._manifest = manifest
         return {}
 
+    def fence(self, epoch: int) -> None:
+        """Write under names of this epoch from now on."""
+        self._epoch = epoch
+
     @torch.no_grad()
     def write(
         self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
-        """Write one version; the file's hash, and the digest of the tensors."""
+        """Write one version; the file's names, size and hash, and the digest of the tensors."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -74,20 +85,25 @@ class DiskPublisher:
                 save_file(data, path)
             except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
                 raise OSError(str(error)) from error
-            file_hash = _hash(path.read_bytes())
-            self._publish(path, _weights_name(version))
-            record = {"version": version, "bytes": self._manifest.nbytes, "xxh3_128": file_hash}
+            size, file_hash = path.stat().st_size, _hash(path.read_bytes())
+            self._publish(path, _weights_name(self._epoch, version))
+            record = {"epoch": self._epoch, "version": version, "bytes": self._manifest.nbytes, "xxh3_128": file_hash}
             path.write_text(json.dumps({**record, "manifest": self._manifest.to_json()}))
-            self._publish(path, _record_name(version))
-        self._written = [*(v for v in self._written if v != version), version]
-        self._remove_old({*served, *self._written[-self._keep :]})
-        return {"xxh3_128": file_hash}, digest_of(data.values()) if with_digest else None
+            self._publish(path, _record_name(self._epoch, version))
+        if self._written.get(version, self._epoch) != self._epoch:  # nobody was told to finish that one
+            self._remove(version)
+        self._written.pop(version, None)
+        self._written[version] = self._epoch
+        self._remove_old({*served, *list(self._written)[-self._keep :]})
+        told = {"epoch": self._epoch, "bytes": size, "xxh3_128": file_hash}
+        return told, digest_of(data.values()) if with_digest else None
 
     def release(self) -> None:
         """Nothing: the files are copies."""
 
     def close(self) -> None:
-        """The last versions stay, for whoever comes late."""
+        """Give the folder back; the last versions stay, for whoever comes late."""
+        self._lock.close()
 
     def _publish(self, temporary: Path, name: str) -> None:
         _flush(temporary, os.O_RDONLY)
@@ -96,9 +112,12 @@ class DiskPublisher:
 
     def _remove_old(self, kept: Collection[int]) -> None:
         for version in [v for v in self._written if v not in kept]:
-            (self._folder / _record_name(version)).unlink(missing_ok=True)
-            (self._folder / _weights_name(version)).unlink(missing_ok=True)
-            self._written.remove(version)
+            self._remove(version)
+
+    def _remove(self, version: int) -> None:
+        epoch = self._written.pop(version)
+        (self._folder / _record_name(epoch, version)).unlink(missing_ok=True)
+        (self._folder / _weights_name(epoch, version)).unlink(missing_ok=True)
 
 
 class DiskIntake:
@@ -124,14 +143,20 @@ class DiskIntake:
         """Read and check one version; ValueError if the files are not the ones that the trainer wrote."""
         from safetensors.torch import load
 
-        wire.only(dict(where), {"xxh3_128": wire.is_str}, "where")
+        wire.only(dict(where), WHERE, "where")
         assert self._manifest is not None
-        record = wire.loads(_read(self._folder, _record_name(version)), MAX_RECORD_BYTES)
-        if record.get("version") != version or Manifest.from_json(record.get("manifest")) != self._manifest:
-            raise ValueError(f"{_record_name(version)} describes other weights than were agreed on")
-        raw = _read(self._folder, _weights_name(version))
-        if _hash(raw) != where.get("xxh3_128"):
-            raise ValueError(f"{_weights_name(version)} is damaged: its hash is not the one that the trainer sent")
+        epoch, size = where.get("epoch", 0), where.get("bytes", 0)
+        name = _record_name(epoch, version)
+        record = wire.loads(_read(self._folder, name, MAX_RECORD_BYTES), MAX_RECORD_BYTES)
+        described = record.get("epoch"), record.get("version")
+        if described != (epoch, version) or Manifest.from_json(record.get("manifest")) != self._manifest:
+            raise ValueError(f"{name} describes other weights than were agreed on")
+        name, most = _weights_name(epoch, version), self._manifest.nbytes + MAX_RECORD_BYTES
+        if size > most:
+            raise ValueError(f"{name} is announced with {size:,} bytes, more than its weights can have ({most:,})")
+        raw = _read(self._folder, name, size)
+        if len(raw) != size or _hash(raw) != where.get("xxh3_128"):
+            raise ValueError(f"{name} is damaged: its hash is not the one that the trainer sent")
         found = load(raw)
         _check(found, self._manifest)
         return {entry.name: found[entry.name].to(self._device) for entry in self._manifest.entries}
@@ -144,12 +169,12 @@ class DiskIntake:
         """Nothing is held open."""
 
 
-def _weights_name(version: int) -> str:
-    return f"{version:08d}.safetensors"
+def _weights_name(epoch: int, version: int) -> str:
+    return f"{epoch:08d}-{version:08d}.safetensors"
 
 
-def _record_name(version: int) -> str:
-    return f"{version:08d}.json"
+def _record_name(epoch: int, version: int) -> str:
+    return f"{epoch:08d}-{version:08d}.json"
 
 
 def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -170,20 +195,37 @@ def _flush(path: Path, flags: int) -> None:
         os.close(fd)
 
 
-def _read(folder: str, name: str) -> bytes:
-    """A regular file's bytes; OSError if it, or the folder, is a link."""
+def _read(folder: str, name: str, most: int) -> bytes:
+    """A regular file's bytes; OSError if it, or the folder, is a link, ValueError if there are more than `most`."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if not stat.S_ISLNK(found.st_mode):  # of a link the error is open's
+            _check_file(name, found, most)  # before it is opened: to open a device may have effects
+        fd = os.open(name, flags, dir_fd=directory)
     finally:
         os.close(directory)
     with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError(f"{name} must be a regular file")
-        return file.read()
+        _check_file(name, os.fstat(fd), most)
+        return file.read(most)
+
+
+def _check_file(name: str, found: os.stat_result, most: int) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{name} must be a regular file")
+    if found.st_size > most:
+        raise ValueError(f"{name} has {found.st_size:,} bytes, more than were announced ({most:,})")
 
 
 def _check(found: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
     held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
     if held != {entry.name: (entry.torch_dtype, entry.shape) for entry in manifest.entries}:
         raise ValueError("the file holds other tensors than its manifest says")
+
+
+WHERE: dict[str, Callable[[Any], bool]] = {  # of an update
+    "epoch": wire.is_int,
+    "bytes": wire.is_int,
+    "xxh3_128": wire.is_str,
+}

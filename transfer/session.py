@@ -80,6 +80,13 @@ class BroadcastPublisher(Publisher, Protocol):
     def alongside(self, version: int, takers: Sequence[Hashable]) -> Part: ...
 
 
+@runtime_checkable
+class FencedPublisher(Publisher, Protocol):
+    """The sending half of a backend in which two trainers could write to the same place: it is told its epoch."""
+
+    def fence(self, epoch: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """One version and where its bytes wait."""
@@ -356,6 +363,8 @@ class Session:
     def _write(self, weights: Weights, version: int) -> Written:
         served = {member.serves for member in self._fleet.members if member.serves is not None}
         self._writes = {live: self._writes[live] for live in served if live in self._writes}
+        if isinstance(self._publisher, FencedPublisher):
+            self._publisher.fence(self._epoch)
         try:
             where, digest = self._publisher.write(version, weights, served, self.with_digest)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for memory that is not to be had, say

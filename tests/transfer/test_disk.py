@@ -23,6 +23,11 @@ def pair(tmp_path, weights, keep=2):
     return publisher, intake, tmp_path / "weights"
 
 
+def files(folder):
+    """What lies there, but for the name of who writes."""
+    return sorted(set(os.listdir(folder)) - {".writer"})
+
+
 @pytest.mark.parametrize("model", [OddModel, Float8Model])
 def test_every_kind_of_tensor_comes_back_byte_for_byte(model, tmp_path):
     weights = model(seed=3).state_dict()
@@ -46,8 +51,8 @@ def test_only_the_newest_and_the_served_versions_stay(tmp_path):
     publisher, _, folder = pair(tmp_path, weights)
     for version in range(5):
         publisher.write(version, weights, {1}, False)
-    assert sorted(os.listdir(folder)) == [
-        f"{version:08d}.{kind}" for version in (1, 3, 4) for kind in ("json", "safetensors")
+    assert files(folder) == [
+        f"00000000-{version:08d}.{kind}" for version in (1, 3, 4) for kind in ("json", "safetensors")
     ]
 
 
@@ -57,28 +62,29 @@ def test_only_what_was_left_half_written_long_ago_is_removed(tmp_path):
         (tmp_path / "weights" / name / "weights").touch()
         os.utime(tmp_path / "weights" / name, (time.time() - age_s,) * 2)
     pair(tmp_path, {"w": torch.ones(3)})
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == [".writing-new"]
+    assert files(tmp_path / "weights") == [".writing-new"]
 
 
 def test_versions_of_an_earlier_run_in_the_same_folder_are_left_alone(tmp_path):
     weights = {"w": torch.zeros(2)}
     earlier, _, folder = pair(tmp_path, weights)
     earlier.write(57, weights, (), False)
+    earlier.close()
     publisher, intake, _ = pair(tmp_path, weights, keep=1)
     for version in range(3):
         where = publisher.write(version, weights, (), False)[0]
         intake.stage(version, where)
-    assert {name.partition(".")[0] for name in os.listdir(folder)} == {"00000057", "00000002"}
+    assert {name.partition(".")[0] for name in files(folder)} == {"00000000-00000057", "00000000-00000002"}
 
 
 def test_a_damaged_file_is_refused(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
     where = publisher.write(0, weights, (), False)[0]
-    raw = bytearray((folder / "00000000.safetensors").read_bytes())
+    raw = bytearray((folder / "00000000-00000000.safetensors").read_bytes())
     raw[-1] ^= 1
-    (folder / "00000000.safetensors").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"00000000\.safetensors is damaged"):
+    (folder / "00000000-00000000.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"00000000-00000000\.safetensors is damaged"):
         intake.stage(0, where)
 
 
@@ -86,12 +92,12 @@ def test_a_file_of_another_version_or_of_other_weights_is_refused(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
     where = publisher.write(0, weights, (), False)[0]
-    record = json.loads((folder / "00000000.json").read_text())
-    (folder / "00000000.json").write_text(json.dumps({**record, "version": 1}))
+    record = json.loads((folder / "00000000-00000000.json").read_text())
+    (folder / "00000000-00000000.json").write_text(json.dumps({**record, "version": 1}))
     with pytest.raises(ValueError, match="describes other weights"):
         intake.stage(0, where)
     record["manifest"]["entries"][0][2] = [3]
-    (folder / "00000000.json").write_text(json.dumps(record))
+    (folder / "00000000-00000000.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="describes other weights"):
         intake.stage(0, where)
 
@@ -105,12 +111,12 @@ def test_tensors_other_than_the_manifest_says_are_refused(tmp_path):
     publisher, intake, folder = pair(tmp_path, weights)
     publisher.write(0, weights, (), False)[0]
     raw = save({"w": torch.zeros(2, dtype=torch.int32)})
-    (folder / "00000000.safetensors").write_bytes(raw)
+    (folder / "00000000-00000000.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="other tensors than its manifest says"):
-        intake.stage(0, {"xxh3_128": _hash(raw)})
+        intake.stage(0, {"bytes": len(raw), "xxh3_128": _hash(raw)})
 
 
-@pytest.mark.parametrize("name", ["00000000.json", "00000000.safetensors"])
+@pytest.mark.parametrize("name", ["00000000-00000000.json", "00000000-00000000.safetensors"])
 def test_a_link_is_never_followed(name, tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
@@ -125,8 +131,8 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)
     where = publisher.write(0, weights, (), False)[0]
-    (folder / "00000000.json").unlink()
-    os.mkfifo(folder / "00000000.json")
+    (folder / "00000000-00000000.json").unlink()
+    os.mkfifo(folder / "00000000-00000000.json")
     with pytest.raises(ValueError, match="must be a regular file"):
         intake.stage(0, where)
 
@@ -147,5 +153,5 @@ def test_a_write_that_fails_leaves_the_earlier_version_and_no_rest(tmp_path, mon
         patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
             publisher.write(1, weights, (), False)[0]
-    assert sorted(os.listdir(folder)) == ["00000000.json", "00000000.safetensors"]
+    assert files(folder) == ["00000000-00000000.json", "00000000-00000000.safetensors"]
     assert torch.equal(intake.stage(0, where)["w"], weights["w"])
