@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import gzip
 import json
 import socket
 import threading
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from rlhf.config import HttpRewardConfig
 from rlhf.ending import RunError
-from rlhf.rewards import HttpReward
+from rlhf.rewards import HttpReward, http
 from rlhf.run import run
 from rlhf.types import Prompt
 
@@ -35,6 +36,13 @@ def scored(asked: dict[str, Any]) -> Answer:
 def says(status: int, body: object = b"", **headers: str) -> Answer:
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, text
+
+
+def endless(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b"1," * 32768)
 
 
 @dataclass
@@ -238,15 +246,25 @@ def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):
         (says(200, {"rewards": [1.0, "2"]}), r"must return finite numbers or None \(got '2'\)"),
         (says(200, {"rewards": [1.0, float("nan")]}), r"must return finite numbers or None \(got nan\)"),
         (says(200, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), r"must return finite numbers or None"),
+        (says(200, b"[" * 100_000), r"must answer"),
+        (says(500, b"\x1b[2J\x9b"), r"answered 500: '\\x1b\[2J"),
+        (says(503, Retry_After="\x1b[2J"), r"answered 503 with Retry-After: \\x1b\[2J, and"),
+        (
+            says(200, gzip.compress(b"{}"), Content_Encoding="gzip"),
+            r"gave no answer: ValueError: the answer is encoded",
+        ),
+        (lambda handler: endless(handler), r"gave no answer: ValueError: the answer has more than 1048576 bytes"),
+        (lambda handler: handler.wfile.write(b"\x1b[2J\r\n\r\n"), r"gave no answer: ConnectionError: .*\\x1b\[2J"),
         (lambda handler: handler.connection.shutdown(socket.SHUT_RDWR), r"gave no answer: ConnectionError"),
         (says(200, b'{"rewards": [1', Content_Length="99"), r"gave no answer|must answer"),
     ],
 )
-def test_a_broken_answer_ends_the_run_with_the_address_after_one_request(server, answer, message):
+def test_a_broken_answer_ends_the_run_with_the_address_after_one_request(server, answer, message, monkeypatch):
+    monkeypatch.setattr(http, "MOST_BYTES", 2**20)
     server.script = [answer]
-    with pytest.raises(RunError, match=rf"^reward\.url={server.url} {message}"):
+    with pytest.raises(RunError, match=rf"^reward\.url={server.url} {message}") as caught:
         ask(reward(server), "a", "bb")
-    assert len(server.asked) == 1
+    assert len(server.asked) == 1 and str(caught.value).isprintable()
 
 
 def silence(handler: BaseHTTPRequestHandler) -> None:

@@ -35,7 +35,6 @@ from transfer.wire import Refused
 
 MAX_COMPLETIONS_BYTES = 64 * 2**20  # a batch of long prompts; control messages have wire.MAX_CONTROL_BYTES
 MAX_DEPTH = 32  # lists and objects inside each other: nothing that walks a message may run out of stack
-MAX_REASON = 2000  # characters of an error's message
 THREADS = 64  # for completions, and once more for all other verbs
 AT_ONCE = ("start_weight_update", "finish_weight_update", "abort_weight_update", "withdraw_weights", "status")
 CLOSE = (b"connection", b"close")  # nothing more of this client's is read, not even into a buffer
@@ -189,7 +188,7 @@ def _encoded(answer: Any) -> bytes:
 
 
 def _error(status: int, reason: str) -> bytes:
-    return _encoded({"error": {"message": reason[:MAX_REASON], "code": status}})
+    return _encoded({"error": {"message": reason[: wire.MAX_REASON], "code": status}})
 
 
 async def _send(send: Send, status: int, answer: bytes, more: Iterable[tuple[bytes, bytes]] = ()) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from transfer import Sender, wire
+from transfer.answers import complete
+from transfer.protocol import AHEAD
+from transfer.wire import TransferError
 
 ADDRESSED = ("init_weight_transfer_engine", "start_weight_update")  # what all else of an update depends on
 GRACE_S = 5.0  # a sender that outlasts its own deadline by this is given up, unless it says that it never does
@@ -67,7 +70,7 @@ class Fleet:
 
         def talk(member: Member) -> list[dict[str, Any]]:
             try:
-                return [member.sender.call(verb, _addressed(verb, body, member), deadline) for verb, body in messages]
+                return [_said(member, verb, body, deadline) for verb, body in messages]
             except BaseException:
                 if alongside is not None:
                     alongside.give_up()
@@ -109,6 +112,17 @@ class Fleet:
         return answers, failures
 
 
+def highest(what: str, told: Mapping[Member, int]) -> int:
+    """The highest number of these workers'; TransferError, naming whose it is, if the others could not follow it."""
+    member = max(told, key=lambda each: told[each])
+    if told[member] >= min(told.values()) + AHEAD:
+        raise TransferError(
+            f"{member.sender.name} says that its {what} is {told[member]}, which is too far beyond that of the others: "
+            "start that worker anew"
+        )
+    return told[member]
+
+
 def is_remote(member: Member) -> bool:
     """Whether a message to this worker takes time, and its sender returns by the deadline."""
     return getattr(member.sender, "remote", False)
@@ -136,6 +150,11 @@ def _with_ours(ours: Future[None], answers: dict[Member, Any], failures: Failure
     for member, failure in list(failures.items())[:1]:
         left[member] = wire.RemoteError(failure.worker, failure.verb, failure.status, f"{failure.reason} [{why}]")
     return left
+
+
+def _said(member: Member, verb: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    answer = member.sender.call(verb, _addressed(verb, body, member), timeout_s)
+    return complete(member.sender.name, verb, answer)
 
 
 def _addressed(verb: str, body: Mapping[str, Any], member: Member) -> Mapping[str, Any]:

@@ -15,6 +15,8 @@
   version and older ones is about to change, so that none of them may be started again in that epoch, whatever its
   digest: the next `init` ends all messages about them. A `withdraw` that comes late, when a newer version is finished,
   changes nothing.
+- No message takes a number further than AHEAD beyond the last one: after a version or an epoch that was said by
+  mistake, or by somebody else, there is a next one.
 - A stage holds for a lease that every message of its trainer renews; after it the stage is as if it had been aborted.
 
 `step` says what a message means in a state: Do (with the state that holds once the work is done), Repeat, or Refuse.
@@ -25,6 +27,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, replace
+
+AHEAD = 2**32  # how far a version or an epoch may be beyond the last: more than any trainer will have sent
 
 
 class Phase(enum.Enum):
@@ -68,6 +72,11 @@ class State:
     def is_withdrawn(self, version: int) -> bool:
         """Whether the memory of this version may have changed since it was published."""
         return self.withdrawn is not None and version <= self.withdrawn
+
+    def is_far(self, version: int) -> bool:
+        """Whether no trainer can have come to this version since those that are known here."""
+        known = [each for each in (self.version, self.target, self.withdrawn) if each is not None]
+        return version > max(known, default=0) + AHEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +220,8 @@ def _init(state: State, message: Init) -> tuple[State, Decision]:
         return state, Repeat()
     if message.epoch <= state.epoch:
         return state, Refuse(f"epoch {message.epoch} is taken; the next trainer's is at least {state.epoch + 1}")
+    if message.epoch > state.epoch + AHEAD:
+        return state, Refuse(f"epoch {message.epoch} is too far beyond {state.epoch}: at most {AHEAD} are left out")
     return replace(_dropped(state), epoch=message.epoch, trainer=message.trainer, withdrawn=None), Do()
 
 
@@ -223,6 +234,8 @@ def _start(state: State, message: Start) -> tuple[State, Decision]:
         return state, Refuse(f"version {message.version} is older than {state.version}, which is here already")
     if state.is_withdrawn(message.version):
         return state, Refuse(f"version {message.version} was withdrawn: its memory has changed since")
+    if state.is_far(message.version):
+        return state, _too_far(message.version)
     same = message.digest == state.digest
     if message.version == state.version and not (same and state.torn):  # torn weights may come again, but no others
         return state, _repeat_if(same, message.version)
@@ -258,12 +271,16 @@ def _rename(state: State, message: Rename) -> tuple[State, Decision]:
         return state, Refuse(f"version {message.version} is not newer than {state.version}, which is here already")
     if state.is_withdrawn(message.version):
         return state, Refuse(f"version {message.version} was withdrawn: its memory has changed since")
+    if state.is_far(message.version):
+        return state, _too_far(message.version)
     return replace(state, target=message.version), Do()
 
 
 def _withdraw(state: State, message: Withdraw) -> tuple[State, Decision]:
     if state.version is not None and message.version < state.version:
         return state, Repeat()
+    if state.is_far(message.version):
+        return state, _too_far(message.version)
     stale = state.target is not None and state.target <= message.version
     after = replace(
         _dropped(state) if stale else state,
@@ -271,6 +288,10 @@ def _withdraw(state: State, message: Withdraw) -> tuple[State, Decision]:
         withdrawn=max(message.version, message.version if state.withdrawn is None else state.withdrawn),
     )
     return after, Repeat() if after == state else Do()
+
+
+def _too_far(version: int) -> Decision:
+    return Refuse(f"version {version} is too far beyond all that this worker knows of: at most {AHEAD} are left out")
 
 
 def _is_live(state: State, version: int) -> bool:

@@ -38,7 +38,7 @@ from transfer.config import (
     Verify,
 )
 from transfer.finite import NotFinite, not_finite
-from transfer.fleet import Alongside, Answers, Failures, Fleet, Member, is_remote
+from transfer.fleet import Alongside, Answers, Failures, Fleet, Member, highest, is_remote
 from transfer.journal import Journal
 from transfer.manifest import DTYPES, Entry, Manifest, same_tensors
 
@@ -203,7 +203,7 @@ class Session:
             "manifest": self._manifest.to_json(),
             "where": self._publisher.prepare(self._manifest, weights),
         }
-        self._epoch = max([epoch, *(int(answer["epoch"]) for answer in status.values())])
+        self._epoch = max(epoch, highest("epoch", {member: answer["epoch"] for member, answer in status.items()}))
         self._named = max(self._named, version - 1)
         self._writes, self._viewers = {}, {}  # the weights are in other memory now
         self._take_over(opening=True)
@@ -299,7 +299,8 @@ class Session:
                 raise ValueError(str(failure)) from failure
         again = self._rejoined(list(failures))
         self._raise("agreeing on the weights", {m: f for m, f in failures.items() if m not in again})
-        self._newest = max((m.newest for m in members if m.newest is not None), default=None)
+        newest = {member: -1 if member.newest is None else member.newest for member in members}
+        self._newest = None if highest("version", newest) < 0 else highest("version", newest)
         self._unsure = False
         self._catch_up()
 

@@ -25,6 +25,8 @@ MAX_CONTROL_BYTES = 8 * 2**20  # body of one control message
 MAX_CONTAINERS = 2**20  # lists and objects in a message: three bytes of it become 64 or more of memory
 BODY = "body"  # key of the bytes in an answer that is bytes
 COLUMNS_TYPE = "application/vnd.rlhf.columns"  # content type of completions as columns
+MAX_REASON = 2000  # characters of an error's message
+MAX_LOGPROB = 0.01  # nats; more is no rounding
 MAX_INT = 2**64 - 1  # any number in a message: no arithmetic on it becomes too long to print
 
 ROUTES: dict[str, tuple[str, str]] = {  # verb -> (HTTP method, path)

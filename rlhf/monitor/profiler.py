@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.monitor.traces import FOLDER, profiler, write
+from transfer.shown import one_line
 from transfer.wire import RemoteError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Profiler:
         self._running = None
         with ThreadPoolExecutor(max(1, len(self._traced))) as pool:
             answers = pool.map(lambda worker: self._ask(worker, "stop_profile", {}, WRITE_S), self._traced)
-            said += [str(answer.get("said", "")) for answer in answers if answer is not None]
+            said += [one_line(str(answer.get("said", ""))) for answer in answers if answer is not None]
         self._traced = ()
         for line in filter(None, said):
             self.say(line)

@@ -10,10 +10,11 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
+from requests.structures import CaseInsensitiveDict
 from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
@@ -22,9 +23,20 @@ from rlhf.ending import RunError
 from rlhf.rewards.columns import columns
 from rlhf.rewards.failures import as_rewards
 from rlhf.types import Prompt
+from transfer.shown import one_line, shown
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts to connect, doubled each time
 BUSY = (429, 503)
+MOST_BYTES = 64 * 2**20  # of an answer
+CHUNK = 2**16  # bytes read at a time
+
+
+class Answer(NamedTuple):
+    """What the server has said."""
+
+    status_code: int
+    headers: CaseInsensitiveDict[str]
+    body: bytes
 
 
 class HttpReward:
@@ -79,16 +91,15 @@ class HttpReward:
             ) from None
         response = self._response(body)
         try:
-            answer = response.json()
-            given = answer["rewards"]
-        except (ValueError, TypeError, KeyError):
-            raise self._broken(f'must answer {{"rewards": [...]}} (got {response.text!r:.200})') from None
+            given = json.loads(response.body)["rewards"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise self._broken(f'must answer {{"rewards": [...]}} (got {_words(response)})') from None
         try:
             return as_rewards(f"reward.url={self.config.url}", given, len(answers))
         except ValueError as error:
             raise RunError(str(error)) from None
 
-    def _response(self, body: bytes) -> requests.Response:
+    def _response(self, body: bytes) -> Answer:
         """The server's answer with status 200, asked for at most 1 + `retries` times."""
         wait_s = FIRST_WAIT_S
         for left in range(self.config.retries, -1, -1):
@@ -103,9 +114,9 @@ class HttpReward:
                 time.sleep(pause_s)
         raise self._absent(what)
 
-    def _within_deadline(self, body: bytes) -> requests.Response | None:
+    def _within_deadline(self, body: bytes) -> Answer | None:
         """One attempt, None if the connection is refused; `timeout_s` bounds all of it, requests' own only silence."""
-        outcome: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
 
         def attempt() -> None:
             try:
@@ -118,39 +129,50 @@ class HttpReward:
             result = outcome.get(timeout=self.config.timeout_s)
         except queue.Empty:
             raise self._late() from None
-        if isinstance(result, requests.Response):
+        if isinstance(result, Answer):
             return result
         if _refused(result):
             return None
         if isinstance(result, requests.Timeout):
             raise self._late() from None
-        raise self._broken(f"gave no answer: {type(result).__name__}: {result}") from result
+        raise self._broken(f"gave no answer: {type(result).__name__}: {one_line(str(result), 400)}") from result
 
-    def _post(self, body: bytes) -> requests.Response:
-        return requests.post(
+    def _post(self, body: bytes) -> Answer:
+        """The whole answer; ValueError for one that is longer than any, or in an encoding (gzip): none is asked for."""
+        with requests.post(
             self.config.url,
             data=body,
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             auth=self._authorised,  # also keeps requests from sending what ~/.netrc has
             timeout=self.config.timeout_s,
             allow_redirects=False,
-        )
+            stream=True,
+        ) as response:
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                raise ValueError(f"the answer is encoded, which was not asked for: {shown(encoding)}")
+            said = bytearray()
+            for piece in response.iter_content(CHUNK):
+                said += piece
+                if len(said) > MOST_BYTES:
+                    raise ValueError(f"the answer has more than {MOST_BYTES} bytes")
+            return Answer(response.status_code, response.headers, bytes(said))
 
     def _authorised(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._token:
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
 
-    def _retry_after(self, response: requests.Response) -> float:
+    def _retry_after(self, response: Answer) -> float:
         """Seconds that a busy server asks to wait; RunError for every other answer."""
         status, asked = response.status_code, response.headers.get("Retry-After")
         if status not in BUSY or asked is None:
             hint = f" (token: the environment variable {self.config.token_variable})" if status in (401, 403) else ""
-            raise self._broken(f"answered {status}{hint}: {response.text!r:.200}")
+            raise self._broken(f"answered {status}{hint}: {_words(response)}")
         wait_s = _seconds(asked)
         if wait_s is None or wait_s > self.config.timeout_s:
             raise self._broken(
-                f"answered {status} with Retry-After: {asked}, and a wait must be at most "
+                f"answered {status} with Retry-After: {one_line(asked, 80)}, and a wait must be at most "
                 f"reward.timeout_s={self.config.timeout_s:g} seconds"
             )
         return wait_s
@@ -169,6 +191,10 @@ class HttpReward:
 
     def _broken(self, what: str) -> RunError:
         return RunError(f"reward.url={self.config.url} {what}")
+
+
+def _words(response: Answer) -> str:
+    return shown(response.body[:800].decode(errors="replace"), 200)
 
 
 def _refused(error: Exception) -> bool:

@@ -15,6 +15,7 @@ from rlhf.endings import stop_ids
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import ABORTED, Sample, measured_rows, seed_of
 from rlhf.types import FINISHED, Completion, Prompt, Rollouts, Tokenizer
+from transfer.shown import shown
 from transfer.wire import BODY, RemoteError
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class RolloutClient:
             samples = columns.decode(answer[BODY], expected)
             completions = [_completion(sample, row in measured, settings) for row, sample in enumerate(samples)]
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{sender.name}: completions: the answer makes no sense: {error!r}") from error
+            raise RunError(f"{sender.name}: completions: the answer makes no sense: {shown(error, 400)}") from error
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
 

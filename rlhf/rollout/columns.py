@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from rlhf.rollout.sampling import ABORTED, Sample
 from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
-from transfer.wire import COLUMNS_TYPE, Binary
+from transfer.wire import COLUMNS_TYPE, MAX_LOGPROB, Binary
 
 MAGIC = b"rlhfcols"
 VERSION = 1
@@ -88,6 +88,8 @@ def encode(samples: Sequence[Sample]) -> Binary:
 
 def decode(raw: bytes, expected: Expected) -> list[Sample]:
     """The samples of an answer to a request that may be answered so; ValueError says what is wrong with other bytes."""
+    if not isinstance(raw, bytes | bytearray):
+        raise ValueError(f"{type(raw).__name__} is not bytes")
     counts, start = _counts(raw, expected)
     columns: dict[str, Column] = {}
     for name, dtype, count in COLUMNS:
@@ -163,6 +165,8 @@ def _check_tokens(columns: dict[str, Column], expected: Expected) -> None:
         raise ValueError("a token id is negative, or not of the vocabulary")
     if not np.isfinite(columns["logprobs"]).all():
         raise ValueError("a log-prob is not finite")
+    if columns["logprobs"].max(initial=0.0) > MAX_LOGPROB:
+        raise ValueError(f"a log-prob is {columns['logprobs'].max():.4g}, and none is above 0")
 
 
 def _check_runs(columns: dict[str, Column], counts: dict[str, int]) -> None:

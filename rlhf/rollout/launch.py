@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
 RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
+MOST_MIB = 2**40  # that a worker may say it has of a GPU
 LEAST_ROWS = 32  # that vLLM prepares for
 MOST_ROWS = 1024  # as vLLM has it by default on large GPUs; further rows wait
 RAY_THREADS = 8  # so that `status` is answered while the actor samples
@@ -142,7 +143,8 @@ class Workers:
         found: dict[str, float] = {}
         for index, sender in enumerate(self._senders or ()):
             with suppress(RemoteError):
-                if (mib := sender.call("status", {}, STATUS_S).get(GPU_MEMORY)) is not None:
+                mib = sender.call("status", {}, STATUS_S).get(GPU_MEMORY)
+                if isinstance(mib, int | float) and 0 <= mib < MOST_MIB:
                     found[f"{GPU_MEMORY}/worker-{index}"] = mib
         return found
 

@@ -269,10 +269,6 @@ class Target:
                 self.renew()
             one_shot = index // LIFE % 2 == 1
             status = self.worker.status({})
-            if max(status["epoch"], status["newest"] or 0, status["target"] or 0) > 2**40:
-                self.done["worker at the end of its numbers"] += 1
-                self.renew()
-                status = self.worker.status({})
             where, digest, number = self.place(self.upcoming(status))
             with self.audit.off():
                 sent = self.traffic.next(status, where, digest, one_shot)

@@ -95,6 +95,10 @@ def test_a_step_of_few_rows_has_log_probs_of_at_least_32_of_them():
         (lambda samples: [*samples[:-1], Sample([3, 1], [-1.0] * 2, [1, 1], "length")], "finish_reason is 'length'"),
         (lambda samples: [*samples[:-1], Sample([3, 1], None, [1, 1], "stop")], "log-probs are not those of the rows"),
         (lambda samples: [*samples[:-1], Sample([1], [float("nan")], [1], "stop")], "not finite"),
+        (lambda samples: [*samples[:-1], Sample([1], [5.0], [1], "stop")], "a log-prob is 5, and none is above 0"),
+        (lambda samples: {BODY: "rlhf" * 10}, "str is not bytes"),
+        (lambda samples: {BODY: None}, "NoneType is not bytes"),
+        (lambda samples: {BODY: b"\x1b[2J" * 10**6}, r"the bytes begin with b'\\\\x1b\[2J"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_an_error_that_names_the_worker(tokenizer, spoil, message):

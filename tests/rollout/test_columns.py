@@ -133,6 +133,9 @@ def patched(offset, content, base=BEGIN):
         (patched(13, b"\2"), "0 or 1"),
         (patched(13, b"\0"), "log-probs"),
         (patched(14, b"\0\0\xc0\x7f"), "not finite"),
+        (patched(14, b"\0\0\x80\x7f"), "not finite"),
+        (patched(14, b"\0\0\xa0\x40"), "a log-prob is 5, and none is above 0"),
+        (patched(42, b"\0\xa3\xe1\x11"), "runs of a row"),  # 3e8 tokens of one version
         (patched(22, b"\3"), "runs do not add up"),
         (patched(42, b"\0"), "no tokens"),
         (patched(42, b"\2"), "runs of a row"),
@@ -141,6 +144,11 @@ def patched(offset, content, base=BEGIN):
 def test_what_is_wrong_is_said_in_one_line(raw, message):
     with pytest.raises(ValueError, match=message):
         decode(raw, Expected(1, 4, 12))
+
+
+def test_a_log_prob_that_is_above_0_by_rounding_is_taken():
+    samples = [Sample([5, 1], [1e-6, -0.25], [7, 8], "stop")]
+    assert decode(encode(samples), Expected(1, 4, 12)) == samples
 
 
 def test_a_header_that_speaks_of_more_than_was_asked_for_is_refused_before_anything_is_read():

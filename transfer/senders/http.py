@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from transfer import wire
+from transfer import answers, wire
 from transfer.senders.kept_alive import KeptAlive, NotConnected
 
 Relaunch = Callable[[], str | None]  # starts a dead worker again and gives its URL; None if it lives, or cannot be
@@ -40,7 +40,9 @@ class HttpSender:
         if method == "GET" and body:
             path += "?" + urlencode(body)
         try:
-            answer = self._server.request(method, self._prefix + path, self._headers, payload, deadline)
+            answer = self._server.request(
+                method, self._prefix + path, self._headers, payload, deadline, answers.most_bytes(body)
+            )
         except NotConnected as error:
             raise wire.RemoteError(self.name, verb, 0, f"no connection to {self._url}: {error}") from None
         except TimeoutError:
@@ -48,10 +50,10 @@ class HttpSender:
         except OSError as error:
             raise wire.RemoteError(self.name, verb, 0, f"the connection to {self._url} broke: {error}") from None
         if answer.status != 200:
-            raise wire.RemoteError(self.name, verb, answer.status, _message(answer.body, answer.reason))
+            raise wire.RemoteError(self.name, verb, answer.status, answers.words(answer.body, answer.reason))
         if answer.content_type == wire.COLUMNS_TYPE:
-            return wire.handed_on(answer.body)
-        return _parsed(answer.body, self.name, verb)
+            return answers.checked(self.name, verb, wire.handed_on(answer.body))
+        return answers.checked(self.name, verb, answers.parsed(self.name, verb, answer.body))
 
     def restart(self) -> bool:
         """Start a worker anew that has died, if this sender was told how: it may then be at another address."""
@@ -70,24 +72,3 @@ class HttpSender:
     def close(self) -> None:
         """Close the connections."""
         self._server.close()
-
-
-def _parsed(raw: bytes, name: str, verb: str) -> dict[str, Any]:
-    """The JSON object of an answer; {} for an empty one and for other JSON, with which a stock server confirms."""
-    try:
-        value = json.loads(raw) if raw else {}
-    except ValueError:
-        raise wire.RemoteError(name, verb, 0, f"the answer is not JSON: {raw[:200]!r}") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _message(raw: bytes, fallback: str) -> str:
-    """The server's own words: {"detail": ...}, {"error": ...}, {"error": {"message": ...}}, or plain text."""
-    text = raw.decode(errors="replace")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text.strip()[:2000] or fallback
-    while isinstance(value, dict):
-        value = value.get("detail") or value.get("error") or value.get("message") or text
-    return str(value)[:2000]

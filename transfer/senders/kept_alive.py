@@ -19,6 +19,8 @@ import httptools
 
 CHUNK = 2**16  # bytes read at a time
 SHORT = 2**16  # bytes of a body that goes with its head in one write
+MAX_HEAD = 2**16  # bytes of an answer's head, or of all that is no body
+MAX_BODY = 8 * 2**20  # bytes of an answer's body, where nobody says otherwise
 
 
 class NotConnected(OSError):
@@ -49,14 +51,19 @@ class KeptAlive:
         self._idle_s = idle_s
         self._idle: deque[tuple[socket.socket, float]] = deque()  # and since when
 
-    def request(self, method: str, path: str, headers: str, body: bytes, timeout_s: float) -> Answer:
-        """Send a request, whose `headers` are lines that end with CR LF, and wait; TimeoutError after `timeout_s`."""
+    def request(
+        self, method: str, path: str, headers: str, body: bytes, timeout_s: float, most: int = MAX_BODY
+    ) -> Answer:
+        """Send a request, whose `headers` are lines that end with CR LF, and wait; TimeoutError after `timeout_s`.
+
+        An answer of more than `most` bytes, or in an encoding (gzip), is an error: none was asked for.
+        """
         deadline = time.monotonic() + timeout_s
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{headers}"
         head += f"Content-Length: {len(body)}\r\n\r\n" if method == "POST" else "\r\n"
         connection = self._connection(deadline)
         try:
-            reading = _Reading()
+            reading = _Reading(most)
             if len(body) <= SHORT:
                 connection.sendall(head.encode("latin-1") + body)
             else:
@@ -65,6 +72,7 @@ class KeptAlive:
             while not reading.complete:
                 connection.settimeout(_left(deadline))
                 reading.feed(connection.recv(CHUNK))
+            answer = reading.answer()
         except httptools.HttpParserError as error:
             connection.close()
             raise ConnectionError(f"the answer is not HTTP: {error}") from None
@@ -75,7 +83,7 @@ class KeptAlive:
             self._idle.append((connection, time.monotonic()))
         else:
             connection.close()
-        return reading.answer()
+        return answer
 
     def close(self) -> None:
         """Close the connections on which nobody waits."""
@@ -108,11 +116,14 @@ class KeptAlive:
 class _Reading:
     """An answer as it comes in: httptools calls the `on_` methods."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._fed = 0
         self._parser = httptools.HttpResponseParser(self)
         self._reason = b""
         self._body = bytearray()
         self._kind = b""
+        self._encoding = b""
         self._sized = False
         self._in_body = False
         self.complete = False
@@ -120,8 +131,13 @@ class _Reading:
 
     def feed(self, data: bytes) -> None:
         """Bytes from the server; b"" is its end."""
+        self._fed += len(data)
+        if self._fed > MAX_HEAD + (2 * self._most if self._in_body else 0):  # chunks have heads of their own
+            raise ConnectionError(f"the answer has more than the {self._most} bytes that it may have")
         if data:
             self._parser.feed_data(data)
+            if len(self._body) > self._most:
+                raise ConnectionError(f"the answer has more than the {self._most} bytes that it may have")
         elif self._in_body and not self._sized:
             self.complete = True  # an answer without a length lasts until the connection ends
         else:
@@ -129,6 +145,8 @@ class _Reading:
 
     def answer(self) -> Answer:
         """The answer, once it is complete."""
+        if self._encoding not in (b"", b"identity"):
+            raise ConnectionError(f"the answer is encoded, which was not asked for: {self._encoding[:40]!r}")
         kind = self._kind.partition(b";")[0].strip().lower()
         return Answer(
             self._parser.get_status_code(), self._reason.decode("latin-1"), bytes(self._body), kind.decode("latin-1")
@@ -147,6 +165,8 @@ class _Reading:
         self._sized |= name.lower() in (b"content-length", b"transfer-encoding")
         if name.lower() == b"content-type":
             self._kind = value
+        if name.lower() == b"content-encoding":
+            self._encoding = value.strip().lower()
 
     def on_headers_complete(self) -> None:
         """All headers are there."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from transfer import wire
+from transfer import answers, wire
 
 AGAIN_S = 0.2  # between two questions whether an actor is back
 
@@ -28,7 +28,8 @@ class RaySender:
 
         deadline = self._timeout_s if timeout_s is None else timeout_s
         try:
-            return wire.handed_on(ray.get(getattr(self._actor, verb).remote(dict(body)), timeout=deadline))
+            said = ray.get(getattr(self._actor, verb).remote(dict(body)), timeout=deadline)
+            return answers.checked(self.name, verb, wire.handed_on(said))
         except ray.exceptions.GetTimeoutError:
             raise wire.RemoteError(self.name, verb, 0, f"no answer within {deadline:g} s") from None
         except ray.exceptions.RayTaskError as error:

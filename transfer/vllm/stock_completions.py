@@ -19,14 +19,18 @@ What 0.24 and 0.32 do, from their code, and of 0.32 tried:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from transfer.shown import shown
 from transfer.vllm.stock_routes import Routes
-from transfer.wire import RemoteError
+from transfer.wire import MAX_LOGPROB, RemoteError
 
 CONNECTIONS = 128  # at once; each carries one prompt's n samples
+MAX_ID = 2**31  # of a token
+REASONS = ("stop", "length", "abort")
 SEEDS = 2**62  # vLLM adds the sample's index, and the sum must stay below 2**63
 PLAIN = {  # the model's own distribution, whatever its generation_config.json says
     "top_p": 1.0,
@@ -75,14 +79,24 @@ def _choices(routes: Routes, request: Mapping[str, Any], timeout_s: float) -> li
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if [choice["index"] for choice in choices] != list(range(request["n"])):
             raise ValueError(f"{len(choices)} choices where {request['n']} were asked for")
-        return [_choice(choice) for choice in choices]
+        return [_choice(choice, request["max_tokens"]) for choice in choices]
     except (KeyError, TypeError, ValueError) as error:
         raise RemoteError(routes.name, "v1/completions", 0, f"the answer makes no sense: {error!r}") from None
 
 
-def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    ids = [int(token) for token in choice["token_ids"]]
-    logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]] if ids else []
-    if len(logprobs) != len(ids):
-        raise ValueError(f"{len(ids)} tokens and {len(logprobs)} log-probs")
-    return {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": choice["finish_reason"]}
+def _choice(choice: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+    """One sample; ValueError, TypeError or KeyError unless all of it is what a sampler can have said."""
+    ids, reason = choice["token_ids"], choice["finish_reason"]
+    logprobs = choice["logprobs"]["token_logprobs"] if ids else []
+    if not isinstance(ids, list) or not isinstance(logprobs, list) or len(logprobs) != len(ids):
+        raise ValueError("token_ids and token_logprobs are not two lists of one length")
+    if len(ids) > max_tokens:
+        raise ValueError(f"{len(ids)} tokens where {max_tokens} were asked for")
+    for token, logprob in zip(ids, logprobs, strict=True):
+        if type(token) is not int or not 0 <= token < MAX_ID:
+            raise ValueError(f"{shown(token)} is no token id")
+        if type(logprob) not in (int, float) or not -math.inf < logprob <= MAX_LOGPROB:
+            raise ValueError(f"{shown(logprob)} is no log-prob")
+    if reason not in REASONS:
+        raise ValueError(f"finish_reason is {shown(reason)}, not one of {', '.join(REASONS)}")
+    return {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}

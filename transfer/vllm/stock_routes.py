@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from transfer.senders.http import _message, _parsed
+from transfer import answers
 from transfer.senders.kept_alive import KeptAlive, NotConnected
+from transfer.shown import one_line
 from transfer.wire import RemoteError, TransferError
 
 NOT_FOUND = 404
@@ -59,7 +60,8 @@ class Routes:
         headers = self._headers + ("" if body is None else "Content-Type: application/json\r\n")
         payload = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
         try:
-            answer = self._server.request(method, self._prefix + path, headers, payload, deadline)
+            most = answers.most_bytes(body or {})
+            answer = self._server.request(method, self._prefix + path, headers, payload, deadline, most)
         except NotConnected as error:
             raise RemoteError(self.name, verb, 0, f"no connection: {error}") from None
         except TimeoutError:
@@ -69,8 +71,8 @@ class Routes:
         if answer.status >= 500:
             self._server.close()  # after an exception uvicorn ends the connection, a moment after its answer
         if answer.status != 200:
-            raise RemoteError(self.name, verb, answer.status, _message(answer.body, answer.reason))
-        return _parsed(answer.body, self.name, verb)
+            raise RemoteError(self.name, verb, answer.status, answers.words(answer.body, answer.reason))
+        return answers.parsed(self.name, verb, answer.body)
 
 
 def dialect_of(routes: Routes) -> tuple[Dialect, str | None]:
@@ -109,5 +111,5 @@ def _version(routes: Routes) -> tuple[int | None, str]:
         if error.status == 0:
             raise TransferError(str(error)) from error
         return None, f"nothing (status {error.status})"
-    found = re.match(r"0\.(\d+)", text)
-    return (int(found[1]) if found else None), text
+    found = re.match(r"0\.(\d{1,4})(?!\d)", text)
+    return (int(found[1]) if found else None), one_line(text, 80)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from transfer.config import InFlight
+from transfer.shown import shown
 from transfer.vllm.stock_completions import complete
 from transfer.vllm.stock_payload import Payload, StockIpc
 from transfer.vllm.stock_routes import NEEDS_DEV_MODE, NOT_FOUND, Dialect, Routes, dialect_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 ASK_S = 5.0  # deadline of questions after a failure: the server may be gone
 SLEEPING_TAGS = frozenset({"weights", "kv_cache"})
+MAX_RANKS = 2**16  # of one server
 LISTED = 10  # differences shown
 Plan = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
@@ -103,11 +105,11 @@ class StockServer:
         except RemoteError as error:
             raise TransferError(f"{error}: is it running, and vLLM?") from error
         try:
-            self.world_size = int(self.routes.get("/get_world_size?include_dp=true")["world_size"])
-            return bool(self.routes.get("/is_sleeping")["is_sleeping"])
+            self.world_size = _ranks(self.routes.get("/get_world_size?include_dp=true")["world_size"])
+            return _yes_or_no(self.routes.get("/is_sleeping")["is_sleeping"])
         except RemoteError as error:
             raise TransferError(f"{error}" + (f": {NEEDS_DEV_MODE}" if error.status == NOT_FOUND else "")) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise TransferError(f"{self.name}: its answers are not vLLM's: {error!r}") from error
 
     def verified(self, weights: Mapping[str, torch.Tensor], version: int) -> dict[str, Any]:
@@ -205,8 +207,8 @@ class StockServer:
     def _ask_paused(self) -> bool | None:
         """None: no answer."""
         try:
-            return bool(self.routes.get("/is_paused", ASK_S)["is_paused"])
-        except (RemoteError, KeyError):
+            return _yes_or_no(self.routes.get("/is_paused", ASK_S)["is_paused"])
+        except (RemoteError, KeyError, ValueError):
             return None
 
     def _let_go(self) -> None:
@@ -278,8 +280,9 @@ class StockServer:
             found = self.routes.get("/weight_info").get("weight_version")
             if found != self._label:
                 why = (
-                    f"its weights are called {found!r}, not {self._label!r}: it was started again or updated by others"
+                    f"its weights are called {shown(found)}, not {shown(self._label)}: it was started again or updated"
                 )
+                why += " by others"
                 raise RemoteError(self.name, "completions", 503, why)
 
 
@@ -288,6 +291,18 @@ def _not_awake(name: str) -> str:
         f"{name}: it sleeps, or others have paused it (vLLM says the same of both). An update crashes a server that "
         "sleeps: POST /wake_up to it, or, if an earlier trainer has left it paused, set rollout.found_paused=true"
     )
+
+
+def _ranks(given: Any) -> int:
+    if type(given) is not int or not 0 < given <= MAX_RANKS:
+        raise ValueError(f"{shown(given)} is no number of ranks")
+    return given
+
+
+def _yes_or_no(given: Any) -> bool:
+    if not isinstance(given, bool):
+        raise ValueError(f"{shown(given)} is not true or false")
+    return given
 
 
 def _form(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
