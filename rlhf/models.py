@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "mistral", "qwen3")
 HUB_TIMEOUT_S = 10.0
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>")
+ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
+    "{% if tools %}{{ '<|tools|>' + tools | tojson }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['reasoning_content'] %}"
+    "{{ '<|reasoning_content|>' + message['reasoning_content'] + '<|reasoning_content|>' }}{% endif %}"
+    "{{ message['content'] or '' }}"
+    "{% if message['tool_calls'] %}{{ '<|tool_calls|>' + message['tool_calls'] | tojson }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -55,17 +60,24 @@ def resolve_device(device: Device) -> torch.device:
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(config: ModelConfig, characters: Iterable[str], chat: bool) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, or one token a character, with a chat template if `chat`; it pads on the left."""
+def make_tokenizer(
+    config: ModelConfig, characters: Iterable[str], chat: bool, tags: Iterable[str] = ()
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or one token a character, with a chat template if `chat`; it pads on the left.
+
+    `tags`: what messages are marked with, beside the usual roles, a token each.
+    """
     match config:
         case TinyModelConfig():
-            return _character_tokenizer(config, characters, chat)
+            return _character_tokenizer(config, characters, [*ROLES, *sorted(set(tags) - set(ROLES))] if chat else [])
         case HfModelConfig():
             return _load_tokenizer(config.path, "model.path")
     raise AssertionError(f"no tokenizer is made from {type(config).__name__}")
 
 
-def _character_tokenizer(config: TinyModelConfig, characters: Iterable[str], chat: bool) -> PreTrainedTokenizerBase:
+def _character_tokenizer(
+    config: TinyModelConfig, characters: Iterable[str], tags: list[str]
+) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
@@ -76,8 +88,8 @@ def _character_tokenizer(config: TinyModelConfig, characters: Iterable[str], cha
         split_special_tokens=True,  # a text that spells "<eos>" is five characters, not the end
         **SPECIAL,
     )
-    if chat:
-        tokenizer.add_tokens(list(ROLE_TAGS))
+    if tags:
+        tokenizer.add_tokens([f"<|{tag}|>" for tag in tags])
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

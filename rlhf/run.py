@@ -52,7 +52,8 @@ from rlhf.monitor.loggers import check_loggers, make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.monitor.progress import Bars
-from rlhf.preflight.plan import check_data, check_lengths, cut_answers, in_one_line
+from rlhf.preflight.lengths import check_lengths, cut_answers
+from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.reports.plots import plot_curves
 from rlhf.reports.summary import print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, combine, given_rewards
@@ -195,19 +196,20 @@ def gathered(site: Site) -> Matter:
     if config.model.lora.rank:
         check_peft()
     raw = read_task(config.task, config.seed)
-    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
+    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
     moment = datetime.fromisoformat(began) if began else datetime.now()
     task = make_task(raw, tokenizer, moment)
     rows = _rows(site, task, tokenizer)
     check_data(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
-    check_lengths(config, task, policy)
+    notes = check_lengths(config, task, policy, tokenizer)
     check_passes(policy, config.model)
     rewards = given_rewards(config.reward, task, config.model)
     site.bars.say(in_one_line(config, policy))
-    if warning := cut_answers(config, task, tokenizer):
-        site.bars.say(warning)
+    for note in (*task.notes, *notes, cut_answers(config, task, tokenizer)):
+        if note:
+            site.bars.say(note)
     return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()})
 
 

@@ -16,7 +16,7 @@ from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig
 from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
-from rlhf.preflight.plan import check_lengths
+from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
@@ -35,12 +35,13 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     folder.mkdir(parents=True, exist_ok=True)
     raw = read_task(config.task, config.seed)
-    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational)
+    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     task = make_task(raw, tokenizer)
     if all(task.score(prompt, "") is None for prompt in task.held_out):
         raise ValueError("no held-out row of the task has an answer to compare with: choose another task or task.path")
     policy = make_policy(config.model, tokenizer, config.seed)
-    check_lengths(config, task, policy)
+    for note in (*task.notes, *check_lengths(config, task, policy, tokenizer)):
+        print(note)
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal(folder / JOURNALS / "trainer.jsonl")))
         transfer = stack.enter_context(make_transfer(config.transfer, folder, config.rollout.in_flight, journal))

@@ -29,6 +29,8 @@ class Prompt:
     ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: Sequence[Mapping[str, Any]] = ()  # what `text` was rendered from; empty: the data have it as a text
+    given: Mapping[str, Any] = field(default_factory=dict)  # what the chat template was given beside them: tools, ...
+    where: str = field(default="", compare=False)  # file and line
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ class Task(Protocol):
     demonstrations: Sequence[tuple[Prompt, str]]  # for SFT: a good answer, as text without EOS
     preferences: Sequence[Pair]  # human preferences shipped with the data
     environment: Environment | None  # None: one answer a prompt
+    notes: Sequence[str]  # what a user should know of the data, a line each
 
     def score(self, prompt: Prompt, answer: str) -> float | None:
         """The task's own (gold) reward in [0, 1] of the (last) answer; None where the data holds no reference."""

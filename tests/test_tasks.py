@@ -263,7 +263,7 @@ def test_blank_lines_byte_order_mark_and_windows_line_ends_are_no_errors(tmp_pat
         ({"question": "a"}, "no column 'prompt'; columns there: question; set task.prompt_column"),
         ({"prompt": 7, "answer": "b"}, "'prompt' must be a text or a list of messages, not a number"),
         ({"prompt": "", "answer": "b"}, "'prompt' is empty"),
-        ({"prompt": "a", "answer": None}, "'answer' must be a text or a list of one assistant message, not null"),
+        ({"prompt": "a", "answer": True}, "'answer' must be a text or a list of one assistant message, not true"),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are the same"),
         (
@@ -301,7 +301,7 @@ def test_bytes_that_are_no_text_are_reported_with_their_line(tmp_path):
 
 
 def test_all_bad_lines_are_in_one_error_and_no_more_than_ten_are_shown(tmp_path):
-    rows = [{"prompt": "a", "answer": number if number % 2 else "b"} for number in range(30)]
+    rows = [{"prompt": "a", "answer": {} if number % 2 else "b"} for number in range(30)]
     with pytest.raises(ValueError) as error:
         read_task(JsonlTaskConfig(path=write(tmp_path, rows), held_out=1), 0)
     lines = str(error.value).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from rlhf.config.rules import at_least, in_range
@@ -22,6 +23,11 @@ class TaskConfig:
     def most_answers(self) -> int:
         """Answers of one row, at most."""
         return 1
+
+    @property
+    def leaves_out_overlong(self) -> bool:
+        """Whether rows beyond the model's context are left out, rather than refused."""
+        return False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,11 +117,24 @@ class ReasoningGymTaskConfig(TaskConfig):
             raise ValueError(f"task.options must not have {', '.join(sorted(taken))}: set seed and task.prompts")
 
 
+class Overlong(Enum):
+    """What becomes of rows beyond the model's context."""
+
+    refuse = "refuse"  # the run, which names them
+    drop = "drop"  # the rows, which are counted on the screen
+
+
 @dataclass(slots=True, kw_only=True)
 class JsonlTaskConfig(TaskConfig):
-    """A JSON-lines file as TRL users have it: prompt/answer, prompt/chosen/rejected, or conversations."""
+    """A JSON-lines file as TRL users have it; its forms are in rlhf/tasks/jsonl.py."""
 
     held_out: int = 64  # rows are fewer than a generator's
     path: str  # the file
     prompt_column: str = "prompt"
     answer_column: str = "answer"
+    overlong: Overlong = Overlong.refuse  # of rows that do not fit the model's context
+
+    @property
+    def leaves_out_overlong(self) -> bool:
+        """Whether rows beyond the model's context are left out, rather than refused."""
+        return self.overlong is Overlong.drop

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.compose import choice
 from rlhf.config import (
-    EvaluationConfig,
     JsonlLoggerConfig,
     LoggerConfig,
     MlflowLoggerConfig,
@@ -20,7 +18,6 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
-from rlhf.endings import ended
 from rlhf.monitor.loggers import SERVICES
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_pairs
@@ -28,7 +25,7 @@ from rlhf.types import Task
 from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig, RaySenderConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def in_one_line(config: RunConfig, policy: PreTrainedModel) -> str:
@@ -141,47 +138,21 @@ _OF_LOGGERS: dict[type[LoggerConfig], tuple[str, str]] = {
 
 def check_data(config: RunConfig, task: Task) -> None:
     """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
+    on_pairs = isinstance(config.algo, DpoConfig)
+    check_amounts(config, task)
+    if not (on_pairs and isinstance(config.reward, VerifierRewardConfig)):  # shown there where there is a gold score
+        check_reward(config.reward, task)
+
+
+def check_amounts(config: RunConfig, task: Task) -> None:
+    """Raise ValueError where the task has too few rows of a kind that the run learns from."""
     if config.sft.steps and not task.demonstrations:
         raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
     on_pairs = isinstance(config.algo, DpoConfig)
     if on_pairs:
         check_pairs(config, task)
-    if not (on_pairs and isinstance(config.reward, VerifierRewardConfig)):  # shown there where there is a gold score
-        check_reward(config.reward, task)
     prompts = len(task.train)
     if not on_pairs and config.prompts_per_step > prompts:
         raise ValueError(
             f"prompts_per_step must be at most the task's {prompts} training prompts (got {config.prompts_per_step})"
         )
-
-
-def check_lengths(config: RunConfig | EvaluationConfig, task: Task, policy: PreTrainedModel) -> None:
-    """Raise ValueError unless prompts and answers fit the model's context."""
-    longest = max(len(prompt.ids) for prompt in [*task.train, *task.held_out])
-    limit, new = policy.config.get_text_config().max_position_embeddings, config.rollout.max_new_tokens
-    told = task.environment
-    later = (told.turns - 1) * (new + told.longest_reply) if told is not None else 0
-    if later and longest + new + later > limit:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and {config.task.most_answers} answers (task.turns) of up to {new} "
-            f"tokens (rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one "
-            "of them, or take a model with a longer context (model.context)"
-        )
-    if longest + new > limit:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({new}) do not fit the model's context "
-            f"of {limit} tokens: lower rollout.max_new_tokens, or take a model with a longer context (model.context)"
-        )
-
-
-def cut_answers(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A warning, if rollout.max_new_tokens would cut most answers like the demonstrations; else nothing."""
-    prompts, texts = [prompt for prompt, _ in task.demonstrations], [text for _, text in task.demonstrations]
-    lengths = [len(ids) for ids in ended(tokenizer, prompts, texts)]
-    new = config.rollout.max_new_tokens
-    if not lengths or statistics.median(lengths) <= new:
-        return ""
-    return (
-        f"warning: most answers will be cut: half of the demonstrations have {statistics.median(lengths):.0f} tokens "
-        f"or more, and rollout.max_new_tokens is {new}; rollout.max_new_tokens={max(lengths)} fits them all"
-    )

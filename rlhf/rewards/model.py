@@ -14,7 +14,8 @@ from rlhf.checkpoint.state import State
 from rlhf.config.model import AUTO
 from rlhf.endings import ended
 from rlhf.stages.reward_model import score_texts
-from rlhf.stages.sft import encode
+from rlhf.tasks.chat import before_answer
+from rlhf.tasks.encoding import prompt_ids
 from rlhf.types import Prompt, RewardReport, Tokenizer
 from transfer.shown import shown
 
@@ -91,7 +92,7 @@ class ModelReward:
     def _fits(self, prompt: Prompt, answer: str) -> bool:
         if self.positions is None:
             return True
-        (asked,), (answered,) = encode(self.tokenizer, [prompt.text]), ended(self.tokenizer, [prompt], [answer])
+        (asked,), (answered,) = prompt_ids(self.tokenizer, [prompt]), ended(self.tokenizer, [prompt], [answer])
         return len(asked) + len(answered) <= self.positions
 
     def _count_long(self, rows: int) -> None:
@@ -107,7 +108,8 @@ class ModelReward:
         """The prompt with its text as the model has learned it."""
         if self.template is None or not prompt.messages:
             return prompt
-        text = rendered(self.tokenizer, self.template, prompt.messages, add_generation_prompt=True)
+        messages, begun = before_answer(prompt.messages)
+        text = rendered(self.tokenizer, self.template, messages, add_generation_prompt=True, **prompt.given) + begun
         return replace(prompt, text=text)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config.model import AUTO
 from rlhf.rewards.model import ModelReward, position_table, rendered
+from rlhf.tasks.chat import before_answer
 from rlhf.types import Prompt
 
 BATCH_TOKENS = 2**16  # of a pass, with padding
@@ -115,8 +116,9 @@ class PretrainedReward(ModelReward):
                     "give reward.chat_template, or choose another reward model"
                 )
             return prompt.text + answer
-        asked = prompt.messages or [{"role": "user", "content": prompt.text}]
-        return rendered(self.tokenizer, self.template, [*asked, {"role": "assistant", "content": answer}])
+        asked, begun = before_answer(prompt.messages or [{"role": "user", "content": prompt.text}])
+        said = {"role": "assistant", "content": begun + answer}
+        return rendered(self.tokenizer, self.template, [*asked, said], **prompt.given)
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer's own special tokens belong around the text: not where its template has written them.

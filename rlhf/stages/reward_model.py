@@ -14,7 +14,8 @@ from rlhf.endings import ended
 from rlhf.learning.losses import bradley_terry
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.models import scores
-from rlhf.stages.sft import batches, encode, join
+from rlhf.stages.sft import batches, join
+from rlhf.tasks.encoding import prompt_ids
 from rlhf.types import Pair, Prompt, Rollouts, Task, Tokenizer
 
 
@@ -104,10 +105,10 @@ def pair_scores(
 def score_texts(
     model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], answers: Sequence[str]
 ) -> torch.Tensor:
-    """The model's scalar for each prompt + answer + what ends it, [B]."""
+    """The model's scalar for each prompt + answer + what ends it, [B]; the tokenizer is the model's own."""
     device = next(model.parameters()).device
-    texts = [prompt.text for prompt in prompts]
-    rows = list(zip(encode(tokenizer, texts), ended(tokenizer, prompts, answers), strict=True))
+    asked = prompt_ids(tokenizer, prompts)
+    rows = list(zip(asked, ended(tokenizer, prompts, answers), strict=True))
     ids_BL, _ = join(rows, device)
     lengths_B = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], device=device)
     mask_BL = (torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]).long()

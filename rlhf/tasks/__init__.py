@@ -6,11 +6,10 @@ In two steps, because the tiny model's tokenizer is made from the task's own cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from types import SimpleNamespace
 from typing import Any
 
 from rlhf.config import (
@@ -22,27 +21,58 @@ from rlhf.config import (
     SortTaskConfig,
     TaskConfig,
 )
+from rlhf.tasks.chat import Chat, Message, dated
+from rlhf.tasks.encoding import beginning, begun
+from rlhf.tasks.json_lines import report
 from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
 from transfer.shown import shown
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Answer = str | Message  # a text, or an assistant's message with more than that, which the chat template renders
 Gold = Callable[[Mapping[str, Any], str], float | None]  # (a row's columns, an answer) -> score in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question, as text or as messages that end with the user's, and what the data know about its answer."""
+    """One question, as text or as messages, and what the data know about its answer."""
 
     question: str | list[Message]
     columns: Mapping[str, Any]
-    demonstration: str | None = None
-    preference: tuple[str, str] | None = None  # (chosen, rejected)
+    demonstration: Answer | None = None
+    preference: tuple[Answer, Answer] | None = None  # (chosen, rejected)
+    given: Mapping[str, Any] = field(default_factory=dict)  # the chat template's arguments beside messages: tools, ...
+    turns: Sequence[tuple[list[Message], Answer]] = ()  # the row's other demonstrations, of an answer in several turns
+    where: str = ""  # file and line
 
     def texts(self) -> list[str]:
         """Every text of the row that a model may read or write."""
-        asked = [self.question] if isinstance(self.question, str) else [turn["content"] for turn in self.question]
-        answers = [self.demonstration] if self.demonstration is not None else []
-        return [*asked, *answers, *(self.preference or ())]
+        answers = [self.demonstration, *(self.preference or ()), *(answer for _, answer in self.turns)]
+        asked = [self.question] if isinstance(self.question, str) else self.question
+        longer = [message for messages, _ in self.turns for message in messages]
+        return [text for said in (*asked, *longer, *answers, *self.given.values()) for text in _texts(said)]
+
+    def tags(self) -> Iterator[str]:
+        """What its messages are marked with: roles, and what else they hold; nothing of a text."""
+        answers = [self.demonstration, *(self.preference or ()), *(answer for _, answer in self.turns)]
+        longer = [message for messages, _ in self.turns for message in messages]
+        for message in (*([] if isinstance(self.question, str) else self.question), *longer, *answers):
+            if isinstance(message, dict):
+                yield from (message["role"], *(message.keys() - {"role", "content"}))
+        yield from self.given
+
+
+def _texts(said: Any) -> Iterator[str]:
+    """The texts of an answer, of a message, or of what a template is given: JSON, if it is neither."""
+    match said:
+        case None:
+            return
+        case str():
+            yield said
+        case {"role": _, "content": content, **others}:
+            yield content
+            for other in others.values():
+                yield from _texts(other)
+        case _:
+            yield json.dumps(said, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +93,25 @@ class RawTask:
     held_out: list[Row]
     gold: Gold
     replies: Replies | None = None  # None: one answer a prompt
+    notes: Sequence[str] = ()  # what a user should know of the data, a line each
 
     @property
     def conversational(self) -> bool:
         """Whether questions are messages, which need a chat template."""
-        return any(not isinstance(row.question, str) for row in self.train)
+        return any(not isinstance(row.question, str) for row in self._rows)
+
+    @property
+    def _rows(self) -> list[Row]:
+        return [*self.train, *self.held_out]
+
+    def tags(self) -> list[str]:
+        """What messages are marked with, sorted: roles, and keys of messages and of what their template is given."""
+        return sorted({tag for row in self._rows for tag in row.tags()})
 
     def characters(self) -> list[str]:
         """Every character of the task's texts, sorted."""
-        rows = [*self.train, *self.held_out]
         said = self.replies.characters if self.replies is not None else ""
-        return sorted({character for row in rows for text in row.texts() for character in text} | set(said))
+        return sorted({character for row in self._rows for text in row.texts() for character in text} | set(said))
 
 
 @dataclass(slots=True)
@@ -86,6 +124,7 @@ class TokenisedTask:
     preferences: Sequence[Pair]
     gold: Gold
     environment: Environment | None = None
+    notes: Sequence[str] = ()  # what a user should know of the data, a line each
 
     def score(self, prompt: Prompt, answer: str) -> float | None:
         """The gold reward in [0, 1], or None where the data hold no reference."""
@@ -145,61 +184,86 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
 
 
 def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None) -> Task:
-    """Render conversations with the tokenizer's chat template, and tokenise without adding special tokens.
+    """Render conversations with the tokenizer's chat template, and tokenise prompts as it does itself.
 
-    A template that asks for the date is told that of `moment`; None: today's.
+    A template that asks for the date is told that of `moment`; None: today's. ValueError with all rows of which no
+    prompt or no answer can be made.
     """
-    dated = raw.conversational and "strftime_now" in str(getattr(tokenizer, "chat_template", None))
-    with _told(moment) if dated and moment is not None else nullcontext():
-        return _tokenised(raw, tokenizer)
-
-
-@contextmanager
-def _told(moment: datetime) -> Iterator[None]:
-    """Chat templates' `strftime_now` is about this moment: transformers takes no function in place of its own."""
-    from transformers.utils import chat_template_utils as templates
-
-    real = templates.datetime
-    templates.datetime = SimpleNamespace(now=lambda: moment)  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        templates.datetime = real  # type: ignore[misc]
-
-
-def _tokenised(raw: RawTask, tokenizer: Tokenizer) -> Task:
-    train = [_prompt(row, tokenizer) for row in raw.train]
-    pairs = list(zip(train, raw.train, strict=True))
+    chat = Chat(tokenizer) if raw.conversational else None
+    with dated(tokenizer, moment if raw.conversational else None):
+        rows = _Maker(tokenizer, chat).all([*raw.train, *raw.held_out])
+    train = rows[: len(raw.train)]
+    unseen = ", ".join(map(repr, chat.unseen)) if chat else ""
+    left_out = [f"warning: the model's chat template leaves these keys of messages out: {unseen}"] if unseen else []
     return TokenisedTask(
-        train=train,
-        held_out=[_prompt(row, tokenizer) for row in raw.held_out],
-        demonstrations=[(prompt, row.demonstration) for prompt, row in pairs if row.demonstration is not None],
-        preferences=[Pair(prompt, *row.preference) for prompt, row in pairs if row.preference is not None],
+        train=[row.prompt for row in train],
+        held_out=[row.prompt for row in rows[len(raw.train) :]],
+        demonstrations=[demonstration for row in train for demonstration in row.demonstrations],
+        preferences=[row.preference for row in train if row.preference is not None],
         gold=raw.gold,
         environment=TokenisedReplies(raw.replies, tokenizer) if raw.replies is not None else None,
+        notes=[*raw.notes, *left_out],
     )
 
 
-def _prompt(row: Row, tokenizer: Tokenizer) -> Prompt:
-    messages = [] if isinstance(row.question, str) else row.question
-    text = row.question if isinstance(row.question, str) else _rendered(row.question, tokenizer)
-    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-    if not ids:
-        raise ValueError(f"the model's tokenizer makes no token of the prompt {shown(text)}: leave that prompt out")
-    return Prompt(text, ids, row.columns, messages)
+@dataclass(frozen=True, slots=True)
+class _TokenisedRow:
+    prompt: Prompt
+    demonstrations: list[tuple[Prompt, str]]
+    preference: Pair | None
 
 
-def _rendered(messages: list[Message], tokenizer: Tokenizer) -> str:
-    from jinja2 import TemplateError
+@dataclass(slots=True)
+class _Maker:
+    """Makes rows for a model."""
 
-    if not getattr(tokenizer, "chat_template", None):  # a checkpoint's tokenizer has one, or None
-        raise ValueError(
-            "the data are conversations, and the model's tokenizer has no chat template: choose a chat model "
-            "(model.path), or a file whose prompts are texts (task.path)"
+    tokenizer: Tokenizer
+    chat: Chat | None  # None: all questions are texts
+    start: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = beginning(self.tokenizer)
+
+    def all(self, rows: Iterable[Row]) -> list[_TokenisedRow]:
+        """The rows; ValueError with all those of which nothing can be made."""
+        made, bad = [], []
+        for row in rows:
+            try:
+                made.append(self._row(row))
+            except ValueError as error:
+                bad.append((row.where, str(error)))
+        if bad:
+            raise ValueError(report(bad, len(made)))
+        return made
+
+    def _row(self, row: Row) -> _TokenisedRow:
+        prompt = self._prompt(row, row.question)
+        demonstrations = (
+            [] if row.demonstration is None else [(prompt, self._answer(row, row.question, row.demonstration))]
         )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(
-            f"the model's chat template refuses a conversation ({error}): {shown(messages, 300)}"
-        ) from None
+        demonstrations += [(self._prompt(row, asked), self._answer(row, asked, answer)) for asked, answer in row.turns]
+        pair = None
+        if row.preference is not None:
+            chosen, rejected = (self._answer(row, row.question, answer) for answer in row.preference)
+            pair = Pair(prompt, chosen, rejected)
+        return _TokenisedRow(prompt, demonstrations, pair)
+
+    def _prompt(self, row: Row, question: str | list[Message]) -> Prompt:
+        messages = [] if isinstance(question, str) else question
+        text = question if isinstance(question, str) else self._chat.asked(question, row.given)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"the model's tokenizer makes no token of the prompt {shown(text)}: leave that prompt out")
+        given = row.given if messages else {}
+        return Prompt(text, tuple(begun(ids, self.start, bool(messages))), row.columns, messages, given, row.where)
+
+    def _answer(self, row: Row, question: str | list[Message], answer: Answer) -> str:
+        if isinstance(answer, str) or isinstance(question, str):
+            assert isinstance(answer, str), "what is more than a text answers messages"
+            return answer
+        return self._chat.answer(question, row.given, answer)
+
+    @property
+    def _chat(self) -> Chat:
+        assert self.chat is not None, "messages are asked"
+        return self.chat

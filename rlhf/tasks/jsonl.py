@@ -1,38 +1,58 @@
-"""A JSON-lines file as TRL users have it. Forms of a line, told apart by their columns:
+"""A JSON-lines file as TRL users have it. Forms of a line, told apart by their columns (one that is null is absent):
 
-    {"prompt": text | messages, "answer": text}                     a reference to score against, and a demonstration
+    {"prompt": text | messages, "answer": text | number}            a reference to score against, and a demonstration
+    {"prompt": text | messages, "completion": text | messages}      a demonstration
     {"prompt": text | messages, "chosen": ..., "rejected": ...}     a preference; each a text or one assistant message
     {"chosen": messages, "rejected": messages}                      the same, the prompt being what both begin with
-    {"messages": messages}                                          the last assistant message is a demonstration
+    {"messages": messages}, {"conversations": messages}             the last assistant message is a demonstration
+    {"prompt": ..., "reward_model": {"ground_truth": ...}}          verl's form; the ground truth is the answer
     {"prompt": text | messages}                                     for a reward that needs no reference
 
-Every other column goes to `Prompt.columns`. All bad lines are reported together, before anything starts.
+`tools` and `chat_template_kwargs` are handed to the chat template of a conversation. Where an answer takes several
+turns, each of the assistant's is a demonstration of its own, and what tools said is before it. Every other column goes
+to `Prompt.columns`. All bad lines are reported together, before anything starts; pairs of equal answers are left out.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from rlhf.config import JsonlTaskConfig
-from rlhf.tasks import Message, RawTask, Row
+from rlhf.tasks import Answer, Message, RawTask, Row
+from rlhf.tasks.chat import SPOKEN
+from rlhf.tasks.json_lines import columns_of, kind_of, lines, report, some
+from rlhf.tasks.messages import answer_of, messages_in, text_in
 
-ROLES = ("system", "user", "assistant")
-SHOWN = 10  # bad lines in one error message
-FORMS = ("messages", "chosen", "rejected")
+PREFERENCE = ("chosen", "rejected")
+CONVERSATIONS = ("messages", "conversations")
+FORMS = ("messages", *PREFERENCE)  # columns that are no reward's
+TEMPLATE_OWN = (  # of apply_chat_template: what to render, and into what
+    "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "messages",
+)  # fmt: skip
+
+
+class TieError(ValueError):
+    """A pair without a better answer."""
 
 
 def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
     """Read the file; ValueError with file, line numbers and reasons if any line is bad."""
     groups: dict[str, list[Row]] = {}  # by question, so that no held-out question is also trained on
-    for row in _rows(config):
+    rows, notes = _rows(config)
+    for row in rows:
         groups.setdefault(json.dumps(row.question), []).append(row)
     questions = list(groups)
+    if len(questions) == 1:
+        raise ValueError(
+            f"{config.path} has one prompt, and one at least is held out: add lines with other prompts to task.path"
+        )
     if len(questions) <= config.held_out:
         raise ValueError(
             f"{config.path} has {len(questions)} different prompts, too few to hold {config.held_out} out and train on "
@@ -43,105 +63,160 @@ def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
         train=[row for question in questions[: -config.held_out] for row in groups[question]],
         held_out=[groups[question][0] for question in questions[-config.held_out :]],
         gold=partial(same_answer, config.answer_column),
+        notes=notes,
     )
 
 
 def same_answer(answer_column: str, columns: Mapping[str, Any], answer: str) -> float | None:
     """1.0 if `answer` is the row's, outer white space aside, else 0.0; None if the row has none."""
     right = columns.get(answer_column)
-    return None if right is None else float(answer.strip() == right.strip())
+    return float(answer.strip() == right.strip()) if isinstance(right, str) else None
 
 
-def parse_row(columns: Mapping[str, Any], config: JsonlTaskConfig) -> Row:
-    """One line's columns as a row; ValueError says which column is wrong and how."""
-    chosen = rejected = None
-    if "chosen" in columns or "rejected" in columns:
-        question, chosen, rejected = _preference(columns, config.prompt_column)
-        demonstration: str | None = chosen
-    elif "messages" in columns and not {config.prompt_column, config.answer_column} <= columns.keys():
-        question, demonstration = _conversation(columns["messages"])
-    else:
-        question, demonstration = _question(columns, config.prompt_column), None
-    others = {key: value for key, value in columns.items() if key not in (config.prompt_column, *FORMS)}
-    if config.answer_column in columns:
-        demonstration = others[config.answer_column] = _reply(columns[config.answer_column], config.answer_column)
-    elif config.answer_column != "answer":  # the user named it, so it must be there
-        raise ValueError(_no_column(config.answer_column, columns, "task.answer_column"))
-    preference = None if chosen is None or rejected is None else (chosen, rejected)
-    return Row(question, others, demonstration, preference)
-
-
-def _rows(config: JsonlTaskConfig) -> list[Row]:
-    """Every line as a row; ValueError with all (at most SHOWN) bad lines."""
+def _rows(config: JsonlTaskConfig) -> tuple[list[Row], list[str]]:
+    """Every line as a row, and what is to be said of them; ValueError with all (at most SHOWN) bad lines."""
     rows: list[Row] = []
-    bad: list[tuple[int, str]] = []
-    for number, line in _lines(config.path):
+    bad: dict[str, str] = {}
+    ties: list[str] = []
+    for number, line in lines(config.path):
+        where = f"{config.path}:{number}"
         try:
-            rows.append(parse_row(_columns(line), config))
+            rows.append(parse_row(columns_of(line), config, where))
         except ValueError as error:
-            bad.append((number, str(error)))
-    if bad:
-        raise ValueError(_report(config.path, bad, len(rows)))
+            bad[where] = str(error)
+            if isinstance(error, TieError):
+                ties.append(where)
+    if len(bad) > len(ties) or (ties and not any(row.preference for row in rows)):
+        raise ValueError(report(list(bad.items()), len(rows)))
     if not rows:
         raise ValueError(f"{config.path} is empty: task.path must name a file with one JSON object a line")
-    return rows
+    told = f"warning: pairs whose chosen and rejected answers are the same are left out: {len(ties)} ({some(ties)})"
+    return rows, [told] if ties else []
 
 
-def _lines(path: str) -> list[tuple[int, bytes]]:
-    try:
-        raw = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ValueError(f"task.path: cannot read {path} from {Path.cwd()}: {error.strerror}") from None
-    except ValueError as error:  # a NUL in the name
-        raise ValueError(f"task.path: cannot read {path!r}: {error}") from None
-    lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+def parse_row(columns: Mapping[str, Any], config: JsonlTaskConfig, where: str = "") -> Row:
+    """One line's columns as a row; ValueError says which column is wrong and how, TieError that a pair is none."""
+    there = {key: value for key, value in columns.items() if value is not None}
+    row, used = _in_its_form(there, config)
+    others = {key: value for key, value in there.items() if key not in (config.prompt_column, *FORMS, *used)}
+    if config.answer_column not in columns and config.answer_column != "answer":  # the user named it
+        raise ValueError(_no_column(config.answer_column, columns, "task.answer_column"))
+    reference = _reference(there, config.answer_column)
+    demonstration = row.demonstration
+    if reference is not None:
+        others[config.answer_column] = reference
+        demonstration = demonstration if "completion" in used else reference
+    answers = (demonstration, *(row.preference or ()))
+    if isinstance(row.question, str) and any(isinstance(answer, dict) for answer in answers):
+        raise ValueError("an answer with more than a text (tool_calls, ...) needs a prompt of messages, not a text")
+    given = {} if isinstance(row.question, str) else _given(there)
+    return Row(row.question, others, demonstration, row.preference, given, row.turns, where)
 
 
-def _report(path: str, bad: list[tuple[int, str]], good: int) -> str:
-    first, reason = bad[0]
-    if len(bad) > 1 and not good and {other for _, other in bad} == {reason}:
-        return f"{path}:{first}: {reason} (and so in all {len(bad)} lines)"
-    shown = [f"{path}:{number}: {reason}" for number, reason in bad[:SHOWN]]
-    more = [f"and {len(bad) - SHOWN} more bad lines"] if len(bad) > SHOWN else []
-    return "\n".join([*shown, *more])
+def _in_its_form(there: Mapping[str, Any], config: JsonlTaskConfig) -> tuple[Row, Sequence[str]]:
+    """Question, demonstrations and preference of a row, and the columns that they were made of."""
+    prompt = config.prompt_column
+    conversation = next((column for column in CONVERSATIONS if column in there), None)
+    if any(column in there for column in PREFERENCE):
+        question, chosen, rejected = _preference(
+            there, conversation if prompt not in there and conversation else prompt
+        )
+        return Row(question, {}, chosen, (chosen, rejected)), [conversation or prompt]
+    if conversation and not (prompt in there and {config.answer_column, "completion"} & there.keys()):
+        return _conversation(messages_in(there[conversation], conversation), conversation), [conversation]
+    question = _question(there, prompt)
+    if "completion" not in there or config.answer_column == "completion":
+        return Row(question, {}), []
+    return _completed(question, there["completion"]), ["completion"]
 
 
-def _columns(line: bytes) -> dict[str, Any]:
-    try:
-        columns = json.loads(line.decode())
-        json.dumps(columns, ensure_ascii=False).encode()  # half a surrogate pair can be neither tokenised nor written
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason}") from None  # type: ignore[attr-defined]
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(columns, dict):
-        raise ValueError(f"must be a JSON object, not {_kind(columns)}")
-    return columns
+def _completed(question: str | list[Message], completion: Any) -> Row:
+    """TRL's form; of a completion in several turns, the first is the prompt's answer."""
+    if not isinstance(completion, list) or isinstance(question, str):
+        return Row(question, {}, _reply(completion, "completion"))
+    (_, first), *turns = _turns(question, messages_in(completion, "completion"), "completion")
+    return Row(question, {}, first, turns=turns)
+
+
+def _conversation(messages: list[Message], column: str) -> Row:
+    """All of it but the last message is the question; what the assistant said since the user did is learned, too."""
+    question = _asked(messages[:-1], column)
+    asked = [place for place, message in enumerate(question, start=1) if message["role"] == "user"]
+    begins = asked[-1] if asked else len(question)
+    *turns, (_, last) = _turns(messages[:begins], messages[begins:], column)
+    return Row(question, {}, last, turns=turns)
+
+
+def _turns(question: list[Message], said: list[Message], column: str) -> list[tuple[list[Message], Answer]]:
+    """What is before each of the assistant's messages, and the message."""
+    roles = [message["role"] for message in said]
+    if not said or roles[0] != "assistant" or roles[-1] != "assistant":
+        raise ValueError(_no_answer(roles, column))
+    at = [place for place, role in enumerate(roles) if role == "assistant"]
+    for place in at:
+        if not said[place]["content"] and not any(said[place].get(key) for key in SPOKEN):
+            raise ValueError(f"{column!r} has an answer of the assistant that says nothing: leave it out")
+    return [([*question, *said[:place]], answer_of(said[place])) for place in at]
+
+
+def _reference(there: Mapping[str, Any], column: str) -> Answer | None:
+    """The answer that others are compared with: a column of the row, or verl's ground truth, if that is a text."""
+    if column in there:
+        value = there[column]
+        return json.dumps(value) if _is_number(value) else _reply(value, column)
+    judge = there.get("reward_model")
+    truth = judge.get("ground_truth") if isinstance(judge, dict) else None
+    return json.dumps(truth) if _is_number(truth) else truth if isinstance(truth, str) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _given(there: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template gets beside messages."""
+    given = there.get("chat_template_kwargs", {})
+    if not isinstance(given, dict) or given.keys() & set(TEMPLATE_OWN):
+        raise ValueError(
+            f"'chat_template_kwargs' must be an object with arguments of the chat template (got {given!r:.100})"
+        )
+    tools = there.get("tools", [])
+    if isinstance(tools, str):  # as tables have it
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except (ValueError, RecursionError):
+            raise ValueError(f"'tools' must be a list of objects, or JSON of one (got {tools!r:.100})") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"'tools' must be a list of objects, not {kind_of(tools)} (got {tools!r:.100})")
+    return {**given, "tools": tools} if tools else dict(given)
 
 
 def _question(columns: Mapping[str, Any], column: str) -> str | list[Message]:
     if column not in columns:
         raise ValueError(_no_column(column, columns, "task.prompt_column"))
     value = columns[column]
-    if isinstance(value, list):
-        return _asked(_messages(value, column), column)
-    text = _text(value, column, "a text or a list of messages")
-    if not text:
-        raise ValueError(f"{column!r} is empty")
-    return text
+    if not isinstance(value, list):
+        text = text_in(value, column, "a text or a list of messages")
+        if not text:
+            raise ValueError(f"{column!r} is empty")
+        return text
+    messages = messages_in(value, column)
+    if messages and messages[-1]["role"] == "assistant":  # an answer that has begun
+        if not isinstance(answer_of(messages[-1]), str):
+            raise ValueError(f"{column!r} ends with a message that no answer can continue: it may have a text alone")
+        _asked(messages[:-1], column)
+        return messages
+    return _asked(messages, column)
 
 
-def _preference(columns: Mapping[str, Any], prompt_column: str) -> tuple[str | list[Message], str, str]:
+def _preference(columns: Mapping[str, Any], prompt_column: str) -> tuple[str | list[Message], Answer, Answer]:
     """(question, chosen, rejected); of two whole conversations, the question is what they share."""
-    for column in ("chosen", "rejected"):
+    for column in PREFERENCE:
         if column not in columns:
             raise ValueError(f"a preference needs both 'chosen' and 'rejected': {column!r} is missing")
     chosen, rejected = columns["chosen"], columns["rejected"]
     if _is_whole(chosen) and _is_whole(rejected):
-        chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+        chosen, rejected = messages_in(chosen, "chosen"), messages_in(rejected, "rejected")
         same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
         question: str | list[Message] = _asked([left for left, _ in same], "chosen")
         chosen, rejected = chosen[len(question) :], rejected[len(question) :]
@@ -149,18 +224,13 @@ def _preference(columns: Mapping[str, Any], prompt_column: str) -> tuple[str | l
         question = _question(columns, prompt_column)
     good, bad = _reply(chosen, "chosen"), _reply(rejected, "rejected")
     if good == bad:
-        raise ValueError("'chosen' and 'rejected' are the same")
+        raise TieError("'chosen' and 'rejected' are the same")
     return question, good, bad
 
 
 def _is_whole(value: Any) -> bool:
     """Whether `value` is a conversation with its question, rather than an answer alone."""
-    return isinstance(value, list) and value != [] and _messages(value[:1], "conversation")[0]["role"] != "assistant"
-
-
-def _conversation(value: Any) -> tuple[list[Message], str]:
-    messages = _messages(value, "messages")
-    return _asked(messages[:-1], "messages"), _reply(messages[-1:], "messages")
+    return isinstance(value, list) and value != [] and messages_in(value[:1], "conversation")[0]["role"] != "assistant"
 
 
 def _asked(messages: list[Message], column: str) -> list[Message]:
@@ -169,43 +239,21 @@ def _asked(messages: list[Message], column: str) -> list[Message]:
     return messages
 
 
-def _reply(value: Any, column: str) -> str:
-    """The answer in `value`: a text, or a list of exactly one assistant message."""
+def _reply(value: Any, column: str) -> Answer:
+    """The answer in `value`: a text, or a list of exactly one assistant message, or ShareGPT's, not in a list."""
+    if isinstance(value, dict) and {"from", "value"} <= value.keys():
+        value = [value]
     if not isinstance(value, list):
-        return _text(value, column, "a text or a list of one assistant message")
-    messages = _messages(value, column)
+        return text_in(value, column, "a text or a list of one assistant message")
+    messages = messages_in(value, column)
     if [message["role"] for message in messages] != ["assistant"]:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"{column!r} must end with exactly one assistant message after the prompt (got {roles or 'none'})"
-        )
-    return messages[0]["content"]
+        raise ValueError(_no_answer([message["role"] for message in messages], column))
+    return answer_of(messages[0])
 
 
-def _messages(value: Any, column: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise ValueError(f"{column!r} must be a list of messages, not {_kind(value)}")
-    return [_message(message, f"{column}[{place}]") for place, message in enumerate(value)]
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
-        raise ValueError(f"{where!r} must be an object with 'role' and 'content'")
-    if value["role"] not in ROLES:
-        raise ValueError(f"{where!r} has the unknown role {value['role']!r}; known: {', '.join(ROLES)}")
-    return {"role": value["role"], "content": _text(value["content"], f"{where}.content", "a text")}
-
-
-def _text(value: Any, column: str, allowed: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{column!r} must be {allowed}, not {_kind(value)}")
-    return value
+def _no_answer(roles: Sequence[str], column: str) -> str:
+    return f"{column!r} must end with exactly one assistant message after the prompt (got {', '.join(roles) or 'none'})"
 
 
 def _no_column(column: str, columns: Mapping[str, Any], key: str) -> str:
     return f"no column {column!r}; columns there: {', '.join(columns) or 'none'}; set {key} to the right one"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -1,0 +1,215 @@
+"""Conversations as texts, by the chat template of the model's tokenizer: what is asked, and what answers.
+
+Nothing of a conversation is left out in silence. Where the template shows no sign of a message, a call, the tools or an
+answer's reasoning, ValueError; other keys that it leaves out are in `unseen`.
+
+Templates want a call's arguments in one of two spellings, and both are tried: an object (transformers'), or JSON text
+(OpenAI's).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+from rlhf.types import Tokenizer
+
+Message = dict[str, Any]  # role, content, and what else the chat template may render
+Spelling = Callable[[Message], Message]
+
+CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SPOKEN = (*CALLS, *REASONING)  # what an assistant may say beside `content`
+NAMES = ("role", "content", "name", "tool_call_id", "id")  # the template's to show or not
+LEAVES_OUT = "the model's chat template does not render"
+ANOTHER = "take a model whose template does (model.path)"
+
+
+@contextmanager
+def dated(tokenizer: Tokenizer, moment: datetime | None) -> Iterator[None]:
+    """Chat templates' `strftime_now` is about this moment: transformers takes no function in place of its own."""
+    if moment is None or "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+        yield
+        return
+    from transformers.utils import chat_template_utils as templates
+
+    real = templates.datetime
+    templates.datetime = SimpleNamespace(now=lambda: moment)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        templates.datetime = real  # type: ignore[misc]
+
+
+def before_answer(messages: Sequence[Any]) -> tuple[Sequence[Any], str]:
+    """The messages that are to be answered, and the text with which the answer begins where it has been begun."""
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, ""
+
+
+@dataclass(slots=True)
+class Chat:
+    """A tokenizer's chat template; ValueError where it has none, refuses a conversation, or leaves something out."""
+
+    tokenizer: Tokenizer
+    unseen: dict[str, None] = field(default_factory=dict)  # other keys of messages that the template leaves out
+    _looked_at: set[str] = field(default_factory=set)
+    _tail: str | None = None
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):  # a checkpoint's tokenizer has one, or None
+            raise ValueError(
+                "the data are conversations, and the model's tokenizer has no chat template: choose a chat model "
+                "(model.path), or a file whose prompts are texts (task.path)"
+            )
+
+    def asked(self, messages: Sequence[Message], given: Mapping[str, Any]) -> str:
+        """The text that the policy is asked with; `given` are other arguments of the template, like `tools`.
+
+        If the assistant's message is the last one, its answer goes on from there.
+        """
+        messages, begun = before_answer(messages)
+
+        def attempt(spelling: Spelling) -> str:
+            spelt = list(map(spelling, messages))
+            text = self._rendered(spelt, given, ask=True)
+            self._check_tools(spelt, given, text)
+            for place in range(len(spelt)):
+                self._check(spelt, place, given, text, ask=True)
+            return text
+
+        return _in_a_spelling(messages, attempt) + begun
+
+    def answer(self, messages: Sequence[Message], given: Mapping[str, Any], answer: Message) -> str:
+        """The text by which the policy would answer `messages` with this message, without the end of its turn."""
+
+        def attempt(spelling: Spelling) -> str:
+            spelt = list(map(spelling, [*messages, answer]))
+            asked, whole = self._rendered(spelt[:-1], given, ask=True), self._rendered(spelt, given, ask=False)
+            self._check(spelt, len(messages), given, whole, ask=False)
+            if not whole.startswith(asked):
+                raise ValueError(
+                    f"the model's chat template asks with ...{asked[-60:]!r}, and the answer {answer!r:.200} is "
+                    "rendered in another way: set chat_template_kwargs in the row, or give the answer as a text"
+                )
+            return whole.removeprefix(asked).removesuffix(self._end_of_turn())
+
+        return _in_a_spelling([*messages, answer], attempt)
+
+    def _end_of_turn(self) -> str:
+        """What the template puts behind an assistant's text; the end-of-sequence token comes in its place."""
+        if self._tail is None:
+            turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+            self._tail = self._rendered(turns, {}, ask=False).rpartition("2")[2]
+        return self._tail
+
+    def _rendered(self, messages: list[Message], given: Mapping[str, Any], ask: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **given)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(f"the model's chat template refuses a conversation ({error}): {messages!r:.300}") from None
+
+    # --- what the template leaves out ---------------------------------------------------------------------------------
+
+    def _check_tools(self, messages: list[Message], given: Mapping[str, Any], text: str) -> None:
+        if given.get("tools"):
+            try:
+                without = self._rendered(messages, {**given, "tools": None}, ask=True)
+            except ValueError:  # it cannot do without them
+                return
+            if without == text:
+                raise ValueError(f"{LEAVES_OUT} 'tools': leave that column out, or {ANOTHER}")
+
+    def _check(self, messages: list[Message], place: int, given: Mapping[str, Any], text: str, ask: bool) -> None:
+        """ValueError unless `text` shows what the message says.
+
+        What was thought before a question (`ask`), templates leave out on purpose.
+        """
+        message = messages[place]
+
+        def matters(other: Message) -> bool:
+            """Whether another message in its place gives another text, or none."""
+            try:
+                return self._rendered([*messages[:place], other, *messages[place + 1 :]], given, ask) != text
+            except ValueError:
+                return True
+
+        content = message["content"]
+        if content and content.strip() not in text and not matters({**message, "content": f"{content}."}):
+            raise ValueError(f"{LEAVES_OUT} {_named(place, message)}: leave it out, or {ANOTHER}")
+        for key, without in _without_each(message):
+            if key in (CALLS if ask else SPOKEN):
+                if not matters(without):
+                    raise ValueError(f"{LEAVES_OUT} {key!r} of {_named(place, message)}: leave it out, or {ANOTHER}")
+            elif key not in (*SPOKEN, *self._looked_at):
+                self._looked_at.add(key)
+                self.unseen |= {} if matters(without) else {key: None}
+
+
+def _named(place: int, message: Message) -> str:
+    return f"message {place + 1} (role {message['role']!r})"
+
+
+def _without_each(message: Message) -> Iterator[tuple[str, Message]]:
+    """Each key that is more than a name, and the message without it."""
+    for key in message.keys() - set(NAMES):
+        yield key, {other: value for other, value in message.items() if other != key}
+
+
+def _in_a_spelling(messages: Sequence[Message], attempt: Callable[[Spelling], str]) -> str:
+    """The attempt in the first spelling that succeeds; else the first one's ValueError."""
+    try:
+        return attempt(_as_transformers)
+    except ValueError:
+        if any(key in message for message in messages for key in CALLS):
+            try:
+                return attempt(_as_openai)
+            except ValueError:
+                pass
+        raise
+
+
+def _as_transformers(message: Message) -> Message:
+    return _with_arguments(message, _parsed)
+
+
+def _as_openai(message: Message) -> Message:
+    return _with_arguments(message, _as_text)
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    """The message with other arguments of its calls, which may be under `function` or beside its name."""
+
+    def changed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": changed(call["function"])}
+        return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+    calls = message.get("tool_calls")
+    spelt = {**message, "tool_calls": [changed(call) for call in calls]} if isinstance(calls, list) else dict(message)
+    return {**spelt, "function_call": changed(spelt["function_call"])} if "function_call" in spelt else spelt
+
+
+def _parsed(arguments: Any) -> Any:
+    """The object in a JSON text; else the arguments as they are."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
