@@ -71,7 +71,7 @@ def make_tokenizer(
         case TinyModelConfig():
             return _character_tokenizer(config, characters, [*ROLES, *sorted(set(tags) - set(ROLES))] if chat else [])
         case HfModelConfig():
-            return _load_tokenizer(config.path, "model.path")
+            return _load_tokenizer(config.path, "model.path", config.trust_remote_code)
     raise AssertionError(f"no tokenizer is made from {type(config).__name__}")
 
 
@@ -105,11 +105,11 @@ def _splitter(characters: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _load_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: str, key: str, trust: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoConfig, AutoTokenizer
 
-    shape = _from_pretrained(AutoConfig, path, f"{key}: cannot load a model")
-    tokenizer = _from_pretrained(AutoTokenizer, path, f"{key}: cannot load a tokenizer")
+    shape = _from_pretrained(AutoConfig, path, f"{key}: cannot load a model", trust_remote_code=trust)
+    tokenizer = _from_pretrained(AutoTokenizer, path, f"{key}: cannot load a tokenizer", trust_remote_code=trust)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{key}: the tokenizer of {path} has no end-of-sequence token (eos_token), so no answer could end"
@@ -193,8 +193,9 @@ def _new_policy(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, see
 def _load_policy(config: HfModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = _without_dropout(_from_pretrained(AutoConfig, config.path, "model.path: cannot load a model"))
-    policy = _load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **_build(config))
+    trust = {"trust_remote_code": config.trust_remote_code}
+    shape = _without_dropout(_from_pretrained(AutoConfig, config.path, "model.path: cannot load a model", **trust))
+    policy = _load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **_build(config), **trust)
     if (brought := brought_by(tokenizer)) is not None:
         brought.look_at_weights()  # which are here by now
     rows = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
@@ -209,7 +210,8 @@ def reload(policy: PreTrainedModel, folder: Path) -> None:
     """Overwrite the policy's weights with those that `save_model` wrote; ValueError if they are another model's."""
     from transformers import AutoModelForCausalLM
 
-    saved = _load_weights(AutoModelForCausalLM, str(folder), "the checkpoint's policy", dtype=policy.dtype)
+    auto = type(policy) if policy.is_remote_code() else AutoModelForCausalLM  # whose code is here: none is read again
+    saved = _load_weights(auto, str(folder), "the checkpoint's policy", dtype=policy.dtype)
     try:
         policy.load_state_dict(saved.state_dict())
     except RuntimeError as error:
@@ -257,7 +259,12 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
         shape.pad_token_id = None
     try:
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are all overwritten
-            model = auto.from_config(shape, dtype=policy.dtype, attn_implementation=policy.config._attn_implementation)
+            model = auto.from_config(
+                shape,
+                dtype=policy.dtype,
+                attn_implementation=policy.config._attn_implementation,
+                trust_remote_code=policy.is_remote_code(),
+            )
     except ValueError as error:
         raise ValueError(
             f"transformers has no {head.value} classifier of the architecture {shape.model_type!r}, which a reward "
@@ -271,7 +278,9 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     return model.to(policy.device).eval()
 
 
-def load_reward_model(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_reward_model(
+    path: str, config: ModelConfig, trust: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A one-number sequence classifier and its tokenizer, with the policy's dtype and device.
 
     One that a run has trained (`trained_by_a_run`) has the policy's attention, too, and an end-of-sequence token.
@@ -279,17 +288,18 @@ def load_reward_model(path: str, config: ModelConfig) -> tuple[PreTrainedModel, 
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     device = resolve_device(config.device)
-    shape = _without_dropout(_from_pretrained(AutoConfig, path, "reward.path: cannot load a reward model"))
+    told = _from_pretrained(AutoConfig, path, "reward.path: cannot load a reward model", trust_remote_code=trust)
+    shape = _without_dropout(told)
     if shape.num_labels != 1:
         raise ValueError(
             f"reward.path: {path} is no reward model: a sequence classifier with num_labels=1 is needed, "
             f"this is {', '.join(shape.architectures or ['a model'])} with num_labels={shape.num_labels}"
         )
-    ours, options = trained_by_a_run(shape), _build(config)
+    ours, options = trained_by_a_run(shape), _build(config) | {"config": shape, "trust_remote_code": trust}
     if not ours:
         del options["attn_implementation"]  # the policy's, which others may not have
-    model = _load_weights(AutoModelForSequenceClassification, path, "reward.path", config=shape, **options)
-    tokenizer = _load_tokenizer(path, "reward.path") if ours else _others_tokenizer(path, model)
+    model = _load_weights(AutoModelForSequenceClassification, path, "reward.path", **options)
+    tokenizer = _load_tokenizer(path, "reward.path", trust) if ours else _others_tokenizer(path, model, trust)
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
@@ -298,10 +308,10 @@ def trained_by_a_run(config: Any) -> bool:
     return hasattr(config, "reward_mean")
 
 
-def _others_tokenizer(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def _others_tokenizer(path: str, model: PreTrainedModel, trust: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, path, "reward.path: cannot load a tokenizer")
+    tokenizer = _from_pretrained(AutoTokenizer, path, "reward.path: cannot load a tokenizer", trust)
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise ValueError(
@@ -359,22 +369,36 @@ def _load_weights(auto: Any, path: str, key: str, **options: Any) -> PreTrainedM
     return model
 
 
-def _from_pretrained(auto: Any, path: str, failure: str, **options: Any) -> Any:
-    """`auto.from_pretrained`, with a ValueError for whatever is wrong with a folder or a hub name."""
+def _from_pretrained(auto: Any, path: str, failure: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """`auto.from_pretrained`, with a ValueError for whatever is wrong with a folder or a hub name.
+
+    Without `trust_remote_code` a checkpoint that needs code of its own is refused: transformers would ask on the
+    terminal, and run it.
+    """
     _hide_bars()
     folder = Path(path).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or path.startswith(".")):
         raise ValueError(f"{failure}: there is no folder {path} (seen from {Path.cwd()})")
     local = folder.is_dir() or not _hub_answers(path)
     where = f"the folder {path}" if folder.is_dir() else f"the Hugging Face hub as {path!r}, which is no folder here"
+    options |= {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
-        return auto.from_pretrained(str(folder) if folder.is_dir() else path, local_files_only=local, **options)
+        return auto.from_pretrained(str(folder) if folder.is_dir() else path, **options)
     except Exception as error:  # safetensors, tokenizers and the hub each have exceptions of their own
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(_untrusted(failure.partition(".path")[0], where)) from error
         reason = " ".join(str(error).split())[:300]
         unreachable = (
             "the hub cannot be reached, and nothing is in the cache: " if local and not folder.is_dir() else ""
         )
         raise ValueError(f"{failure} from {where}: {unreachable}{reason}") from error
+
+
+def _untrusted(group: str, where: str) -> str:
+    return (
+        f"{group}.trust_remote_code is false, and {where} brings code of its own (auto_map), without which it does not "
+        f"load: read that code, and set the key to true if you trust it, or choose another {group}.path"
+    )
 
 
 def _hide_bars() -> None:

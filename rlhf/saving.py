@@ -39,8 +39,8 @@ class Brought:
     dtypes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_pretrained(cls, path: str, local_files_only: bool) -> Brought:
-        """What a folder or a repository of the hub has; ValueError where its JSON is none.
+    def from_pretrained(cls, path: str, local_files_only: bool, trust_remote_code: bool) -> Brought:
+        """What a folder or a repository of the hub has, no code of which is run; ValueError where its JSON is none.
 
         Not which dtypes: its weights may not be here yet.
         """

@@ -97,3 +97,4 @@ class HfModelConfig(ModelConfig):
     """Any transformers causal LM with its tokenizer."""
 
     path: str  # a folder, or a name on the Hugging Face hub
+    trust_remote_code: bool = False  # run the code that a checkpoint brings along (auto_map in its config.json)

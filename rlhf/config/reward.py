@@ -50,6 +50,7 @@ class ModelRewardConfig(RewardConfig):
     path: str | None = None
     chat_template: str | None = None  # Jinja, or a file of it, in place of that of `path`'s tokenizer
     clip: Any = AUTO  # scores are cut at +- this; null: not at all. auto: 10 where a run has normalised them, else null
+    trust_remote_code: bool = False  # run the code that the reward model of `path` brings along
     prompts: int = 4096  # prompts from which pairs are sampled, at most
     samples: int = 4  # answers sampled a prompt; every two whose gold scores differ make a pair
     label_noise: float = 0.05  # share of sampled pairs whose preference is flipped: people err, too

@@ -59,6 +59,7 @@ OWN_ARGS = (
     "skip_tokenizer_init",
     "worker_extension_cls",
     "logprobs_mode",
+    "trust_remote_code",
 )
 
 
@@ -85,6 +86,7 @@ class VllmRolloutConfig(RolloutConfig):
             )
         if taken := [key for key in OWN_ARGS if key in self.engine_args]:
             raise ValueError(
-                f"rollout.engine_args.{taken[0]} is set by the harness: leave it out (the dtype is rollout.dtype)"
+                f"rollout.engine_args.{taken[0]} is set by the harness: leave it out (the dtype is "
+                "rollout.dtype, and model.trust_remote_code lets a checkpoint's own code run)"
             )
         in_range("rollout.sleep_level", self.sleep_level, 0, 2)

@@ -74,7 +74,7 @@ def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | Non
 def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig) -> ModelReward:
     """The reward model of `reward.path`; ValueError where it does not fit the task's prompts."""
     assert config.path is not None
-    model, tokenizer = load_reward_model(config.path, policy)
+    model, tokenizer = load_reward_model(config.path, policy, config.trust_remote_code)
     template = chat_template(config.chat_template, tokenizer)
     if trained_by_a_run(model.config):
         return ModelReward(model, tokenizer, template, config.clip)

@@ -64,11 +64,20 @@ def worker_spec(
         dtype=dtype.name,
         device=parameter.device.type,
         attention=policy.config._attn_implementation,
+        code=_code_of(policy),
         **_engine(config),
         threads=config.threads,
         token=secrets.token_urlsafe(32),
         adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
     )
+
+
+def _code_of(policy: Any) -> str:
+    """The checkpoint whose own code the policy is made of; empty where it is transformers'."""
+    if not policy.is_remote_code():
+        return ""
+    folder = Path(policy.name_or_path)
+    return str(folder.resolve()) if folder.is_dir() else policy.name_or_path
 
 
 def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:

@@ -47,11 +47,11 @@ ENVIRONMENT = {
 
 def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     """What a worker of this spec is made of; its weights are nothing until the first update."""
-    from rlhf.rollout.worker import limits_of
+    from rlhf.rollout.worker import config_of, limits_of
 
     for name, value in environment(spec).items():
         os.environ.setdefault(name, value)
-    shape = config_of(spec.architecture)
+    shape = config_of(spec)
     _check_heads(shape.get_text_config(), spec.device)
     started = Started()
     llm_class = _imported()
@@ -59,7 +59,7 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     engine = VllmEngine(_llm(llm_class, spec), spec.keep_prefix_cache)
     started.did("vllm.LLM")
     ranks = Ranks(engine.rpc)
-    landing = RemoteLanding(manifest_of(shape, spec.dtype), _device(spec), ranks)
+    landing = RemoteLanding(manifest_of(shape, spec), _device(spec), ranks)
     receiver = Receiver(
         RemoteIntake(spec.endpoint, ranks), landing, Journal(Path(spec.journal) if spec.journal else None)
     )
@@ -238,6 +238,7 @@ def _llm(llm_class: Any, spec: WorkerSpec) -> Any:
                 "worker_extension_cls": CLASS,
                 "disable_log_stats": True,
                 "generation_config": "vllm",  # nothing from a file
+                "trust_remote_code": bool(spec.code),
                 **spec.engine_args,
                 "model": folder,
             }
@@ -254,24 +255,13 @@ def _check_heads(text: Any, device: str) -> None:
         )
 
 
-def config_of(architecture: dict[str, Any]) -> Any:
-    """The transformers config of a spec's architecture."""
-    from transformers import CONFIG_MAPPING
-
-    settings = dict(architecture)
-    model_type = settings.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
-    return CONFIG_MAPPING[model_type].from_dict(settings)
-
-
-def manifest_of(shape: Any, dtype: str) -> Manifest:
-    """Of the weights that transformers would make for this architecture, in this dtype; no memory is taken."""
+def manifest_of(shape: Any, spec: WorkerSpec) -> Manifest:
+    """Of the weights that transformers would make of this config, in the spec's dtype; no memory is taken."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_config(shape, dtype=DTYPES[spec.dtype], trust_remote_code=bool(spec.code))
     model.tie_weights()
     return Manifest.planned(model.state_dict(keep_vars=True))
 

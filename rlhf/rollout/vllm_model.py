@@ -45,16 +45,19 @@ def cache() -> Path:
 
 
 def write_model(spec: WorkerSpec, folder: Path) -> None:
-    """Write the model's config and a tokenizer."""
+    """Write the model's config, a tokenizer, and the model's own code if that is trusted."""
     (folder / "config.json").write_text(json.dumps({**spec.architecture, "architectures": [class_of(spec)]}))
     _empty_tokenizer().save_pretrained(folder)
+    for path in Path(spec.code).glob("*.py") if spec.code else ():  # of the hub's the config names the repository
+        shutil.copyfile(path, folder / path.name)
 
 
 def class_of(spec: WorkerSpec) -> str:
-    """The name of transformers' causal LM of this architecture, which vLLM goes by."""
+    """The name of transformers' causal LM of this architecture, or of a checkpoint's own, which vLLM goes by."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.architecture["model_type"]])
+    own = spec.architecture["architectures"][0] if spec.code else None
+    return str(own or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.architecture["model_type"]])
 
 
 def _kept(written: Path, base: Path) -> Path | None:

@@ -55,6 +55,7 @@ def _started(spec: WorkerSpec, folder: str, port: int) -> subprocess.Popen[bytes
         "dtype": spec.dtype,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
+        "trust_remote_code": bool(spec.code),
         "weight_transfer_config": {"backend": BACKEND},
         **spec.engine_args,
     }

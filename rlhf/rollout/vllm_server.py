@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.rollout.sampling import Sample, Sampling
-from rlhf.rollout.vllm import config_of, manifest_of
-from rlhf.rollout.worker import Worker, WorkerSpec, limits_of
+from rlhf.rollout.vllm import manifest_of
+from rlhf.rollout.worker import Worker, WorkerSpec, config_of, limits_of
 from transfer.journal import Journal
 from transfer.process import WorkerProcess
 from transfer.receiver import Receiver
@@ -50,8 +50,8 @@ def worker_around(server: StockServer, policy: Any, spec: WorkerSpec) -> Worker:
     def weights() -> Iterable[tuple[str, torch.Tensor]]:
         return ((name, parameter.detach()) for name, parameter in policy.named_parameters())
 
-    shape = config_of(spec.architecture)
-    landing = ServerLanding(manifest_of(shape, spec.dtype), server, weights)
+    shape = config_of(spec)
+    landing = ServerLanding(manifest_of(shape, spec), server, weights)
     journal = Journal(Path(spec.journal) if spec.journal else None)
     receiver = Receiver(ServerIntake(spec.endpoint, server, weights), landing, journal)
     return Worker(ServerEngine(server), receiver, limits_of(shape.get_text_config()))

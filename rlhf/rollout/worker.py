@@ -51,6 +51,7 @@ class WorkerSpec:
     dtype: str = "float32"
     device: str = "cpu"
     attention: str = "sdpa"
+    code: str = ""  # the trusted checkpoint whose own code the model is made of; empty: transformers' code
     engine: str = "hf"  # or vllm
     engine_args: dict[str, Any] = field(default_factory=dict)  # of engine vllm (rlhf/config/rollout.py)
     keep_prefix_cache: bool = False  # of engine vllm, across updates
@@ -102,19 +103,16 @@ def architecture_of(model: Any) -> dict[str, Any]:
 def build_model(spec: WorkerSpec) -> torch.nn.Module:
     """A model of the spec's architecture; its weights, or those of its adapter, are nothing until the first update."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     from rlhf.adapter import AdapterSpec
     from rlhf.models import load_base
 
-    settings = dict(spec.architecture)
-    model_type = settings.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
+    shape = config_of(spec)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
-    shape = CONFIG_MAPPING[model_type].from_dict(settings)
     build = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    build["trust_remote_code"] = bool(spec.code)
     if spec.adapter is not None:
         based: torch.nn.Module = load_base(AdapterSpec(**spec.adapter), config=shape, **build)
         return based.to(spec.device).requires_grad_(False)
@@ -122,6 +120,20 @@ def build_model(spec: WorkerSpec) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(shape, **build)
     model.tie_weights()
     return model.to(spec.device).eval().requires_grad_(False)
+
+
+def config_of(spec: WorkerSpec) -> Any:
+    """The transformers config of a spec's architecture; ValueError where nobody knows it."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    settings = dict(spec.architecture)
+    model_type = settings.pop("model_type")
+    if spec.code:
+        made: Any = AutoConfig.from_pretrained(spec.code, trust_remote_code=True)
+        return type(made).from_dict(settings | {"name_or_path": spec.code})  # where the model's code is looked for
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
+    return CONFIG_MAPPING[model_type].from_dict(settings)
 
 
 class Engine(Protocol):
