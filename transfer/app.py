@@ -2,9 +2,10 @@
 
 Every request but GET /health needs `Authorization: Bearer <token>`; that comes first, also on paths that do not exist.
 A verb's message is the JSON object of a POST's body together with the query's parameters (those of openapi.py). Verbs
-run in threads, completions in their own, so that /health and the messages of an update are answered while the worker
-samples. Errors are `{"error": {"message": ..., "code": <status>}}`. What a verb answers is sent as JSON, bytes as they
-are: of type wire.Binary under their own content type.
+run in threads: completions, the messages of an update, verbs that wait for nobody and all others each in their own. So
+/health, /status and an update get through however many completions run and messages to pause wait. Errors are
+`{"error": {"message": ..., "code": <status>}}`. What a verb answers is sent as JSON, bytes as they are: of type
+wire.Binary under their own content type.
 
 The verbs are plain ASGI routes of the FastAPI app: its own machinery around a function costs as much again. `AtOnce`
 answers, without app and threads, the messages of an update that the worker calls prompt (bounded_http.py).
@@ -13,7 +14,6 @@ answers, without app and threads, the messages of an update that the worker call
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import sys
 import traceback
@@ -30,13 +30,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from transfer import wire
+from transfer.bearer import Bearer
 from transfer.openapi import OPENAPI, OPERATIONS, document
 from transfer.wire import Refused
 
 MAX_COMPLETIONS_BYTES = 64 * 2**20  # a batch of long prompts; control messages have wire.MAX_CONTROL_BYTES
 MAX_DEPTH = 32  # lists and objects inside each other: nothing that walks a message may run out of stack
-THREADS = 64  # for completions, and once more for all other verbs
-AT_ONCE = ("start_weight_update", "finish_weight_update", "abort_weight_update", "withdraw_weights", "status")
+THREADS = 64  # for completions, for the messages of an update, and for verbs that may have to wait for either
+QUICK = ("health", "status", "weight_info", "version", "get_world_size", "is_paused", "is_sleeping", "resume")
+QUICK_THREADS = 4  # for those, which wait for nobody
+FLIPS = ("start_weight_update", "finish_weight_update", "abort_weight_update", "withdraw_weights")
+UPDATES = ("init_weight_transfer_engine", "update_weights", *FLIPS)
+AT_ONCE = (*FLIPS, "status")
 CLOSE = (b"connection", b"close")  # nothing more of this client's is read, not even into a buffer
 
 
@@ -44,12 +49,13 @@ def make_app(worker: Any, token: str) -> FastAPI:
     """The worker's HTTP surface; with an empty token whoever reaches the port may call."""
     verbs = [verb for verb in wire.ROUTES if hasattr(worker, verb)]
     app = FastAPI(openapi_url=None, redirect_slashes=False)
+    quick, updates = ThreadPoolExecutor(QUICK_THREADS, "quick"), ThreadPoolExecutor(THREADS, "updates")
     sampling, others = ThreadPoolExecutor(THREADS, "completions"), ThreadPoolExecutor(THREADS, "verbs")
+    pools = {"completions": sampling} | dict.fromkeys(QUICK, quick) | dict.fromkeys(UPDATES, updates)
     for verb in verbs:
-        call = getattr(worker, verb)
-        _add(app, *wire.ROUTES[verb], Verb(verb, call, sampling if verb == "completions" else others))
+        _add(app, *wire.ROUTES[verb], Verb(verb, getattr(worker, verb), pools.get(verb, others)))
     described = cache(lambda: document(verbs))
-    _add(app, *OPENAPI, Verb("openapi", lambda message: described(), others))
+    _add(app, *OPENAPI, Verb("openapi", lambda message: described(), quick))
     app.add_exception_handler(HTTPException, _http_error)
     if token:
         app.add_middleware(BearerToken, token=token)
@@ -64,7 +70,7 @@ class AtOnce:
 
     def __init__(self, worker: Any, token: str) -> None:
         self._prompt: Callable[[str], bool] = getattr(worker, "prompt", lambda verb: False)
-        self._tokens = [b"Bearer " + token.encode()] if token else []
+        self._bearer = Bearer(token)
         self._verbs = {
             (method.encode(), path.encode()): (verb, partial(answer, getattr(worker, verb), wire.MAX_CONTROL_BYTES, {}))
             for verb in AT_ONCE
@@ -74,9 +80,8 @@ class AtOnce:
 
     def admits(self, method: bytes, path: bytes, authorization: list[bytes], nbytes: int) -> bool:
         """Whether a request with these headers may be answered here."""
-        allowed = not self._tokens or (len(authorization) == 1 and hmac.compare_digest(authorization[0], *self._tokens))
         few = nbytes <= (wire.MAX_CONTROL_BYTES if method == b"POST" else 0)
-        return allowed and few and (method, path) in self._verbs
+        return few and (method, path) in self._verbs and self._bearer.allows(authorization)
 
     def answer(self, method: bytes, path: bytes, body: bytearray) -> tuple[int, bytes] | None:
         """The status and the body, or None if somebody would have to wait."""
@@ -89,7 +94,7 @@ class BearerToken:
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
-        self._expected = b"Bearer " + token.encode()
+        self._bearer = Bearer(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -102,8 +107,7 @@ class BearerToken:
 
     def _allows(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        right = len(given) == 1 and hmac.compare_digest(given[0], self._expected)
-        return right or (scope["method"], scope["path"]) == wire.ROUTES["health"]
+        return self._bearer.allows(given) or (scope["method"], scope["path"]) == wire.ROUTES["health"]
 
 
 class Verb:

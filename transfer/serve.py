@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+BACKLOG = 4096  # connections that wait in the kernel; it takes net.core.somaxconn at most
 
 
 class Address(Protocol):
@@ -62,7 +63,7 @@ def listening(spec: Address) -> socket.socket:
             f"a worker on {spec.host} can be reached from other machines and needs a token: set token in its spec, "
             "or host to 127.0.0.1"
         )
-    listener = socket.create_server((spec.host, spec.port), backlog=128)
+    listener = socket.create_server((spec.host, spec.port), backlog=BACKLOG)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections inherit it
     return listener
 
@@ -78,9 +79,12 @@ def _server(worker: Any, token: str) -> uvicorn.Server:
     import uvicorn
 
     from transfer.app import AtOnce, make_app
+    from transfer.bearer import Bearer
     from transfer.bounded_http import BoundedHttp
+    from transfer.door import Door, Server
 
     class Http(BoundedHttp):
+        door = Door(Bearer(token))
         short_way = AtOnce(worker, token)
 
     config = uvicorn.Config(
@@ -96,7 +100,7 @@ def _server(worker: Any, token: str) -> uvicorn.Server:
         date_header=False,
         timeout_keep_alive=3600,  # a trainer's connection stays between two steps, however long the step
     )
-    return uvicorn.Server(config)
+    return Server(config, Http.door)
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transfer.receiver import Receiver
 
 PAUSE_S = 300.0  # how long `pause` waits for running completions to end
+MAX_PAUSES = 4  # messages that wait for it at once; each keeps a thread
 PAUSE_MODES = ("abort", "wait", "keep")
 
 Body = Mapping[str, Any]
@@ -339,6 +340,7 @@ class PauseGate:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._running = 0
+        self._waiting = 0  # in `pause`
         self._mode: str | None = None
 
     @property
@@ -365,10 +367,20 @@ class PauseGate:
                 self._changed.notify_all()
 
     def pause(self, mode: str) -> None:
-        """Close the gate and, unless `mode` is "keep", wait until nothing runs; Refused 503 after PAUSE_S seconds."""
+        """Close the gate and, unless `mode` is "keep", wait until nothing runs; Refused 503 after PAUSE_S seconds.
+
+        At once if MAX_PAUSES others wait for it.
+        """
         with self._changed:
+            if mode != "keep" and self._running and self._waiting == MAX_PAUSES:
+                raise Refused(503, f"{MAX_PAUSES} messages wait already until completions have ended: no more may")
             self._mode = mode
-            if mode != "keep" and not self._changed.wait_for(lambda: self._running == 0, PAUSE_S):
+            self._waiting += 1
+            try:
+                ended = mode == "keep" or self._changed.wait_for(lambda: self._running == 0, PAUSE_S)
+            finally:
+                self._waiting -= 1
+            if not ended:
                 raise Refused(503, f"paused, but {self._running} completions still run after {PAUSE_S:.0f} s")
 
     def resume(self) -> None:

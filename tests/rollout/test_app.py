@@ -364,6 +364,8 @@ class Waiting:
         self.waiting.release()
         return {"ended": self.told.wait(60)}
 
+    pause = completions
+
     def finish_weight_update(self, body):
         return {"phase": "ready", "version": 1}
 
@@ -378,6 +380,39 @@ def test_status_and_the_messages_of_an_update_are_answered_however_many_completi
     clients = 2 * THREADS
     with served(worker) as url, concurrent.futures.ThreadPoolExecutor(clients) as pool:
         jobs = [pool.submit(requests.post, f"{url}/v1/completions", timeout=100) for _ in range(clients)]
+        try:
+            for _ in range(THREADS):
+                assert worker.waiting.acquire(timeout=20)
+            for method, path in (("GET", "/health"), ("GET", "/status"), ("POST", "/finish_weight_update")):
+                assert requests.request(method, url + path, timeout=20).status_code == 200
+        finally:
+            worker.told.set()
+        assert {job.result(60).status_code for job in jobs} == {200}
+
+
+def test_seventy_messages_to_pause_keep_no_update_and_no_status_out(local_worker):
+    worker, _ = local_worker
+    clients = 70
+    with served(worker) as url, concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        with worker._gate.generating():
+            ask = {"json": {"mode": "wait"}, "timeout": 60}
+            jobs = [pool.submit(requests.post, f"{url}/pause", **ask) for _ in range(clients)]
+            refused = [job.result() for _, job in zip(range(66), concurrent.futures.as_completed(jobs), strict=False)]
+            assert {answer.status_code for answer in refused} == {503}
+            assert refused[0].json()["error"]["message"].startswith("4 messages wait already")
+            for method, path in (("GET", "/health"), ("GET", "/status"), ("POST", "/abort_weight_update")):
+                answer = requests.request(method, url + path, json={"epoch": 0, "version": 0}, timeout=20)
+                assert answer.status_code in (200, 409), path
+        answers = [job.result(60).status_code for job in jobs]
+        assert sorted(answers) == [200] * 4 + [503] * 66
+        assert requests.get(f"{url}/is_paused", timeout=20).json() == {"is_paused": True}
+
+
+def test_updates_and_status_have_threads_that_no_other_message_takes():
+    worker = Waiting()
+    clients = 2 * THREADS
+    with served(worker) as url, concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        jobs = [pool.submit(requests.post, f"{url}/pause", timeout=100) for _ in range(clients)]
         try:
             for _ in range(THREADS):
                 assert worker.waiting.acquire(timeout=20)
@@ -445,12 +480,12 @@ def test_a_prompt_message_is_answered_by_the_loop_and_any_other_by_a_thread():
     worker = Prompt()
     with served(worker, "t") as url, Raw(url) as raw:
         headers = {"Authorization": "Bearer t"}
-        assert b'"verbs' not in posted(raw, "/start_weight_update", headers)[2]
+        assert b'"updates' not in posted(raw, "/start_weight_update", headers)[2]
         usual = [{"Accept": "*/*"}, {"Connection": "close"}, {"Expect": "100-continue"}]
         for more in usual:
-            assert b'"verbs' in posted(raw, "/start_weight_update", headers | more)[2], more
+            assert b'"updates' in posted(raw, "/start_weight_update", headers | more)[2], more
         worker.is_prompt = False
-        assert b'"verbs' in posted(raw, "/start_weight_update", headers)[2]
+        assert b'"updates' in posted(raw, "/start_weight_update", headers)[2]
 
 
 @pytest.mark.parametrize("path", ["/start_weight_update", "/abort_weight_update", "/finish_weight_update"])
@@ -468,7 +503,7 @@ def test_without_the_token_no_way_is_short():
         for headers in ({}, {"Authorization": "Bearer u"}, {"Authorization": "bearer t"}):
             assert posted(raw, "/start_weight_update", headers)[0] == 401
     with served(Prompt()) as url, Raw(url) as raw:
-        assert b'"verbs' not in posted(raw, "/start_weight_update", {})[2]
+        assert b'"updates' not in posted(raw, "/start_weight_update", {})[2]
 
 
 def test_requests_in_one_write_are_answered_in_their_order_whichever_way_they_go():
