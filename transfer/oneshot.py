@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transfer.manifest import Manifest
-from transfer.shown import shown
+from transfer.shown import MAX_SHOWN, one_line
 
 
 class Chunks:
@@ -42,7 +42,7 @@ class Chunks:
         for name, tensor in weights:
             entry = self._manifest.by_name.get(name)
             if entry is None:
-                raise ValueError(f"the module has no weight called {shown(name)}")
+                raise ValueError(f"the module has no weight called {one_line(name, MAX_SHOWN)}")
             if (tensor.dtype, tuple(tensor.shape)) != (entry.torch_dtype, entry.shape):
                 raise ValueError(
                     f"{name} must be {entry.dtype} {list(entry.shape)} (got {tensor.dtype} {list(tensor.shape)})"

@@ -90,7 +90,7 @@ class Traffic:
         named = {"epoch": status["epoch"], "version": version}
         match verb:
             case "init_weight_transfer_engine":
-                return self._init(max(1, status["epoch"] + (self.random.random() < 0.9)))  # or too late
+                return self._init(max(1, status["epoch"] + (self.random.random() < 0.8)))  # or too late
             case "start_weight_update":
                 at_once = self.random.random() < self.at_once
                 more = {"where": where} | ({"finish": True} if self.random.random() < 0.5 else {}) if at_once else {}
