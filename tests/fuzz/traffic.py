@@ -90,7 +90,9 @@ class Traffic:
         named = {"epoch": status["epoch"], "version": version}
         match verb:
             case "init_weight_transfer_engine":
-                return self._init(max(1, status["epoch"] + (self.random.random() < 0.8)))  # or too late
+                late = self.random.random() < 0.2
+                trainer = "too late" if late else self.random.choice(["this", "that"])
+                return self._init(max(1, status["epoch"] + (not late)), trainer)
             case "start_weight_update":
                 at_once = self.random.random() < self.at_once
                 more = {"where": where} | ({"finish": True} if self.random.random() < 0.5 else {}) if at_once else {}
@@ -105,11 +107,11 @@ class Traffic:
                 return {"epoch": max(1, status["epoch"]), "version": max(0, newest)}
         return self._asked(verb)
 
-    def _init(self, epoch: int) -> dict[str, Any]:
+    def _init(self, epoch: int, trainer: str) -> dict[str, Any]:
         pick = self.random.choice
         info = {
             "epoch": epoch,
-            "trainer": pick(["this", "that"]),
+            "trainer": trainer,
             "manifest": self.material["manifest"],
             "timeout_s": 20.0,
             "where": self.material["init"],
