@@ -75,4 +75,8 @@ def ended(tokenizer: Tokenizer, prompts: Sequence[Prompt], answers: Sequence[str
     rows = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     text = text_end(tokenizer)
     turn = turn_end(tokenizer) if any(prompt.messages for prompt in prompts) else text
-    return [ids + (turn if prompt.messages else text) for prompt, ids in zip(prompts, rows, strict=True)]
+    stops = stop_ids(tokenizer)  # at one of which a call of a tool may end, as its template has it
+    return [
+        ids if ids and ids[-1] in stops else ids + (turn if prompt.messages else text)
+        for prompt, ids in zip(prompts, rows, strict=True)
+    ]

@@ -21,10 +21,11 @@ from chat_models import (
 )
 
 from rlhf.config import Device, JsonlTaskConfig, TinyModelConfig
+from rlhf.endings import carry_stop_ids, ended
 from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.pretrained import PretrainedReward
-from rlhf.stages.sft import encode, join
+from rlhf.stages.sft import join
 from rlhf.tasks import make_task, read_task
 
 SOURCE = {"role": "user", "content": "hello"}
@@ -57,8 +58,8 @@ def task_of(folder: Path, rows: list[dict], tokenizer=None, **options):
 
 def learned(task, tokenizer) -> list[tuple[str, str]]:
     """Of each demonstration, the text without and with loss, by the mask that SFT has."""
-    answers = encode(tokenizer, [answer for _, answer in task.demonstrations], end=True)
-    rows = [(prompt.ids, answer) for (prompt, _), answer in zip(task.demonstrations, answers, strict=True)]
+    prompts, texts = zip(*task.demonstrations, strict=True)
+    rows = [(prompt.ids, ids) for prompt, ids in zip(prompts, ended(tokenizer, prompts, texts), strict=True)]
     found = []
     for row in rows:
         ids, mask = join([row], torch.device("cpu"))
@@ -95,6 +96,16 @@ def test_a_call_that_ends_a_row_is_its_demonstration(tmp_path):
     tokenizer = tokenizer_with(CHATML)
     task = task_of(tmp_path, [{"messages": [SOURCE, CALLS]}], tokenizer)
     assert learned(task, tokenizer) == [(chatml(("user", "hello")) + ASKED, CALLED + "<eos>")]
+
+
+def test_a_call_that_ends_at_a_stop_of_its_own_is_not_ended_twice(tmp_path):
+    called = "{%- endfor %}{{ '<|im_end|>\\n' }}"
+    assert called in CHATML
+    tokenizer = tokenizer_with(CHATML.replace(called, "{%- endfor %}{{ '<|call|>' }}"), [*CHATML_TAGS, "<|call|>"])
+    carry_stop_ids(tokenizer, [tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|call|>"])], len(tokenizer))
+    task = task_of(tmp_path, [{"messages": [SOURCE, CALLS]}, {"messages": [SOURCE, ANSWER]}], tokenizer)
+    asked = chatml(("user", "hello")) + ASKED
+    assert sorted(learned(task, tokenizer)) == sorted([(asked, CALLED + "<|call|>"), (asked, "ab<|im_end|>")])
 
 
 def test_a_call_that_the_user_answers_is_rendered_in_its_place_and_not_learned(tmp_path):

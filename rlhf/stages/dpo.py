@@ -76,8 +76,10 @@ def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -
 
 
 def check_pairs(config: RunConfig, task: Task) -> None:
-    """Raise ValueError where neither the task's data nor samples can give pairs."""
+    """Raise ValueError where neither the task's data nor samples can give pairs, or the data too few."""
+    assert isinstance(config.algo, DpoConfig)
     if task.preferences:
+        _check_count(split(task.preferences, config.algo.held_out, config.seed + SEED_OFFSET)[0], config)
         return
     if all(task.score(prompt, "") is None for prompt in task.train):
         raise ValueError(
@@ -99,14 +101,19 @@ def preference_pairs(parts: Parts, config: RunConfig, algo: DpoConfig, version: 
     seed = config.seed + SEED_OFFSET
     pairs = list(parts.task.preferences) or _sampled(parts, config, algo, version, seed)
     training, held_out = split(pairs, algo.held_out, seed)
+    _check_count(training, config)
+    random.Random(seed).shuffle(training)
+    return training[: config.steps * config.prompts_per_step], held_out
+
+
+def _check_count(training: Sequence[Pair], config: RunConfig) -> None:
+    """ValueError unless the training pairs fill one step."""
     if len(training) < config.prompts_per_step:
         raise ValueError(
             f"a step takes prompts_per_step={config.prompts_per_step} pairs, and there are {len(training)} to train "
             "on: lower it; or, where pairs are sampled, raise algo.prompts or samples_per_prompt, or change sft.steps "
             "so that the policy is right only sometimes"
         )
-    random.Random(seed).shuffle(training)
-    return training[: config.steps * config.prompts_per_step], held_out
 
 
 def as_json(training: Sequence[Pair], held_out: Sequence[Pair]) -> dict[str, list[list[str]]]:

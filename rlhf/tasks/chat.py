@@ -17,7 +17,9 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+from rlhf.endings import ANSWER
 from rlhf.types import Tokenizer
+from transfer.shown import shown
 
 Message = dict[str, Any]  # role, content, and what else the chat template may render
 Spelling = Callable[[Message], Message]
@@ -28,6 +30,10 @@ SPOKEN = (*CALLS, *REASONING)  # what an assistant may say beside `content`
 NAMES = ("role", "content", "name", "tool_call_id", "id")  # the template's to show or not
 LEAVES_OUT = "the model's chat template does not render"
 ANOTHER = "take a model whose template does (model.path)"
+
+
+class _RefusedError(ValueError):
+    """The template has raised an error."""
 
 
 @contextmanager
@@ -95,7 +101,7 @@ class Chat:
             self._check(spelt, len(messages), given, whole, ask=False)
             if not whole.startswith(asked):
                 raise ValueError(
-                    f"the model's chat template asks with ...{asked[-60:]!r}, and the answer {answer!r:.200} is "
+                    f"the model's chat template asks with ...{asked[-60:]!r}, and the answer {shown(answer, 200)} is "
                     "rendered in another way: set chat_template_kwargs in the row, or give the answer as a text"
                 )
             return whole.removeprefix(asked).removesuffix(self._end_of_turn())
@@ -105,8 +111,8 @@ class Chat:
     def _end_of_turn(self) -> str:
         """What the template puts behind an assistant's text; the end-of-sequence token comes in its place."""
         if self._tail is None:
-            turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-            self._tail = self._rendered(turns, {}, ask=False).rpartition("2")[2]
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+            self._tail = self._rendered(turns, {}, ask=False).rpartition(ANSWER)[2]
         return self._tail
 
     def _rendered(self, messages: list[Message], given: Mapping[str, Any], ask: bool) -> str:
@@ -115,7 +121,9 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **given)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise ValueError(f"the model's chat template refuses a conversation ({error}): {messages!r:.300}") from None
+            raise _RefusedError(
+                f"the model's chat template refuses a conversation ({error}): {shown(messages, 300)}"
+            ) from None
 
     # --- what the template leaves out ---------------------------------------------------------------------------------
 
@@ -165,16 +173,15 @@ def _without_each(message: Message) -> Iterator[tuple[str, Message]]:
 
 
 def _in_a_spelling(messages: Sequence[Message], attempt: Callable[[Spelling], str]) -> str:
-    """The attempt in the first spelling that succeeds; else the first one's ValueError."""
-    try:
-        return attempt(_as_transformers)
-    except ValueError:
-        if any(key in message for message in messages for key in CALLS):
-            try:
-                return attempt(_as_openai)
-            except ValueError:
-                pass
-        raise
+    """The attempt in the first spelling that succeeds; else ValueError, rather of what it leaves out than refuses."""
+    calls = any(key in message for message in messages for key in CALLS)
+    errors: list[ValueError] = []
+    for spelling in (_as_transformers, _as_openai) if calls else (_as_transformers,):
+        try:
+            return attempt(spelling)
+        except ValueError as error:
+            errors.append(error)
+    raise min(errors, key=lambda error: isinstance(error, _RefusedError))
 
 
 def _as_transformers(message: Message) -> Message:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from transfer.shown import shown
+
 SHOWN = 10  # bad lines in one error message
 MAGIC = {  # first bytes of files that are no text
     b"PAR1": "a Parquet file",
@@ -81,7 +83,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice: keep one of them")
+        raise ValueError(f"the key {shown(twice)} is there twice: keep one of them")
     return found
 
 

@@ -27,6 +27,7 @@ from rlhf.tasks import Answer, Message, RawTask, Row
 from rlhf.tasks.chat import SPOKEN
 from rlhf.tasks.json_lines import columns_of, kind_of, lines, report, some
 from rlhf.tasks.messages import answer_of, messages_in, text_in
+from transfer.shown import shown
 
 PREFERENCE = ("chosen", "rejected")
 CONVERSATIONS = ("messages", "conversations")
@@ -178,16 +179,16 @@ def _given(there: Mapping[str, Any]) -> dict[str, Any]:
     given = there.get("chat_template_kwargs", {})
     if not isinstance(given, dict) or given.keys() & set(TEMPLATE_OWN):
         raise ValueError(
-            f"'chat_template_kwargs' must be an object with arguments of the chat template (got {given!r:.100})"
+            f"'chat_template_kwargs' must be an object with arguments of the chat template (got {shown(given)})"
         )
     tools = there.get("tools", [])
     if isinstance(tools, str):  # as tables have it
         try:
             tools = json.loads(tools) if tools.strip() else []
         except (ValueError, RecursionError):
-            raise ValueError(f"'tools' must be a list of objects, or JSON of one (got {tools!r:.100})") from None
+            raise ValueError(f"'tools' must be a list of objects, or JSON of one (got {shown(tools)})") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"'tools' must be a list of objects, not {kind_of(tools)} (got {tools!r:.100})")
+        raise ValueError(f"'tools' must be a list of objects, not {kind_of(tools)} (got {shown(tools)})")
     return {**given, "tools": tools} if tools else dict(given)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.tasks import Answer, Message
 from rlhf.tasks.chat import SPOKEN
 from rlhf.tasks.json_lines import kind_of
+from transfer.shown import shown
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 SHAREGPT = {  # `from` of LLaMA-Factory, FastChat and Axolotl -> role; a call's value is JSON
@@ -40,7 +41,7 @@ def _message(value: Any, where: str) -> Message:
     if "content" not in value and not said:
         raise ValueError(f"{where!r} must be an object with 'role' and 'content'")
     if value["role"] not in ROLES:
-        raise ValueError(f"{where!r} has the unknown role {value['role']!r}; known: {', '.join(ROLES)}")
+        raise ValueError(f"{where!r} has the unknown role {shown(value['role'])}; known: {', '.join(ROLES)}")
     content = "" if said and "content" not in message else _content(value["content"], f"{where}.content")
     others = {key: there for key, there in message.items() if there != [] and key not in ("role", "content")}
     return {"role": value["role"], "content": content, **others}
@@ -52,7 +53,7 @@ def _content(value: Any, where: str) -> str:
         return text_in(value, where, "a text")
     for place, part in enumerate(value):
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = repr(part.get("type")) if isinstance(part, dict) else kind_of(part)
+            kind = shown(part.get("type")) if isinstance(part, dict) else kind_of(part)
             raise ValueError(f"{f'{where}[{place}]'!r} must be a part of type 'text' with a 'text' (got {kind})")
     return "".join(part["text"] for part in value)
 
@@ -62,7 +63,7 @@ def _of_sharegpt(value: dict[str, Any], where: str) -> dict[str, Any]:
     others = {key: there for key, there in value.items() if key not in ("from", "value")}
     said = value["from"]
     if not isinstance(said, str):
-        raise ValueError(f"{where!r} has the unknown role {said!r}; known: {', '.join((*SHAREGPT, *ROLES))}")
+        raise ValueError(f"{where!r} has the unknown role {shown(said)}; known: {', '.join((*SHAREGPT, *ROLES))}")
     if said != "function_call":
         return {"role": SHAREGPT.get(said, said), "content": value["value"], **others}
     try:
@@ -70,7 +71,7 @@ def _of_sharegpt(value: dict[str, Any], where: str) -> dict[str, Any]:
         functions = [{"type": "function", "function": dict(call)} for call in _listed(calls)]
     except (TypeError, ValueError):
         raise ValueError(
-            f"{where!r} must hold a call as JSON: {{name, arguments}} (got {value['value']!r:.100})"
+            f"{where!r} must hold a call as JSON: {{name, arguments}} (got {shown(value['value'])})"
         ) from None
     return {"role": "assistant", "content": "", "tool_calls": functions, **others}
 

@@ -137,6 +137,13 @@ def test_what_a_file_of_prompts_alone_lacks_is_one_line(config_of, tmp_path, sta
 
 
 @MODES
+def test_a_file_of_fewer_pairs_than_a_step_takes_is_refused_before_the_warm_up(config_of, tmp_path, start):
+    rows = [{"prompt": f"q{n}", "chosen": "b", "rejected": "c"} for n in range(8)]
+    said = refusal(start, config_of(rows, "algo=dpo", "algo.held_out=0.0", "prompts_per_step=8"), tmp_path)
+    assert said.startswith("a step takes prompts_per_step=8 pairs, and there are 7 to train on: lower it")
+
+
+@MODES
 def test_pairs_of_equal_answers_are_left_out_and_counted_on_the_screen(
     config_of, tmp_path, tmp_path_factory, capsys, start
 ):
