@@ -91,7 +91,7 @@ class WorkerProcess:
         if not ready:
             raise TransferError(
                 f"{self.name} did not come up within transfer.sender.start_timeout_s; {self._log} ends:\n{self._tail()}"
-            )
+            ) from TimeoutError()
         report = self._process.stdout.readline()  # the worker writes the line in one piece, or dies
         if not report:
             raise TransferError(f"{self.name} died while it started; {self._log} ends:\n{self._tail()}")

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transfer.doctor.catalog import DEVICES, TRANSFERS
-from transfer.doctor.finding import FAIL, Result
+from transfer.doctor.finding import FAIL, LATE, Result
 
+SHOWN = 5  # checks without time that are named
 SENDERS = ("http", "ray")  # http first: no service besides trainer and workers
 NO_WAY_ON_GPU = "on the GPU no way works: model.device=cpu"
 ONE_PROCESS = "no way to another process works: trainer and sampler in one"
@@ -91,6 +92,7 @@ def _last_resort(results: Sequence[Result]) -> Choice:
     local = next((result for result in results if result.check.name == "local"), None)
     failed = [result for result in results if result.finding.status == FAIL]
     failures = _why_not([result for result in failed if result.check.group == TRANSFERS] or failed)
+    failures += _why_not([result for result in results if result.finding.status == LATE][:SHOWN])
     if local is not None and local.works:
         return Choice(("transfer=local",), (ONE_PROCESS, *failures), moves=False)
     return Choice((), tuple(failures) or ("no transfer could be tried",), moves=False)

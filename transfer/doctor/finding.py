@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from transfer.shown import printable
 
-OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
+OK, WARN, FAIL, SKIP, LATE = "ok", "warn", "fail", "skip", "late"
 MAX_REASON = 400  # characters of one reason
 
 
@@ -88,6 +89,20 @@ def warn(seen: str, do: str, **data: Any) -> Finding:
 def skip(seen: str, **data: Any) -> Finding:
     """There is nothing to check here."""
     return Finding(SKIP, seen, data=data)
+
+
+def late(why: str) -> Finding:
+    """Nobody knows whether it works: there was no time to see it."""
+    return Finding(LATE, one_line(f"not tried: no time ({why})"), "run it again, with a longer --deadline")
+
+
+def timed_out(error: BaseException | None) -> bool:
+    """Whether an exception, or what it came from, is a deadline that has passed."""
+    while error is not None:
+        if isinstance(error, TimeoutError | subprocess.TimeoutExpired):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def failed(error: BaseException) -> Finding:

@@ -12,6 +12,7 @@ from typing import Any
 from transfer.doctor.finding import Finding, Problem, ok, skip, warn
 from transfer.doctor.host import MIB
 from transfer.doctor.installed import declared, fits
+from transfer.doctor.load import patient
 from transfer.doctor.peer import beside
 
 SMI_S = 10.0  # deadline of nvidia-smi
@@ -50,8 +51,8 @@ def shared_tensor(strategy: str = "file_system") -> Finding:
     process.start()
     try:
         ours.send(tensor)
-        if not ours.poll(SMI_S):
-            raise Problem(f"the other process did not open the tensor within {SMI_S:g} s")
+        if not ours.poll(patient(SMI_S)):
+            raise Problem(f"the other process did not open the tensor within {patient(SMI_S):g} s")
         said = ours.recv()
     except EOFError:
         raise Problem("the other process died while it opened the tensor") from None
@@ -98,11 +99,15 @@ def driver(command: str = "nvidia-smi", environment: Mapping[str, str] | None = 
 def _smi(command: str, *arguments: str) -> list[str] | None:
     """nvidia-smi's lines; None if there is none."""
     try:
-        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=SMI_S, check=False)
+        done = subprocess.run(
+            [command, *arguments], capture_output=True, text=True, timeout=patient(SMI_S), check=False
+        )
     except FileNotFoundError:
         return None
     except subprocess.TimeoutExpired:
-        raise Problem(f"{command} did not end within {SMI_S:g} s", "look at dmesg: the driver may hang") from None
+        raise Problem(
+            f"{command} did not end within {patient(SMI_S):g} s", "look at dmesg: the driver may hang"
+        ) from None
     if done.returncode:
         raise Problem(f"{command}: {done.stdout.strip() or done.stderr.strip()}", "look at the NVIDIA driver")
     return [line for line in done.stdout.splitlines() if line.strip()]
@@ -174,7 +179,7 @@ def cuda_ipc(compute: str = "cuda:0") -> Finding:
     torch.cuda.synchronize(device)
     expected = hashlib.sha256(region.bytes.cpu().numpy().tobytes()).hexdigest()
     with beside("map", device_uuid(device), region.handle, str(MIB)) as answer:
-        said = answer(PEER_S)
+        said = answer(patient(PEER_S))
     region.close()
     if said["hash"] != expected:
         raise Problem("the other process read other bytes")

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from transfer.doctor.finding import Finding, Problem, ok, skip, warn
+from transfer.doctor.load import patient
 from transfer.doctor.peer import beside, peer_of
 
 MIB = 2**20
@@ -111,7 +112,7 @@ def descriptors(user: int | None = None) -> Finding:
         _sealed(os.memfd_create, SEALS, data) as fd,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
     ):
-        listener.settimeout(PEER_S / 2)
+        listener.settimeout(patient(PEER_S) / 2)
         listener.bind(f"\0{name}")
         listener.listen(1)
         with beside("fetch", name) as answer:
@@ -124,7 +125,7 @@ def descriptors(user: int | None = None) -> Finding:
                 pid, uid, _ = peer_of(connection)
                 with open(f"/proc/self/fd/{fd}", "rb", buffering=0) as read_only:
                     socket.send_fds(connection, [b"\0"], [read_only.fileno()])
-            said = answer(PEER_S)
+            said = answer(patient(PEER_S))
     if said["hash"] != hashlib.sha256(data).hexdigest() or not said["refuses_writes"]:
         raise Problem("the other process got other memory than was sent, or could write to it")
     if (pid, uid, said["of_pid"], said["of_uid"]) != (said["pid"], user, os.getpid(), user):
@@ -146,7 +147,7 @@ def proc_descriptors(scope: str = "/proc/sys/kernel/yama/ptrace_scope", proc: st
         _sealed(os.memfd_create, SEALS | fcntl.F_SEAL_WRITE, data) as fd,
         beside("open", str(os.getpid()), str(fd)) as answer,
     ):
-        said = answer(PEER_S)
+        said = answer(patient(PEER_S))
     if said["hash"] != hashlib.sha256(data).hexdigest() or not said["refuses_writes"]:
         raise Problem("the other process saw other memory, or could write to it although it was sealed")
     return ok(f"a second process of this user opened 1 MiB by /proc/<pid>/fd{restricted}")
@@ -204,7 +205,7 @@ def loopback(host: str = "127.0.0.1", delay_s: float = 0.0) -> Finding:
         thread.start()
         try:
             with beside("call", host, str(server.server_port)) as answer:
-                said = answer(PEER_S)
+                said = answer(patient(PEER_S))
         finally:
             server.shutdown()
             thread.join()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transfer.doctor.finding import Problem
+from transfer.doctor.load import patient
 
 ROUND_TRIPS = 100
 CONNECTIONS = 20
@@ -56,7 +57,7 @@ def beside(*words: str) -> Iterator[Callable[[float], dict[str, Any]]]:
 def fetch_memory(name: str) -> dict[str, Any]:
     """Take a descriptor from an abstract Unix socket: the memory's hash, its seals, whether it resists, and whose."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(patient(TIMEOUT_S))
         connection.connect(f"\0{name}")
         pid, uid, _ = peer_of(connection)
         _, fds, _, _ = socket.recv_fds(connection, 1, 1)
@@ -72,14 +73,14 @@ def open_descriptor(pid: str, fd: str) -> dict[str, Any]:
 
 def call_over_http(host: str, port: str) -> dict[str, Any]:
     """Milliseconds of a small POST: the median on one kept-alive connection, and with a new one each time."""
-    connection = http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, int(port), timeout=patient(TIMEOUT_S))
     connection.connect()
     nodelay = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     kept = [_post_ms(connection) for _ in range(ROUND_TRIPS)]
     connection.close()
     new = []
     for _ in range(CONNECTIONS):
-        connection = http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_S)
+        connection = http.client.HTTPConnection(host, int(port), timeout=patient(TIMEOUT_S))
         new.append(_post_ms(connection))
         connection.close()
     return {"kept_ms": statistics.median(kept), "new_ms": statistics.median(new), "nodelay": bool(nodelay)}

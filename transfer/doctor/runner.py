@@ -19,7 +19,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from transfer.doctor.finding import FAIL, SKIP, Check, Finding, Result, one_line, skip
+from transfer.doctor.finding import FAIL, LATE, SKIP, Check, Finding, Result, late, one_line, skip
+from transfer.doctor.load import waited_s
 from transfer.process import python_path
 
 TICK_S = 0.1  # between two looks at the clock
@@ -63,10 +64,12 @@ class Lane:
         self._selector = selector
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
+        self._due = 0.0  # when to look whether it is over its deadline
+        self._waited_s = 0.0  # for a processor, before it began
 
     def advance(self, results: Results) -> None:
         """Stop a check that is over its deadline, and begin the next one once what it needs is known."""
-        if self.current is not None and time.monotonic() > self._began + self.current.deadline_s:
+        if self.current is not None and time.monotonic() > self._due and not self._has_time(self.current):
             words = f"no end within {self.current.deadline_s:g} s"
             self.kill()
             self._end(results, Finding(FAIL, words))
@@ -94,12 +97,13 @@ class Lane:
             self._end(results, Finding(FAIL, f"its process {self.kill()}: {one_line(self._last_words())}"))
 
     def give_up(self, results: Results, why: str) -> None:
-        """Stop; what has not ended by now has failed, and what has not begun is left out."""
+        """Stop; of what has not ended by now, or not begun, nobody knows whether it works."""
         if self.current is not None:
             self.kill()
-            self._end(results, Finding(FAIL, f"not done when {why}", "run it again, with a longer --deadline"))
+            self._end(results, late(f"not done when {why}"))
         for check in self._todo:
-            results[check.name] = Result(check, Finding(SKIP, f"not begun when {why}", "use a longer --deadline"))
+            finding = skip(check.skip) if check.skip else late(f"not begun when {why}")
+            results[check.name] = Result(check, finding)
         self._todo.clear()
         self._close()
 
@@ -126,6 +130,8 @@ class Lane:
 
     def _begin(self, check: Check) -> None:
         self.current, self._began = check, time.monotonic()
+        self._due = self._began + check.deadline_s
+        self._waited_s = 0.0 if self._process is None else waited_s(_family(self._process.pid))
         order = json.dumps({"target": check.target, "arguments": dict(check.arguments)}).encode()
         if self._process is None:
             self._process = self._started()
@@ -133,6 +139,14 @@ class Lane:
         with suppress(BrokenPipeError):  # dead already: its output has ended, too
             self._process.stdin.write(order + b"\n")
             self._process.stdin.flush()
+
+    def _has_time(self, check: Check) -> bool:
+        """Whether a check would be within its deadline, had its processes never waited for a processor."""
+        assert self._process is not None
+        waited = max(0.0, waited_s(_family(self._process.pid)) - self._waited_s)
+        left = check.deadline_s + waited - (time.monotonic() - self._began)
+        self._due = time.monotonic() + max(TICK_S, left)
+        return left > 0
 
     def _started(self) -> subprocess.Popen[bytes]:
         variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TMPDIR": str(self._log.parent)}
@@ -172,8 +186,8 @@ def _not_run(check: Check, results: Results) -> Finding | None:
     if check.skip:
         return skip(check.skip)
     for need in check.needs:
-        if results[need].finding.status == SKIP:
-            return skip(results[need].finding.seen)
+        if results[need].finding.status in (SKIP, LATE):
+            return Finding(results[need].finding.status, results[need].finding.seen, results[need].finding.do)
         if not results[need].works:
             return skip(f"needs what failed above: {need}")
     return None

@@ -28,6 +28,7 @@ from transfer.config import (
     TransferConfig,
 )
 from transfer.doctor.finding import Finding, Problem, ok
+from transfer.doctor.load import patient
 from transfer.process import WorkerProcess, python_path
 from transfer.wire import TransferError
 
@@ -149,7 +150,7 @@ def _require(*parts: str) -> None:
 
 def _config(backend: str, sender: str, staging: str, take: str) -> TransferConfig:
     kinds: dict[str, type[SenderConfig]] = {"http": HttpSenderConfig, "ray": RaySenderConfig}
-    told = kinds[sender](timeout_s=TIMEOUT_S, start_timeout_s=START_S)
+    told = kinds[sender](timeout_s=patient(TIMEOUT_S), start_timeout_s=patient(START_S))
     if backend == "gloo":
         return CollectiveConfig(sender=told)
     if backend == "disk":
@@ -217,11 +218,11 @@ def _worker(sender: str, spec: PlainSpec, folder: Path) -> Iterator[Sender]:
 def _url(process: WorkerProcess) -> str:
     """Where a worker listens; Problem if it cannot be reached there."""
     try:
-        port = process.port(time.monotonic() + START_S)
+        port = process.port(time.monotonic() + patient(START_S))
     except TransferError as error:  # several lines, of which the last is of the worker's log
         raise Problem(f"the worker did not come up: {str(error).splitlines()[-1]}") from error
     try:
-        socket.create_connection((LOOPBACK, port), TIMEOUT_S).close()
+        socket.create_connection((LOOPBACK, port), patient(TIMEOUT_S)).close()
     except OSError as error:
         raise Problem(f"the worker is up, and cannot be reached on {LOOPBACK}: {error}") from error
     return f"http://{LOOPBACK}:{port}"
@@ -230,7 +231,7 @@ def _url(process: WorkerProcess) -> str:
 def _http_sender(url: str, token: str) -> Sender:
     from transfer.senders.http import HttpSender
 
-    return HttpSender(url, token, "worker 0", TIMEOUT_S)
+    return HttpSender(url, token, "worker 0", patient(TIMEOUT_S))
 
 
 # --- Ray --------------------------------------------------------------------------------------------------------------
@@ -264,15 +265,15 @@ def _ray_worker(spec: PlainSpec) -> Sender:
     _start_ray()
     if RAY_ACTOR:
         try:
-            ray.get(RAY_ACTOR[0].renew.remote(spec), timeout=TIMEOUT_S)
+            ray.get(RAY_ACTOR[0].renew.remote(spec), timeout=patient(TIMEOUT_S))
         except ray.exceptions.RayActorError:
             RAY_ACTOR.clear()
     if not RAY_ACTOR:
         variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         options = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": variables}}
         RAY_ACTOR.append(ray.remote(_renewable()).options(**options).remote(spec))
-    ray.get(RAY_ACTOR[0].health.remote({}), timeout=START_S)
-    return RaySender(RAY_ACTOR[0], "worker 0", TIMEOUT_S)
+    ray.get(RAY_ACTOR[0].health.remote({}), timeout=patient(START_S))
+    return RaySender(RAY_ACTOR[0], "worker 0", patient(TIMEOUT_S))
 
 
 def _renewable() -> type:

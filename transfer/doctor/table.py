@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from transfer.doctor.choice import Choice
-from transfer.doctor.finding import FAIL, OK, SKIP, WARN, Result
+from transfer.doctor.finding import FAIL, LATE, OK, SKIP, WARN, Result
 
-STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red", SKIP: "dim"}
-WORDS = {OK: "ok", WARN: "ok, but", FAIL: "FAILS", SKIP: "-"}
+STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red", SKIP: "dim", LATE: "magenta"}
+WORDS = {OK: "ok", WARN: "ok, but", FAIL: "FAILS", SKIP: "-", LATE: "no time"}
 WIDTH = 140  # of what is not a terminal
 
 
@@ -31,6 +31,8 @@ def show(results: Sequence[Result], choice: Choice) -> None:
     print()
     if choice.overrides:
         print(f"Choose here: {' '.join(choice.overrides)}")
+    elif any(result.finding.status == LATE for result in results):
+        print("Nothing is known to work here: there was no time to try all.")
     else:
         print("Nothing works here.")
     for line in choice.why:
