@@ -41,7 +41,7 @@ def test_a_line_that_readers_take_in_several_ways_is_refused_by_its_number(tmp_p
     ("name", "content", "kind"),
     [
         ("rows.parquet", b"PAR1\x15\x04\x15", "a Parquet file"),
-        ("rows.jsonl.gz", gzip.compress(GOOD.encode()), "compressed by gzip"),
+        ("rows.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0), "compressed by gzip"),
         ("rows.arrow", b"ARROW1\0\0", "an Arrow file"),
         ("rows.jsonl", "\ufeff".encode("utf-16-le") + GOOD.encode("utf-16-le"), "UTF-16"),
         ("rows.csv", b"prompt,answer\na,b\n", "a CSV file"),
