@@ -16,9 +16,12 @@ from types import FrameType
 
 from transfer.wire import RemoteError, TransferError
 
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # schedulers announce the end by any of them
 TERMINATED = 128 + signal.SIGTERM  # exit codes, as shells have them
+STOPPED = frozenset(128 + signum for signum in STOPS)
 INTERRUPTED = 128 + signal.SIGINT
-RESUMABLE = 75  # instead of TERMINATED, once there is a checkpoint to go on from; sysexits.h calls it EX_TEMPFAIL
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network file systems
+RESUMABLE = 75  # instead of those of STOPPED, once there is a checkpoint to go on from; sysexits.h calls it EX_TEMPFAIL
 
 
 class RunError(RuntimeError):
@@ -29,25 +32,42 @@ EXPLAINED = (ValueError, RunError, RemoteError, TransferError)  # shown as one m
 
 
 def terminate_as_interrupt() -> None:
-    """SIGTERM unwinds as Ctrl-C does, so that workers and shared memory are released."""
+    """SIGTERM and its kind unwind as Ctrl-C does, so that workers and shared memory are released.
 
-    def stop(*_: object) -> None:
-        raise SystemExit(TERMINATED)
+    What whoever started the process has it ignore, as nohup does SIGHUP, stays ignored, but for SIGTERM.
+    """
 
-    signal.signal(signal.SIGTERM, stop)
+    def stop(signum: int, _: object) -> None:
+        raise SystemExit(128 + signum)
+
+    for signum in STOPS:
+        if signum == signal.SIGTERM or signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, stop)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """RunError if a process is in this block for the same folder already; the lock ends with the process."""
+def alone(folder: Path) -> Iterator[bool]:
+    """RunError if a process is in this block for the same folder already; the lock ends with the process.
+
+    False where the file system has no locks, so that nobody knows.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise RunError(f"another process trains in {folder}: end it, or wait until it has ended") from None
+        yield _locked(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another process trains in {folder}: end it, or wait until it has ended") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def check_free(folder: Path) -> None:
@@ -72,17 +92,22 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C inside counts at the end, a second one at once; only in a program's main thread."""
+    """The first signal that ends a run counts at the end of the block, a second one at once; only in the main thread.
+
+    A second one is the same again, or Ctrl-C: a scheduler's SIGUSR1 is followed by SIGTERM in any case, and a terminal
+    that is closed sends SIGHUP twice.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signum: signal.getsignal(signum) for signum in (*STOPS, signal.SIGINT)}
     acts = {signum: handler for signum, handler in handlers.items() if callable(handler)}
 
     def hold(signum: int, frame: FrameType | None) -> None:
+        again = signum in held and signum != signal.SIGHUP
         held.append(signum)
-        if len(held) > 1:
+        if again or (len(held) > 1 and signal.SIGINT in held):
             acts[signal.Signals(signum)](signum, frame)
 
     for signum in acts:

@@ -15,6 +15,7 @@ from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
+from rlhf.screen import outlast
 from rlhf.train import print_help
 from transfer.shown import printable
 
@@ -52,6 +53,7 @@ def _job(config: Any) -> None:
 
 def main() -> None:
     """`python -m rlhf.evaluate`."""
+    outlast()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(sys.argv[1:], "evaluate", HELP)
         return

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf import screen
 from rlhf.adapter import (
     add_adapter,
     base_digest,
@@ -30,6 +31,7 @@ from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
+from rlhf.checkpoint.whole import whole
 from rlhf.compose import choice
 from rlhf.config import (
     ConsoleLoggerConfig,
@@ -55,7 +57,7 @@ from rlhf.monitor.progress import Bars
 from rlhf.preflight.lengths import check_lengths, cut_answers
 from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.reports.plots import plot_curves
-from rlhf.reports.summary import print_table, summarise, write_summary
+from rlhf.reports.summary import Rows, print_table, summarise, write_summary
 from rlhf.rewards import ModelReward, combine, given_rewards
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
@@ -104,14 +106,16 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: 
 def _run(config: RunConfig, folder: Path, overrides: Sequence[str], resume: bool) -> dict[str, float]:
     with ExitStack() as stack:
         site = opened(config, folder, stack)
+        screen.into(folder)
         site.saved = _found(site) if resume else None
         _make_room(site)
         stack.enter_context(resumable(Store(folder / FOLDER)))
+        stack.enter_context(full_disk_explained(folder))
         parts = trained(site, gathered(site), stack)
     summary = site.notes | summarise(parts.record.rows)
     summary |= {"seconds": parts.keeper.seconds(), "threads": torch.get_num_threads(), **site.heart.peaks}
     title = f"{config.algo.name} on {choice(config.task)}, seed {config.seed}"
-    plot_curves(parts.record.rows, folder / "curves.png", title)
+    _plot(site, parts.record.rows, title)
     write_summary(folder, "finished", overrides, summary)
     if site.bars.on:
         print_table(summary, folder, title)
@@ -120,16 +124,30 @@ def _run(config: RunConfig, folder: Path, overrides: Sequence[str], resume: bool
     return summary
 
 
+def _plot(site: Site, rows: Rows, title: str) -> None:
+    """`curves.png`; a disk that is full costs no more than that."""
+    path = site.folder / "curves.png"
+    try:
+        plot_curves(rows, path, title)
+        return
+    except OSError as error:
+        reason = error.strerror
+    path.unlink(missing_ok=True)  # now that nobody has it open any more, its room is free
+    site.bars.say(f"warning: there is no {path} ({reason}): python -m rlhf.report draws it again")
+
+
 def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
     """The folder of a run, in which no other process trains, with its bars and heartbeat; both end with the stack."""
     began = time.monotonic()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(alone(folder))
+    locked = stack.enter_context(alone(folder))
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
     bars = stack.enter_context(Bars(console))
     heart = stack.enter_context(Heartbeat(folder, bars.pulse, bars.say))
+    if not locked:
+        bars.say(f"warning: the file system of {folder} has no locks: see to it that no other process trains there")
     return Site(config, folder, bars, heart, began)
 
 
@@ -339,7 +357,8 @@ def _base(config: RunConfig, folder: Path) -> str | None:
 def _put_adapter_on(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site, base: str) -> str:
     """Write the base where it is not yet, and let an adapter learn from now on; the base's digest."""
     if base == str(site.folder.resolve() / BASE) and site.saved is None:
-        save_model(policy, tokenizer, Path(base))
+        with whole(Path(base)) as writing:
+            save_model(policy, tokenizer, writing)
     lora = site.config.model.lora
     add_adapter(policy, lora.rank, lora.alpha, lora.target, site.config.seed)
     digest = base_digest(policy, policy.dtype)
@@ -361,11 +380,11 @@ def _write_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 def _save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site) -> None:
     """`policy/`, a plain Hugging Face folder; of one with an adapter, merged, and beside it the adapter alone."""
     base, dtype = _base(site.config, site.folder), site.config.model.save_dtype
-    if base is None:
-        export_model(policy, tokenizer, site.folder / "policy", dtype)
-    else:
-        export_model(merged(policy), tokenizer, site.folder / "policy", dtype)
-        save_adapter(policy, site.folder / "adapter", base)
+    with whole(site.folder / "policy") as folder:
+        export_model(policy if base is None else merged(policy), tokenizer, folder, dtype)
+    if base is not None:
+        with whole(site.folder / "adapter") as folder:
+            save_adapter(policy, folder, base)
 
 
 def _warm_up(site: Site, matter: Matter, base: str | None) -> None:
@@ -420,4 +439,5 @@ def _train_reward(site: Site, reward: ModelReward, config: Any, matter: Matter, 
         site.notes["reward_model_accuracy"] = float((margins_B > 0).float().mean())
         site.notes["reward_model_margin"] = float(margins_B.mean())
         site.notes["reward_model_pairs"] = len(training)
-    export_model(reward.model, matter.tokenizer, site.folder / "reward_model", site.config.model.save_dtype)
+    with whole(site.folder / "reward_model") as folder:
+        export_model(reward.model, matter.tokenizer, folder, site.config.model.save_dtype)

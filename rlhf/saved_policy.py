@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig
+from rlhf.ending import RunError
 from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
 from rlhf.preflight.lengths import check_lengths
@@ -52,8 +53,13 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
         client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
         numbers = scored(task, conversing(client, task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
-    (folder / "evaluation.json").write_text(json.dumps(written, indent=1) + "\n")
-    _print(numbers, written, folder)
+    _print(numbers, written)
+    path = folder / "evaluation.json"
+    try:
+        path.write_text(json.dumps(written, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}): the numbers are those above") from error
+    print(f"written: {path}")
     return written
 
 
@@ -80,7 +86,7 @@ def _about(config: EvaluationConfig) -> dict[str, Any]:
     }
 
 
-def _print(numbers: dict[str, float], written: dict[str, Any], folder: Path) -> None:
+def _print(numbers: dict[str, float], written: dict[str, Any]) -> None:
     title = (
         f"{written['model']} on {written['task']}: {numbers['prompts']:.0f} held-out prompts, "
         f"{written['samples']} samples each at temperature {written['temperature']:g}"
@@ -94,4 +100,3 @@ def _print(numbers: dict[str, float], written: dict[str, Any], folder: Path) -> 
     console = Console()
     console.print(title, soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"written: {folder / 'evaluation.json'}", soft_wrap=True, highlight=False)

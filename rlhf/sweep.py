@@ -16,10 +16,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rlhf.config import Objective, RunConfig
-from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, RunError, end_with_parent, terminate_as_interrupt
+from rlhf.ending import EXPLAINED, RESUMABLE, STOPPED, STOPS, RunError, end_with_parent, terminate_as_interrupt
 from rlhf.reports.leaderboard import write_tables
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import objective_of, read_summary, write_summary
+from rlhf.screen import outlast
 from transfer.shown import printable
 
 END_S = 30.0  # how long an interrupted job may take to end by itself
@@ -51,8 +52,8 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], sweep: Pa
             write_summary(folder, "interrupted", overrides, {})
             write_tables(sweep)  # Hydra does not call on_job_end now
     if process.exitcode:
-        if process.exitcode in (TERMINATED, RESUMABLE, -signal.SIGTERM):  # it alone was: the sweep goes on
-            write_summary(folder, "interrupted", overrides, {"error": "the job's process was told to end (SIGTERM)"})
+        if process.exitcode in (*STOPPED, RESUMABLE, *(-each for each in STOPS)):  # it alone was: the sweep goes on
+            write_summary(folder, "interrupted", overrides, {"error": "the job's process was told to end by a signal"})
         raise RunError(read_summary(folder).get("error", f"the process died with exit code {process.exitcode}"))
     return _objective(read_summary(folder), config)
 
@@ -70,17 +71,25 @@ def _objective(summary: dict[str, Any], config: RunConfig) -> float | None:
 def _child(config: RunConfig, folder: Path, overrides: list[str], go_on: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which then ends this
     terminate_as_interrupt()
+    outlast()
     end_with_parent()
     from rlhf.run import run
 
     try:
         run(config, folder, overrides, resume=go_on and _begun(folder, config))
     except EXPLAINED as error:
-        write_summary(folder, "failed", overrides, {"error": str(error)})
+        _note_failure(folder, overrides, str(error))
         sys.exit(1)
     except Exception as error:
-        write_summary(folder, "failed", overrides, {"error": f"{type(error).__name__}: {error}"})
+        _note_failure(folder, overrides, f"{type(error).__name__}: {error}")
         raise
+
+
+def _note_failure(folder: Path, overrides: Sequence[str], error: str) -> None:
+    try:
+        write_summary(folder, "failed", overrides, {"error": error})
+    except OSError:  # a full disk, say, which may be why
+        print(error, file=sys.stderr)
 
 
 def _begun(folder: Path, config: RunConfig) -> bool:
@@ -116,6 +125,7 @@ class SweepTable(Callback):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m rlhf.sweep DIR`: tables and plot of a sweep again, from its folders."""
+    outlast()
     about = "Write the tables and the plot of a sweep again, from its folders."
     parser = argparse.ArgumentParser("python -m rlhf.sweep", description=about)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep, whose jobs are DIR/0, DIR/1, ...")
@@ -125,7 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not runs_below(given.folder):
         parser.error(f"{given.folder} holds no jobs of a sweep (DIR/0/.hydra/config.yaml, ...)")
-    count = write_tables(given.folder, Objective(given.by) if given.by else None)
+    try:
+        count = write_tables(given.folder, Objective(given.by) if given.by else None)
+    except OSError as error:
+        parser.error(f"nothing can be written into {given.folder} ({error.strerror})")
     print((given.folder / "summary.md").read_text())
     print(f"{count} job(s): {given.folder}/summary.md, leaderboard.csv, summary.csv, comparison.png")
 

@@ -15,7 +15,8 @@ from hydra.types import RunMode
 
 from rlhf.compose import CONF, checked, misplaced, register, unknown_choices
 from rlhf.config import Mode
-from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, TERMINATED, terminate_as_interrupt
+from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
+from rlhf.screen import outlast
 from rlhf.search_path import of_command
 from transfer.shown import printable
 
@@ -65,7 +66,8 @@ def _job(config: Any) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             from rlhf.sweep import run_job
 
-            return run_job(run_config, folder, overrides, Path(HydraConfig.get().sweep.dir))
+            with full_disk_explained(folder):
+                return run_job(run_config, folder, overrides, Path(HydraConfig.get().sweep.dir))
         from rlhf.run import run
 
         run(run_config, folder, overrides)
@@ -95,6 +97,7 @@ def for_check(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Console script `rlhf-train`, and `python -m rlhf.train`."""
+    outlast()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(sys.argv[1:])
         return
@@ -109,13 +112,14 @@ def main() -> None:
 def as_command(overrides: list[str]) -> Iterator[None]:
     """What training means to a shell: signals end it in order, exit codes tell how, and hints follow a mistake."""
     terminate_as_interrupt()
+    outlast()
     try:
         yield
     except KeyboardInterrupt:
         _say_stopped("interrupted")
         sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if end.code in (TERMINATED, RESUMABLE):
+        if end.code in (*STOPPED, RESUMABLE):
             _say_stopped("terminated")
         elif end.code:
             for hint in misplaced(overrides):

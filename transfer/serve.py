@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BACKLOG = 4096  # connections that wait in the kernel; it takes net.core.somaxconn at most
+OF_PARENT = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)  # which a worker leaves to it; SIGUSR1 asks for stacks
 
 
 class Address(Protocol):
@@ -40,9 +41,10 @@ def serve_parent(spec: Address, build: Callable[[], Any]) -> None:
     """Serve the process that started this one: report `{"port": N}` as a line of stdout, and end when stdin ends.
 
     The parent holds the other end of stdin and writes no more to it: the end comes when the parent closes it or dies,
-    in whatever way. Ctrl-C goes to the parent, which decides.
+    in whatever way. Signals that tell all processes of a job of its end are for the parent, which decides.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in OF_PARENT:
+        signal.signal(signum, signal.SIG_IGN)
     _die_with_parent()
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes to the log

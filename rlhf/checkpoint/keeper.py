@@ -34,7 +34,7 @@ from rlhf.checkpoint.state import (
     write_tensors,
 )
 from rlhf.checkpoint.store import Best, Store, flush
-from rlhf.ending import EXPLAINED, RESUMABLE, TERMINATED, unbroken
+from rlhf.ending import EXPLAINED, RESUMABLE, STOPPED, unbroken
 from rlhf.monitor.metrics import Recorder
 
 if TYPE_CHECKING:
@@ -49,7 +49,10 @@ SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says w
 
 @contextmanager
 def resumable(store: Store) -> Iterator[None]:
-    """Where a signal or an explained error ends a run in this block, say how it goes on; SIGTERM's code becomes 75."""
+    """Where a signal or an explained error ends a run in this block, say how it goes on; signals' codes become 75.
+
+    That of Ctrl-C stays: who has typed it knows whether the run is to go on.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
@@ -57,7 +60,7 @@ def resumable(store: Store) -> Iterator[None]:
             raise
         go_on = f"python -m rlhf.resume {shlex.quote(str(store.folder.parent))}"
         print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
-        if isinstance(end, SystemExit) and end.code == TERMINATED:
+        if isinstance(end, SystemExit) and end.code in STOPPED:
             raise SystemExit(RESUMABLE) from None
         raise
 

@@ -82,6 +82,7 @@ class TensorboardLogger:
     def __init__(self, folder: Path, begin: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _unless_of_tensorboard(threading.excepthook)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -90,6 +91,16 @@ class TensorboardLogger:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _unless_of_tensorboard(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What to do with a thread's exception: its writer's, that of a full disk, say, is raised again by `log`."""
+
+    def said(told: Any) -> None:
+        if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard.")):
+            hook(told)
+
+    return said
 
 
 class WandbLogger:

@@ -23,7 +23,7 @@ from rlhf.rollout.vllm import environment
 from rlhf.rollout.vllm_model import model_folder
 from rlhf.rollout.worker import WorkerSpec
 from transfer.senders.kept_alive import KeptAlive
-from transfer.serve import PR_SET_PDEATHSIG
+from transfer.serve import OF_PARENT, PR_SET_PDEATHSIG
 from transfer.stacks import dumps_stacks_when_asked
 from transfer.vllm.plugin import BACKEND
 
@@ -33,7 +33,8 @@ STOP_S = 2.0  # until what has not ended is killed; less than a trainer waits fo
 
 def main() -> None:
     """Serve until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in OF_PARENT:
+        signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
     dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(sys.stdin.buffer.readline())

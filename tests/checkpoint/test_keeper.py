@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
 from rlhf.checkpoint.store import Store
-from rlhf.ending import RESUMABLE, TERMINATED, RunError, terminate_as_interrupt
+from rlhf.ending import RESUMABLE, STOPS, TERMINATED, RunError, terminate_as_interrupt
 from rlhf.learning.learner import Learner
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
 from rlhf.rollout.hf import evaluating
@@ -247,15 +247,15 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(make_keeper):
 
 @pytest.fixture
 def handlers():
-    """SIGTERM as the command line handles it, and both handlers put back."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    """Signals as the command line handles them, and all handlers put back."""
+    before = {signum: signal.getsignal(signum) for signum in (*STOPS, signal.SIGINT)}
     terminate_as_interrupt()
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [*STOPS, signal.SIGINT])
 def test_a_signal_between_two_steps_saves_the_state_at_once(make_keeper, handlers, capsys, signum):
     keeper, learner = make_keeper("checkpoint.every=100")
     keeper.begin(learner, 0)
@@ -283,7 +283,7 @@ def test_a_signal_while_the_policy_itself_samples_saves_all_of_the_state(make_ke
     assert loaded(make_keeper, keeper) == (1, {1.0})
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [*STOPS, signal.SIGINT])
 def test_a_signal_while_the_state_changes_waits_for_the_end_of_the_step_and_saves_that(make_keeper, handlers, signum):
     keeper, learner = make_keeper("checkpoint.every=100")
     keeper.begin(learner, 0)

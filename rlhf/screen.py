@@ -1,0 +1,109 @@
+"""What is printed outlives who reads it: where a terminal or a pipe is gone, a run goes on, and its words go to a file.
+
+outlast()          once, at the start of a command
+into(folder)       once a run has a folder: what nobody reads any more goes to its `screen.txt`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+FILE = "screen.txt"  # of a run's folder
+STDOUT, STDERR = 1, 2  # file descriptors
+
+
+class Outlasting:
+    """stdout or stderr, whose descriptor is pointed at a file once nothing can be written into what it was."""
+
+    def __init__(self, stream: TextIO, descriptor: int) -> None:
+        self._stream, self._descriptor = stream, descriptor
+        self._lock = threading.RLock()
+        self._folder: Path | None = None  # of the run
+        self._gone = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As a text stream; never an OSError."""
+        with self._lock:
+            try:
+                return self._stream.write(text)
+            except OSError as error:
+                self._point_elsewhere(error)
+                return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As a text stream."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """As a text stream; never an OSError."""
+        with self._lock:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._point_elsewhere(error)
+
+    def into(self, folder: Path) -> None:
+        """From now on, or once nobody reads, the folder's file is written."""
+        with self._lock:
+            self._folder = folder
+            if self._gone:
+                self._open()
+
+    def _point_elsewhere(self, error: OSError) -> None:
+        self._gone = True
+        self._open()
+        with suppress(OSError):
+            self._stream.flush()  # what is still buffered, or nothing
+        if self._folder is not None and self._descriptor == STDOUT and sys.stderr is not None:
+            where = self._folder / FILE
+            print(f"nothing more can be written to stdout ({error.strerror}): the rest is in {where}", file=sys.stderr)
+
+    def _open(self) -> None:
+        """Point the descriptor at the run's file, or, where there is none, at nothing."""
+        for path in ([] if self._folder is None else [str(self._folder / FILE)]) + [os.devnull]:
+            with suppress(OSError):
+                opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                os.dup2(opened, self._descriptor)
+                os.close(opened)
+                return
+
+
+def outlast() -> None:
+    """Let stdout and stderr take whatever is printed, in any encoding, also after who reads them is gone."""
+    _fill()
+    for name, descriptor in (("stdout", STDOUT), ("stderr", STDERR)):
+        stream = getattr(sys, name)
+        if isinstance(stream, Outlasting):
+            continue
+        if stream is None:  # closed before this process began
+            stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+        with suppress(AttributeError, OSError, ValueError):  # a stream of a test, say
+            if stream.fileno() == descriptor:
+                stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot show all letters
+                setattr(sys, name, Outlasting(stream, descriptor))
+
+
+def into(folder: Path) -> None:
+    """What nobody reads any more goes to this folder's file."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Outlasting):
+            stream.into(folder)
+
+
+def _fill() -> None:
+    """A descriptor that was closed is nothing's: else the next file that is opened would be printed into."""
+    for descriptor in (0, STDOUT, STDERR):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
