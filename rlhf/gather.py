@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rlhf.config import RunConfig
 from rlhf.ending import RunError
 from rlhf.monitor.metrics import Recorder
-from rlhf.rewards import usable
+from rlhf.rewards import rewarded, usable
 from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
 
 Scored = tuple[Rollouts, list[float | None]]
@@ -56,7 +56,7 @@ class Gather:
             rollouts = self.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
         self.record.sampled += rollouts.tokens
         with self.record.time("reward"):
-            rewards = self.reward(rollouts.prompts_B, rollouts.texts)
+            rewards = rewarded(self.reward, rollouts)
         report: RewardReport | None = getattr(self.reward, "report", None)
         if report is not None:
             self.record.rewarded(report)

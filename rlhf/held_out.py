@@ -10,7 +10,8 @@ from math import comb
 
 from rlhf.config import EvaluationConfig, RunConfig, VerifierRewardConfig
 from rlhf.monitor.metrics import Recorder, mean
-from rlhf.types import Prompt, Reward, Rollouts, Sampler, Task
+from rlhf.rewards import rewarded
+from rlhf.types import Prompt, Reward, RewardReport, Rollouts, Sampler, Task
 
 SEED_OFFSET = 1_000_003  # evaluation draws from seeds that training does not use
 
@@ -29,11 +30,12 @@ def evaluated(task: Task, sampler: Sampler, reward: Reward, config: RunConfig) -
     """The same without logging."""
     numbers, sampled = measure(task, list(task.held_out), sampler, config)
     if isinstance(config.reward, VerifierRewardConfig):
-        rewarded = numbers.get("gold")  # the same score
+        there = {"reward": numbers.get("gold")}  # the same score
     else:
-        rewarded = mean(reward(sampled.prompts_B, sampled.texts))
-    there = {"reward": rewarded} if rewarded is not None else {}
-    return {f"eval/{name}": value for name, value in {**there, **numbers}.items()}
+        there = {"reward": mean(rewarded(reward, sampled))}
+        report: RewardReport | None = getattr(reward, "report", None)
+        there |= {f"reward_{name}": float(count) for name, count in report.counts.items()} if report else {}
+    return {f"eval/{name}": value for name, value in {**there, **numbers}.items() if value is not None}
 
 
 def measure(

@@ -244,7 +244,6 @@ def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):
         (says(200, {"rewards": [1.0]}), r"must return a list of 2 numbers or None \(got 1 values\)"),
         (says(200, {"rewards": 1.0}), r"must return a list of 2 numbers or None \(got float\)"),
         (says(200, {"rewards": [1.0, "2"]}), r"must return finite numbers or None \(got '2'\)"),
-        (says(200, {"rewards": [1.0, float("nan")]}), r"must return finite numbers or None \(got nan\)"),
         (says(200, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), r"must return finite numbers or None"),
         (says(200, b"[" * 100_000), r"must answer"),
         (says(500, b"\x1b[2J\x9b"), r"answered 500: '\\x1b\[2J"),
@@ -265,6 +264,14 @@ def test_a_broken_answer_ends_the_run_with_the_address_after_one_request(server,
     with pytest.raises(RunError, match=rf"^reward\.url={server.url} {message}") as caught:
         ask(reward(server), "a", "bb")
     assert len(server.asked) == 1 and str(caught.value).isprintable()
+
+
+def test_rewards_that_are_no_finite_numbers_are_none_and_are_counted(server):
+    server.script = [says(200, b'{"rewards": [NaN, 1, true, Infinity, -1e999, null]}')]
+    asked = reward(server)
+    assert ask(asked, *"abcdef") == [None, 1.0, 1.0, None, None, None]
+    assert asked.report.counts == {"not_finite": 3} and asked.report.errors is None
+    assert ask(asked, "ab") == [2.0] and asked.report.counts == {}
 
 
 def silence(handler: BaseHTTPRequestHandler) -> None:

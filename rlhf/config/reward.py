@@ -79,12 +79,17 @@ class ModelRewardConfig(RewardConfig):
 
 @dataclass(slots=True, kw_only=True)
 class FunctionRewardConfig(RewardConfig):
-    """The user's `(prompts, completions, **columns) -> list[float | None]`, as `package.module:name`."""
+    """The user's function, as `package.module:name`: rlhf/rewards/calling.py has how it is called."""
 
     function: str
+    timeout_s: float = 60.0  # deadline of one call, where the function is asynchronous, seconds
+    messages: Any = AUTO  # whether prompts and completions of conversations are messages; auto: in TRL's forms
 
     def __post_init__(self) -> None:
         RewardConfig.__post_init__(self)
+        positive("reward.timeout_s", self.timeout_s)
+        if not (isinstance(self.messages, bool) or self.messages == AUTO):
+            raise ValueError(f"reward.messages must be auto, true or false (got {self.messages!r})")
         module, _, name = self.function.partition(":")
         if not module or not name:
             raise ValueError(f"reward.function must be like package.module:name (got {self.function!r})")

@@ -33,7 +33,7 @@ class AlarmsConfig:
 
     no_signal: float | None = 0.9  # share of prompts whose samples all have one reward
     gradient: float | None = 0.0  # norm of the policy's gradient, at or below; and where an update was skipped
-    nan: int | None = 0  # metrics that are not finite
+    nan: int | None = 0  # metrics that are not finite; and rewards that were not, whose samples are left out
     kl: float | None = 1.0  # KL to the reference, nats a token
     kl_jump: float | None = 5.0  # the same, in medians of the 20 steps before
     entropy: float | None = 0.1  # entropy, in first values, below
@@ -92,8 +92,14 @@ def gradient(rows: Rows, run: RunConfig) -> str | None:
 
 
 def nan(rows: Rows, run: RunConfig) -> str | None:
-    """Metrics are NaN or infinite."""
+    """Metrics are NaN or infinite, or rewards were, whose samples are left out."""
     most = run.alarms.nan
+    lost = rows[-1].get("train/reward_not_finite", rows[-1].get("eval/reward_not_finite", 0.0))
+    if most is not None and lost > most:
+        return (
+            f"{lost:.0f} rewards are NaN or infinite, and their samples left out (healthy: finite numbers, or None); "
+            "look at what the reward computes"
+        )
     broken = [name for name, value in rows[-1].items() if not math.isfinite(value)]
     if most is None or len(broken) <= most:
         return None

@@ -6,6 +6,7 @@ from rlhf.rewards.http import HttpReward
 from rlhf.rewards.make import check_reward, combine, given_rewards
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.pretrained import PretrainedReward
+from rlhf.rewards.samples import rewarded
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
 
@@ -19,5 +20,6 @@ __all__ = [
     "check_reward",
     "combine",
     "given_rewards",
+    "rewarded",
     "usable",
 ]

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 from rlhf.ending import RunError
+from rlhf.types import RewardReport
+
+NOT_FINITE = "not_finite"  # of RewardReport.counts
 
 
 def usable(rewards_B: Sequence[float | None], max_failed: float, error: str = "") -> list[float | None]:
@@ -23,19 +28,43 @@ def usable(rewards_B: Sequence[float | None], max_failed: float, error: str = ""
     )
 
 
-def as_rewards(source: str, given: Any, expected: int) -> list[float | None]:
-    """What `source` returned, as rewards [expected]; ValueError unless it is a list of finite numbers or None."""
-    if not isinstance(given, (list, tuple)) or len(given) != expected:
-        got = f"{len(given)} values" if isinstance(given, (list, tuple)) else type(given).__name__
+def as_rewards(source: str, given: Any, expected: int, report: RewardReport) -> list[float | None]:
+    """What `source` returned, as rewards [expected]: a list or an array of numbers of any kind, or None.
+
+    NaN and infinity are no rewards, and are counted in `report`; ValueError for whatever else is no number.
+    """
+    is_list = isinstance(given, (list, tuple)) or (hasattr(given, "tolist") and hasattr(given, "__len__"))
+    values = _listed(given) if is_list else None
+    if values is None or len(values) != expected:
+        got = type(given).__name__ if values is None else f"{len(values)} values"
         raise ValueError(f"{source} must return a list of {expected} numbers or None (got {got})")
-    for value in given:
-        if value is not None and not _finite(value):
-            raise ValueError(f"{source} must return finite numbers or None (got {value!r:.100})")
-    return [None if value is None else float(value) for value in given]
+    return only_finite(source, [_number(source, value) for value in values], report)
 
 
-def _finite(value: Any) -> bool:
+def only_finite(source: str, rewards: Sequence[float | None], report: RewardReport) -> list[float | None]:
+    """The rewards of `source`, of which NaN and infinity are none; how many were is counted in `report`."""
+    lost = [reward for reward in rewards if reward is not None and not math.isfinite(reward)]
+    if lost:
+        report.counts[NOT_FINITE] = report.counts.get(NOT_FINITE, 0) + len(lost)
+        report.error = report.error or f"{source} has given {lost[0]}, which is NaN or infinite and no reward"
+    return [None if reward is None or not math.isfinite(reward) else reward for reward in rewards]
+
+
+def _listed(given: Any) -> list[Any] | None:
+    """The elements of a list or an array; None of an array without a dimension."""
     try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
+        return list(given)
+    except TypeError:
+        return None
+
+
+def _number(source: str, value: Any) -> float | None:
+    """A number of Python, numpy, torch or decimal, or an array with one, as a float."""
+    refused = ValueError(f"{source} must return finite numbers or None (got {value!r:.100})")
+    try:
+        told = value.item() if hasattr(value, "item") else value
+        if not isinstance(told, (Real, Decimal, type(None))):
+            raise refused
+        return None if told is None else float(told)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an integer beyond all floats; several numbers
+        raise refused from None

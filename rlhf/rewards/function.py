@@ -8,75 +8,89 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from rlhf.rewards.columns import columns, names
+from rlhf.config.model import AUTO
+from rlhf.rewards import awaiting
+from rlhf.rewards.calling import Form
+from rlhf.rewards.columns import names
 from rlhf.rewards.failures import as_rewards
+from rlhf.rewards.samples import Rewards, Samples
 from rlhf.types import Prompt, RewardReport
 
 LONGEST_ERROR = 300  # characters of an exception that are shown, on one line
+TIMEOUT_S = 60.0
 
 
 class FunctionReward:
-    """The user's `(prompts, completions, **columns) -> list[float | None]`; columns are lists, one value a sample.
+    """The user's function of prompts, completions and columns, each a list with one value a sample (calling.py).
 
     Where it raises, it is called again sample by sample; those that raise again have no reward and are counted in
-    `report`. ValueError if what it returns is no list of rewards.
+    `report`, as are NaN and infinity. An `async def` runs beside other parts of a sum; where it takes longer than
+    `timeout_s`, its samples have no reward. ValueError if what it returns is no list of rewards.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, timeout_s: float = TIMEOUT_S, messages: Any = AUTO) -> None:
         self.name = name
+        self.timeout_s = timeout_s
         self.function = _import(name)
+        self.form = Form.of(self.function, messages)
         self.report = RewardReport()
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        self.report = RewardReport(errors=0)
-        return self._rewarded(prompts, answers)
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
+        return self.begin(Samples(prompts, answers))()
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """ValueError if the function does not take (prompts, completions, **columns) with these prompts' columns."""
+    def begin(self, samples: Samples) -> Callable[[], Rewards]:
+        """Start on these samples, if the function is asynchronous; what is returned gives their rewards."""
+        self.report = RewardReport(errors=0)
+        return partial(self._rewarded, samples, self._started(samples))
+
+    def check(self, prompts: Sequence[Prompt], answer: str = "") -> None:
+        """ValueError if the function does not take what it will be given, or returns no reward for one sample.
+
+        Exceptions of that trial cost samples, as later ones do, and are not told yet.
+        """
         there = names(prompts)
         try:
-            inspect.signature(self.function).bind([], [], **dict.fromkeys(there))
+            self.form.check(self.function, there)
         except TypeError as error:
             raise ValueError(
-                f"reward.function={self.name} is called as (prompts, completions, **columns), and the task's columns "
+                f"reward.function={self.name} is called as {self.form.shown}, and the task's columns "
                 f"are {', '.join(there) or 'none'}: {error}; change its arguments, or rename the column in the file"
             ) from None
+        self.begin(Samples(prompts[:1], [answer], [list(prompts[0].ids)]))()
 
-    def _rewarded(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        try:
-            return self._called(prompts, answers)
-        except _RaisedError as raised:
-            if len(answers) > 1:
-                alone = [self._rewarded([p], [a]) for p, a in zip(prompts, answers, strict=True)]
-                return [reward for rewards in alone for reward in rewards]
-            self._count(raised.error)
-            return [None] * len(answers)
+    def _started(self, samples: Samples) -> Callable[[], Any]:
+        """What gives the function's answer: where it is asynchronous, it begins now, else when it is asked for."""
+        given, named = self.form.arguments(samples)
+        if inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__):
+            return awaiting.begun(self.function(*given, **named), self.timeout_s)
+        return partial(self._called, given, named)
 
-    def _called(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        texts, others = [prompt.text for prompt in prompts], columns(prompts)
+    def _called(self, given: Sequence[Any], named: dict[str, Any]) -> Any:
+        answer = self.function(*given, **named)
+        return awaiting.begun(answer, self.timeout_s)() if inspect.isawaitable(answer) else answer
+
+    def _rewarded(self, samples: Samples, answer: Callable[[], Any]) -> Rewards:
         try:
-            rewards = self.function(texts, list(answers), **others)
+            given = answer()
+        except awaiting.LateError:
+            self._count(len(samples), f"has not answered within reward.timeout_s={self.timeout_s:g} seconds: raise it")
+            return [None] * len(samples)
         except Exception as error:
-            raise _RaisedError(error) from error
-        return as_rewards(f"reward.function={self.name}", rewards, len(answers))
+            if len(samples) > 1:
+                alone = [(sample, self._started(sample)) for sample in samples.each()]
+                return [reward for sample, asked in alone for reward in self._rewarded(sample, asked)]
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())[:LONGEST_ERROR]
+            self._count(1, f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
+            return [None]
+        return as_rewards(f"reward.function={self.name}", given, len(samples), self.report)
 
-    def _count(self, error: Exception) -> None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:LONGEST_ERROR]
-        self.report.errors = (self.report.errors or 0) + 1
-        self.report.error = (
-            f"reward.function={self.name} raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})"
-        )
-
-
-class _RaisedError(Exception):
-    """The user's function raised `error`."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def _count(self, samples: int, what: str) -> None:
+        self.report.errors = (self.report.errors or 0) + samples
+        self.report.error = f"reward.function={self.name} {what}"
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from rlhf.config import HttpRewardConfig
 from rlhf.ending import RunError
 from rlhf.rewards.columns import columns
 from rlhf.rewards.failures import as_rewards
-from rlhf.types import Prompt
+from rlhf.types import Prompt, RewardReport
 from transfer.shown import one_line, shown
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts to connect, doubled each time
@@ -44,14 +44,16 @@ class HttpReward:
 
     Asks again, `retries` times a request, only where the server has not begun: it refused the connection, or answered
     429 or 503 with Retry-After. Anything else that is no answer within `timeout_s` is a RunError. A bearer token is
-    sent if the environment variable `token_variable` has one.
+    sent if the environment variable `token_variable` has one. NaN and infinity are no rewards, and counted in `report`.
     """
 
     def __init__(self, config: HttpRewardConfig) -> None:
         self.config = config
         self._token = _token(config.token_variable)
+        self.report = RewardReport()
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        self.report = RewardReport()
         rewards: list[float | None] = []
         size = self.config.batch_size
         for start in range(0, len(answers), size):
@@ -95,7 +97,7 @@ class HttpReward:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise self._broken(f'must answer {{"rewards": [...]}} (got {_words(response)})') from None
         try:
-            return as_rewards(f"reward.url={self.config.url}", given, len(answers))
+            return as_rewards(f"reward.url={self.config.url}", given, len(answers), self.report)
         except ValueError as error:
             raise RunError(str(error)) from None
 

@@ -41,8 +41,9 @@ def _check(config: RewardConfig, task: Task, has_gold: bool) -> None:
                 "reward=model needs chosen/rejected rows, or answers by which sampled pairs can be judged, and the "
                 "task has neither: give reward.path, or choose another reward"
             )
-        case FunctionRewardConfig(function=function):
-            FunctionReward(function).check(task.train)
+        case FunctionRewardConfig():
+            answers = [answer for _, answer in task.demonstrations[:1] if isinstance(answer, str)]
+            _function(config).check(task.train, *answers)
         case HttpRewardConfig():
             HttpReward(config).check()
 
@@ -60,8 +61,8 @@ def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | Non
     match config:
         case VerifierRewardConfig():
             return VerifierReward(task)
-        case FunctionRewardConfig(function=function):
-            return FunctionReward(function)
+        case FunctionRewardConfig():
+            return _function(config)
         case HttpRewardConfig():
             return HttpReward(config)
         case ModelRewardConfig(path=str()):
@@ -69,6 +70,10 @@ def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | Non
         case ModelRewardConfig():
             return None
     raise AssertionError(config)
+
+
+def _function(config: FunctionRewardConfig) -> FunctionReward:
+    return FunctionReward(config.function, config.timeout_s, config.messages)
 
 
 def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig) -> ModelReward:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint.state import State
 from rlhf.config.model import AUTO
 from rlhf.endings import ended
+from rlhf.rewards.failures import only_finite
 from rlhf.stages.reward_model import score_texts
 from rlhf.tasks.chat import before_answer
 from rlhf.tasks.encoding import prompt_ids
@@ -66,7 +67,9 @@ class ModelReward:
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         self.report = RewardReport()
-        scores = [None if raw is None else (raw - self.mean) / self.std for raw in self._raw(prompts, answers)]
+        raws = self._raw(prompts, answers)
+        scores = [None if raw is None else (raw - self.mean) / self.std for raw in raws]
+        scores = only_finite("reward=model", scores, self.report)
         return scores if self.clip is None else self._clipped(scores, self.clip)
 
     def _clipped(self, scores: Sequence[float | None], clip: float) -> list[float | None]:

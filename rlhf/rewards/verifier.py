@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf.types import Prompt, Task
+from rlhf.rewards.failures import only_finite
+from rlhf.types import Prompt, RewardReport, Task
 
 
 class VerifierReward:
@@ -12,6 +13,9 @@ class VerifierReward:
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.report = RewardReport()
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        return [self.task.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        self.report = RewardReport()
+        scores = [self.task.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return only_finite("reward=verifier", scores, self.report)

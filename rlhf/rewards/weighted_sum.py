@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rlhf.config.rules import named_as_part, of_part
 from rlhf.monitor.metrics import mean
+from rlhf.rewards.failures import only_finite
+from rlhf.rewards.samples import Rewards, Samples, begun
 from rlhf.types import Prompt, Reward, RewardReport
 
 
@@ -19,26 +22,36 @@ class WeightedSum:
         self.parts = dict(parts)
         self.report = RewardReport()
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
+        return self.begin(Samples(prompts, answers))()
+
+    def begin(self, samples: Samples) -> Callable[[], Rewards]:
+        """Start on these samples those parts that can work while others do; what is returned gives the sums."""
         self.report = RewardReport()
-        totals: list[float | None] = [0.0] * len(answers)
+        waiting = {name: begun(reward, samples) for name, (_, reward) in self.parts.items()}
+        return partial(self._summed, samples, waiting)
+
+    def _summed(self, samples: Samples, waiting: Mapping[str, Callable[[], Rewards]]) -> Rewards:
+        totals: Rewards = [0.0] * len(samples)
         for name, (weight, reward) in self.parts.items():
             with named_as_part(name):
-                values = reward(prompts, answers)
+                values = waiting[name]()
             self._note(name, reward, values)
             totals = [
                 None if total is None or value is None else total + weight * value
                 for total, value in zip(totals, values, strict=True)
             ]
-        return totals
+        return only_finite("reward=sum", totals, self.report)
 
     def _note(self, name: str, reward: Reward, values: Sequence[float | None]) -> None:
         average = mean(values)
         if average is not None:
             self.report.means[name] = average
-        part = getattr(reward, "report", None)
-        for befell, count in part.counts.items() if part is not None else ():
+        part: RewardReport | None = getattr(reward, "report", None)
+        if part is None:
+            return
+        for befell, count in part.counts.items():
             self.report.counts[befell] = self.report.counts.get(befell, 0) + count
-        if part is not None and part.errors is not None:
+        if part.errors is not None:
             self.report.errors = (self.report.errors or 0) + part.errors
-            self.report.error = self.report.error or of_part(name, part.error)
+        self.report.error = self.report.error or of_part(name, part.error)
