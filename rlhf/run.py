@@ -223,7 +223,7 @@ def gathered(site: Site) -> Matter:
     policy = make_policy(config.model, tokenizer, config.seed)
     notes = check_lengths(config, task, policy, tokenizer)
     check_passes(policy, config.model)
-    rewards = given_rewards(config.reward, task, config.model)
+    rewards = given_rewards(config.reward, task, config.model, moment)
     site.bars.say(in_one_line(config, policy))
     for note in (*task.notes, *notes, cut_answers(config, task, tokenizer)):
         if note:

@@ -156,7 +156,7 @@ def test_numbers_of_every_kind_are_rewards_and_what_is_not_finite_is_none(mine, 
         (lambda n: [1j] * n, r"\(got 1j\)"),
         (lambda n: [[1.0, 2.0]] * n, r"\(got \[1\.0, 2\.0\]\)"),
         (lambda n: np.zeros((n, 2)), r"\(got array\(\[0\., 0\.\]\)\)"),
-        (lambda n: [10**400] * n, r"\(got 1000"),
+        (lambda n: [10**400] * n, r"\(got <an integer of 1329 bits>\)"),
     ],
 )
 def test_what_is_no_reward_is_told_by_a_trial_on_one_row_before_anything_starts(mine, given, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,26 @@ def test_a_reward_model_of_another_run_reads_conversations_by_its_own_template(t
     raw = score_texts(model, tokenizer, asked, answers).tolist()
     assert asked[0].text.startswith("#user#")
     assert loaded(folder, task)(prompts, answers) == pytest.approx([(score - 0.5) / 2.0 for score in raw], abs=1e-5)
+
+
+def test_a_template_has_the_datas_tools_an_answer_that_is_begun_and_the_runs_first_day(tmp_path):
+    template = "{{ strftime_now('%Y') }}|{{ tools | tojson if tools }}|" + TEMPLATE
+    folder = reward_model(tmp_path / "model", "llama", template)
+    messages = ({"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Well, "})
+    tools = [{"name": "look"}]
+    prompt = Prompt("<|user|>Hi?<|assistant|>Well, ", (3,), messages=messages, given={"tools": tools})
+    task = replace(task_of(tmp_path, chat=True), train=[prompt], held_out=[])
+    config = ModelRewardConfig(path=str(folder))
+    (reward,) = given_rewards(config, task, CPU, datetime(1999, 12, 31)).values()
+    text = '1999|[{"name": "look"}]|#user#Hi?[EOS]#assistant#Well, yes[EOS]'
+    assert reward([prompt], ["yes"]) == pytest.approx(plainly(folder, [text], add_special_tokens=False), abs=1e-4)
+
+
+def test_a_template_of_another_runs_reward_model_that_refuses_the_data_is_told_at_once(tmp_path):
+    template = "{{ raise_exception('no questions') }}"
+    folder, task = reward_model(tmp_path / "model", "llama", template, reward_mean=0.0), task_of(tmp_path, chat=True)
+    with pytest.raises(ValueError, match=r"^reward\.path: .*chat template refuses a conversation \(no questions\)"):
+        loaded(folder, task)
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from rlhf.endings import carry_stop_ids, ended
 from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.pretrained import PretrainedReward
+from rlhf.rewards.rendering import OwnTemplate
 from rlhf.stages.sft import join
 from rlhf.tasks import make_task, read_task
 
@@ -361,6 +362,7 @@ def test_reward_models_with_templates_of_their_own_are_shown_the_tools_and_the_a
     [prompt] = task_of(tmp_path, [row], tokenizer_with("{{ tools | tojson if tools }}" + THINKING)).train
     tokenizer = tokenizer_with(CHATML)
     model = value_model(make_policy(TinyModelConfig(device=Device.cpu, layers=1), tokenizer, 0), Head.sequence)
+    own = OwnTemplate(tokenizer)
     asked = OFFERED + chatml(("user", "hello"))
-    assert ModelReward(model, tokenizer, CHATML)._asked(prompt).text == asked + ASKED + "It is"
-    assert PretrainedReward(model, tokenizer, CHATML)._text(prompt, " ab") == asked + chatml(("assistant", "It is ab"))
+    assert ModelReward(model, tokenizer, own)._asked(prompt).text == asked + ASKED + "It is"
+    assert PretrainedReward(model, tokenizer, own)._text(prompt, " ab") == asked + chatml(("assistant", "It is ab"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.ending import RunError
 from rlhf.types import RewardReport
+from transfer.shown import shown
 
 NOT_FINITE = "not_finite"  # of RewardReport.counts
 
@@ -60,7 +61,7 @@ def _listed(given: Any) -> list[Any] | None:
 
 def _number(source: str, value: Any) -> float | None:
     """A number of Python, numpy, torch or decimal, or an array with one, as a float."""
-    refused = ValueError(f"{source} must return finite numbers or None (got {value!r:.100})")
+    refused = ValueError(f"{source} must return finite numbers or None (got {shown(value, 100)})")
     try:
         told = value.item() if hasattr(value, "item") else value
         if not isinstance(told, (Real, Decimal, type(None))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 from rlhf.config import (
     FunctionRewardConfig,
@@ -17,8 +18,9 @@ from rlhf.config.rules import named_as_part
 from rlhf.models import load_reward_model, trained_by_a_run
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
-from rlhf.rewards.model import ModelReward, chat_template
+from rlhf.rewards.model import ModelReward
 from rlhf.rewards.pretrained import PretrainedReward
+from rlhf.rewards.rendering import OwnTemplate
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
 from rlhf.types import Reward, Task
@@ -48,16 +50,21 @@ def _check(config: RewardConfig, task: Task, has_gold: bool) -> None:
             HttpReward(config).check()
 
 
-def given_rewards(config: RewardConfig, task: Task, model: ModelConfig) -> dict[str, Reward | None]:
-    """The parts of the reward by name, "" where it is one; None is a reward model that the run has to train."""
+def given_rewards(
+    config: RewardConfig, task: Task, model: ModelConfig, moment: datetime | None = None
+) -> dict[str, Reward | None]:
+    """The parts of the reward by name, "" where it is one; None is a reward model that the run has to train.
+
+    Chat templates that ask for the date are told that of `moment`; None: today's.
+    """
     given = {}
     for name, part in config.weighted().items():
         with named_as_part(name):
-            given[name] = _given(part.reward, task, model)
+            given[name] = _given(part.reward, task, model, moment)
     return given
 
 
-def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | None:
+def _given(config: RewardConfig, task: Task, model: ModelConfig, moment: datetime | None) -> Reward | None:
     match config:
         case VerifierRewardConfig():
             return VerifierReward(task)
@@ -66,7 +73,7 @@ def _given(config: RewardConfig, task: Task, model: ModelConfig) -> Reward | Non
         case HttpRewardConfig():
             return HttpReward(config)
         case ModelRewardConfig(path=str()):
-            return _loaded(config, task, model)
+            return _loaded(config, task, model, moment)
         case ModelRewardConfig():
             return None
     raise AssertionError(config)
@@ -76,14 +83,13 @@ def _function(config: FunctionRewardConfig) -> FunctionReward:
     return FunctionReward(config.function, config.timeout_s, config.messages)
 
 
-def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig) -> ModelReward:
+def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig, moment: datetime | None) -> ModelReward:
     """The reward model of `reward.path`; ValueError where it does not fit the task's prompts."""
     assert config.path is not None
     model, tokenizer = load_reward_model(config.path, policy, config.trust_remote_code)
-    template = chat_template(config.chat_template, tokenizer)
-    if trained_by_a_run(model.config):
-        return ModelReward(model, tokenizer, template, config.clip)
-    reward = PretrainedReward(model, tokenizer, template, config.clip)
+    template = OwnTemplate.of(tokenizer, config.chat_template, moment)
+    kind = ModelReward if trained_by_a_run(model.config) else PretrainedReward
+    reward = kind(model, tokenizer, template, config.clip)
     reward.check([*task.train, *task.held_out])
     return reward
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from rlhf.checkpoint.state import State
 from rlhf.config.model import AUTO
 from rlhf.endings import ended
 from rlhf.rewards.failures import only_finite
+from rlhf.rewards.rendering import OwnTemplate
 from rlhf.stages.reward_model import score_texts
-from rlhf.tasks.chat import before_answer
 from rlhf.tasks.encoding import prompt_ids
 from rlhf.types import Prompt, RewardReport, Tokenizer
-from transfer.shown import shown
 
 NORMALISED_CLIP = 10.0  # standard deviations
 TABLES = ("wpe", "embed_positions", "position_embeddings")  # transformers' names for learned positions
@@ -36,7 +34,7 @@ class ModelReward:
         self,
         model: PreTrainedModel,
         tokenizer: Tokenizer,
-        template: str | None = None,
+        template: OwnTemplate | None = None,
         clip: Any = AUTO,
         batch_size: int = 512,
     ) -> None:
@@ -49,6 +47,11 @@ class ModelReward:
         self.std = float(getattr(model.config, "reward_std", 1.0))
         self.positions = position_table(model)
         self.report = RewardReport()
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """ValueError where the model's own chat template cannot render a prompt."""
+        for prompt in prompts:
+            self._asked(prompt)
 
     def calibrate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Measure mean and standard deviation on these samples, and note them in the model's config."""
@@ -111,9 +114,7 @@ class ModelReward:
         """The prompt with its text as the model has learned it."""
         if self.template is None or not prompt.messages:
             return prompt
-        messages, begun = before_answer(prompt.messages)
-        text = rendered(self.tokenizer, self.template, messages, add_generation_prompt=True, **prompt.given) + begun
-        return replace(prompt, text=text)
+        return replace(prompt, text=self.template.asked(prompt))
 
 
 def position_table(model: PreTrainedModel) -> int | None:
@@ -123,27 +124,3 @@ def position_table(model: PreTrainedModel) -> int | None:
             unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
             return module.num_embeddings - unused
     return None
-
-
-def chat_template(given: str | None, tokenizer: Any) -> str | None:
-    """The Jinja of `reward.chat_template`, in itself or in a file, else the tokenizer's own; None: there is none."""
-    if given is None:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else None
-    if "{" in given:
-        return given
-    try:
-        return Path(given).expanduser().read_text()
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"reward.chat_template must be Jinja, or a file of it (got {given!r}: {error})") from None
-
-
-def rendered(tokenizer: Tokenizer, template: str, messages: Sequence[Any], **options: Any) -> str:
-    """The messages as a reward model's chat template has them; ValueError if it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template, **options)
-    except TemplateError as error:
-        raise ValueError(
-            f"reward.path: the reward model's chat template refuses a conversation ({error}): {shown(messages, 300)}"
-        ) from None

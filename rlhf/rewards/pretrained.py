@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config.model import AUTO
-from rlhf.rewards.model import ModelReward, position_table, rendered
-from rlhf.tasks.chat import before_answer
+from rlhf.rewards.model import ModelReward, position_table
+from rlhf.rewards.rendering import OwnTemplate
 from rlhf.types import Prompt
 
 BATCH_TOKENS = 2**16  # of a pass, with padding
@@ -36,7 +36,7 @@ class PretrainedReward(ModelReward):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        template: str | None = None,
+        template: OwnTemplate | None = None,
         clip: Any = AUTO,
         batch_size: int = 512,
     ) -> None:
@@ -116,9 +116,7 @@ class PretrainedReward(ModelReward):
                     "give reward.chat_template, or choose another reward model"
                 )
             return prompt.text + answer
-        asked, begun = before_answer(prompt.messages or [{"role": "user", "content": prompt.text}])
-        said = {"role": "assistant", "content": begun + answer}
-        return rendered(self.tokenizer, self.template, [*asked, said], **prompt.given)
+        return self.template.whole(prompt, answer)
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer's own special tokens belong around the text: not where its template has written them.

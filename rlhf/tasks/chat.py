@@ -90,7 +90,7 @@ class Chat:
                 self._check(spelt, place, given, text, ask=True)
             return text
 
-        return _in_a_spelling(messages, attempt) + begun
+        return in_a_spelling(messages, attempt) + begun
 
     def answer(self, messages: Sequence[Message], given: Mapping[str, Any], answer: Message) -> str:
         """The text by which the policy would answer `messages` with this message, without the end of its turn."""
@@ -106,7 +106,7 @@ class Chat:
                 )
             return whole.removeprefix(asked).removesuffix(self._end_of_turn())
 
-        return _in_a_spelling([*messages, answer], attempt)
+        return in_a_spelling([*messages, answer], attempt)
 
     def _end_of_turn(self) -> str:
         """What the template puts behind an assistant's text; the end-of-sequence token comes in its place."""
@@ -172,7 +172,7 @@ def _without_each(message: Message) -> Iterator[tuple[str, Message]]:
         yield key, {other: value for other, value in message.items() if other != key}
 
 
-def _in_a_spelling(messages: Sequence[Message], attempt: Callable[[Spelling], str]) -> str:
+def in_a_spelling(messages: Sequence[Message], attempt: Callable[[Spelling], str]) -> str:
     """The attempt in the first spelling that succeeds; else ValueError, rather of what it leaves out than refuses."""
     calls = any(key in message for message in messages for key in CALLS)
     errors: list[ValueError] = []
