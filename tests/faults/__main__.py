@@ -1,5 +1,7 @@
 """`python -m tests.faults --kills 1000`: kill trainers and workers at random moments, and count what must be zero.
 
+With `--stops 500` they are stopped (SIGSTOP) and go on (SIGCONT) instead, in every way that weights travel.
+
 A line every 2 s tells how far it is; the table at the end shows each zero beside what it was counted over. The first
 thing that is wrong ends it with exit code 1, and its folder with the journals stays.
 """
@@ -25,9 +27,10 @@ from random import Random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the processes started
 
-from tests.faults.cases import CASES, Case
+from tests.faults.cases import CASES, STOPS, Case
 from tests.faults.harness import Broken, Stage, Workers
 from tests.faults.sabotage import PLANTED
+from tests.faults.stops import StoppingStage
 from tests.shared_memory import left_in_shared_memory
 
 libc = ctypes.CDLL(None)
@@ -47,7 +50,7 @@ ZEROS = {  # what must be zero, and over what it is counted
     "lease": ("leases seen to end", "leases seen to end"),
     "descriptors": ("processes watched", "processes watched"),
     "left behind": ("processes started", "processes started"),
-    "left in /dev/shm": ("kills", "kills"),
+    "left in /dev/shm": ("kills and stops", "kills and stops"),
     "error": ("trainers started", "trainers started"),
 }
 
@@ -80,17 +83,21 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--stops", type=int, default=0, help="so many stops in place of kills")
     parser.add_argument("--over", choices=["http", "ray", "both"], default="both", help="both: a sixteenth over Ray")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", default="", help="only cases with this in their name, such as 'view'")
     parser.add_argument("--plant", default="", choices=["", *PLANTED], help="a fault that must be found")
-    parser.add_argument("--round", type=int, default=25, help="kills before everybody is ended and the history checked")
+    parser.add_argument("--round", type=int, help="kills (25) or stops (12) before all are ended, the history checked")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds, after which all stacks are printed")
     parser.add_argument("--folder", type=Path, help="where the journals are; without one, among temporary files")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one half of "both"
     arguments = parser.parse_args()
-    if min(arguments.kills, arguments.round) < 1:
-        parser.error("there must be at least one kill, in all and in a round")
+    arguments.number = arguments.stops or arguments.kills
+    arguments.what = "stops" if arguments.stops else "kills"
+    arguments.round = arguments.round or (12 if arguments.stops else 25)
+    if min(arguments.number, arguments.round) < 1:
+        parser.error(f"there must be at least one of the {arguments.what}, in all and in a round")
     if arguments.over == "both" and (arguments.case or arguments.plant):
         parser.error("--case and --plant are for --over http or --over ray")
     return arguments
@@ -98,14 +105,15 @@ def parsed() -> argparse.Namespace:
 
 def both(arguments: argparse.Namespace) -> tuple[Counter[str], list[list[str]]]:
     """The kills over HTTP and those over Ray, each in a process of its own, at the same time."""
-    ray = max(1, arguments.kills // 16)
+    ray = max(1, arguments.number // 16)
     counts: Counter[str] = Counter()
     wrong: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         halves = []
-        for over, kills in (("http", arguments.kills - ray), ("ray", ray)):
+        for over, number in (("http", arguments.number - ray), ("ray", ray)):
             result = Path(folder) / over
-            command = [sys.executable, "-m", "tests.faults", "--over", over, "--kills", str(kills), "--result"]
+            command = [sys.executable, "-m", "tests.faults", "--over", over]
+            command += [f"--{arguments.what}", str(number), "--result"]
             command += [str(result), "--seed", str(arguments.seed), "--limit", str(arguments.limit)]
             command += ["--round", str(arguments.round)]
             command += ["--folder", str(arguments.folder)] if arguments.folder else []
@@ -133,11 +141,12 @@ class Game:
 
     def play(self) -> None:
         """Play until the end."""
-        cases = [case for case in CASES[self._arguments.over] if self._arguments.case in case.name]
+        ways = STOPS if self._arguments.stops else CASES
+        cases = [case for case in ways[self._arguments.over] if self._arguments.case in case.name]
         if not cases:
             raise SystemExit(f"no case over {self._arguments.over} has {self._arguments.case!r} in its name")
         with self._company() as made:
-            rounds = range(-(-self._arguments.kills // self._arguments.round))
+            rounds = range(-(-self._arguments.number // self._arguments.round))
             for number in rounds:
                 self._round(number, cases[number % len(cases)], made)
                 if self.wrong:
@@ -147,19 +156,20 @@ class Game:
         if self._arguments.over == "ray":
             from tests.faults.actors import ray_company
 
-            return ray_company(self._arguments.plant)
+            return ray_company(self._arguments.plant, bool(self._arguments.stops))
         from tests.faults.worker import http_company
 
-        return http_company(self._arguments.plant)
+        return http_company(self._arguments.plant, bool(self._arguments.stops))
 
     def _round(self, number: int, case: Case, made: Made) -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"faults-{self._arguments.over}-{number}-", dir=self._arguments.folder))
         random = Random(f"{self._arguments.seed} {self._arguments.over} {number}")
-        stage = Stage(case, folder, random.getrandbits(32), self._arguments.plant)
+        stops = bool(self._arguments.stops)
+        stage = (StoppingStage if stops else Stage)(case, folder, random.getrandbits(32), self._arguments.plant, stops)
         try:
             stage.open(made(stage, folder, random))
-            for _ in range(min(self._arguments.round, self._arguments.kills - number * self._arguments.round)):
-                stage.kill()
+            for _ in range(min(self._arguments.round, self._arguments.number - number * self._arguments.round)):
+                stage.disturb()
                 self._done += 1
                 self._say(case)
             stage.close()
@@ -177,7 +187,7 @@ class Game:
             self._said = now
             rate = self._done / (now - self._began)
             print(
-                f"{now - self._began:5.0f} s: {self._done} of {self._arguments.kills} kills over "
+                f"{now - self._began:5.0f} s: {self._done} of {self._arguments.number} {self._arguments.what} over "
                 f"{self._arguments.over}, {rate:.1f}/s; now: {case.name}",
                 file=sys.stderr,
                 flush=True,
@@ -195,9 +205,12 @@ def has_shared_memory_alone() -> bool:
 
 def table(arguments: argparse.Namespace, counts: Counter[str], wrong: list[list[str]], seconds: float) -> str:
     """What was counted, and the zeros beside it."""
-    kills = counts["kills"]
-    lines = [f"{kills:,} of {arguments.kills:,} kills (kill -9) in {seconds:.0f} s, seed {arguments.seed}", ""]
-    shown = [name for name in sorted(counts) if name.startswith(("kills ", "messages", "journal: ", "reads "))]
+    how = {"kills": "kill -9", "stops": "SIGSTOP, SIGCONT"}[arguments.what]
+    done = f"{counts[arguments.what]:,} of {arguments.number:,} {arguments.what}"
+    lines = [f"{done} ({how}) in {seconds:.0f} s, seed {arguments.seed}", ""]
+    shown = [
+        name for name in sorted(counts) if name.startswith(("kills ", "stops ", "messages", "journal: ", "reads "))
+    ]
     lines += [f"  {name:34}{counts[name]:>9,}" for name in [*shown, "started over"]]
     found = Counter(zero for zero, _ in wrong)
     lines += ["", "  counted over                          N  must be zero"]

@@ -41,14 +41,14 @@ class RayWorkers:
 
     overlap = 0.3
 
-    def __init__(self, specs: Sequence[PlainSpec], folder: Path, planted: str) -> None:
+    def __init__(self, specs: Sequence[PlainSpec], folder: Path, planted: str, stops: bool) -> None:
         import ray
 
         self._folder = folder
         self._names = tuple(f"{folder.name}-{index}" for index in range(len(specs)))
         made = ray.remote(num_cpus=1, max_concurrency=THREADS, max_restarts=-1)(Actor)
         told = zip(self._names, specs, strict=True)
-        self._actors = [made.options(name=name).remote(spec, planted) for name, spec in told]
+        self._actors = [made.options(name=name).remote(spec, planted, stops) for name, spec in told]
         self._dead: dict[int, int] = {}  # the last process that was killed
 
     def __enter__(self) -> RayWorkers:
@@ -189,7 +189,7 @@ def heard(line: str) -> tuple[Said, str]:
 
 
 @contextmanager
-def ray_company(planted: str) -> Iterator[Callable[[Stage, Path, Random], RayWorkers]]:
+def ray_company(planted: str, stops: bool) -> Iterator[Callable[[Stage, Path, Random], RayWorkers]]:
     """A Ray of its own, in which it makes the workers of a case."""
     import ray
 
@@ -206,6 +206,6 @@ def ray_company(planted: str) -> Iterator[Callable[[Stage, Path, Random], RayWor
         logging_level="CRITICAL",
     )
     try:
-        yield lambda stage, folder, random: RayWorkers(stage.specs(""), folder, planted)
+        yield lambda stage, folder, random: RayWorkers(stage.specs(""), folder, planted, stops)
     finally:
         ray.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transfer.config import (
@@ -19,6 +20,9 @@ from transfer.config import (
 )
 
 HTTP = HttpSenderConfig(timeout_s=1.5, start_timeout_s=10.0)
+QUICK = HttpSenderConfig(timeout_s=0.25, start_timeout_s=10.0)  # a stop can outlast it
+MEETING = HttpSenderConfig(timeout_s=0.5, start_timeout_s=10.0)  # time for processes to form a group
+QUICK_RAY = RaySenderConfig(timeout_s=0.4, start_timeout_s=30.0)
 RAY = RaySenderConfig(timeout_s=3.0, start_timeout_s=30.0)
 
 
@@ -65,3 +69,29 @@ CASES = {
         Case("arena copy full", ipc(RAY, ARENA, COPY, FULL)),
     ],
 }
+
+
+def to_stop(ipc_sender: SenderConfig) -> Iterator[Case]:
+    """Every staging, take and verification of shared memory; to one worker an update is a single message."""
+    for verify in Verify:
+        for number, (staging, take) in enumerate(((LIVE, COPY), (ARENA, COPY), (ARENA, VIEW), (LIVE, VIEW))):
+            workers = 1 + (number + list(Verify).index(verify)) % 2
+            size = "big" if take is COPY and workers == 1 else "small"
+            name = f"{staging.value} {take.value} {verify.value}, {workers}"
+            keep = InFlight.keep if (staging, workers) == (ARENA, 2) else InFlight.wait
+            yield Case(name, ipc(ipc_sender, staging, take, verify), workers, keep, size)
+    yield Case("live copy off, 2", ipc(ipc_sender, LIVE, COPY, OFF))
+
+
+def to_stop_elsewhere() -> Iterator[Case]:
+    """Every take and verification of a broadcast, and files."""
+    for number, (take, verify) in enumerate((take, verify) for verify in Verify for take in Take):
+        workers = 1 + number % 2
+        config = CollectiveConfig(sender=MEETING, take=take, verify=verify)
+        yield Case(f"gloo {take.value} {verify.value}, {workers}", config, workers)
+    for number, verify in enumerate(Verify):
+        workers = 1 + number % 2
+        yield Case(f"disk {verify.value}, {workers}", DiskConfig(sender=QUICK, verify=verify), workers)
+
+
+STOPS = {"http": [*to_stop(QUICK), *to_stop_elsewhere()], "ray": list(to_stop(QUICK_RAY))}

@@ -63,8 +63,8 @@ class Workers(AbstractContextManager["Workers"], Protocol):
 class Stage:
     """One case, from the first start to the last check."""
 
-    def __init__(self, case: Case, folder: Path, seed: int, planted: str) -> None:
-        self.case, self._folder, self._planted = case, folder, planted
+    def __init__(self, case: Case, folder: Path, seed: int, planted: str, stops: bool = False) -> None:
+        self.case, self._folder, self._planted, self._stops = case, folder, planted, stops
         self.counts: Counter[str] = Counter()
         self._random = Random(seed)
         self._ledger = Ledger(folder, case.size)
@@ -94,12 +94,13 @@ class Stage:
         self._stack.callback(self._end_trainer)
         self._await_push()
 
-    def kill(self) -> None:
+    def disturb(self) -> None:
         """Kill somebody, start it again, and look at all that was served meanwhile."""
         if self._random.random() >= self._workers.overlap:
             self._await_push(self._random.choice([1, 1, 2, 5]))
             self._sample()
         self.counts["kills"] += 1
+        self.counts["kills and stops"] += 1
         if self._random.random() < 0.45:
             self.counts["kills of the trainer"] += 1
             self._kill_trainer()
@@ -160,6 +161,7 @@ class Stage:
             seed=self._random.getrandbits(32),
             socket=str(self._endpoint.get("socket", "")).removeprefix(SOCKET),
             planted=self._planted,
+            stops=self._stops,
             **self._workers.orders(),  # type: ignore[arg-type]
         )
         self._number += 1

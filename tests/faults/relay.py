@@ -57,6 +57,7 @@ class Relay:
         self.mischief = Mischief[bytes](random, verb_of)
         self._network = network
         self._replays: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self._server = network.do(asyncio.start_server(self._connected, "127.0.0.1", 0))
         self.port: int = self._server.sockets[0].getsockname()[1]
 
@@ -66,7 +67,9 @@ class Relay:
         self._network.do(self._replay_later(self.mischief.after_restart(), 0.0))
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        forward = Forward(self)
+        forward, task = Forward(self), asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)  # as for replays: who waits for a stopped worker is waited for by nobody
         try:
             while (answer := await self._answer(forward, await message(reader))) is not None:
                 writer.write(answer)
@@ -74,6 +77,7 @@ class Relay:
         except (OSError, EOFError):
             pass  # one of the two is gone
         finally:
+            self._connections.discard(task)
             forward.close()
             writer.close()
 

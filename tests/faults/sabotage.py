@@ -135,6 +135,11 @@ def forgets_to_withdraw() -> None:
     session.Session.withdraw = lambda self: self._viewers.clear()
 
 
+def trusts_the_trainer() -> None:
+    """The worker serves what it has copied, however long that took."""
+    Receiver._check_still = lambda self: None
+
+
 LEAKED = "planted-by-tests-faults-"
 PLANTED: dict[str, Callable[[], None]] = {
     "label-before-flip": label_before_flip,
@@ -146,4 +151,5 @@ PLANTED: dict[str, Callable[[], None]] = {
     "leaks-descriptors": leaks_descriptors,
     "leaks-shared-memory": leaks_shared_memory,
     "forgets-to-withdraw": forgets_to_withdraw,
+    "trusts-the-trainer": trusts_the_trainer,
 }

@@ -22,6 +22,7 @@ FOUND = {  # what is planted: what of it may be seen first
     "leaks-shared-memory": {"left in /dev/shm"},
     "forgets-to-withdraw": {"torn or mislabelled"},
 }
+FOUND_BY_STOPS = {"trusts-the-trainer": {"torn or mislabelled"}}
 
 
 def faults(*arguments: str, limit_s: int) -> tuple[int, str]:
@@ -64,8 +65,27 @@ def test_a_planted_fault_is_found_within_a_few_kills(planted):
     assert any(zeros(output).values())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(130)
+def test_a_few_stops_tear_nothing():
+    """As `python -m tests.faults --stops 500`, which takes about 10 minutes."""
+    code, output = faults("--stops", "15", "--round", "3", "--over", "http", "--case", "copy off", limit_s=100)
+    assert code == 0 and output.startswith("15 of 15 stops")
+    assert len(zeros(output)) == 9 and not any(zeros(output).values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("planted", FOUND_BY_STOPS)
+def test_a_planted_fault_is_found_within_a_few_stops(planted):
+    case = ("--case", "live copy off, 1", "--plant", planted)
+    code, output = faults("--stops", "60", "--over", "http", *case, limit_s=150)
+    assert code == 1
+    assert {name for name, number in zeros(output).items() if number} <= FOUND_BY_STOPS[planted]
+
+
 def test_every_fault_that_can_be_planted_is_looked_for():
     command = [sys.executable, "-m", "tests.faults", "--help"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
     choices = re.search(r"--plant \{,(.*?)\}", text, re.DOTALL)
-    assert choices is not None and set(re.sub(r"\s", "", choices[1]).split(",")) == set(FOUND)
+    assert choices is not None and set(re.sub(r"\s", "", choices[1]).split(",")) == set(FOUND | FOUND_BY_STOPS)

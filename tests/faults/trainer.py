@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from tests.faults import content, sabotage
+from tests.faults import content, moments, sabotage
 from tests.faults.cases import Case
-from transfer import Sender, Transfer, make_transfer, memory
+from transfer import Sender, Transfer, descriptors, make_transfer
 from transfer.journal import Journal
 from transfer.senders.http import HttpSender
 from transfer.wire import RemoteError, TransferError
@@ -45,6 +45,7 @@ class Orders:
     token: str = ""
     ray: str = ""  # the cluster's address
     planted: str = ""
+    stops: bool = False  # whether it is to be stopped at moments of an update
 
 
 class Publications(Journal):
@@ -94,8 +95,10 @@ def train(orders: Orders, harness: Connection) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     sabotage.plant(orders.planted)
+    if orders.stops:
+        moments.in_trainer(orders.folder, sender_kind(orders))
     # workers outlive their trainers here: the next one must listen where they were told to ask
-    memory.secrets = SimpleNamespace(token_hex=lambda _: orders.socket)  # type: ignore[assignment]
+    descriptors.secrets = SimpleNamespace(token_hex=lambda _: orders.socket)  # type: ignore[assignment]
     try:
         journal = Publications(orders.folder / "journal" / "trainer.jsonl", orders.number)
         with make_transfer(orders.case.config, orders.folder, orders.case.in_flight, journal) as transfer:
@@ -168,12 +171,22 @@ def report(folder: Path, zero: str, text: str) -> None:
         file.write(json.dumps([zero, text]) + "\n")
 
 
+def sender_kind(orders: Orders) -> type[Sender]:
+    """What carries its messages."""
+    if not orders.ray:
+        return HttpSender
+    from transfer.senders.ray import RaySender
+
+    return RaySender
+
+
 def senders(orders: Orders, commands: Commands) -> list[Sender]:
     """One to each worker."""
     config = orders.case.config.sender
     if not orders.ray:
         urls = enumerate(orders.workers)
-        return [HttpSender(u, orders.token, f"worker {i}", config.timeout_s, lambda u=u: up(u)) for i, u in urls]
+        back = (lambda url: None) if orders.stops else (lambda url: lambda: up(url))  # nobody who was stopped is dead
+        return [HttpSender(u, orders.token, f"worker {i}", config.timeout_s, back(u)) for i, u in urls]
     import ray
 
     from tests.faults.actors import NAMESPACE, BadRaySender

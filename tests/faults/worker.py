@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from tests.faults import sabotage
+from tests.faults import moments, sabotage
 from tests.faults.readers import HttpAsk
 from tests.faults.relay import Network, Relay, Trap
 from transfer.plain_worker import PlainSpec, PlainWorker
@@ -29,7 +29,7 @@ FORKS = multiprocessing.get_context("forkserver")  # a process with all modules 
 PRELOADED = [
     *("torch", "numpy", "xxhash", "requests", "safetensors.torch", "uvicorn", "uvicorn.loops.asyncio"),
     *("uvicorn.protocols.http.httptools_impl", "fastapi", "transfer.app", "transfer.plain_worker", "transfer.session"),
-    *("transfer.arena", "transfer.disk", "transfer.senders.http", "tests.faults.trainer"),
+    *("transfer.arena", "transfer.disk", "transfer.collective", "transfer.senders.http", "tests.faults.trainer"),
 ]
 START_S = 20.0
 
@@ -37,9 +37,9 @@ START_S = 20.0
 class HttpProcess:
     """One start of a worker behind HTTP, served as `python -m transfer.plain_worker` serves it."""
 
-    def __init__(self, spec: PlainSpec, log: Path, planted: str) -> None:
+    def __init__(self, spec: PlainSpec, log: Path, planted: str, stops: bool) -> None:
         self._alive, theirs = FORKS.Pipe()
-        self._process = FORKS.Process(target=serve, args=(spec, str(log), planted, theirs), daemon=True)
+        self._process = FORKS.Process(target=serve, args=(spec, str(log), planted, stops, theirs), daemon=True)
         self._process.start()
         theirs.close()
         self.pid = self._process.pid
@@ -59,7 +59,7 @@ class HttpProcess:
         self._process.close()
 
 
-def serve(spec: PlainSpec, log: str, planted: str, parent: Connection) -> None:
+def serve(spec: PlainSpec, log: str, planted: str, stops: bool, parent: Connection) -> None:
     """The worker's process: `parent` is its stdin and stdout."""
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 2)
@@ -68,14 +68,18 @@ def serve(spec: PlainSpec, log: str, planted: str, parent: Connection) -> None:
     parent.close()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the life of the process
     sabotage.plant(planted)
+    if stops:
+        moments.in_worker(spec.journal)
     serve_parent(spec, lambda: PlainWorker(spec))
 
 
 class Actor(PlainWorker):
     """A plain worker as a Ray actor, which tells its process."""
 
-    def __init__(self, spec: PlainSpec, planted: str) -> None:
+    def __init__(self, spec: PlainSpec, planted: str, stops: bool) -> None:
         sabotage.plant(planted)
+        if stops:
+            moments.in_worker(spec.journal)
         super().__init__(spec)
 
     def health(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,8 +92,10 @@ class HttpWorkers:
 
     overlap = 0.15
 
-    def __init__(self, specs: Sequence[PlainSpec], folder: Path, random: Random, planted: str) -> None:
-        self._specs, self._folder, self._random, self._planted = specs, folder, random, planted
+    def __init__(
+        self, specs: Sequence[PlainSpec], folder: Path, random: Random, planted: str, stops: bool = False
+    ) -> None:
+        self._specs, self._folder, self._random, self._faults = specs, folder, random, (planted, stops)
         self._stack = ExitStack()
         self._processes: list[HttpProcess] = []
         self._relays: list[Relay] = []
@@ -135,13 +141,13 @@ class HttpWorkers:
         return sum((relay.mischief.counts for relay in self._relays), Counter())
 
     def _started(self, index: int) -> HttpProcess:
-        process = HttpProcess(self._specs[index], self._folder / f"worker-{index}.log", self._planted)
+        process = HttpProcess(self._specs[index], self._folder / f"worker-{index}.log", *self._faults)
         self._relays[index].moved(process.port)
         return process
 
 
 @contextmanager
-def http_company(planted: str) -> Iterator[Callable[[Stage, Path, Random], HttpWorkers]]:
+def http_company(planted: str, stops: bool) -> Iterator[Callable[[Stage, Path, Random], HttpWorkers]]:
     """What makes the workers of a case."""
     FORKS.set_forkserver_preload(PRELOADED)
-    yield lambda stage, folder, random: HttpWorkers(stage.specs(secrets.token_hex()), folder, random, planted)
+    yield lambda stage, folder, random: HttpWorkers(stage.specs(secrets.token_hex()), folder, random, planted, stops)
