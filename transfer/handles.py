@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfer.handle_check import ALIGN, MEMFD, CudaTensor, HostTensor, gpu_uuid, host_id, require
 from transfer.inert_pickle import DTYPE_BYTES
+from transfer.pledge import Pledge
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class Exporter(AbstractContextManager["Exporter"]):
         self._fd: int | None = None
         self._end = 0
         self._exported: list[torch.Tensor] = []
+        self.pledge: Pledge | None = None  # that device memory holds still, once it is `ready`
 
     def add(self, name: str, tensor: torch.Tensor, receivers: int = 1) -> list[dict[str, tuple[Any, ...]]]:
         """Each receiver's handle `{UUID: fields}` of a tensor on a CPU (copied now) or a GPU (kept where it is).
@@ -58,9 +60,12 @@ class Exporter(AbstractContextManager["Exporter"]):
 
             for device in {tensor.device for tensor in self._exported}:
                 torch.cuda.synchronize(device)
+            self.pledge = Pledge()
 
     def close(self) -> None:
         """Give the memory back; a receiver that still has it open keeps it until it closes, too."""
+        if self.pledge is not None:
+            self.pledge.close()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

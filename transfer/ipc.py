@@ -23,6 +23,7 @@ from transfer import inert_pickle
 from transfer.engine import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo, parsed
 from transfer.handle_check import check
 from transfer.handles import Exporter, Importer
+from transfer.pledge import KEY, check_kept, pledge_of
 from transfer.shown import one_line, shown
 from transfer.wire import TOKEN_VARIABLE
 
@@ -110,14 +111,17 @@ class IPCWeightTransferEngine(WeightTransferEngine[IPCWeightTransferInitInfo, IP
         """Call `load_weights([(name, tensor)])` for one tensor after the other, each still in the trainer's memory.
 
         Every handle is checked before the first tensor is loaded; ValueError names the tensor. On return the device has
-        read everything: the trainer may write again. `load_weights` must copy what it wants to keep.
+        read everything: the trainer may write again. `load_weights` must copy what it wants to keep. ValueError at the
+        end, too, if the trainer has gone on before: what was loaded may be a mixture.
         """
         assert update_info.ipc_handles is not None
+        pledge = pledge_of(update_info.ipc_handles)
         told = zip(update_info.names, update_info.dtype_names, update_info.shapes, update_info.ipc_handles, strict=True)
         checked = [(name, _named(name, check, dtype, shape, handle)) for name, dtype, shape, handle in told]
         with Importer() as importer:
             for name, handle in checked:
                 load_weights([(name, _named(name, importer.open, handle))])
+        check_kept(pledge)
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
@@ -154,6 +158,9 @@ def _messages(pairs: Iterable[tuple[str, torch.Tensor]], exporter: Exporter, rec
         dtype_names.append(str(tensor.dtype).removeprefix("torch."))
         shapes.append(list(tensor.shape))
     exporter.ready()
+    if exporter.pledge is not None:
+        for handle in handles[0]:
+            handle[KEY] = exporter.pledge.claim
     told = {"names": names, "dtype_names": dtype_names, "shapes": shapes}
     return [{**told, "ipc_handles": [each[index] for each in handles]} for index in range(receivers)]
 

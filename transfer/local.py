@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from transfer import wire
+from transfer.hold import Holds
 from transfer.manifest import Manifest
 
 
@@ -38,6 +39,25 @@ class LocalPublisher:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class HandlesPublisher(LocalPublisher):
+    """Of weights that a thread of this process sends to a server by handles: a push waits until it has done so."""
+
+    def __init__(self) -> None:
+        self._holds = Holds()
+        self.endpoint = {"backend": "local", "hold": self._holds.name}
+
+    def write(
+        self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
+    ) -> tuple[dict[str, Any], str | None]:
+        """Nothing to write; the weights hold still."""
+        self._holds.renew()
+        return {}, None
+
+    def release(self) -> None:
+        """Wait for an update that is being sent, and let no later one read the weights."""
+        self._holds.newest.end()
 
 
 class LocalIntake:

@@ -132,10 +132,14 @@ def make_publisher(config: TransferConfig, folder: Path) -> Publisher:
             from transfer.disk import DiskPublisher
 
             return DiskPublisher(config, folder)
-        case LocalConfig() | HandlesConfig():
+        case LocalConfig():
             from transfer.local import LocalPublisher
 
             return LocalPublisher()
+        case HandlesConfig():
+            from transfer.local import HandlesPublisher
+
+            return HandlesPublisher()
     raise ValueError(f"transfer must be one of ipc, gloo, nccl, disk, handles, local (got {type(config).__name__})")
 
 

@@ -1,21 +1,26 @@
 """Processes that are stopped in the middle of a copy, and go on when the others have: nobody serves a mixture."""
 
+import dataclasses
 import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
+from test_server_ends import HANDLES, grow, opened
 from test_vllm_engine import FusedModel, checkpoint, put, session
 from worker_process import PlainModel, fingerprint
 
-from transfer import lease, make_receiver, make_transfer, protocol, wire
+from transfer import ipc, lease, make_receiver, make_transfer, protocol, wire
 from transfer.collective import CollectivePublisher
-from transfer.config import CollectiveConfig, IpcConfig, SenderConfig, Staging, Take, Verify
+from transfer.config import CollectiveConfig, HttpSenderConfig, IpcConfig, SenderConfig, Staging, Take, Verify
+from transfer.handles import Exporter
 from transfer.manifest import Manifest
+from transfer.pledge import KEY, Pledge
 from transfer.protocol import Phase
 from transfer.senders.direct import DirectSender
 from transfer.vllm.engine import RlhfIpcEngine
+from transfer.vllm.stock import StockServer
 
 SENDER = SenderConfig(timeout_s=20.0)
 LIVE = {
@@ -267,6 +272,89 @@ def test_our_engine_in_a_vllm_server_refuses_to_finish_what_it_copied_too_late(t
     finally:
         engine.shutdown()
         publisher.close()
+
+
+def test_a_thread_that_lags_behind_its_push_gives_a_server_no_later_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfer.fleet.GRACE_S", 0.1)
+    config = dataclasses.replace(HANDLES, sender=HttpSenderConfig(timeout_s=0.2, url=["http://127.0.0.1:1"]))
+    with opened(config, tmp_path, "0.33.1") as (transfer, receiver, fake, module):
+        go_on, verified = threading.Event(), StockServer.verified
+
+        def late(*arguments):
+            go_on.wait(0.8)
+            return verified(*arguments)
+
+        monkeypatch.setattr(StockServer, "verified", late)
+        pushed = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+        with pytest.raises(wire.TransferError, match="its sender does not come back"):
+            transfer.push(module.state_dict())
+        grow(module)  # the trainer has caught the error, and trains on
+        go_on.set()
+        with receiver._alone():
+            assert fake.paused or all(torch.equal(fake.weights[name], pushed[name]) for name in pushed)
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+
+
+def pledged(pairs):
+    """A one-shot message as its trainer sends it for GPU memory, the exporter, and the trainer's word."""
+    exporter, pledge = Exporter(), Pledge()
+    message = ipc._messages(pairs, exporter, 1)[0]
+    message["ipc_handles"][0][KEY] = pledge.claim
+    return message, exporter, pledge
+
+
+def test_a_one_shot_update_read_while_its_trainer_waits_is_served(tmp_path):
+    module = PlainModel(0)
+    message, exporter, pledge = pledged(PlainModel(1).state_dict().items())
+    with make_transfer(HANDLES, tmp_path) as transfer, exporter:
+        receiver = make_receiver({"backend": "local"}, module)
+        receiver.update_weights({"update_info": message})
+        pledge.close()
+        assert receiver.version == 0 and fingerprint(module.state_dict()) == fingerprint(PlainModel(1).state_dict())
+        assert transfer.endpoint["backend"] == "local"
+
+
+def test_a_one_shot_update_read_after_its_trainer_went_on_is_not_served():
+    receiver = make_receiver({"backend": "local"}, PlainModel(0))
+    message, exporter, pledge = pledged(PlainModel(1).state_dict().items())
+    with exporter:
+        pledge.close()
+        with pytest.raises(wire.Refused, match=r"the trainer, process .*, has gone on before its weights were read"):
+            receiver.update_weights({"update_info": message})
+        again = Pledge()  # the same descriptor's number
+        assert again.claim[2] == pledge.claim[2]
+        with pytest.raises(wire.Refused, match="has gone on"):
+            receiver.update_weights({"update_info": message})
+        again.close()
+    assert receiver.version is None
+
+
+def test_an_engine_stopped_while_it_reads_one_call_says_that_what_it_loaded_may_be_a_mixture():
+    message, exporter, pledge = pledged(PlainModel(1).state_dict().items())
+    engine, loaded = ipc.IPCWeightTransferEngine(None, None), []
+
+    def load_weights(pairs):
+        loaded.extend(name for name, _ in pairs)
+        if len(loaded) == 2:  # stopped here, until the trainer has given it up
+            pledge.close()
+
+    with exporter, pytest.raises(ValueError, match="may have changed meanwhile"):
+        engine.receive_weights(engine.parse_update_info(message), load_weights)
+    assert len(loaded) == 4
+
+
+@pytest.mark.parametrize(
+    "claim", ["pledge", ("pledge", 1, 2), ("else", 1, 2, 3), ("pledge", "1", 2, 3), ("pledge", -1, 2, 3)]
+)
+def test_a_pledge_of_another_form_is_refused(claim):
+    message, exporter, pledge = pledged(PlainModel(1).state_dict().items())
+    message["ipc_handles"][0][KEY] = claim
+    engine = ipc.IPCWeightTransferEngine(None, None)
+    with exporter, pytest.raises(ValueError, match="a handle's pledge must be"):
+        engine.receive_weights(engine.parse_update_info(message), list)
+    pledge.close()
 
 
 # --- a broadcast ------------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ nothing fences two trainers of one server from each other: give it to one at a t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from transfer.config import Take
+from transfer.hold import newest
 from transfer.manifest import Manifest
 from transfer.vllm.stock import RlhfIpc, StockServer, update
 
@@ -49,8 +51,10 @@ class ServerIntake:
             self._server.agree()
 
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, Any]:
-        """What the server will be told."""
-        return {"version": version, "where": dict(where)}
+        """What the server will be told, and what holds the trainer's weights still until then."""
+        named = self._endpoint.get("hold")
+        held = {} if named is None else {"hold": newest(named)}
+        return {"version": version, "where": dict(where), **held}
 
     def still(self, version: int) -> bool:
         """As far as this process knows: our engine in the server looks for itself."""
@@ -100,7 +104,8 @@ class ServerLanding:
         if isinstance(payload, RlhfIpc):
             payload.next = {**staged, "digest": self._digest} if self._digest else dict(staged)
             pairs = ()
-        update([self._server], pairs, int(staged["version"]))
+        with staged["hold"].reading() if "hold" in staged else nullcontext():
+            update([self._server], pairs, int(staged["version"]))
         return None
 
     def view(self, staged: Mapping[str, Any]) -> None:
