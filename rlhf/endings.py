@@ -54,14 +54,14 @@ def text_end(tokenizer: Tokenizer) -> list[int]:
 
 def turn_end(tokenizer: Tokenizer) -> list[int]:
     """What ends an answer in a conversation; as of a plain text where the chat template has no stop id there."""
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # and what a template does to a value of another kind than it expects
 
     if not getattr(tokenizer, "chat_template", None):
         return text_end(tokenizer)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    except TemplateError:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
         return text_end(tokenizer)
     ids = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
     stops = [place for place, token in enumerate(ids) if token in stop_ids(tokenizer)]

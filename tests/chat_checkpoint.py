@@ -34,12 +34,12 @@ def tokenizer_of(template: str | None = TEMPLATE, **special: str):
     return tokenizer
 
 
-def chat_checkpoint(folder: Path, generation: dict | None = GENERATION, dtype=torch.bfloat16, **special: str) -> Path:
-    """A Phi that ends its turn nine times in ten, whatever was said, in `dtype`."""
+def chat_checkpoint(folder: Path, generation: dict | None = GENERATION, hidden: int = 16, **special: str) -> Path:
+    """A Phi in bfloat16 that ends its turn nine times in ten, whatever was said; `hidden` numbers in two heads."""
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": IDS["<bos>"], "eos_token_id": EOS}
     model = PhiForCausalLM(
         PhiConfig(vocab_size=len(WORDS), max_position_embeddings=64, resid_pdrop=0.1, **sizes, **ends)
@@ -47,7 +47,7 @@ def chat_checkpoint(folder: Path, generation: dict | None = GENERATION, dtype=to
     with torch.no_grad():
         model.model.final_layernorm.weight.zero_()
         model.lm_head.bias[TURN] = 5.0
-    model.to(dtype).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer_of(**special).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     if generation is not None:

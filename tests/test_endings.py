@@ -165,9 +165,19 @@ def test_a_worker_that_is_asked_without_stop_ids_stops_at_those_of_the_run(compo
         ("{{ messages[-1].content }}<turn>\n", [EOS], [EOS]),  # a base model with a template
         ("{{ messages[-1].content }}", [TURN, EOS], [EOS]),
         ("{{ raise_exception('no') }}", [TURN, EOS], [EOS]),
+        ("{{ 1 + messages[0].content }}", [TURN, EOS], [EOS]),
         (None, [TURN, EOS], [EOS]),
     ],
-    ids=["the turn's end", "with what is before it", "eos", "no stop id", "nothing", "a template that refuses", "none"],
+    ids=[
+        "the turn's end",
+        "with what is before it",
+        "eos",
+        "no stop id",
+        "nothing",
+        "a template that refuses",
+        "one that fails",
+        "none",
+    ],
 )
 def test_an_answer_in_a_conversation_ends_with_the_templates_own_turn_end(template, generation, end):
     tokenizer = tokenizer_of(template)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import ExitStack
 
 import pytest
 import torch
 from chat_checkpoint import GENERATION, TEMPLATE, chat_checkpoint, write_conversations
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.preflight.check import human
 from rlhf.run import run
 from rlhf.saving import export_model
 
@@ -97,6 +101,24 @@ def test_a_tiny_model_is_saved_as_it_was_trained_unless_a_dial_says_otherwise(tm
         told = json.loads((tmp_path / name / "config.json").read_text())
         assert (told["dtype"], told["tie_word_embeddings"]) == (name, True)
         assert "lm_head.weight" not in dtypes(tmp_path / name), "tied weights are there once, in any dtype"
+
+
+def test_the_estimate_of_a_check_knows_in_which_dtype_a_policy_will_be_saved(
+    checkpoint, overrides, compose_run, tmp_path, capsys
+):
+    from rlhf.preflight.check import _tell
+    from rlhf.run import gathered, opened
+
+    told = {}
+    for options in ((), ("model.save_dtype=float32",)):
+        config = compose_run(*overrides, *options)
+        with ExitStack() as stack:
+            site = opened(config, tmp_path / "run", stack)
+            _tell(config, gathered(site), tmp_path / "run", "run", Console(width=200))
+        told[options] = re.search(r"  policy +\S* +([\d.]+ \w+)", capsys.readouterr().out.partition("disk")[2])[1]
+    policy, _ = loaded(checkpoint)
+    nbytes = sum(parameter.numel() for parameter in policy.parameters())
+    assert told == {(): human(2 * nbytes), ("model.save_dtype=float32",): human(4 * nbytes)}
 
 
 def test_each_tensor_has_the_dtype_that_it_had_also_where_they_differ(checkpoint, tmp_path):

@@ -53,13 +53,14 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
         os.environ.setdefault(name, value)
     shape = config_of(spec)
     _check_heads(shape.get_text_config(), spec.device)
+    manifest = manifest_of(shape, spec)  # before vLLM, which may make transformers' classes its own
     started = Started()
     llm_class = _imported()
     started.did("import vllm")
     engine = VllmEngine(_llm(llm_class, spec), spec.keep_prefix_cache)
     started.did("vllm.LLM")
     ranks = Ranks(engine.rpc)
-    landing = RemoteLanding(manifest_of(shape, spec), _device(spec), ranks)
+    landing = RemoteLanding(manifest, _device(spec), ranks)
     receiver = Receiver(
         RemoteIntake(spec.endpoint, ranks), landing, Journal(Path(spec.journal) if spec.journal else None)
     )

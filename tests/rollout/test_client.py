@@ -46,6 +46,15 @@ def test_prompts_are_split_in_order_and_each_has_a_seed_of_its_own(tokenizer):
     assert rollouts.version == 2
 
 
+def test_a_sample_may_end_with_any_stop_id_which_is_then_no_part_of_its_text(tokenizer):
+    tokenizer.stop_ids = (4, 1)
+    ends = iter([1, 4] * 5)
+    sender = FakeSender(lambda samples: [Sample([3, next(ends)], s.logprobs, s.versions, "stop") for s in samples])
+    rollouts = RolloutClient([sender], tokenizer, CONFIG).sample(PROMPTS, n=2, temperature=1.0, seed=0)
+    assert sender.asked[0][1]["stop_token_ids"] == [4, 1]
+    assert rollouts.texts == ["b"] * 10 and {row.ids[-1] for row in rollouts.completions} == {1, 4}
+
+
 def test_more_workers_than_prompts_leaves_some_idle(tokenizer):
     senders = [FakeSender() for _ in range(3)]
     rollouts = RolloutClient(senders, tokenizer, CONFIG).sample(PROMPTS[:1], n=2, temperature=1.0, seed=0)

@@ -128,6 +128,19 @@ def test_a_conversation_is_the_same_whatever_the_workers_the_other_prompts_and_t
     assert Conversations(clients()[0], Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=8).texts != alone.texts
 
 
+def test_each_answer_ends_at_any_of_the_models_stop_ids_which_is_no_part_of_what_is_heard(clients, tokenizer):
+    tokenizer.stop_ids = (EOS, 5)
+    client, (asked,) = clients()
+    environment = Listener()
+    rollouts = Conversations(client, environment).sample(PROMPTS, n=8, temperature=1.0, seed=3)
+    assert {tuple(body["stop_token_ids"]) for body in asked.bodies} == {(EOS, 5)}
+    ends = [answer.ids[-1] for answers in asked.answers for answer in answers if answer.finish_reason == "stop"]
+    assert {EOS, 5} == set(ends) and max(map(len, rollouts.conversations)) > 1
+    letter = tokenizer.batch_decode([[5]], skip_special_tokens=True)[0]
+    assert not any(letter in answer for _, answers in environment.heard for answer in answers)
+    assert not any(letter in answer for said in rollouts.conversations for answer in said[::2])
+
+
 def test_no_two_turns_have_one_seed(clients):
     client, (asked,) = clients()
     Conversations(client, Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=3)

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from chat_checkpoint import chat_checkpoint, write_conversations
 
 from transfer.process import python_path
 
@@ -98,6 +99,20 @@ def kill_worker_of(trainer, folder):
     )
     (worker,) = map(int, children.stdout.split())
     os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("serve", ["false", "true"])
+def test_vllm_stops_at_any_stop_id_of_a_checkpoint(tmp_path, serve):
+    model, data = chat_checkpoint(tmp_path / "chat", hidden=64), write_conversations(tmp_path / "talk.jsonl")
+    talk = ("model=hf", f"model.path={model}", "task=jsonl", f"task.path={data}", "task.held_out=8", "sft.steps=0")
+    overrides = [override for override in TRAIN if not override.startswith(("model", "rollout.engine_args"))]
+    engine = "rollout.engine_args={max_model_len: 64, enforce_eager: true, gpu_memory_utilization: 0.2}"
+    command = [PYTHON, "-m", "rlhf.train", *overrides, *talk, engine, f"rollout.serve={serve}", "steps=1"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        told = [*command, f"hydra.run.dir={tmp_path / 'run'}"]
+        assert subprocess.run(told, stdout=file, stderr=file, env=environment(), timeout=DEADLINE_S).returncode == 0
+    assert series(rows_of(tmp_path / "run"), "train/truncated") == [0.0], log.read_text()[-3000:]
 
 
 def test_vllm_serve_is_started_trained_through_its_own_routes_and_ended(tmp_path):
