@@ -204,6 +204,28 @@ def test_other_keys_that_a_template_leaves_out_are_told_once(tmp_path):
     assert task.notes == ["warning: the model's chat template leaves these keys of messages out: 'toxic'"]
 
 
+def test_a_key_that_the_template_leaves_out_changes_nothing_of_an_answer(tmp_path):
+    rows = [{"messages": [{**SOURCE, "content": f"q{n}"}, {**ANSWER, "score": 1}][: 2 + n]} for n in range(2)]
+    tokenizer = tokenizer_with(THINKING.replace("loop.index0 > last.user", "true"))
+    task = task_of(tmp_path, rows, tokenizer)
+    assert [answer for _, answer in task.demonstrations] == ["ab", "ab"]
+
+
+def test_pairs_that_the_template_renders_alike_are_left_out_and_counted(tmp_path):
+    rows = [{"prompt": [SOURCE], "chosen": [{**ANSWER, "id": n}], "rejected": [{**ANSWER, "id": 7}]} for n in range(2)]
+    rows.append({"prompt": [SOURCE], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "c"}]})
+    task = task_of(tmp_path, rows, tokenizer_with(CHATML))
+    assert [(pair.chosen, pair.rejected) for pair in task.preferences] == [("ab", "c")]
+    [note] = task.notes
+    assert note.startswith("warning: pairs of answers that the chat template renders alike are left out: 2 (")
+
+
+def test_tools_beside_a_text_are_said_to_be_unseen(tmp_path):
+    task = task_of(tmp_path, [{"prompt": "hello", "answer": "ab", "tools": TOOLS}])
+    where = f"1 ({tmp_path}/rows.jsonl:1)"
+    assert task.notes == [f"warning: 'tools' is for chat templates, and these prompts are texts: {where}"]
+
+
 def test_thoughts_before_a_later_question_may_be_left_out_and_those_of_the_answer_are_learned(tmp_path):
     tokenizer = tokenizer_with(THINKING)
     thinking = {**ANSWER, "reasoning_content": "so"}
@@ -252,6 +274,14 @@ def test_sharegpts_calls_and_observations_are_calls_and_results_of_tools(tmp_pat
     asked = OFFERED + chatml(("user", "hello"), ("assistant", CALLED), ("user", SAID)) + ASKED
     assert task.train[0].text == asked
     assert {answer for _, answer in task.demonstrations} == {CALLED, "ab"}
+
+
+def test_sharegpts_system_column_is_the_first_message(tmp_path):
+    said = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "ab"}]
+    row = {"conversations": said, "system": "be brief", "source": "web"}
+    [prompt] = task_of(tmp_path, [row], tokenizer_with(CHATML)).train
+    assert prompt.text == chatml(("system", "be brief"), ("user", "hello")) + ASKED
+    assert prompt.columns == {"source": "web"}
 
 
 def test_sharegpts_preference_is_one(tmp_path):

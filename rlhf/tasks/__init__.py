@@ -23,7 +23,7 @@ from rlhf.config import (
 )
 from rlhf.tasks.chat import Chat, Message, dated
 from rlhf.tasks.encoding import beginning, begun
-from rlhf.tasks.json_lines import report
+from rlhf.tasks.json_lines import counted, report
 from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
 from transfer.shown import shown
 
@@ -189,12 +189,10 @@ def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None
     A template that asks for the date is told that of `moment`; None: today's. ValueError with all rows of which no
     prompt or no answer can be made.
     """
-    chat = Chat(tokenizer) if raw.conversational else None
+    maker = _Maker(tokenizer, Chat(tokenizer) if raw.conversational else None)
     with dated(tokenizer, moment if raw.conversational else None):
-        rows = _Maker(tokenizer, chat).all([*raw.train, *raw.held_out])
+        rows = maker.all([*raw.train, *raw.held_out])
     train = rows[: len(raw.train)]
-    unseen = ", ".join(map(repr, chat.unseen)) if chat else ""
-    left_out = [f"warning: the model's chat template leaves these keys of messages out: {unseen}"] if unseen else []
     return TokenisedTask(
         train=[row.prompt for row in train],
         held_out=[row.prompt for row in rows[len(raw.train) :]],
@@ -202,7 +200,7 @@ def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None
         preferences=[row.preference for row in train if row.preference is not None],
         gold=raw.gold,
         environment=TokenisedReplies(raw.replies, tokenizer) if raw.replies is not None else None,
-        notes=[*raw.notes, *left_out],
+        notes=[*raw.notes, *maker.notes()],
     )
 
 
@@ -220,9 +218,18 @@ class _Maker:
     tokenizer: Tokenizer
     chat: Chat | None  # None: all questions are texts
     start: list[int] = field(init=False)
+    ties: list[str] = field(default_factory=list)  # where a pair's answers are the same as the template renders them
 
     def __post_init__(self) -> None:
         self.start = beginning(self.tokenizer)
+
+    def notes(self) -> Iterator[str]:
+        """What was left out of the rows."""
+        if self.chat is not None and self.chat.unseen:
+            unseen = ", ".join(map(shown, self.chat.unseen))
+            yield f"warning: the model's chat template leaves these keys of messages out: {unseen}"
+        if self.ties:
+            yield f"warning: pairs of answers that the chat template renders alike are left out: {counted(self.ties)}"
 
     def all(self, rows: Iterable[Row]) -> list[_TokenisedRow]:
         """The rows; ValueError with all those of which nothing can be made."""
@@ -245,7 +252,8 @@ class _Maker:
         pair = None
         if row.preference is not None:
             chosen, rejected = (self._answer(row, row.question, answer) for answer in row.preference)
-            pair = Pair(prompt, chosen, rejected)
+            pair = Pair(prompt, chosen, rejected) if chosen != rejected else None
+            self.ties += [row.where] if pair is None else []
         return _TokenisedRow(prompt, demonstrations, pair)
 
     def _prompt(self, row: Row, question: str | list[Message]) -> Prompt:

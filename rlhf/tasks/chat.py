@@ -93,12 +93,18 @@ class Chat:
         return in_a_spelling(messages, attempt) + begun
 
     def answer(self, messages: Sequence[Message], given: Mapping[str, Any], answer: Message) -> str:
-        """The text by which the policy would answer `messages` with this message, without the end of its turn."""
+        """The text by which the policy would answer `messages` with this message, without the end of its turn.
+
+        Of a message that the template renders as its text alone, that is the text.
+        """
+        plain = {"role": answer["role"], "content": answer["content"]}
 
         def attempt(spelling: Spelling) -> str:
             spelt = list(map(spelling, [*messages, answer]))
             asked, whole = self._rendered(spelt[:-1], given, ask=True), self._rendered(spelt, given, ask=False)
             self._check(spelt, len(messages), given, whole, ask=False)
+            if whole == self._rendered([*spelt[:-1], plain], given, ask=False):
+                return answer["content"]
             if not whole.startswith(asked):
                 raise ValueError(
                     f"the model's chat template asks with ...{asked[-60:]!r}, and the answer {shown(answer, 200)} is "

@@ -106,6 +106,11 @@ def some(places: Sequence[str], shown: int = 3) -> str:
     return ", ".join(places[:shown]) + more
 
 
+def counted(places: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(places)} ({some(places)})"
+
+
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "an array", str: "a text", bool: "true or false", type(None): "null"}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -25,10 +25,11 @@ from typing import Any
 from rlhf.config import JsonlTaskConfig
 from rlhf.tasks import Answer, Message, RawTask, Row
 from rlhf.tasks.chat import SPOKEN
-from rlhf.tasks.json_lines import columns_of, kind_of, lines, report, some
+from rlhf.tasks.json_lines import columns_of, counted, kind_of, lines, report
 from rlhf.tasks.messages import answer_of, messages_in, text_in
 from transfer.shown import shown
 
+TEMPLATE = ("tools", "chat_template_kwargs")  # columns that chat templates are given
 PREFERENCE = ("chosen", "rejected")
 CONVERSATIONS = ("messages", "conversations")
 FORMS = ("messages", *PREFERENCE)  # columns that are no reward's
@@ -91,13 +92,21 @@ def _rows(config: JsonlTaskConfig) -> tuple[list[Row], list[str]]:
         raise ValueError(report(list(bad.items()), len(rows)))
     if not rows:
         raise ValueError(f"{config.path} is empty: task.path must name a file with one JSON object a line")
-    told = f"warning: pairs whose chosen and rejected answers are the same are left out: {len(ties)} ({some(ties)})"
-    return rows, [told] if ties else []
+    return rows, list(_notes(rows, ties))
+
+
+def _notes(rows: Sequence[Row], ties: Sequence[str]) -> Iterator[str]:
+    """What to say of rows that are read."""
+    if ties:
+        yield f"warning: pairs whose chosen and rejected answers are the same are left out: {counted(ties)}"
+    for column in TEMPLATE:
+        if unseen := [row.where for row in rows if isinstance(row.question, str) and column in row.columns]:
+            yield f"warning: {column!r} is for chat templates, and these prompts are texts: {counted(unseen)}"
 
 
 def parse_row(columns: Mapping[str, Any], config: JsonlTaskConfig, where: str = "") -> Row:
     """One line's columns as a row; ValueError says which column is wrong and how, TieError that a pair is none."""
-    there = {key: value for key, value in columns.items() if value is not None}
+    there = _with_system({key: value for key, value in columns.items() if value is not None})
     row, used = _in_its_form(there, config)
     others = {key: value for key, value in there.items() if key not in (config.prompt_column, *FORMS, *used)}
     if config.answer_column not in columns and config.answer_column != "answer":  # the user named it
@@ -112,6 +121,15 @@ def parse_row(columns: Mapping[str, Any], config: JsonlTaskConfig, where: str = 
         raise ValueError("an answer with more than a text (tool_calls, ...) needs a prompt of messages, not a text")
     given = {} if isinstance(row.question, str) else _given(there)
     return Row(row.question, others, demonstration, row.preference, given, row.turns, where)
+
+
+def _with_system(there: dict[str, Any]) -> dict[str, Any]:
+    """The columns, of which ShareGPT's `system` is the first message of its conversation."""
+    said, system = there.get("conversations"), there.get("system")
+    if not (isinstance(said, list) and said and isinstance(said[0], dict) and "from" in said[0] and system):
+        return there
+    others = {key: value for key, value in there.items() if key != "system"}
+    return {**others, "conversations": [{"from": "system", "value": system}, *said]}
 
 
 def _in_its_form(there: Mapping[str, Any], config: JsonlTaskConfig) -> tuple[Row, Sequence[str]]:

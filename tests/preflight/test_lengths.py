@@ -79,11 +79,13 @@ def test_of_many_overlong_rows_the_longest_are_named_and_the_others_counted(conf
     assert "9 of 9 demonstrations: " in said and said.count("rows.jsonl:") == 3 and ", and 6 more: set" in said
 
 
+@pytest.mark.slow
 def test_what_no_stage_learns_from_may_be_longer_than_the_context(config_of, tmp_path):
     run(config_of(ANSWERS, *OWN, "sft.steps=0"), tmp_path / "run")
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "overrides", "told"),
     [
@@ -103,6 +105,7 @@ def test_overlong_rows_are_left_out_on_request_and_counted_on_the_screen(
     assert (folder / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "overrides", "said"),
     [
@@ -122,7 +125,6 @@ def test_a_file_of_prompts_alone_is_enough_for_a_reward_of_ones_own(config_of, t
     assert (tmp_path / "run" / "summary.json").exists() == (start is run)
 
 
-@MODES
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -132,8 +134,8 @@ def test_a_file_of_prompts_alone_is_enough_for_a_reward_of_ones_own(config_of, t
         (("algo=dpo", "sft.steps=0"), "algo=dpo needs chosen/rejected rows, or answers"),
     ],
 )
-def test_what_a_file_of_prompts_alone_lacks_is_one_line(config_of, tmp_path, start, overrides, said):
-    assert said in refusal(start, config_of([{"prompt": f"q{n}"} for n in range(8)], *overrides), tmp_path)
+def test_what_a_file_of_prompts_alone_lacks_is_one_line(config_of, tmp_path, overrides, said):
+    assert said in refusal(check_run, config_of([{"prompt": f"q{n}"} for n in range(8)], *overrides), tmp_path)
 
 
 @MODES
