@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -42,6 +43,16 @@ def histories_hold(request):
         if summary.exists() and json.loads(summary.read_text())["status"] == "finished":
             missing = {"open", "publish", "pushed", "init", "finish", "serve", "consume"} - set(counts)
             assert not missing, f"{journals}: a whole run has no {sorted(missing)} (only {dict(counts)})"
+
+
+@pytest.fixture
+def default_signals():
+    """Signals end this process, and what it starts, as in a terminal: shells have background jobs ignore SIGINT."""
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ LIVE_VIEW = "ipc transfer.staging=live transfer.take=view"
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 RESUMABLE = {phase: 75 for phase in list(PHASES)[list(PHASES).index("sampling") :]}  # of SIGTERM, once there is a state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_signals")]
 
 
 @dataclass

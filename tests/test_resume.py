@@ -30,6 +30,8 @@ SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "task.held_out=16
 MEASURED = ("seconds/", "transfer/", "tokens_per_second")  # how long things took, and what messages weighed
 OWN = ("state.json", "rows.jsonl", "config.json", "adapter/adapter_config.json")  # hold such numbers, or the folder
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 class Killed(BaseException):
     """As sudden as SIGKILL: nothing handles it."""

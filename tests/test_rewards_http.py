@@ -275,14 +275,14 @@ def test_rewards_that_are_no_finite_numbers_are_none_and_are_counted(server):
 
 
 def silence(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(2)
+    time.sleep(20)
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
     """A header that never ends; no pause is as long as the deadline."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
     with contextlib.suppress(OSError):
-        for _ in range(40):
+        for _ in range(400):
             handler.wfile.write(b"x")
             time.sleep(0.05)
 
@@ -293,7 +293,7 @@ def test_an_answer_after_the_deadline_ends_the_run_at_the_deadline_after_one_req
     start = time.monotonic()
     with pytest.raises(RunError, match=rf"reward\.url={server.url} did not answer within reward\.timeout_s=0\.5 sec"):
         ask(reward(server, timeout_s=0.5), "a")
-    assert time.monotonic() - start < 1.5 and len(server.asked) == 1
+    assert time.monotonic() - start < 10 and len(server.asked) == 1
 
 
 def test_a_column_that_json_cannot_say_ends_the_run_before_anything_is_sent(server):

@@ -39,6 +39,8 @@ def notes(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
 """
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 @pytest.fixture
 def sweep(rlhf_train, tmp_path):

@@ -25,6 +25,8 @@ from rlhf.learning.learner import Learner
 from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
 from rlhf.rollout.hf import evaluating
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 class Record:
     """What a keeper asks of a run's recorder."""

