@@ -48,7 +48,8 @@ def histories_hold(request):
 @pytest.fixture
 def default_signals():
     """Signals end this process, and what it starts, as in a terminal: shells have background jobs ignore SIGINT."""
-    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    wanted = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(stops, signal.SIG_DFL)}
     before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     yield
     for number, handler in before.items():

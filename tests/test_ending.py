@@ -18,6 +18,8 @@ from rlhf.ending import STOPS, terminate_as_interrupt, unbroken
 ROOT = Path(__file__).resolve().parent.parent
 TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 @pytest.fixture
 def handlers():
