@@ -121,15 +121,6 @@ def unbroken() -> Iterator[None]:
             acts[signal.Signals(held[0])](held[0], None)
 
 
-@contextmanager
-def keeping_sigterm() -> Iterator[None]:
-    """Put SIGTERM's handler back after a call that replaces it, as ray.init does."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
 def end_with_parent() -> None:
     """SIGTERM to this process once the one that started it with `multiprocessing` is gone, in whatever way."""
     parent = multiprocessing.parent_process()

@@ -17,6 +17,7 @@ from rlhf.reports.summary import PHASES
 from rlhf.rollout.launch import ray_running
 from rlhf.run import run
 from rlhf.tasks import TokenisedTask
+from transfer.config import RaySenderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ("experiment=smoke", "steps=3", "logger=jsonl", "task.held_out=32", "sft.steps=4", "prompts_per_step=4")
@@ -71,7 +72,7 @@ def rewards(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def ray_for_all():
     """One Ray for this file's runs."""
-    with ray_running(None, workers=2):
+    with ray_running(RaySenderConfig(), workers=2):
         yield
 
 

@@ -6,7 +6,10 @@ Values have one home, these dataclasses; the YAML files under `conf/transfer/` o
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
+
+RAY_ADDRESS = re.compile(r"(ray://)?([^\s/:\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")
 
 
 class Staging(enum.Enum):
@@ -77,7 +80,15 @@ class HttpSenderConfig(SenderConfig):
 class RaySenderConfig(SenderConfig):
     """Method calls on Ray actors; `address=null` starts a private Ray on this machine, for this run only."""
 
-    address: str | None = None
+    address: str | None = None  # HOST:PORT of its GCS, ray://HOST:PORT of a Ray client's server, or auto
+
+    def __post_init__(self) -> None:
+        SenderConfig.__post_init__(self)
+        if self.address is not None and self.address != "auto" and not RAY_ADDRESS.fullmatch(self.address):
+            raise ValueError(
+                f"transfer.sender.address must be like 127.0.0.1:6379, ray://host:10001, auto, or null for a private "
+                f"Ray (got {self.address!r})"
+            )
 
 
 @dataclass(slots=True, kw_only=True)

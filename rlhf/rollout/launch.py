@@ -10,7 +10,6 @@ transfer=local it is the trainer itself, around the learner's own module.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import time
@@ -23,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.ending import RunError, keeping_sigterm
+from rlhf.ending import RunError
 from rlhf.monitor.gpu import GPU_MEMORY
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
 from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
 from transfer.process import WorkerProcess, python_path
+from transfer.ray_start import check_cpus, joined_ray, private_ray
 from transfer.stacks import dumps_stacks_when_asked
 from transfer.wire import TOKEN_VARIABLE, RemoteError
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
-RAY_STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
 MOST_MIB = 2**40  # that a worker may say it has of a GPU
 LEAST_ROWS = 32  # that vLLM prepares for
 MOST_ROWS = 1024  # as vLLM has it by default on large GPUs; further rows wait
@@ -302,7 +301,7 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
         num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
     )
     told = specs(spec, config.workers, folder) if sender.address is None else [spec] * config.workers
-    with ray_running(sender.address, config.workers), ExitStack() as stack:
+    with ray_running(sender, config.workers), ExitStack() as stack:
         actors: list[Any] = []
         for worker_spec in told:
             actors.append(actor_class.remote(worker_spec))
@@ -321,25 +320,19 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
 
 
 @contextmanager
-def ray_running(address: str | None, workers: int) -> Iterator[None]:
-    """A Ray to run in: this process's own, or the one at `address`, or a private one that ends with the context."""
+def ray_running(sender: RaySenderConfig, workers: int) -> Iterator[None]:
+    """A Ray to run in: this process's own, or the one at `sender.address`, or a private one that ends with it."""
     import ray
 
     if ray.is_initialized():
+        check_cpus("the Ray that this process is in", ray.cluster_resources().get("CPU", 0), workers)
         yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else an actor that reserves no GPU sees none
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with keeping_sigterm():
-        if address is None:
-            ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=RAY_STORE_BYTES, **quiet)
-        else:
-            ray.init(address, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    elif sender.address is None:
+        with private_ray(workers):
+            yield
+    else:
+        with joined_ray(sender.address, workers, sender.start_timeout_s):
+            yield
 
 
 def _await_actor(name: str, actor: Any, deadline: float) -> None:
@@ -348,6 +341,10 @@ def _await_actor(name: str, actor: Any, deadline: float) -> None:
     try:
         ray.get(actor.health.remote({}), timeout=max(0.0, deadline - time.monotonic()))
     except ray.exceptions.GetTimeoutError:
-        raise RunError(f"{name} (ray) did not come up within transfer.sender.start_timeout_s") from None
+        free, all_ = (resources().get("CPU", 0) for resources in (ray.available_resources, ray.cluster_resources))
+        raise RunError(
+            f"{name} did not come up within transfer.sender.start_timeout_s; each takes one CPU of the Ray, of whose "
+            f"{all_:g} {free:g} are free"
+        ) from None
     except ray.exceptions.RayError as error:
-        raise RunError(f"{name} (ray) died while it started: {error}") from None
+        raise RunError(f"{name} died while it started: {error}") from None

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import os
 import secrets
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +12,10 @@ from typing import Any, Protocol
 
 from transfer.bench.source import Source
 from transfer.process import python_path
+from transfer.ray_start import QUIET, STORE_BYTES, keeping_sigterm, set_environment
 
 START_S = 120.0  # deadline for a process to come up
 TIMEOUT_S = 120.0  # deadline of one update, and of one message
-RAY_STORE_BYTES = 80 * 2**20  # Ray's least
 RAY_STORE_COPIES = 2.5  # of the weights, in Ray's object store: the last update's go after the next one's have come
 STOP_S = 5.0  # how long an actor may take to drop a model
 ACTOR: dict[str, Any] = {
@@ -45,7 +41,7 @@ class RayHost:
 
     def __init__(self, store_bytes: int, folder: Path, reuses_actors: bool = True) -> None:
         self._folder = folder  # for its sockets, whose names must not get long, and its logs
-        self.store_bytes = max(RAY_STORE_BYTES, store_bytes)
+        self.store_bytes = max(STORE_BYTES, store_bytes)
         self._reuses_actors = reuses_actors  # else each ends with its model, and its GPU's memory is free again
         self._missing = ""
         self._idle: dict[type[Reusable], list[Any]] = {}  # actors between two models
@@ -56,12 +52,11 @@ class RayHost:
             return self
         import ray
 
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+        set_environment()
+        options: dict[str, Any] = {**QUIET, "include_dashboard": False}
         options |= {"object_store_memory": self.store_bytes, "_temp_dir": str(self._folder)}
         try:
-            with _keeping_sigterm():
+            with keeping_sigterm():
                 ray.init("local", num_cpus=1, **options)
         except Exception as error:
             self._missing = f"Ray does not start: {reason(error)}"
@@ -120,12 +115,3 @@ def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     name = "" if isinstance(error, Unavailable) else type(error).__name__
     return ": ".join(filter(None, [name, *lines[:1]]))
-
-
-@contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Put SIGTERM's handler back, which ray.init replaces."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)

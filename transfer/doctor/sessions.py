@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import secrets
 import socket
@@ -30,6 +29,7 @@ from transfer.config import (
 from transfer.doctor.finding import Finding, Problem, ok
 from transfer.doctor.load import patient
 from transfer.process import WorkerProcess, python_path
+from transfer.ray_start import QUIET, SHORT_PATH, STORE_BYTES, set_environment
 from transfer.wire import TransferError
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ WORKER = "transfer.plain_worker"  # the module of the process
 LOOPBACK = "127.0.0.1"
 TIMEOUT_S = 8.0  # of one message
 START_S = 15.0  # for a worker to come up
-SHORT_PATH = 43  # characters; Ray's sockets lie 64 deeper, and may have 107
 NEEDS = {
     "http": ("httptools", "fastapi", "uvicorn"),
     "ray": ("ray",),
@@ -242,17 +241,15 @@ def _start_ray() -> None:
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else an actor that reserves no GPU sees none
+    set_environment()
     own = Path(tempfile.gettempdir())  # the doctor's, below the one that a run would use
     folder = own / "ray" if len(str(own / "ray")) <= SHORT_PATH else own.parent / "ray"
     ray.init(
         "local",
         num_cpus=1,
         include_dashboard=False,
-        object_store_memory=80 * 2**20,  # Ray's least
-        log_to_driver=False,
-        logging_level=logging.ERROR,
+        object_store_memory=STORE_BYTES,
+        **QUIET,
         _temp_dir=str(folder),
     )
 
