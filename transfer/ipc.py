@@ -208,7 +208,7 @@ def _send_http(route: str, message: dict[str, Any]) -> None:
         except requests.RequestException as error:
             raise RuntimeError(f"{route} cannot be reached: {one_line(str(error))}") from error
     if not 200 <= answer.status_code < 300:
-        words = one_line(_message(said) or str(answer.reason))
+        words = one_line(_message(said) or str(answer.reason), MAX_ERROR_BYTES)
         raise RuntimeError(f"{route} answered {answer.status_code}: {words}")
 
 
