@@ -189,7 +189,7 @@ def _files(group: str, schema: str) -> list[str]:
     if (CONF / group / f"{schema}.yaml").exists():
         return [schema]
     files = sorted((CONF / group).glob("*.yaml"))
-    return [file.stem for file in files if f"/schema/{group}/{schema}@" in file.read_text()]
+    return [file.stem for file in files if f"/schema/{group}/{schema}@" in file.read_text(encoding="utf-8")]
 
 
 def _chosen(overrides: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from rlhf.ending import RunError, check_free
+from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import read_summary
 
 NUMBERED = "${hydra.job.num}"  # Hydra's default name of a job's folder
@@ -34,8 +35,8 @@ class Occupied(Callback):
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """A sweep: any of its jobs."""
         sweep = Path(config.hydra.sweep.dir)
-        for hydra in sorted(sweep.glob("*/.hydra")):
-            _end_if_busy(hydra.parent)
+        for begun in runs_below(sweep):
+            _end_if_busy(begun)
         for folder, job in _jobs(config, sweep):
             summary = read_summary(folder)
             done = summary.get("overrides", [])

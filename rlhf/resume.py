@@ -17,6 +17,7 @@ from typing import Any
 from rlhf.compose import CONF, checked, register
 from rlhf.config import Mode, RunConfig
 from rlhf.ending import EXPLAINED, alone, full_disk_explained
+from rlhf.screen import outlast
 from rlhf.search_path import Where, note, noted, of_command
 from transfer.shown import printable
 
@@ -41,6 +42,7 @@ def main() -> None:
 
     from rlhf.train import as_command
 
+    outlast()
     asked = bool({"--help", "-h"} & set(sys.argv[1:]))
     where, words = (Where(), []) if asked else of_command(sys.argv[1:])
     if not words or ("=" in words[0] and not Path(words[0]).is_dir()):
@@ -66,11 +68,11 @@ def main() -> None:
 def taken_back(folder: Path) -> Iterator[None]:
     """If a resume ends with an error before anything new is saved, the run's dials are again those of before."""
     paths = [folder / ".hydra" / name for name in ("overrides.yaml", "config.yaml", HYDRA)]
-    before, saved = {path: path.read_text() for path in paths if path.is_file()}, _saved(folder)
+    before, saved = {path: path.read_text(encoding="utf-8") for path in paths if path.is_file()}, _saved(folder)
     try:
         yield
     except Exception:
-        changed = [path for path, text in before.items() if path.read_text() != text]
+        changed = [path for path, text in before.items() if path.read_text(encoding="utf-8") != text]
         if changed and not _saved(folder) - saved:
             for path in changed:
                 _replace(path, before[path])
@@ -249,7 +251,7 @@ def _note(hydra: Path, made: tuple[Any, Mapping[str, Any]], overrides: Sequence[
 def _replace(path: Path, text: str) -> None:
     writing = path.with_suffix(".writing")
     try:
-        writing.write_text(text)
+        writing.write_text(text, encoding="utf-8")
         os.replace(writing, path)
     except OSError:
         writing.unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
     _print(numbers, written)
     path = folder / "evaluation.json"
     try:
-        path.write_text(json.dumps(written, indent=1) + "\n")
+        path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}): the numbers are those above") from error
     print(f"written: {path}")

@@ -140,7 +140,7 @@ def _save(
     told = _read((folder / CONFIG).read_bytes())
     if dtype not in (None, told.get("dtype"), told.get("torch_dtype")):
         told.pop("torch_dtype", None)
-        (folder / CONFIG).write_text(json.dumps({**told, "dtype": dtype}, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps({**told, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def _put_back(brought: Brought, model: PreTrainedModel, stops: tuple[int, ...], folder: Path) -> None:

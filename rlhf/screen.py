@@ -6,6 +6,7 @@ into(folder)       once a run has a folder: what nobody reads any more goes to i
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 import threading
@@ -14,8 +15,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+SHOWN = "rlhf-shown"  # what is done with what the encoding lacks
+UTF8 = "PYTHONUTF8"
 FILE = "screen.txt"  # of a run's folder
 STDOUT, STDERR = 1, 2  # file descriptors
+
+
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a path as they are, other letters as `\\xfc`."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(SHOWN, _shown)
 
 
 class Outlasting:
@@ -79,7 +93,11 @@ class Outlasting:
 
 
 def outlast() -> None:
-    """Let stdout and stderr take whatever is printed, in any encoding, also after who reads them is gone."""
+    """Let stdout and stderr take whatever is printed, in any encoding, also after who reads them is gone.
+
+    Begins the program anew where the locale has Python use another encoding for paths than UTF-8.
+    """
+    _use_utf8()
     _fill()
     for name, descriptor in (("stdout", STDOUT), ("stderr", STDERR)):
         stream = getattr(sys, name)
@@ -89,7 +107,7 @@ def outlast() -> None:
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
         with suppress(AttributeError, OSError, ValueError):  # a stream of a test, say
             if stream.fileno() == descriptor:
-                stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot show all letters
+                stream.reconfigure(errors=SHOWN)  # a terminal that is not UTF-8 cannot show all letters
                 setattr(sys, name, Outlasting(stream, descriptor))
 
 
@@ -98,6 +116,14 @@ def into(folder: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Outlasting):
             stream.into(folder)
+
+
+def _use_utf8() -> None:
+    """Libraries in Rust, safetensors and tokenizers, know no other paths; the processes that are started inherit it."""
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get(UTF8) == "1":
+        return
+    os.environ[UTF8] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _fill() -> None:

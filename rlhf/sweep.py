@@ -100,7 +100,7 @@ def _begun(folder: Path, config: RunConfig) -> bool:
 
     store = Store(folder / FOLDER)
     newest = store.newest()
-    if newest is None or json.loads((store.path(newest) / CONFIG).read_text()) != plain(config):
+    if newest is None or json.loads((store.path(newest) / CONFIG).read_text(encoding="utf-8")) != plain(config):
         return False
     print(f"begun already, goes on after step {newest}: {folder}")
     return True
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         count = write_tables(given.folder, Objective(given.by) if given.by else None)
     except OSError as error:
         parser.error(f"nothing can be written into {given.folder} ({error.strerror})")
-    print((given.folder / "summary.md").read_text())
+    print((given.folder / "summary.md").read_text(encoding="utf-8"))
     print(f"{count} job(s): {given.folder}/summary.md, leaderboard.csv, summary.csv, comparison.png")
 
 

@@ -300,3 +300,26 @@ def test_a_column_that_json_cannot_say_ends_the_run_before_anything_is_sent(serv
     with pytest.raises(RunError, match=rf"reward\.url={server.url} takes JSON, which a column of the task is not"):
         reward(server)([Prompt("?", (1,), {"answer": float("nan")})], ["a"])
     assert server.asked == []
+
+
+def test_a_server_on_this_machine_is_asked_itself_whatever_proxy_the_environment_names(server, monkeypatch):
+    """Without NO_PROXY; nothing listens where the proxy is said to be."""
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy := f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv(name.lower(), proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    here = reward(server, retries=0)
+    here.check()
+    ask(here, "a")
+    assert len(server.asked) == 1
+    with pytest.raises(RunError, match="ProxyError"):
+        ask(reward(server, url="http://reward.invalid/", retries=0), "a")
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("[::1]", True), ("[::ffff:127.0.0.1]", True), ("reward.localhost", True), ("10.0.0.1", False), ("local", False)],
+)
+def test_which_addresses_are_this_machine_s(host, here):
+    assert HttpReward(HttpRewardConfig(url=f"http://{host}:1/"))._here is here

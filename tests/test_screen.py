@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -69,9 +70,16 @@ def test_streams_that_were_closed_from_the_start_are_nobody_s_and_no_file_takes_
     assert codes(tmp_path) == [0] and (tmp_path / "data").read_text() == "data"
 
 
+def test_in_a_locale_without_utf_8_paths_and_texts_are_utf_8_nevertheless(tmp_path):
+    script(tmp_path, "Path('gr\\u00fc\\u00df').write_text('x'); print(sys.argv, sys.getfilesystemencoding())\n")
+    done = shell(tmp_path, "$PY script.py ü", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert codes(tmp_path) == [0] and done.stdout == "['script.py', 'ü'] utf-8\n"
+    assert (tmp_path / "grüß").exists()
+
+
 def test_letters_that_a_terminal_cannot_show_are_escaped(tmp_path):
     script(tmp_path, "print('gr\\u00fc\\u00df', '\\u2192'); print('\\u00fc', file=sys.stderr)\n")
-    done = shell(tmp_path, "$PY script.py", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
+    done = shell(tmp_path, "$PY script.py", PYTHONIOENCODING="ascii")
     assert codes(tmp_path) == [0] and done.stdout == "gr\\xfc\\xdf \\u2192\n" and done.stderr == "\\xfc\n"
 
 
@@ -82,3 +90,35 @@ def test_a_run_whose_pipe_is_closed_trains_to_its_end(tmp_path):
     assert codes(tmp_path) == [0, 0] and done.stdout.startswith("sort: 2 steps x 8 prompts")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
     assert "next: python -m rlhf.report" in (tmp_path / "run" / "screen.txt").read_text()
+
+
+def test_every_file_of_text_is_opened_in_an_encoding_that_is_named():
+    """Else it is the locale's, which need not be that of whoever reads the file."""
+    nameless = []
+    for path in sorted([*ROOT.glob("rlhf/**/*.py"), *ROOT.glob("transfer/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _opens_text(node) and "encoding" not in [k.arg for k in node.keywords]:
+                nameless.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert nameless == []
+
+
+def _opens_text(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    texts = [each.value for each in call.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    mode = next((text for text in texts if text and set(text) <= set("rwabxt+")), "")
+    return name == "open" and "b" not in mode and (isinstance(call.func, ast.Name) or mode != "")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_folder_with_an_umlaut_is_resumed_in_any_locale(tmp_path):
+    folder = tmp_path / "grüße"
+    folder.mkdir()
+    small = "experiment=smoke transfer=local sft.steps=2 task.held_out=8 logger=[console,jsonl] hydra.run.dir=run"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    shell(folder, f"$PY -W ignore -m rlhf.train {small} steps=1")
+    assert codes(folder) == [0]
+    done = shell(folder, f"$PY -W ignore -m rlhf.resume '{folder}/run' steps=2", **ascii_only)
+    assert codes(folder) == [0] and "warning" not in done.stdout + done.stderr, done.stderr
+    assert f"next: python -m rlhf.report '{folder}/run'" in done.stdout

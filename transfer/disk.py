@@ -88,7 +88,7 @@ class DiskPublisher:
             size, file_hash = path.stat().st_size, _hash(path.read_bytes())
             self._publish(path, _weights_name(self._epoch, version))
             record = {"epoch": self._epoch, "version": version, "bytes": self._manifest.nbytes, "xxh3_128": file_hash}
-            path.write_text(json.dumps({**record, "manifest": self._manifest.to_json()}))
+            path.write_text(json.dumps({**record, "manifest": self._manifest.to_json()}), encoding="utf-8")
             self._publish(path, _record_name(self._epoch, version))
         if self._written.get(version, self._epoch) != self._epoch:  # nobody was told to finish that one
             self._remove(version)

@@ -40,7 +40,7 @@ STORAGE_CLASSES = ("torch.storage.TypedStorage", "torch.storage.UntypedStorage")
 @functools.cache
 def host_id() -> str:
     """What stands in for a GPU's UUID on a CPU: the same in all processes that can find each other by process id."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         boot = file.read().strip()
     return "host-" + hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:32]
 

@@ -33,7 +33,7 @@ class Journal:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._before = "\n" if _ends_within_a_line(path) else ""
-            self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
 
     def write(self, op: str, **fields: Any) -> None:
         """Note one event."""

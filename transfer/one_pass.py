@@ -186,6 +186,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def _kernel(device: torch.device) -> Callable[..., Any]:
-    source = Path(__file__).with_name("one_pass.cu").read_text()
+    source = Path(__file__).with_name("one_pass.cu").read_text(encoding="utf-8")
     with torch.cuda.device(device):
         return torch.cuda._compile_kernel(source, "one_pass")

@@ -114,4 +114,4 @@ class WorkerProcess:
         return process
 
     def _tail(self) -> str:
-        return printable("\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_TAIL:]))
+        return printable("\n".join(self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-LOG_TAIL:]))

@@ -46,7 +46,7 @@ def serve_parent(spec: Address, build: Callable[[], Any]) -> None:
     for signum in OF_PARENT:
         signal.signal(signum, signal.SIG_IGN)
     _die_with_parent()
-    report = os.fdopen(os.dup(1), "w")
+    report = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed goes to the log
     with listening(spec) as listener:
         server = _server(build(), spec.token)

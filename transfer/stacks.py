@@ -13,5 +13,5 @@ VARIABLE = "RLHF_STACKS"  # for processes that a worker's engine starts: the log
 
 def dumps_stacks_when_asked(log: Path | str | None = None) -> None:
     """To be called by the process; it writes them at the end of `log`, or to its stderr."""
-    file = sys.stderr if log is None else open(log, "a")  # noqa: SIM115 - open as long as the process lives
+    file = sys.stderr if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     faulthandler.register(DUMP, file=file, all_threads=True)

@@ -75,7 +75,7 @@ class Saved:
     @classmethod
     def of(cls, path: Path) -> Saved:
         """What is in a folder that verifies."""
-        return cls(path, json.loads((path / STATE).read_text()))
+        return cls(path, json.loads((path / STATE).read_text(encoding="utf-8")))
 
     def rows(self) -> list[dict[str, float]]:
         """The metrics so far."""
@@ -231,6 +231,6 @@ class Keeper:
             "notes": self.notes,
             "seconds": self.seconds(),
         }
-        (folder / STATE).write_text(json.dumps(told) + "\n")
+        (folder / STATE).write_text(json.dumps(told) + "\n", encoding="utf-8")
         write_lines(folder / ROWS, self.record.rows[: mark.rows])
-        (folder / CONFIG).write_text(json.dumps(plain(self.config), indent=1) + "\n")
+        (folder / CONFIG).write_text(json.dumps(plain(self.config), indent=1) + "\n", encoding="utf-8")

@@ -207,10 +207,10 @@ def plain(config: Any) -> Any:
 
 def write_lines(path: Path, rows: list[Any]) -> None:
     """A JSON line a row."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_lines(path: Path) -> list[Any]:
     """The inverse of `write_lines`."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -92,7 +92,7 @@ class Store:
     def best(self) -> Best | None:
         """The best evaluation so far; None where there is none, or its checkpoint is gone."""
         try:
-            found = json.loads((self.folder / BEST).read_text())
+            found = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
             best = Best(int(found["step"]), float(found["score"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -128,7 +128,7 @@ class Store:
 def fault_of(path: Path, step: int) -> str | None:
     """Why the checkpoint of `step` in this folder does not verify; None if it does."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, dict[str, Any]] = dict(manifest["files"])
         if manifest["step"] != step:
             return f"{MANIFEST}: it is of step {manifest['step']}"
@@ -163,7 +163,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

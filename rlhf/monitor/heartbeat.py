@@ -147,7 +147,7 @@ class Heartbeat:
         told |= {"of": pulse.total, "phase": pulse.phase, "phase_seconds": time.monotonic() - pulse.since}
         told |= {"phase_usually": pulse.usual(pulse.phase), "numbers": pulse.numbers, **self.peaks}
         partial = self.folder / ".status.json"
-        partial.write_text(json.dumps(told, indent=1) + "\n")
+        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.folder / "status.json")
 
     def watch(self) -> None:
@@ -178,7 +178,7 @@ def _ended(kind: type[BaseException] | None) -> str:
 
 def dump_stacks(path: Path) -> None:
     """Those of this process's threads at the end of `path`; each worker's into its log."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     for pid in workers_of(os.getpid()):
         if _catches(pid, DUMP):  # else the signal would end it
@@ -205,14 +205,14 @@ def _children(pid: int) -> list[int]:
     found: list[int] = []
     with suppress(OSError):  # it has just ended
         for thread in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as children:
+            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", encoding="utf-8") as children:
                 found += map(int, children.read().split())
     return found
 
 
 def _status(pid: int, name: str) -> str:
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{name}:"):
                 return line.split()[1]
     return ""

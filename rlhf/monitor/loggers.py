@@ -51,13 +51,13 @@ class Named:
 
     def name(self) -> str | None:
         """Its name there; None of a run that begins, or that the service does not know yet."""
-        return self.path.read_text().strip() if self.goes_on and self.path.is_file() else None
+        return self.path.read_text(encoding="utf-8").strip() if self.goes_on and self.path.is_file() else None
 
     def keep(self, name: str) -> str:
         """For when the run is resumed."""
         self.path.parent.mkdir(exist_ok=True)
         writing = self.path.with_suffix(".writing")
-        writing.write_text(f"{name}\n")
+        writing.write_text(f"{name}\n", encoding="utf-8")
         writing.replace(self.path)
         return name
 
@@ -66,7 +66,7 @@ class JsonlLogger:
     """`metrics.jsonl`: one object a step or evaluation, flushed at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")

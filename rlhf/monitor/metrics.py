@@ -224,7 +224,7 @@ class Recorder:
         self, step: int, rollouts: Rollouts, rewards_B: Sequence[float | None], gold_B: Sequence[float | None]
     ) -> None:
         stride = max(1, len(rollouts.texts) // SAMPLES_PER_STEP)
-        with open(self.outlets.folder / "samples.jsonl", "a") as file:
+        with open(self.outlets.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             for b in range(0, len(rollouts.texts), stride):
                 completion = rollouts.completions[b]
                 row: dict[str, Any] = {

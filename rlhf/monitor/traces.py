@@ -152,7 +152,7 @@ def _zip(raw: Path, to: Path, share: float) -> None:
         return
     times = array("d", sorted(time for _, time in _events(raw) if time is not None))
     until = times[int(share * len(times))] if times else math.inf
-    with gzip.open(to, "wt", 5) as target:
+    with gzip.open(to, "wt", 5, encoding="utf-8") as target:
         last = False  # whether it was an event
         for text, time in _events(raw):
             if time is None or time <= until:
@@ -164,7 +164,7 @@ def _zip(raw: Path, to: Path, share: float) -> None:
 def _events(raw: Path) -> Iterator[tuple[str, float | None]]:
     """The text before the events, each event with its time in microseconds, and the text behind them."""
     lines: list[str] = []
-    with raw.open(errors="replace") as source:
+    with raw.open(encoding="utf-8", errors="replace") as source:
         for line in source:
             if lines and (line == EVENT or (line.startswith(LAST) and lines[0] == EVENT)):
                 yield _event(lines)

@@ -76,13 +76,13 @@ def _told(runs: Sequence[RunFolder]) -> Objective | None:
 def write_tables(sweep: Path, objective: Objective | None = None) -> int:
     """Read every job's folder below `sweep`, rewrite tables and plot, and say how many jobs there are."""
     runs = [read_run(path) for path in runs_below(sweep)]
-    _replace(sweep / "summary.csv", _csv(_jobs(runs)))
+    _replace(sweep / "summary.csv", _csv(_jobs(runs, sweep)))
     name, places = leaderboard(runs, objective)
     _replace(sweep / "leaderboard.csv", _csv(_numbers(name, places)))
     common, _ = lines_of(runs)
     told = f"Every job was told `{' '.join(common)}`.\n\n" if common else ""
     best = f"## By {name}: mean ± standard deviation over seeds\n\n{_markdown(shown(name, places))}"
-    _replace(sweep / "summary.md", f"# Sweep\n\n{told}{best}\n## Jobs\n\n{_markdown(_jobs(runs))}")
+    _replace(sweep / "summary.md", f"# Sweep\n\n{told}{best}\n## Jobs\n\n{_markdown(_jobs(runs, sweep))}")
     partial = sweep / f".comparison-{os.getpid()}.png"
     plot_comparison(runs, partial)
     partial.replace(sweep / "comparison.png")
@@ -115,9 +115,9 @@ def _numbers(name: str, places: Sequence[Place]) -> list[dict[str, Any]]:
     return rows
 
 
-def _jobs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def _jobs(runs: Sequence[RunFolder], sweep: Path) -> list[dict[str, Any]]:
     return [
-        {"job": run.path.name, "status": run.status, "overrides": " ".join(run.overrides)}
+        {"job": run.path.relative_to(sweep).as_posix(), "status": run.status, "overrides": " ".join(run.overrides)}
         | {name: run.summary.get(name, "") for name in COLUMNS}
         | {"error": run.error}
         for run in runs
@@ -160,5 +160,5 @@ def _cell(value: Any) -> str:
 def _replace(path: Path, text: str) -> None:
     """Write in one go: jobs that end at the same moment, in processes of a launcher, rewrite the same files."""
     partial = path.with_name(f".{path.name}-{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,14 @@ def read_run(path: Path) -> RunFolder:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The runs of a sweep, in the order of their numbers."""
-    return sorted((path.parent.parent for path in folder.glob("*/.hydra/config.yaml")), key=_number)
+    """The runs of a sweep, in the order of their numbers; its `subdir` may have folders within folders."""
+    found: list[Path] = []
+    for place, below, _ in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        here = [name for name in below if (Path(place, name) / ".hydra" / "config.yaml").is_file()]
+        found += [Path(place, name) for name in here]
+        below[:] = [name for name in below if name not in here]  # a run's own folders hold no other
+    return sorted(found, key=lambda job: [_number(part) for part in job.relative_to(folder).parts])
 
 
 def is_run(folder: Path) -> bool:
@@ -63,8 +70,8 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _number(job: Path) -> tuple[int, str]:
-    return (int(job.name) if job.name.isdigit() else 10**9, job.name)
+def _number(name: str) -> tuple[int, str]:
+    return (int(name) if name.isdecimal() else 10**9, name)
 
 
 def _yaml(path: Path) -> Any:
@@ -79,7 +86,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, up to one that was not written to its end."""
     rows: list[dict[str, Any]] = []
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return rows
     for line in text.splitlines():

@@ -101,13 +101,13 @@ def _ks(names: Iterable[str]) -> list[int]:
 def write_summary(folder: Path, status: str, overrides: Sequence[str], numbers: Mapping[str, Any]) -> None:
     """Write `summary.json`; `status` is finished, failed or interrupted."""
     text = json.dumps({"status": status, "overrides": list(overrides), **numbers}, indent=1)
-    (folder / "summary.json").write_text(text + "\n")
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The folder's summary, or an empty dict where there is none to read."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}

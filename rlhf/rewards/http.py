@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import ipaddress
 import json
 import os
 import queue
@@ -27,6 +28,7 @@ from transfer.shown import one_line, shown
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts to connect, doubled each time
 BUSY = (429, 503)
+NO_PROXY = {"http": "", "https": "", "all": ""}
 MOST_BYTES = 64 * 2**20  # of an answer
 CHUNK = 2**16  # bytes read at a time
 
@@ -51,6 +53,7 @@ class HttpReward:
         self.config = config
         self._token = _token(config.token_variable)
         self.report = RewardReport()
+        self._here = _is_loopback(urlsplit(config.url).hostname or "")
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         self.report = RewardReport()
@@ -63,7 +66,7 @@ class HttpReward:
     def check(self) -> None:
         """RunError if nothing listens where the requests will go; waits for it as they do, and sends nothing."""
         parts = urlsplit(self.config.url)
-        if select_proxy(self.config.url, get_environ_proxies(self.config.url)):
+        if not self._here and select_proxy(self.config.url, get_environ_proxies(self.config.url)):
             return  # what listens there is the proxy
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         wait_s = FIRST_WAIT_S
@@ -147,6 +150,7 @@ class HttpReward:
             headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             auth=self._authorised,  # also keeps requests from sending what ~/.netrc has
             timeout=self.config.timeout_s,
+            proxies=NO_PROXY if self._here else None,  # HTTP_PROXY is about other machines
             allow_redirects=False,
             stream=True,
         ) as response:
@@ -197,6 +201,15 @@ class HttpReward:
 
 def _words(response: Answer) -> str:
     return shown(response.body[:800].decode(errors="replace"), 200)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def _refused(error: Exception) -> bool:

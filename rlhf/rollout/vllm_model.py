@@ -46,7 +46,9 @@ def cache() -> Path:
 
 def write_model(spec: WorkerSpec, folder: Path) -> None:
     """Write the model's config, a tokenizer, and the model's own code if that is trusted."""
-    (folder / "config.json").write_text(json.dumps({**spec.architecture, "architectures": [class_of(spec)]}))
+    (folder / "config.json").write_text(
+        json.dumps({**spec.architecture, "architectures": [class_of(spec)]}), encoding="utf-8"
+    )
     _empty_tokenizer().save_pretrained(folder)
     for path in Path(spec.code).glob("*.py") if spec.code else ():  # of the hub's the config names the repository
         shutil.copyfile(path, folder / path.name)

@@ -17,7 +17,7 @@ from rlhf.sweep import main
 COMMON = ["experiment=smoke", "steps=6"]
 
 
-def job(sweep: Path, number: int, own: str, status: str = "finished", objective: str = "null", **numbers) -> Path:
+def job(sweep: Path, number: int | str, own: str, status: str = "finished", objective: str = "null", **numbers) -> Path:
     """A job's folder as Hydra and the run leave it."""
     folder = sweep / str(number)
     (folder / ".hydra").mkdir(parents=True)
@@ -109,3 +109,16 @@ def test_a_folder_without_jobs_is_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "holds no jobs of a sweep" in capsys.readouterr().err
+
+
+def test_jobs_in_folders_within_folders_are_found_and_named_by_their_place(tmp_path):
+    """As hydra.sweep.subdir=a/${hydra.job.num} has them, or one that an override's value with a slash makes."""
+    for number, place in enumerate(("10", "2", "algo=ppo/0", "algo=grpo/seeds/1")):
+        job(tmp_path, place, f"seed={number}", gold_end=float(number))
+    (tmp_path / "2" / "checkpoints" / ".hydra").mkdir(parents=True)
+    (tmp_path / "2" / "checkpoints" / ".hydra" / "config.yaml").write_text("")  # within a job: none of the sweep's
+    assert write_tables(tmp_path) == 4
+    names = [row["job"] for row in read(tmp_path / "summary.csv")]
+    assert names == ["2", "10", "algo=grpo/seeds/1", "algo=ppo/0"]
+    (row,) = read(tmp_path / "leaderboard.csv")
+    assert (row["finished"], float(row["gold_end"])) == ("4", 1.5)

@@ -204,7 +204,7 @@ def _write_json(report: dict[str, Any], target: str | None) -> None:
         print(text)
         return
     try:
-        Path(target).write_text(text + "\n")
+        Path(target).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise BenchError(f"--json: {error}") from None
 

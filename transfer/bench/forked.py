@@ -58,7 +58,7 @@ class ForkedWorker(Forked):
         with suppress(OSError):
             if self.pipe.poll(START_S) and (line := os.read(self.pipe.fileno(), 100)):
                 return f"http://127.0.0.1:{json.loads(line)['port']}"
-        log = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+        log = self._log.read_text(errors="replace", encoding="utf-8").splitlines() if self._log.exists() else []
         raise Unavailable(f"the worker did not come up: {' / '.join(log[-5:])}")
 
 

@@ -63,7 +63,7 @@ class Progress:
 
 def free_memory() -> int:
     """Bytes that can be had without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 

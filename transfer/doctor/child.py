@@ -34,7 +34,7 @@ def carried_out(target: str, arguments: Mapping[str, Any]) -> Finding:
 def main() -> None:
     """Serve the doctor until it closes stdin."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    with os.fdopen(os.dup(1), "w") as answers:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # whatever else is printed goes to the log
         for line in sys.stdin:
             order = json.loads(line)

@@ -42,7 +42,7 @@ HANDLES_NEED = (
 
 def memory(meminfo: str = "/proc/meminfo", limits: str = "/sys/fs/cgroup") -> Finding:
     """How much memory is free: the weights need it once for each slot."""
-    lines = [line.split() for line in Path(meminfo).read_text().splitlines()]
+    lines = [line.split() for line in Path(meminfo).read_text(encoding="utf-8").splitlines()]
     table = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
     seen = f"{table['MemAvailable'] / 2**30:.1f} of {table['MemTotal'] / 2**30:.1f} GiB are free"
     limit = _memory_limit(Path(limits))
@@ -56,7 +56,7 @@ def memory(meminfo: str = "/proc/meminfo", limits: str = "/sys/fs/cgroup") -> Fi
 def _memory_limit(folder: Path) -> int | None:
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
         with suppress(OSError, ValueError):
-            return int((folder / name).read_text())
+            return int((folder / name).read_text(encoding="utf-8"))
     return None
 
 
@@ -140,7 +140,7 @@ def proc_descriptors(scope: str = "/proc/sys/kernel/yama/ptrace_scope", proc: st
     """Whether a second process may open this one's memory under /proc/<pid>/fd, as the one-shot API on CPU does."""
     data = os.urandom(MIB)
     yama = Path(scope)
-    restricted = f" (ptrace_scope {yama.read_text().strip()})" if yama.exists() else ""
+    restricted = f" (ptrace_scope {yama.read_text(encoding='utf-8').strip()})" if yama.exists() else ""
     if not os.path.isdir(f"{proc}/self/fd"):
         raise Problem(f"{proc} is not mounted")
     with (
@@ -159,7 +159,9 @@ def shared_folder(
     """Whether /dev/shm is there, is memory, and has room: Ray and torch's own sharing use it, transfer=ipc does not."""
     if not os.path.isdir(folder):
         raise Problem(f"{folder} is not there")
-    kinds = [line.split()[2] for line in Path(mounts).read_text().splitlines() if line.split()[1] == folder]
+    kinds = [
+        line.split()[2] for line in Path(mounts).read_text(encoding="utf-8").splitlines() if line.split()[1] == folder
+    ]
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"\0" * MIB)
         file.flush()
@@ -236,7 +238,7 @@ def container(root: str = "/") -> Finding:
     base = Path(root)
     marks = [name for name in (".dockerenv", "run/.containerenv") if (base / name).exists()]
     with suppress(OSError):
-        groups = (base / "proc/1/cgroup").read_text()
+        groups = (base / "proc/1/cgroup").read_text(encoding="utf-8")
         marks += [word for word in ("docker", "kubepods", "containerd", "lxc") if word in groups]
     own = os.readlink(base / "proc/self/ns/pid") != FIRST_PIDS
     if not marks and not own:

@@ -74,7 +74,7 @@ def declared() -> tuple[str, dict[str, str]]:
     """The range of Pythons, and the range of each package, that this package declares; empty where it says none."""
     source = SOURCE / "pyproject.toml"  # of a checkout: newer than the metadata of its installation
     if source.exists():
-        project = tomllib.loads(source.read_text())["project"]
+        project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
         return project.get("requires-python", ""), _ranges(project.get("dependencies", []))
     with suppress(importlib.metadata.PackageNotFoundError):
         metadata = importlib.metadata.metadata(DISTRIBUTION)

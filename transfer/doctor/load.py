@@ -37,7 +37,9 @@ def _delays(process: int) -> list[int]:
     with suppress(OSError):  # it ends meanwhile
         for thread in os.listdir(f"/proc/{process}/task"):
             with suppress(OSError, ValueError, IndexError):
-                found.append(int(Path(f"/proc/{process}/task/{thread}/schedstat").read_text().split()[1]))
+                found.append(
+                    int(Path(f"/proc/{process}/task/{thread}/schedstat").read_text(encoding="utf-8").split()[1])
+                )
     return found
 
 
@@ -57,6 +59,6 @@ class Since:
 def _pressure(field: str) -> float:
     """A field of the kernel's line about time in which some process waited; 0 where there is none."""
     with suppress(OSError, ValueError, StopIteration):
-        words = Path("/proc/pressure/cpu").read_text().splitlines()[0].split()
+        words = Path("/proc/pressure/cpu").read_text(encoding="utf-8").splitlines()[0].split()
         return float(next(word for word in words if word.startswith(f"{field}=")).partition("=")[2])
     return 0.0

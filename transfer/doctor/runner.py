@@ -177,7 +177,7 @@ class Lane:
                 self._process.stdin.close()
 
     def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()
+        lines = self._log.read_text(errors="replace", encoding="utf-8").splitlines()
         return lines[-1] if lines else "it said nothing"
 
 
@@ -227,7 +227,7 @@ def _family(pid: int) -> set[int]:
     for entry in os.listdir("/proc"):
         with suppress(OSError):  # ended meanwhile
             if entry.isdigit():
-                stat = Path(f"/proc/{entry}/stat").read_text()
+                stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8")
                 state, parent, _, session = stat.rpartition(")")[2].split()[:4]
                 parents[int(entry)], sessions[int(entry)] = int(parent), int(session)
                 dead |= {int(entry)} if state in "ZX" else set()
