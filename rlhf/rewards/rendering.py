@@ -59,6 +59,6 @@ class OwnTemplate:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text()
+        return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"reward.chat_template must be Jinja, or a file of it (got {path!r}: {error})") from None
