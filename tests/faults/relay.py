@@ -74,8 +74,8 @@ class Relay:
             while (answer := await self._answer(forward, await message(reader))) is not None:
                 writer.write(answer)
                 await writer.drain()
-        except (OSError, EOFError):
-            pass  # one of the two is gone
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # one of the two is gone, or the network ends
         finally:
             self._connections.discard(task)
             forward.close()
