@@ -91,7 +91,7 @@ class Audit:
     def __init__(self, sockets: set[str], folder: str) -> None:
         self._sockets = sockets
         folder = re.escape(folder)
-        self._files = re.compile(rf"/proc/(\d+|self)/(fd/\d+|sys/.*)|{folder}(/weights)?|\d+\.(json|safetensors)")
+        self._files = re.compile(rf"/proc/(\d+|self)/(fd/\d+|sys/.*)|{folder}(/weights)?|\d+-\d+\.(json|safetensors)")
         self.seen: list[str] = []
         self._off = threading.local()
         sys.addaudithook(self._hook)
@@ -195,7 +195,7 @@ class Target:
         number = 0 if self.live_only is not None else version % 2
         if self.places:
             return (*self.places[number], number)
-        if version not in self.written:
+        if version not in self.written or self.live_only is not None:  # whose memory says which version it is
             with self.audit.off():
                 weights = self.live_only or self.weights[number]
                 self.written[version] = self.publisher.write(version, weights, self.written, True)
