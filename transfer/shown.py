@@ -43,8 +43,7 @@ def one_line(text: str, limit: int = MAX_LINE) -> str:
 
 
 def _escaped(found: re.Match[str]) -> str:
-    character = found[0]
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    return repr(found[0])[1:-1]  # printable ones as they are
 
 
 def _pieces(value: Any, limit: int, levels: int) -> Iterator[str]:
