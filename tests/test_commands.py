@@ -85,6 +85,9 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
         "nine jobs: tests/test_sweep.py runs smaller sweeps, tests/test_end_to_end.py every algorithm"
     ),
     f"{TRAIN}experiment=smoke transfer=disk transfer/sender=ray rollout.workers=2": "tests/test_end_to_end.py runs it",
+    f"{TRAIN}reward=model reward.path=FOLDER_OR_HUB_NAME task=jsonl task.path=examples/conversations.jsonl": (
+        "needs a reward model of others: tests/test_pretrained_rewards.py makes some"
+    ),
     f"{TRAIN}reward=http reward.url=http://127.0.0.1:8000/score": "needs a server: tests/test_rewards_http.py runs it",
     f"{TRAIN}experiment=verifier_only task=reasoning_gym task.name=chain_sum 'task.options={{max_terms: 2}}'": (
         "needs an optional package: tests/test_reasoning_gym.py runs it"

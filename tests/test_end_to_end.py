@@ -225,7 +225,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
     policy, tokenizer = (auto.from_pretrained(folder / "policy") for auto in (AutoModelForCausalLM, AutoTokenizer))
     served = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "policy"))
     newest = max((folder / "weights").glob("*.safetensors"))  # what the worker had after the last step
-    assert newest.stem == "00000003"
+    assert newest.stem == "00000001-00000003"
     served.load_state_dict(load_file(newest), strict=False)
     served.tie_weights()
     ids = torch.tensor([tokenizer.encode(samples(folder)[0]["prompt"])])

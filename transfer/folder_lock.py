@@ -34,17 +34,19 @@ class FolderLock:
             raise ValueError(_taken(folder, key, "this process"))
         fd = os.open(folder / NAME, flags, 0o600)
         try:
-            _lock(fd, folder, key)
+            locked = _lock(fd, folder, key)
         except BaseException:
             os.close(fd)
             raise
         held = os.fstat(fd)
         self._inode = held.st_dev, held.st_ino
-        _held.add(self._inode)
+        if locked:
+            _held.add(self._inode)
         self.close = weakref.finalize(self, _release, fd, self._inode, os.getpid())
 
 
-def _lock(fd: int, folder: Path, key: str) -> None:
+def _lock(fd: int, folder: Path, key: str) -> bool:
+    """Whether it is locked; False where the file system cannot."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -53,11 +55,12 @@ def _lock(fd: int, folder: Path, key: str) -> None:
         if error.errno not in NO_LOCKS:
             raise
         LOG.warning("%s cannot be locked (%s): see to it that nothing else writes there", folder, error.strerror)
-        return
+        return False
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with suppress(OSError):  # a full disk, say: the lock holds, without a name
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+    return True
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

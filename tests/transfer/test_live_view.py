@@ -402,9 +402,9 @@ def test_a_trainer_that_was_replaced_is_told_so_before_it_changes_what_workers_m
 def main():
     """A trainer that is to be killed: pushes to the worker at an address, and trains on."""
     folder, name, url, token = sys.argv[1:]
-    from transfer import memory
+    from transfer import descriptors
 
-    memory.secrets = SimpleNamespace(token_hex=lambda _: name)  # where the worker was told to ask
+    descriptors.secrets = SimpleNamespace(token_hex=lambda _: name)  # where the worker was told to ask
     weights = weights_of(1)
     with make_transfer(DIGEST, Path(folder)) as transfer:
         transfer.open(weights, [HttpSender(url, token, "worker 0", 20.0)])

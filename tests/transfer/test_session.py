@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import fcntl
 import gc
 import os
 import subprocess
@@ -38,6 +40,16 @@ def opened(config, tmp_path, model="plain", count=1, weights=None, **dials):
     ):
         transfer.open(weights, workers)
         yield transfer, workers
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system without locks, where two trainers can write one folder."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
 
 
 # --- what arrives -----------------------------------------------------------------------------------------------------
@@ -155,7 +167,7 @@ def test_workers_that_want_different_dtypes_are_refused(tmp_path):
             transfer.open(plain(1), [DirectSender(r, str(i)) for i, r in enumerate(receivers)])
 
 
-def test_the_older_of_two_trainers_is_refused_everything(tmp_path):
+def test_the_older_of_two_trainers_is_refused_everything(tmp_path, without_locks):
     with opened(CONFIGS["disk"], tmp_path) as (older, [worker]):
         assert older.push(plain(1)) == 0
         with make_transfer(CONFIGS["disk"], tmp_path) as newer:
@@ -589,7 +601,7 @@ def test_a_finish_of_a_failed_push_that_comes_during_the_next_one_changes_nothin
 
 
 @pytest.mark.parametrize("verify", [Verify.off, Verify.digest])
-def test_an_update_that_the_old_trainer_finishes_while_a_new_one_takes_over_is_counted(verify, tmp_path):
+def test_an_update_that_the_old_trainer_finishes_while_a_new_one_takes_over_is_counted(verify, tmp_path, without_locks):
     config = DiskConfig(sender=SENDER, path=str(tmp_path), verify=verify)
     with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
         module = PlainModel(seed=9)
@@ -609,7 +621,7 @@ def test_an_update_that_the_old_trainer_finishes_while_a_new_one_takes_over_is_c
             assert fingerprint(module.state_dict()) == fingerprint(plain(version + 5))
 
 
-def test_a_trainer_that_is_replaced_between_its_question_and_its_claim_takes_no_worker_back(tmp_path):
+def test_a_trainer_that_is_replaced_between_its_question_and_its_claim_takes_no_worker_back(tmp_path, without_locks):
     config = DiskConfig(sender=SENDER, path=str(tmp_path))
     with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
         receiver = make_receiver(old.endpoint, PlainModel(seed=9))
@@ -630,7 +642,7 @@ def test_a_trainer_that_is_replaced_between_its_question_and_its_claim_takes_no_
         assert new.push(plain(2)) == 0 and receiver.version == 0
 
 
-def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(tmp_path):
+def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(tmp_path, without_locks):
     config = DiskConfig(sender=SENDER, path=str(tmp_path))
     with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
         receivers = [make_receiver(old.endpoint, PlainModel(seed=9)) for _ in range(2)]
