@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from transfer.folder_lock import NO_LOCKS
 from transfer.wire import RemoteError, TransferError
 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # schedulers announce the end by any of them
 TERMINATED = 128 + signal.SIGTERM  # exit codes, as shells have them
 STOPPED = frozenset(128 + signum for signum in STOPS)
 INTERRUPTED = 128 + signal.SIGINT
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network file systems
 RESUMABLE = 75  # instead of those of STOPPED, once there is a checkpoint to go on from; sysexits.h calls it EX_TEMPFAIL
 
 

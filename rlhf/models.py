@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Device, HfModelConfig, ModelConfig, TinyModelConfig
-from rlhf.endings import as_config, carry_stop_ids, stop_ids, stop_ids_of
 from rlhf.saving import Brought, brought_by, carry
 from rlhf.saving import save_model as save_model  # of which this is the usual place
+from rlhf.stop_tokens import as_config, carry_stop_ids, stop_ids, stop_ids_of
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Precision
-from rlhf.endings import as_config, stop_ids
+from rlhf.stop_tokens import as_config, stop_ids
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from pathlib import Path
 
 LOG = logging.getLogger(__name__)
 NAME = ".writer"
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of some network file systems
 TAKEN = {errno.EACCES, errno.EAGAIN}
 SAID = 200  # bytes that a holder says of itself
 _held: set[tuple[int, int]] = set()  # lock files of this process, by device and inode: such a lock does not exclude it

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.endings import ended
 from rlhf.preflight.plan import check_amounts
+from rlhf.stop_tokens import ended
 from rlhf.tasks.json_lines import some
 from rlhf.types import Pair, Prompt, Task, Tokenizer
 

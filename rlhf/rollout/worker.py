@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import __version__
-from rlhf.endings import stop_ids_of
 from rlhf.monitor.gpu import GPU_MEMORY, gpu_peak
 from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
+from rlhf.stop_tokens import stop_ids_of
 from transfer import make_receiver, wire
 from transfer.journal import Journal
 from transfer.protocol import Phase

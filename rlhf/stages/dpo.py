@@ -22,7 +22,6 @@ from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.ending import RunError
-from rlhf.endings import ended
 from rlhf.held_out import evaluated
 from rlhf.learning.forward import Batch
 from rlhf.learning.learner import MAX_SKIPPED
@@ -34,6 +33,7 @@ from rlhf.loop import Parts
 from rlhf.monitor.flops import Row
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches
+from rlhf.stop_tokens import ended
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
 
 TIE = 1e-4  # nats by which an implicit preference may be noise of floating point; half right, then

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ModelRewardConfig, OptimConfig
-from rlhf.endings import ended
 from rlhf.learning.losses import bradley_terry
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.models import scores
 from rlhf.stages.sft import batches, join
+from rlhf.stop_tokens import ended
 from rlhf.tasks.encoding import prompt_ids
 from rlhf.types import Pair, Prompt, Rollouts, Task, Tokenizer
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: cross-entropy of the answer's tokens and of what ends it (endings.py)."""
+"""Supervised fine-tuning on demonstrations: cross-entropy of the answer and of what ends it (stop_tokens.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
-from rlhf.endings import ended, text_end
 from rlhf.learning.losses import counted
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.recompute import recomputing
+from rlhf.stop_tokens import ended, text_end
 from rlhf.types import Prompt, Tokenizer
 
 

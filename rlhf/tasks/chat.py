@@ -17,7 +17,7 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf.endings import ANSWER
+from rlhf.stop_tokens import ANSWER
 from rlhf.types import Tokenizer
 from transfer.shown import shown
 

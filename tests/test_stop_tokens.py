@@ -11,7 +11,6 @@ from chat_checkpoint import EOS, GENERATION, IDS, TURN, chat_checkpoint, tokeniz
 from test_evaluate import composed
 
 from rlhf.config import Device, HfModelConfig, JsonlTaskConfig, TinyModelConfig
-from rlhf.endings import ended, stop_ids, text_end, turn_end
 from rlhf.models import Head, make_policy, make_tokenizer, scores, value_model
 from rlhf.rollout.launch import worker_spec
 from rlhf.rollout.worker import Worker, build_model
@@ -19,6 +18,7 @@ from rlhf.run import run
 from rlhf.saved_policy import evaluate_policy
 from rlhf.stages.dpo import tokenised
 from rlhf.stages.reward_model import score_texts
+from rlhf.stop_tokens import ended, stop_ids, text_end, turn_end
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Pair, Prompt
 
