@@ -180,7 +180,7 @@ def _samples(run: RunFolder, most: int) -> list[Element]:
             "reward": _short(sample["reward"]),
             "gold": _short(sample.get("gold")),
             "step": str(sample["step"]),
-            "prompt": _cut(sample.get("prompt", "")),
+            "prompt": _cut(str(sample.get("prompt", ""))),
             "answer": _cut(_conversation(sample)),
             "ended by": str(sample.get("finish_reason", "")),
         }
@@ -203,7 +203,7 @@ def _apart(samples: Sequence[dict[str, Any]]) -> list[int]:
 
 def _conversation(sample: dict[str, Any]) -> str:
     said = sample.get("conversation")
-    return "\n— ".join(map(str, said)) if said else str(sample.get("answer", ""))
+    return "\n— ".join(map(str, said)) if isinstance(said, list) and said else str(sample.get("answer", ""))
 
 
 def _cut(text: str) -> str:

@@ -167,7 +167,7 @@ def trained(site: Site, matter: Matter, stack: ExitStack) -> Parts:
 def _found(site: Site) -> Saved | None:
     """The newest checkpoint that verifies; None where the run was stopped before its first, RunError if none does."""
     store = Store(site.folder / FOLDER)
-    step = store.newest()
+    step = store.newest(Saved.fault_in)
     for number, fault in store.damaged.items():
         site.bars.say(f"warning: the checkpoint of step {number} does not verify: {fault}")
     if step is None and store.damaged:
@@ -188,7 +188,7 @@ def _make_room(site: Site) -> None:
     if site.saved is not None:
         written = any(isinstance(logger, JsonlLoggerConfig) for logger in site.config.logger.values())
         site.saved.rewind(site.folder, written or (site.folder / "metrics.jsonl").exists())
-        site.notes |= site.saved.told["notes"]["summary"]
+        site.notes |= site.saved.told["notes"].get("summary", {})
         return
     for name in ("metrics.jsonl", "samples.jsonl"):
         (site.folder / name).unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from rlhf.checkpoint.state import (
     write_lines,
     write_tensors,
 )
-from rlhf.checkpoint.store import Best, Store, flush
+from rlhf.checkpoint.store import Best, Store, flush, read_json
 from rlhf.ending import EXPLAINED, RESUMABLE, STOPPED, unbroken
 from rlhf.monitor.metrics import Recorder
 
@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"  # of a run
 SAMPLES, METRICS = "samples.jsonl", "metrics.jsonl"  # beside it
 STATE, ROWS, CONFIG = "state.json", "rows.jsonl", "config.json"
+TOLD: dict[str, tuple[type, ...]] = {  # of STATE
+    **dict.fromkeys(("step", "version", "epoch", "samples"), (int,)),
+    **dict.fromkeys(("attributes", "random", "notes"), (dict,)),
+    "seconds": (int, float),
+}
 SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says which is best
 
 
@@ -74,8 +79,24 @@ class Saved:
 
     @classmethod
     def of(cls, path: Path) -> Saved:
-        """What is in a folder that verifies."""
-        return cls(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+        """What is in a folder that verifies; ValueError if that is no run's."""
+        told = read_json(path / STATE)
+        wrong = [key for key, kind in TOLD.items() if not (isinstance(told, dict) and isinstance(told.get(key), kind))]
+        if wrong or not isinstance(told["notes"].get("summary", {}), dict):
+            raise ValueError(f"{STATE}: it has no {wrong[0] if wrong else 'summary'} as a run has it")
+        saved = cls(path, told)
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), (int, float)) for row in saved.rows()):
+            raise ValueError(f"{ROWS}: a row is none of a run's")
+        return saved
+
+    @classmethod
+    def fault_in(cls, path: Path) -> str | None:
+        """Why a folder that verifies is none to go on from; None if it is."""
+        try:
+            cls.of(path)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
 
     def rows(self) -> list[dict[str, float]]:
         """The metrics so far."""

@@ -86,13 +86,20 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], task: Task) 
     prompts["demonstrations"] = [prompt for prompt, _ in task.demonstrations]
     prompts["preferences"] = [pair.prompt for pair in task.preferences]
     for name, told in now.items():
-        was, split = Split(**before[name]), Split(**told)
+        was, split = _read(before, name), Split(**told)
         if was.sha256 == split.sha256:
             continue
         first = split.first_other(was)
         counts = f"{split.rows} rows" + (f" (were {was.rows})" if was.rows != split.rows else "")
         here = f"{prompts[name][first].text!r:.{SHOWN}}" if first < split.rows else "no more"
         yield f"{name} has {counts}, and the first that differs is row {first + 1} ({here})"
+
+
+def _read(before: Mapping[str, Any], name: str) -> Split:
+    try:
+        return Split(**before[name])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"what the checkpoint says of the task's rows cannot be read: {name}: {error}") from error
 
 
 def _asked(prompt: Prompt) -> bytes:

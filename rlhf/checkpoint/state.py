@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 MASTER = "master"  # an optimiser's fp32 copy of a weight
+STEP = "step"  # how many an optimiser has taken of a weight
 OPTIMIZER = "-optimizer"
 
 
@@ -94,8 +95,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         if key == MASTER:
-            stepped[name].data.copy_(tensor)
+            _overwrite(path, stepped[name], tensor)
         else:
+            shape = torch.Size() if key == STEP else stepped[name].shape
+            _check_like(path, tensor, torch.float32 if key == STEP else stepped[name].dtype, shape)
             state.setdefault(index[name], {})[key] = tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -129,6 +132,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def load_state(state: State, folder: Path, values: Mapping[str, Any], device: torch.device) -> None:
     """Overwrite a state with what a checkpoint's folder holds; ValueError where that is another state's."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     def tensors(name: str) -> dict[str, Tensor]:
@@ -141,19 +145,46 @@ def load_state(state: State, folder: Path, values: Mapping[str, Any], device: to
             if not saved:
                 raise RuntimeError(f"it has no {name}.safetensors")
             for key, tensor in weights_of(module).items():
-                tensor.data.copy_(saved[key])
+                _overwrite(key, tensor, saved[key])
         for name, (_, optimizer) in state.optimizers.items():
             load_optimizer(optimizer, tensors(name + OPTIMIZER))
         for name, held in state.tensors.items():
             for key, tensor in tensors(name).items():
-                held[key] = held[key].copy_(tensor) if key in held else tensor.to(device, copy=True)
-        for name, (owner, attribute) in state.attributes.items():
-            setattr(owner, attribute, values[name])
-    except (KeyError, RuntimeError) as error:
+                if key in held:
+                    _overwrite(key, held[key], tensor)
+                else:
+                    held[key] = tensor.to(device, copy=True)
+        _set_attributes(state, values)
+    except (KeyError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
             f"the checkpoint {folder} does not hold what this run trains ({error}): resume it with the model, the "
             "reward and the algorithm that it was started with"
         ) from error
+
+
+def _set_attributes(state: State, values: Mapping[str, Any]) -> None:
+    for name, (owner, attribute) in state.attributes.items():
+        if not _alike(getattr(owner, attribute), values[name]):
+            raise RuntimeError(f"{name} is {values[name]!r:.60}")
+        setattr(owner, attribute, values[name])
+
+
+def _overwrite(name: str, held: Tensor, saved: Tensor) -> None:
+    """Copy, but nothing that would be cast or repeated; RuntimeError."""
+    _check_like(name, saved, held.dtype, held.shape)
+    held.data.copy_(saved)
+
+
+def _check_like(name: str, saved: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+    if saved.shape != shape or saved.dtype != dtype:
+        raise RuntimeError(f"{name} is {saved.dtype} {list(saved.shape)}, and must be {dtype} {list(shape)}")
+
+
+def _alike(now: Any, saved: Any) -> bool:
+    """Whether a saved attribute is of the kind that it is now: a number, or what else it is; None may become any."""
+    if isinstance(now, (int, float)) and not isinstance(now, bool):
+        return isinstance(saved, (int, float)) and not isinstance(saved, bool)
+    return now is None or saved is None or type(now) is type(saved)
 
 
 # --- random generators ------------------------------------------------------------------------------------------------
@@ -178,7 +209,14 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random(state: Mapping[str, Any]) -> None:
-    """The inverse of `random_state`; generators of GPUs that are not here are left out."""
+    """The inverse of `random_state`; generators of GPUs that are not here are left out. ValueError of another's."""
+    try:
+        _restore_random(state)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's random generators cannot be restored: {error}") from error
+
+
+def _restore_random(state: Mapping[str, Any]) -> None:
 
     def tensor(text: str) -> Tensor:
         return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
@@ -212,5 +250,8 @@ def write_lines(path: Path, rows: list[Any]) -> None:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The inverse of `write_lines`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The inverse of `write_lines`; ValueError where a line is no JSON."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except RecursionError:
+        raise ValueError(f"{path.name}: nested too deeply") from None

@@ -12,12 +12,14 @@ Killed at any moment, or with any call failing, what was saved before stays and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+import stat
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 WRITING, REMOVING = ".writing-", ".removing-"
 CHUNK = 2**20  # bytes that are hashed at once
+MOST_JSON = 2**26  # bytes of a file of JSON: state.json has some of each row of the task
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,11 @@ class Store:
         """The folder of a checkpoint."""
         return self.folder / f"{step:08d}"
 
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint that verifies; None if none does."""
+    def newest(self, fault_in: Callable[[Path], str | None] = lambda path: None) -> int | None:
+        """The step of the newest checkpoint that verifies, in which `fault_in` finds nothing; None: there is none."""
         self.damaged = {}
         for step in reversed(self.steps()):
-            fault = fault_of(self.path(step), step)
+            fault = fault_of(self.path(step), step) or fault_in(self.path(step))
             if fault is None:
                 return step
             self.damaged[step] = fault
@@ -92,7 +95,7 @@ class Store:
     def best(self) -> Best | None:
         """The best evaluation so far; None where there is none, or its checkpoint is gone."""
         try:
-            found = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
+            found = read_json(self.folder / BEST)
             best = Best(int(found["step"]), float(found["score"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -126,20 +129,51 @@ class Store:
 
 
 def fault_of(path: Path, step: int) -> str | None:
-    """Why the checkpoint of `step` in this folder does not verify; None if it does."""
+    """Why the checkpoint of `step` in this folder does not verify; None if it has the very files that were written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         files: dict[str, dict[str, Any]] = dict(manifest["files"])
         if manifest["step"] != step:
             return f"{MANIFEST}: it is of step {manifest['step']}"
+        there = set(_files(path)) - {MANIFEST}
         for name, told in files.items():
-            if _described(path / name) != told:
+            if name not in there:
+                return f"{Path(name).name}: No such file or directory"
+            if (path / name).stat().st_size != told["bytes"] or _described(path / name) != told:
                 return f"{name}: not the bytes that were written"
+        if there - set(files):
+            return f"{min(there - set(files))}: not what was written"
     except OSError as error:
         return f"{error.filename and Path(error.filename).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST}: it cannot be read"
     return None
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; ValueError if that is no JSON, nested too deeply or too long, and OSError if it is no file."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would have nobody to wait for
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        data = file.read(MOST_JSON + 1)
+    if len(data) > MOST_JSON:
+        raise ValueError(f"{path.name} has more than {MOST_JSON} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+
+
+def _files(folder: Path, within: str = "") -> Iterator[str]:
+    """The files below, by their paths from there; OSError for what is neither a file nor a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(Path(entry.path), f"{within}{entry.name}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield f"{within}{entry.name}"
+            else:
+                raise OSError(errno.EINVAL, "neither a file nor a folder", entry.path)
 
 
 def _seal(folder: Path, step: int) -> None:

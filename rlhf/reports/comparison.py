@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.reports.plots import COLOURS, PHASE_COLOURS, drawing, finish
+from rlhf.reports.plots import COLOURS, LARGEST, PHASE_COLOURS, drawable, drawing, finish
 from rlhf.reports.run_folder import RunFolder
-from rlhf.reports.summary import PHASES, series
+from rlhf.reports.summary import PHASES, mean_of, series
 
 MEASURES = {  # what the lines are compared by: the first that all of them have
     "eval/gold": "Gold reward (held-out prompts)",
@@ -37,16 +37,21 @@ class Line:
     def milliseconds(self, phase: str) -> float:
         """The median of what the phase takes of a step."""
         seconds = self._seconds(phase)
-        return 1e3 * statistics.median(seconds) if seconds else 0.0
+        return _length(1e3 * statistics.median(seconds)) if seconds else 0.0
 
     @property
     def stall(self) -> float:
         """The share of all its steps' time in which nothing else is done than moving weights, in percent."""
         steps = sum(self._seconds("step"))
-        return 100 * sum(self._seconds("transfer")) / steps if steps else 0.0
+        return _length(100 * sum(self._seconds("transfer")) / steps) if steps else 0.0
 
     def _seconds(self, phase: str) -> list[float]:
         return [second for run in self.runs for second in series(run.rows, f"seconds/{phase}")[1]]
+
+
+def _length(value: float) -> float:
+    """Of a bar, which must have an end."""
+    return value if abs(value) <= LARGEST else 0.0
 
 
 def lines_of(runs: Sequence[RunFolder]) -> tuple[list[str], list[Line]]:
@@ -93,9 +98,16 @@ def draw_curves(axis: Any, lines: Sequence[Line], name: str, title: str) -> None
             continue
         colour = COLOURS[index % len(COLOURS)]
         style = STYLES[index // len(COLOURS) % len(STYLES)]
-        axis.plot(steps, list(map(statistics.fmean, values)), style, color=colour, label=line.label)
+        axis.plot(steps, drawable(list(map(mean_of, values))), style, color=colour, label=line.label)
         if len(line.runs) > 1:
-            axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.12, color=colour, lw=0)
+            axis.fill_between(
+                steps,
+                drawable(list(map(min, values))),
+                drawable(list(map(max, values))),
+                alpha=0.12,
+                color=colour,
+                lw=0,
+            )
     finish(axis, title)
     seeds = max((len(line.runs) for line in lines), default=1)
     if axis.get_legend() is not None and seeds > 1:

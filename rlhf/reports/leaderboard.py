@@ -15,6 +15,7 @@ from typing import Any
 from rlhf.config import Objective
 from rlhf.reports.comparison import Line, lines_of, plot_comparison
 from rlhf.reports.run_folder import RunFolder, read_run, runs_below
+from rlhf.reports.summary import is_number, mean_of
 
 COLUMNS = (
     "reward_end",
@@ -39,17 +40,20 @@ class Place:
     def values(self, name: str) -> list[float]:
         """One number of each finished run that has it."""
         there = (summary.get(name) for summary in self.finished)
-        return [value for value in there if isinstance(value, int | float) and math.isfinite(value)]
+        return [value for value in there if is_number(value) and math.isfinite(value)]
 
     def mean(self, name: str) -> float | None:
         """Over the seeds; None of nothing."""
         values = self.values(name)
-        return statistics.fmean(values) if values else None
+        return mean_of(values) if values else None
 
     def spread(self, name: str) -> float | None:
         """The standard deviation over the seeds, of a sample; None of fewer than two."""
         values = self.values(name)
-        return statistics.stdev(values) if len(values) > 1 else None
+        try:
+            return statistics.stdev(values) if len(values) > 1 else None
+        except OverflowError:
+            return math.inf
 
 
 def leaderboard(runs: Sequence[RunFolder], objective: Objective | None = None) -> tuple[str, list[Place]]:
@@ -70,7 +74,7 @@ def leaderboard(runs: Sequence[RunFolder], objective: Objective | None = None) -
 def _told(runs: Sequence[RunFolder]) -> Objective | None:
     """The objective that the first run of a sweep was given."""
     names = [str(run.config["objective"]) for run in runs if run.config.get("objective")]
-    return Objective(names[0]) if names else None
+    return Objective(names[0]) if names and names[0] in [each.value for each in Objective] else None
 
 
 def write_tables(sweep: Path, objective: Objective | None = None) -> int:

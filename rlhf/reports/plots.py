@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-import statistics
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.reports.summary import ALARM, PHASES, Rows, series
+from rlhf.reports.summary import ALARM, PHASES, Rows, mean_of, series
 
+LARGEST = 1e100  # that is drawn
 POINTS = 500  # a longer line is drawn as means of neighbours
 COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#0891b2", "#ca8a04", "#db2777", "#65a30d", "#475569", "#7c2d12")
 PHASE_COLOURS = dict(zip(PHASES, ("#2563eb", "#f59e0b", "#059669", "#dc2626", "#94a3b8"), strict=True))
@@ -205,7 +206,12 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float
     """At most `POINTS` of both, means of neighbours."""
     width = -(-len(steps) // POINTS) or 1
     starts = range(0, len(steps), width)
-    return tuple([statistics.fmean(them[start : start + width]) for start in starts] for them in (steps, values))  # type: ignore[return-value]
+    return tuple([mean_of(them[start : start + width]) for start in starts] for them in (steps, drawable(values)))  # type: ignore[return-value]
+
+
+def drawable(values: Sequence[float]) -> list[float]:
+    """The values with gaps (NaN) where one is so large that an axis around it has no ends."""
+    return [value if abs(value) <= LARGEST else math.nan for value in values]
 
 
 def save(figure: Any, png: Path) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.reports.summary import Rows, read_summary
+from rlhf.reports.summary import Rows, is_number, read_summary
+
+LAST = 2**53  # step that a float tells from the one before
+SCORES = ("reward", "gold")  # of a sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +38,19 @@ class RunFolder:
         return lines[-1] if lines else ""
 
     def samples(self) -> list[dict[str, Any]]:
-        """The rows of samples.jsonl."""
-        return _lines(self.path / "samples.jsonl")
+        """The rows of samples.jsonl that have a step; a reward or gold that is no number is none."""
+        rows = [row for row in _lines(self.path / "samples.jsonl") if is_number(row.get("step"))]
+        return [row | {name: row.get(name) if is_number(row.get(name)) else None for name in SCORES} for row in rows]
 
 
 def read_run(path: Path) -> RunFolder:
     """Everything but the samples, which may be many."""
     summary = read_summary(path)
-    overrides = summary.get("overrides") or _yaml(path / ".hydra" / "overrides.yaml") or []
+    overrides = summary.get("overrides") or _yaml(path / ".hydra" / "overrides.yaml")
     config = _yaml(path / ".hydra" / "config.yaml")
-    return RunFolder(path, _lines(path / "metrics.jsonl"), summary, list(overrides), flat(config or {}))
+    rows = [row for row in map(_measured, _lines(path / "metrics.jsonl")) if "step" in row]
+    told = [str(word) for word in overrides] if isinstance(overrides, list) else []
+    return RunFolder(path, rows, summary, told, flat(config) if isinstance(config, dict) else {})
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -70,21 +77,34 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
+def _measured(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers; without a step that is one, nothing can be said of it."""
+    numbers = {name: value for name, value in row.items() if is_number(value)}
+    return numbers if abs(numbers.get("step", math.nan)) <= LAST else {}
+
+
 def _number(name: str) -> tuple[int, str]:
     return (int(name) if name.isdecimal() else 10**9, name)
 
 
 def _yaml(path: Path) -> Any:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    if not path.exists():
+    if not path.is_file():
         return None
-    return OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):  # none that Hydra has written
+        return None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, up to one that was not written to its end."""
     rows: list[dict[str, Any]] = []
+    if not path.is_file():  # a FIFO would never end
+        return rows
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -92,7 +112,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict):
             break

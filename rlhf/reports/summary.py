@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf.config import Objective
 
@@ -29,6 +30,26 @@ MEDIANS = {  # numbers of the summary, and the metrics whose medians they are
     "tokens_per_second_sampled": "tokens_per_second/sampled",
     "tokens_per_second_learned": "tokens_per_second/learned",
 }
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that a float can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean, also of numbers whose sum no float can be; NaN where infinities of both signs are among them."""
+    try:
+        return statistics.fmean(values)
+    except (OverflowError, ValueError):
+        finite = all(map(math.isfinite, values))
+        return statistics.mean(values) if finite else sum(value / len(values) for value in values)
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
@@ -54,9 +75,10 @@ def summarise(rows: Rows) -> dict[str, float]:
     if steps:
         summary["steps"] = len(steps)
         summary["step_ms"] = 1e3 * statistics.median(steps)
-        summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1])
-        summary["transfer_share"] = summary["seconds_transfer"] / sum(steps)
-        summary["tokens_per_second"] = statistics.median(series(rows, "tokens_per_second")[1])
+        summary["transfer_ms"] = 1e3 * statistics.median(series(rows, "seconds/transfer")[1] or [0.0])
+        summary["transfer_share"] = summary["seconds_transfer"] / (sum(steps) or 1.0)
+        if pace := series(rows, "tokens_per_second")[1]:
+            summary["tokens_per_second"] = statistics.median(pace)
     summary |= _of_hardware(rows)
     for name in ("kl", "mismatch"):
         _, values = series(rows, f"train/{name}")
@@ -74,7 +96,7 @@ def _of_hardware(rows: Rows) -> dict[str, float]:
         if values := series(rows, metric)[1]:
             found[name] = statistics.median(values)
     for name in sorted({name for row in rows for name in row if name.startswith(IDLE)}):
-        found[name] = statistics.fmean(series(rows, name)[1])
+        found[name] = mean_of(series(rows, name)[1])
     return found
 
 
@@ -84,6 +106,8 @@ def hardware(summary: Mapping[str, Any]) -> dict[str, str]:
     if "mfu" in summary:
         told["MFU of learning"] = f"{summary['mfu']:.1%}"
     for name, value in summary.items():
+        if not is_number(value):
+            continue
         if name.startswith(GPU_MEMORY):
             told[f"GPU memory, {name.removeprefix(GPU_MEMORY)}"] = f"{value / 1024:.1f} GiB"
         elif name.startswith(IDLE):
@@ -106,9 +130,10 @@ def write_summary(folder: Path, status: str, overrides: Sequence[str], numbers: 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The folder's summary, or an empty dict where there is none to read."""
+    path = folder / "summary.json"
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
 

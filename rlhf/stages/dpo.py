@@ -132,6 +132,8 @@ def from_json(told: Mapping[str, Any], task: Task) -> tuple[list[Pair], list[Pai
         )
     except KeyError as error:
         raise ValueError(f"the checkpoint has pairs of a prompt that the task has not: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's pairs cannot be read: {error}") from error
     return training, held_out
 
 
