@@ -4,6 +4,7 @@ import gzip
 import json
 import socket
 import threading
+import time
 import tracemalloc
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
@@ -131,6 +132,35 @@ def test_a_long_answer_that_was_asked_for_is_taken():
         assert sender.call("completions", body) == long
         sender.close()
         assert "bytes that it may have" in refused(url, "completions", {"prompt": [[1]], "max_tokens": 1})
+
+
+@pytest.mark.parametrize("cut", [5, 20, 60])
+def test_a_head_in_two_pieces_before_a_long_body_is_read(cut):
+    long = {"a": "x" * 2**20}
+    whole = said(long)
+
+    def talk():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(whole[:cut])
+            go_on.wait(20)
+            connection.sendall(whole[cut:])
+
+    go_on, feed = threading.Event(), kept_alive._Reading.feed
+
+    def feeding(reading, data):
+        feed(reading, data)
+        if not go_on.is_set():
+            go_on.set()
+            time.sleep(0.05)  # more than one read takes has come
+
+    with pytest.MonkeyPatch.context() as patched, socket.create_server(("127.0.0.1", 0)) as listener:
+        patched.setattr(kept_alive._Reading, "feed", feeding)
+        threading.Thread(target=talk, daemon=True).start()
+        sender = HttpSender(f"http://127.0.0.1:{listener.getsockname()[1]}", None, "worker 3", 20.0)
+        assert sender.call("status", {}) == long
+        sender.close()
 
 
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\nsecond line\r\x00"

@@ -131,9 +131,9 @@ class _Reading:
 
     def feed(self, data: bytes) -> None:
         """Bytes from the server; b"" is its end."""
-        self._fed += len(data)
         if self._fed > MAX_HEAD + (2 * self._most if self._in_body else 0):  # chunks have heads of their own
             raise ConnectionError(f"the answer has more than the {self._most} bytes that it may have")
+        self._fed += len(data)  # of these nobody knows yet where the head ends
         if data:
             self._parser.feed_data(data)
             if len(self._body) > self._most:
