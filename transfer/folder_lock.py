@@ -16,6 +16,8 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from transfer.shown import one_line
+
 LOG = logging.getLogger(__name__)
 NAME = ".writer"
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of some network file systems
@@ -51,7 +53,7 @@ def _lock(fd: int, folder: Path, key: str) -> bool:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in TAKEN:
-            raise ValueError(_taken(folder, key, os.pread(fd, SAID, 0).decode(errors="replace").strip())) from None
+            raise ValueError(_taken(folder, key, one_line(os.pread(fd, SAID, 0).decode(errors="replace")))) from None
         if error.errno not in NO_LOCKS:
             raise
         LOG.warning("%s cannot be locked (%s): see to it that nothing else writes there", folder, error.strerror)

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -22,53 +23,29 @@ from transfer.manifest import Manifest
 CPU = torch.device("cpu")
 WEIGHTS = {"w": torch.zeros(1000)}
 WRITER = """
-import errno, fcntl, json, sys
+import json, sys
 from pathlib import Path
 from transfer.folder_lock import FolderLock
 
-epoch, folder, kind = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-if kind == "lock":  # alone: takes no time to start
-    try:
-        lock = FolderLock(folder, "transfer.path")
-        print(json.dumps("ready"), flush=True)
-        sys.stdin.read()
-    except ValueError as error:
-        print(json.dumps(str(error)), flush=True)
-    sys.exit()
-
-def lockf(*_):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-fcntl.lockf = lockf
-import torch
-from transfer.config import DiskConfig, SenderConfig
-from transfer.disk import DiskPublisher
-from transfer.manifest import Manifest
-
-weights = {"w": torch.full((1000,), float(epoch))}
-publisher = DiskPublisher(DiskConfig(sender=SenderConfig(), path=str(folder)), folder)
-publisher.prepare(Manifest.of(weights), weights)
-publisher.fence(epoch)
-print(json.dumps("ready"), flush=True)
-for line in sys.stdin:
-    print(json.dumps(publisher.write(int(line), weights, (), False)[0]), flush=True)
+try:
+    lock = FolderLock(Path(sys.argv[1]), "transfer.path")
+    print(json.dumps("ready"), flush=True)
+    sys.stdin.read()
+except ValueError as error:
+    print(json.dumps(str(error)), flush=True)
 """
 
 
 class Writer:
-    """A trainer's process that writes weights which are all its epoch."""
+    """Another trainer's process, which holds a folder."""
 
-    def __init__(self, epoch, folder, kind):
-        command = [sys.executable, "-c", WRITER, str(epoch), str(folder), kind]
+    def __init__(self, folder):
+        command = [sys.executable, "-c", WRITER, str(folder)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
 
     def said(self):
         return json.loads(self._process.stdout.readline())
-
-    def write(self, version):
-        self._process.stdin.write(f"{version}\n")
-        self._process.stdin.flush()
 
     def kill(self):
         self._process.send_signal(signal.SIGKILL)
@@ -76,14 +53,23 @@ class Writer:
 
 
 @contextmanager
-def writers(*told):
-    """Processes that run at the same time."""
-    made = [Writer(*each) for each in told]
+def writer_of(folder):
+    """A process that holds this folder, or says why not."""
+    writer = Writer(folder)
     try:
-        yield made
+        yield writer
     finally:
-        for writer in made:
-            writer.kill()
+        writer.kill()
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
 
 
 def reader(folder):
@@ -102,21 +88,25 @@ def written(tmp_path):
     return reader(tmp_path), where, tmp_path / "00000000-00000000.json", tmp_path / "00000000-00000000.safetensors"
 
 
-def test_a_trainer_that_was_replaced_overwrites_nothing_of_the_next_one(tmp_path):
-    """On a file system without locks, where both write the same versions."""
-    with writers((1, tmp_path, "no locks"), (2, tmp_path, "no locks")) as both:
-        assert [writer.said() for writer in both] == ["ready", "ready"]
-        for version in range(2):
-            for writer in both:
-                writer.write(version)
-            places = [writer.said() for writer in both]
-            for epoch, where in enumerate(places, 1):
-                assert (reader(tmp_path).stage(version, where)["w"] == epoch).all()
+def test_a_trainer_that_was_replaced_overwrites_nothing_of_the_next_one(tmp_path, no_locks):
+    trainers = []
+    for epoch in (1, 2):
+        weights = {"w": torch.full((1000,), float(epoch))}
+        trainers.append((DiskPublisher(DiskConfig(sender=SenderConfig(), path=str(tmp_path)), tmp_path), weights))
+        trainers[-1][0].prepare(Manifest.of(weights), weights)
+        trainers[-1][0].fence(epoch)
+    with ThreadPoolExecutor(2) as pool:
+        for version in range(8):
+            under_way = [pool.submit(publisher.write, version, weights, (), False) for publisher, weights in trainers]
+            for epoch, each in enumerate(under_way, 1):
+                assert (reader(tmp_path).stage(version, each.result()[0])["w"] == epoch).all()
+    for publisher, _ in trainers:
+        publisher.close()
 
 
 def test_a_folder_has_one_writer_at_a_time_and_says_which_until_that_is_killed(tmp_path):
     config = DiskConfig(sender=SenderConfig(), path=str(tmp_path))
-    with writers((1, tmp_path, "lock")) as [first]:
+    with writer_of(tmp_path) as first:
         assert first.said() == "ready"
         with pytest.raises(ValueError) as caught:
             DiskPublisher(config, tmp_path)
@@ -131,7 +121,7 @@ def test_two_writers_in_one_process_are_told_so_and_the_folder_is_free_after_clo
     first = FolderLock(tmp_path, "transfer.path")
     with pytest.raises(ValueError, match=r"is written by this process: end that first, or set transfer\.path"):
         FolderLock(tmp_path, "transfer.path")
-    with writers((2, tmp_path, "lock")) as [other]:
+    with writer_of(tmp_path) as other:
         assert f"is written by process {os.getpid()}" in other.said(), "the refusal has not ended the lock"
     first.close()
     FolderLock(tmp_path, "transfer.path").close()
@@ -160,13 +150,18 @@ def test_a_child_that_outlives_a_killed_trainer_does_not_keep_the_folder(tmp_pat
             os.close(end)
 
 
-def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, caplog):
-    def lockf(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", lockf)
+def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, no_locks, caplog):
     FolderLock(tmp_path, "transfer.path").close()
     assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_what_a_holder_says_of_itself_is_one_safe_line(tmp_path):
+    with writer_of(tmp_path) as other:
+        assert other.said() == "ready"
+        (tmp_path / ".writer").write_bytes(b"nobody\x1b[2J\n\x9b31m\xff")
+        with pytest.raises(ValueError) as caught:
+            FolderLock(tmp_path, "transfer.path")
+    assert "is written by nobody" in str(caught.value) and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["json", "safetensors"])
