@@ -69,9 +69,13 @@ class Door:
         while True:
             try:
                 accepted, _ = await loop.sock_accept(listener)
-                while len(self._strangers) >= self._most:
-                    await self._make_room(loop.time())
-                await loop.connect_accepted_socket(make, accepted)
+                try:
+                    while len(self._strangers) >= self._most:
+                        await self._make_room(loop.time())
+                    await loop.connect_accepted_socket(make, accepted)
+                except BaseException:
+                    accepted.close()
+                    raise
             except OSError as error:  # it has gone already, or no descriptor is free: then the others wait their turn
                 LOG.warning("a connection could not be accepted: %s", error.strerror)
                 await self._make_room(loop.time())

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import time
 
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the latter stands still while the machine is suspended
+
 
 def now() -> float:
-    """Seconds since some moment; time.monotonic alone stands still while the machine is suspended."""
-    return time.monotonic() + _slept()
-
-
-def _slept() -> float:
-    """How long this machine has been suspended since it was started, seconds; 0 where the kernel does not tell."""
-    if not hasattr(time, "CLOCK_BOOTTIME"):
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    """Seconds since some moment."""
+    return time.clock_gettime(CLOCK)

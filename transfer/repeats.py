@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 PERIOD_S = 60.0
@@ -15,25 +17,34 @@ class Repeats(logging.Filter):
     def __init__(self, loggers: Iterable[str], clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
+        self._lock = threading.Lock()  # other threads may use these loggers, too
         self._since: dict[tuple[str, str], float] = {}
-        self._left_out: dict[tuple[str, str], int] = {}
+        self._left_out: Counter[tuple[str, str]] = Counter()
         for name in loggers:
             logging.getLogger(name).addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is written."""
-        line = record.name, str(record.msg).partition("\n")[0]
-        if line not in self._since:
-            self._since[line], self._left_out[line] = self._clock(), 0
+        if hasattr(record, "counted"):
             return True
-        self._left_out[line] += not hasattr(record, "counted")
-        return hasattr(record, "counted")
+        line = record.name, str(record.msg).partition("\n")[0]
+        with self._lock:
+            is_new = line not in self._since
+            if is_new:
+                self._since[line] = self._clock()
+            else:
+                self._left_out[line] += 1
+        return is_new
 
     def tell(self) -> None:
         """Write how often lines were left out whose period is over."""
-        for line in [line for line, since in self._since.items() if self._clock() - since >= PERIOD_S]:
-            del self._since[line]
-            if left_out := self._left_out.pop(line):
-                logging.getLogger(line[0]).warning(
-                    "%s (%d more times in %.0f s)", line[1], left_out, PERIOD_S, extra={"counted": True}
+        with self._lock:
+            over = [line for line, since in self._since.items() if self._clock() - since >= PERIOD_S]
+            counts = [(line, self._left_out.pop(line, 0)) for line in over]
+            for line in over:
+                del self._since[line]
+        for (name, text), left_out in counts:
+            if left_out:
+                logging.getLogger(name).warning(
+                    "%s (%d more times in %.0f s)", text, left_out, PERIOD_S, extra={"counted": True}
                 )
