@@ -54,7 +54,7 @@ from rlhf.monitor.loggers import check_loggers, make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.monitor.progress import Bars
-from rlhf.preflight.lengths import check_lengths, cut_answers
+from rlhf.preflight.lengths import check_lengths
 from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.reports.plots import plot_curves
 from rlhf.reports.summary import Rows, print_table, summarise, write_summary
@@ -225,9 +225,8 @@ def gathered(site: Site) -> Matter:
     check_passes(policy, config.model)
     rewards = given_rewards(config.reward, task, config.model, moment)
     site.bars.say(in_one_line(config, policy))
-    for note in (*task.notes, *notes, cut_answers(config, task, tokenizer)):
-        if note:
-            site.bars.say(note)
+    for note in (*task.notes, *notes):
+        site.bars.say(note)
     return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()})
 
 

@@ -198,6 +198,21 @@ def test_what_the_template_would_leave_out_is_refused_with_its_row(tmp_path, row
     assert said in str(error.value)
 
 
+def test_a_call_that_the_template_leaves_out_is_named_among_others_that_it_shows(tmp_path):
+    row = {"messages": [SOURCE, CALLS, RESULT, ANSWER, SOURCE, CALLS, RESULT, ANSWER]}
+    with pytest.raises(ValueError, match=r"does not render 'tool_calls' of message 2 \(role 'assistant'\)"):
+        task_of(tmp_path, [row], tokenizer_with(CHATML.replace("not message.tool_calls", "loop.index0 < 3")))
+
+
+def test_looking_for_calls_that_are_left_out_takes_no_rendering_a_call(tmp_path, monkeypatch):
+    tokenizer, rendered = tokenizer_with(CHATML), []
+    plain = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(1) or plain(*a, **k))
+    task = task_of(tmp_path, [{"messages": [SOURCE, *[CALLS, RESULT] * 12, ANSWER], "tools": TOOLS}], tokenizer)
+    assert len(task.demonstrations) == 13
+    assert len(rendered) <= 4 * 13 + 2  # a prompt, and three an answer; beside them, what the row is looked at with
+
+
 def test_other_keys_that_a_template_leaves_out_are_told_once(tmp_path):
     rows = [{"messages": [{**SOURCE, "content": f"q{n}", "toxic": False, "name": "Ann"}, ANSWER]} for n in range(3)]
     task = task_of(tmp_path, rows, tokenizer_with(CHATML))

@@ -37,8 +37,12 @@ class _Rows:
         return sorted(there, key=lambda row: (len(row[1]), row[1]))
 
     @property
+    def fits(self) -> list[bool]:
+        return [n <= self.limit for n in self.tokens]
+
+    @property
     def fitting(self) -> list[Any]:
-        return [row for row, n in zip(self.rows, self.tokens, strict=True) if n <= self.limit]
+        return [row for row, fits in zip(self.rows, self.fits, strict=True) if fits]
 
     def listed(self) -> str:
         """How many rows are too long, and the first of them."""
@@ -51,14 +55,19 @@ def check_lengths(
 ) -> list[str]:
     """Raise ValueError, with their rows, unless prompts and answers fit the model's context.
 
-    With task.overlong=drop, they are left out of `task` instead; what was left out, a line each.
+    With task.overlong=drop, they are left out of `task` instead. What a user should know, a line each: what was left
+    out, and that rollout.max_new_tokens would cut most answers of a run, if they are like the demonstrations.
     """
     limit = policy.config.get_text_config().max_position_embeddings
-    notes = _prompts(config, task, limit)
+    notes, cut = _prompts(config, task, limit), []
     if isinstance(config, RunConfig):
-        if config.sft.steps and (long := _demonstrations(task, tokenizer, limit)).overlong:
-            notes.append(_dropped(config, long, "or set sft.steps=0"))
-            task.demonstrations = long.fitting
+        answers = _answer_lengths(task, tokenizer)
+        shown = _demonstrations(task, answers, limit)
+        if config.sft.steps and shown.overlong:
+            notes.append(_dropped(config, shown, "or set sft.steps=0"))
+            task.demonstrations = shown.fitting
+            answers = [n for n, fits in zip(answers, shown.fits, strict=True) if fits]
+        cut = _cut_answers(config, answers)
         if _learns_pairs(config) and (long := _pairs(task, tokenizer, limit)).overlong:
             notes.append(_dropped(config, long, "or choose another algo or reward"))
             task.preferences = long.fitting
@@ -66,7 +75,7 @@ def check_lengths(
             check_amounts(config, task)
     if not task.train or not task.held_out:
         raise ValueError(f"no prompt is left to train on, or none to hold out: {'; '.join(notes)}")
-    return notes
+    return notes + cut
 
 
 def _prompts(config: RunConfig | EvaluationConfig, task: Task, limit: int) -> list[str]:
@@ -98,15 +107,14 @@ def _prompts(config: RunConfig | EvaluationConfig, task: Task, limit: int) -> li
     )
 
 
-def _demonstrations(task: Task, tokenizer: Tokenizer, limit: int) -> _Rows:
-    answers = _answers(task, tokenizer)
-    tokens = [len(prompt.ids) + len(ids) for (prompt, _), ids in zip(task.demonstrations, answers, strict=True)]
-    return _Rows("demonstrations", _of_demonstration, task.demonstrations, tokens, limit)
-
-
-def _answers(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
+def _answer_lengths(task: Task, tokenizer: Tokenizer) -> list[int]:
     prompts, texts = [prompt for prompt, _ in task.demonstrations], [text for _, text in task.demonstrations]
-    return ended(tokenizer, prompts, texts)
+    return [len(ids) for ids in ended(tokenizer, prompts, texts)]
+
+
+def _demonstrations(task: Task, answers: Sequence[int], limit: int) -> _Rows:
+    tokens = [len(prompt.ids) + answer for (prompt, _), answer in zip(task.demonstrations, answers, strict=True)]
+    return _Rows("demonstrations", _of_demonstration, task.demonstrations, tokens, limit)
 
 
 def _pairs(task: Task, tokenizer: Tokenizer, limit: int) -> _Rows:
@@ -154,13 +162,12 @@ def _of_pair(pair: Pair) -> str:
     return pair.prompt.where
 
 
-def cut_answers(config: RunConfig, task: Task, tokenizer: Tokenizer) -> str:
-    """A warning, if rollout.max_new_tokens would cut most answers like the demonstrations; else nothing."""
-    lengths = [len(ids) for ids in _answers(task, tokenizer)]
+def _cut_answers(config: RunConfig, lengths: Sequence[int]) -> list[str]:
+    """A warning, if rollout.max_new_tokens would cut most answers as long as these; else none."""
     new = config.rollout.max_new_tokens
     if not lengths or statistics.median(lengths) <= new:
-        return ""
-    return (
+        return []
+    return [
         f"warning: most answers will be cut: half of the demonstrations have {statistics.median(lengths):.0f} tokens "
         f"or more, and rollout.max_new_tokens is {new}; rollout.max_new_tokens={max(lengths)} fits them all"
-    )
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class ModelReward:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """ValueError where the model's own chat template cannot render a prompt."""
         for prompt in prompts:
-            self._asked(prompt)
+            self._asked(prompt, look=True)
 
     def calibrate(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """Measure mean and standard deviation on these samples, and note them in the model's config."""
@@ -82,10 +82,12 @@ class ModelReward:
     @torch.no_grad()
     def _raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Sequence[float | None]:
         """What the model says of each answer; None where it can say nothing."""
-        asked = [self._asked(prompt) for prompt in prompts]
+        once = {id(prompt): prompt for prompt in prompts}  # each has several answers
+        asked_of = {each: self._asked(prompt) for each, prompt in once.items()}
+        asked = [asked_of[id(prompt)] for prompt in prompts]
         rows = [(prompt.text, answer) for prompt, answer in zip(asked, answers, strict=True)]
         prompt_of = dict(zip(rows, asked, strict=True))  # samples repeat themselves
-        unique = [row for row, prompt in prompt_of.items() if self._fits(prompt, row[1])]
+        unique = self._fitting(prompt_of)
         scores: dict[tuple[str, str], float] = {}
         for start in range(0, len(unique), self.batch_size):
             part = unique[start : start + self.batch_size]
@@ -95,11 +97,15 @@ class ModelReward:
         self._count_long(sum(row not in scores for row in rows))
         return [scores.get(row) for row in rows]
 
-    def _fits(self, prompt: Prompt, answer: str) -> bool:
+    def _fitting(self, prompt_of: Mapping[tuple[str, str], Prompt]) -> list[tuple[str, str]]:
+        """Those rows of prompt and answer that are no longer than `positions`."""
         if self.positions is None:
-            return True
-        (asked,), (answered,) = prompt_ids(self.tokenizer, [prompt]), ended(self.tokenizer, [prompt], [answer])
-        return len(asked) + len(answered) <= self.positions
+            return list(prompt_of)
+        prompts = list(prompt_of.values())
+        asked = prompt_ids(self.tokenizer, prompts)
+        answered = ended(self.tokenizer, prompts, [answer for _, answer in prompt_of])
+        lengths = [len(prompt) + len(answer) for prompt, answer in zip(asked, answered, strict=True)]
+        return [row for row, length in zip(prompt_of, lengths, strict=True) if length <= self.positions]
 
     def _count_long(self, rows: int) -> None:
         """So many rows were longer than `positions`, and have no score."""
@@ -110,11 +116,11 @@ class ModelReward:
                 "rollout.max_new_tokens, or choose another reward model"
             )
 
-    def _asked(self, prompt: Prompt) -> Prompt:
-        """The prompt with its text as the model has learned it."""
+    def _asked(self, prompt: Prompt, look: bool = False) -> Prompt:
+        """The prompt with its text as the model has learned it; to `look`: ValueError if that leaves something out."""
         if self.template is None or not prompt.messages:
             return prompt
-        return replace(prompt, text=self.template.asked(prompt))
+        return replace(prompt, text=self.template.asked(prompt, look))
 
 
 def position_table(model: PreTrainedModel) -> int | None:

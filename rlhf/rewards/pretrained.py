@@ -21,6 +21,7 @@ from rlhf.types import Prompt
 
 BATCH_TOKENS = 2**16  # of a pass, with padding
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # by how much a score may change in a batch, absolute and relative
+AT_ONCE = 1024  # prompts that are tokenised together
 NONE = -1  # a pad token that no row has
 
 Row = dict[str, list[int]]  # the tokenizer's columns of one text: input_ids, ...
@@ -51,9 +52,9 @@ class PretrainedReward(ModelReward):
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """ValueError where a prompt cannot be rendered or is too long, or scores are not what the model says alone."""
-        rows = self._encoded([self._text(prompt, "") for prompt in prompts])
-        order = sorted(range(len(rows)), key=lambda index: _length(rows[index]))
-        longest = _length(rows[order[-1]])
+        lengths = [length for part in _parts(prompts) for length in self._lengths(part)]
+        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        longest = lengths[order[-1]]
         if self.positions is not None and longest > self.positions:
             raise ValueError(
                 f"reward.path: the longest prompt has {longest} tokens as the reward model reads it, which takes "
@@ -68,6 +69,10 @@ class PretrainedReward(ModelReward):
                 f"reward.path: {type(self.model).__name__} fails on the first prompts ({type(error).__name__}: "
                 f"{reason}): choose another reward model"
             ) from error
+
+    def _lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of each prompt as the model reads it, without an answer."""
+        return [_length(row) for row in self._encoded([self._text(prompt, "") for prompt in prompts])]
 
     @torch.no_grad()
     def _try(self, texts: Sequence[str]) -> None:
@@ -171,6 +176,12 @@ class PretrainedReward(ModelReward):
             )
             for name in rows[0]
         }
+
+
+def _parts(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    """Some at a time, as a tokenizer keeps much of each text."""
+    for start in range(0, len(prompts), AT_ONCE):
+        yield prompts[start : start + AT_ONCE]
 
 
 def _length(row: Row) -> int:

@@ -29,11 +29,14 @@ class OwnTemplate:
             tokenizer.chat_template = given if "{" in given else _read(given)
         return cls(tokenizer, moment) if tokenizer.chat_template else None
 
-    def asked(self, prompt: Prompt) -> str:
-        """The messages of a prompt and what asks for the answer, as a policy of this template would be asked."""
+    def asked(self, prompt: Prompt, look: bool = False) -> str:
+        """The messages of a prompt and what asks for the answer, as a policy of this template would be asked.
+
+        With `look`, ValueError where the template leaves something out.
+        """
         with dated(self.tokenizer, self.moment):
             try:
-                return Chat(self.tokenizer).asked(prompt.messages, prompt.given)  # type: ignore[arg-type]
+                return Chat(self.tokenizer).asked(prompt.messages, prompt.given, look)  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"reward.path: of the reward model, {error}") from None
 

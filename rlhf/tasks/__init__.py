@@ -43,21 +43,27 @@ class Row:
     turns: Sequence[tuple[list[Message], Answer]] = ()  # the row's other demonstrations, of an answer in several turns
     where: str = ""  # file and line
 
+    @property
+    def longest(self) -> str | list[Message]:
+        """The longest that is asked; all else that is asked is its beginning."""
+        return max((self.question, *(asked for asked, _ in self.turns)), key=len)
+
     def texts(self) -> list[str]:
         """Every text of the row that a model may read or write."""
-        answers = [self.demonstration, *(self.preference or ()), *(answer for _, answer in self.turns)]
-        asked = [self.question] if isinstance(self.question, str) else self.question
-        longer = [message for messages, _ in self.turns for message in messages]
-        return [text for said in (*asked, *longer, *answers, *self.given.values()) for text in _texts(said)]
+        return [text for said in (*self._said(), *self.given.values()) for text in _texts(said)]
 
     def tags(self) -> Iterator[str]:
         """What its messages are marked with: roles, and what else they hold; nothing of a text."""
-        answers = [self.demonstration, *(self.preference or ()), *(answer for _, answer in self.turns)]
-        longer = [message for messages, _ in self.turns for message in messages]
-        for message in (*([] if isinstance(self.question, str) else self.question), *longer, *answers):
+        for message in self._said():
             if isinstance(message, dict):
                 yield from (message["role"], *(message.keys() - {"role", "content"}))
         yield from self.given
+
+    def _said(self) -> Iterator[Answer | None]:
+        """What is asked, and each answer."""
+        asked = self.longest
+        yield from [asked] if isinstance(asked, str) else asked
+        yield from (self.demonstration, *(self.preference or ()), *(answer for _, answer in self.turns))
 
 
 def _texts(said: Any) -> Iterator[str]:
@@ -111,7 +117,7 @@ class RawTask:
     def characters(self) -> list[str]:
         """Every character of the task's texts, sorted."""
         said = self.replies.characters if self.replies is not None else ""
-        return sorted({character for row in self._rows for text in row.texts() for character in text} | set(said))
+        return sorted(set(said).union(*(text for row in self._rows for text in row.texts())))
 
 
 @dataclass(slots=True)
@@ -244,11 +250,15 @@ class _Maker:
         return made
 
     def _row(self, row: Row) -> _TokenisedRow:
-        prompt = self._prompt(row, row.question)
+        longest = row.longest
+        prompt = self._prompt(row, row.question, look=row.question is longest)
         demonstrations = (
             [] if row.demonstration is None else [(prompt, self._answer(row, row.question, row.demonstration))]
         )
-        demonstrations += [(self._prompt(row, asked), self._answer(row, asked, answer)) for asked, answer in row.turns]
+        demonstrations += [
+            (self._prompt(row, asked, look=asked is longest), self._answer(row, asked, answer))
+            for asked, answer in row.turns
+        ]
         pair = None
         if row.preference is not None:
             chosen, rejected = (self._answer(row, row.question, answer) for answer in row.preference)
@@ -256,9 +266,9 @@ class _Maker:
             self.ties += [row.where] if pair is None else []
         return _TokenisedRow(prompt, demonstrations, pair)
 
-    def _prompt(self, row: Row, question: str | list[Message]) -> Prompt:
+    def _prompt(self, row: Row, question: str | list[Message], look: bool) -> Prompt:
         messages = [] if isinstance(question, str) else question
-        text = question if isinstance(question, str) else self._chat.asked(question, row.given)
+        text = question if isinstance(question, str) else self._chat.asked(question, row.given, look)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if not ids:
             raise ValueError(f"the model's tokenizer makes no token of the prompt {shown(text)}: leave that prompt out")

@@ -75,19 +75,22 @@ class Chat:
                 "(model.path), or a file whose prompts are texts (task.path)"
             )
 
-    def asked(self, messages: Sequence[Message], given: Mapping[str, Any]) -> str:
+    def asked(self, messages: Sequence[Message], given: Mapping[str, Any], look: bool = True) -> str:
         """The text that the policy is asked with; `given` are other arguments of the template, like `tools`.
 
-        If the assistant's message is the last one, its answer goes on from there.
+        If the assistant's message is the last one, its answer goes on from there. Without `look`, nobody looks for what
+        the template leaves out: of conversations that one begins with, say.
         """
         messages, begun = before_answer(messages)
 
         def attempt(spelling: Spelling) -> str:
             spelt = list(map(spelling, messages))
             text = self._rendered(spelt, given, ask=True)
-            self._check_tools(spelt, given, text)
-            for place in range(len(spelt)):
-                self._check(spelt, place, given, text, ask=True)
+            if look:
+                self._check_tools(spelt, given, text)
+                seen = self._seen(spelt, range(len(spelt)), given, text, ask=True)
+                for place in range(len(spelt)):
+                    self._check(spelt, place, given, text, seen, ask=True)
             return text
 
         return in_a_spelling(messages, attempt) + begun
@@ -102,8 +105,9 @@ class Chat:
         def attempt(spelling: Spelling) -> str:
             spelt = list(map(spelling, [*messages, answer]))
             asked, whole = self._rendered(spelt[:-1], given, ask=True), self._rendered(spelt, given, ask=False)
-            self._check(spelt, len(messages), given, whole, ask=False)
-            if whole == self._rendered([*spelt[:-1], plain], given, ask=False):
+            seen = self._seen(spelt, [len(messages)], given, whole, ask=False)
+            self._check(spelt, len(messages), given, whole, seen, ask=False)
+            if not seen and whole == self._rendered([*spelt[:-1], plain], given, ask=False):
                 return answer["content"]
             if not whole.startswith(asked):
                 raise ValueError(
@@ -142,7 +146,36 @@ class Chat:
             if without == text:
                 raise ValueError(f"{LEAVES_OUT} 'tools': leave that column out, or {ANOTHER}")
 
-    def _check(self, messages: list[Message], place: int, given: Mapping[str, Any], text: str, ask: bool) -> None:
+    def _seen(
+        self, messages: list[Message], places: Sequence[int], given: Mapping[str, Any], text: str, ask: bool
+    ) -> set[tuple[int, str]]:
+        """Which calls and thoughts the template shows for certain, by place and key: all are marked, and rendered once.
+
+        Of others, `_check` finds it out one by one, which takes as many renderings.
+        """
+        marked, marks = list(messages), {}
+        for place in places:
+            for key in messages[place].keys() & set(CALLS if ask else SPOKEN):
+                mark = f"seen{place}{key}seen".replace("_", "")
+                marked[place] = {**marked[place], key: _marked(messages[place][key], mark)}
+                marks[place, key] = mark
+        if not marks:
+            return set()
+        try:
+            rendered = self._rendered(marked, given, ask)
+        except ValueError:
+            return set()
+        return {at for at, mark in marks.items() if mark in rendered and mark not in text}
+
+    def _check(
+        self,
+        messages: list[Message],
+        place: int,
+        given: Mapping[str, Any],
+        text: str,
+        seen: set[tuple[int, str]],
+        ask: bool,
+    ) -> None:
         """ValueError unless `text` shows what the message says.
 
         What was thought before a question (`ask`), templates leave out on purpose.
@@ -161,7 +194,7 @@ class Chat:
             raise ValueError(f"{LEAVES_OUT} {_named(place, message)}: leave it out, or {ANOTHER}")
         for key, without in _without_each(message):
             if key in (CALLS if ask else SPOKEN):
-                if not matters(without):
+                if (place, key) not in seen and not matters(without):
                     raise ValueError(f"{LEAVES_OUT} {key!r} of {_named(place, message)}: leave it out, or {ANOTHER}")
             elif key not in (*SPOKEN, *self._looked_at):
                 self._looked_at.add(key)
@@ -176,6 +209,20 @@ def _without_each(message: Message) -> Iterator[tuple[str, Message]]:
     """Each key that is more than a name, and the message without it."""
     for key in message.keys() - set(NAMES):
         yield key, {other: value for other, value in message.items() if other != key}
+
+
+def _marked(value: Any, mark: str) -> Any:
+    """A thought, or a call or a list of them, with a mark in it: behind the text, or the function's name."""
+    match value:
+        case str():
+            return value + mark
+        case list():
+            return [_marked(call, mark) for call in value if isinstance(call, dict)]
+        case {"function": dict() as function}:
+            return {**value, "function": _marked(function, mark)}
+        case {"name": str() as name}:
+            return {**value, "name": name + mark}
+    return value
 
 
 def in_a_spelling(messages: Sequence[Message], attempt: Callable[[Spelling], str]) -> str:
