@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # reads any qwen2 folder with Qwen2Tokenizer, whatever tokenizer was saved in it.
 ARCHITECTURES = ("llama", "mistral", "qwen3")
 HUB_TIMEOUT_S = 10.0
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name of a warning
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
@@ -88,10 +89,16 @@ def _character_tokenizer(
         split_special_tokens=True,  # a text that spells "<eos>" is five characters, not the end
         **SPECIAL,
     )
+    _say_nothing_of_lengths(tokenizer)
     if tags:
         tokenizer.add_tokens([f"<|{tag}|>" for tag in tags])
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def _say_nothing_of_lengths(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows that are too long are refused or left out by line, where all of them are known."""
+    tokenizer.deprecation_warnings[TOO_LONG] = True
 
 
 def _splitter(characters: list[str]) -> Tokenizer:
@@ -117,6 +124,7 @@ def _load_tokenizer(path: str, key: str, trust: bool) -> PreTrainedTokenizerBase
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    _say_nothing_of_lengths(tokenizer)
     brought = _from_pretrained(Brought, path, f"{key}: cannot load a model")
     text = shape.get_text_config()
     named = [brought.generation.get("eos_token_id"), shape.eos_token_id, text.eos_token_id]

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers looks for them in this order,
+ELSEWHERE = "transformers_weights"  # unless config.json has this key
 TOKENIZER = (  # what a tokenizer or a processor is made from, and a model's own code
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "*processor_config.json", "*.py",
@@ -55,9 +57,19 @@ class Brought:
         return brought
 
     def look_at_weights(self) -> None:
-        """Note which dtype each tensor has in the safetensors; of other formats nothing is known."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self.dtypes |= _dtypes(path)
+        """Note which dtype each tensor has in the safetensors that transformers has loaded.
+
+        Nothing is known of other formats, and what else is in the folder (an original's weights, say) tells nothing.
+        """
+        named = self.config.get(ELSEWHERE)
+        there = (name for name in ([named] if named else [WEIGHTS, INDEX]) if (self.folder / name).is_file())
+        name = next(there, "")
+        if name.endswith(".index.json"):
+            parts = sorted(set(_read((self.folder / name).read_bytes())["weight_map"].values()))
+        else:
+            parts = [name] if name.endswith(".safetensors") else []
+        for part in parts:
+            self.dtypes |= _dtypes(self.folder / part)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,6 +164,9 @@ def _put_back(brought: Brought, model: PreTrainedModel, stops: tuple[int, ...], 
         files.pop(GENERATION, None)
     if GENERATION in files:
         files[GENERATION] = _stopping(files[GENERATION], stops)
+    if CONFIG in files and ELSEWHERE in brought.config:
+        told = {key: value for key, value in brought.config.items() if key != ELSEWHERE}
+        files[CONFIG] = (json.dumps(told, indent=2) + "\n").encode()
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -161,7 +176,7 @@ def _stopping(generation: bytes, stops: tuple[int, ...]) -> bytes:
     """A generation_config.json as it is, if it names any of the stop ids; else with them."""
     told = _read(generation)
     named = told.get("eos_token_id")
-    if set(named if isinstance(named, list) else [named]) & set(stops):
+    if any(token in stops for token in (named if isinstance(named, list) else [named])):
         return generation
     return (json.dumps({**told, "eos_token_id": as_config(stops)}, indent=2) + "\n").encode()
 

@@ -135,6 +135,43 @@ def test_each_tensor_has_the_dtype_that_it_had_also_where_they_differ(checkpoint
     assert torch.equal(saved[router], policy.get_parameter(router)), "nothing is rounded that was not"
 
 
+def test_only_the_weights_that_transformers_loads_tell_a_dtype(checkpoint, tmp_path):
+    before, names = dtypes(checkpoint), list(load_file(checkpoint / "model.safetensors"))
+    others = {name: torch.ones(1) for name in (*names, *(f"original.{n}" for n in range(99)))}
+    save_file(others, checkpoint / "original.safetensors")
+    save_file(others, checkpoint / "model2.safetensors")
+    (checkpoint / "optimizer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (checkpoint / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    policy, tokenizer = loaded(checkpoint)
+    export_model(policy, tokenizer, tmp_path / "out", None)
+    assert dtypes(tmp_path / "out") == before
+
+
+def test_weights_in_several_files_tell_the_dtype_of_each_tensor(checkpoint, tmp_path):
+    weights, one = load_file(checkpoint / "model.safetensors"), "model.layers.0.mlp.fc1.bias"
+    (checkpoint / "model.safetensors").unlink()
+    weights[one] = weights[one].float()
+    files = {name: "b.safetensors" if name == one else "a.safetensors" for name in weights}
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file({n: t for n, t in weights.items() if files[n] == file}, checkpoint / file, metadata={"format": "pt"})
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    policy, tokenizer = loaded(checkpoint)
+    export_model(policy, tokenizer, tmp_path / "out", None)
+    assert dtypes(tmp_path / "out") == {name: tensor.dtype for name, tensor in weights.items()}
+
+
+def test_a_policy_of_a_checkpoint_with_its_weights_under_another_name_can_be_loaded(checkpoint, tmp_path):
+    told = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(told | {"transformers_weights": "mine.safetensors"}))
+    before = dtypes(checkpoint)
+    (checkpoint / "model.safetensors").rename(checkpoint / "mine.safetensors")
+    policy, tokenizer = loaded(checkpoint)
+    export_model(policy, tokenizer, tmp_path / "out", None)
+    assert dtypes(tmp_path / "out") == before and json.loads((tmp_path / "out" / "config.json").read_text()) == told
+    again, _ = loaded(tmp_path / "out")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in policy.state_dict().items())
+
+
 def test_weights_whose_dtypes_no_safetensors_tell_follow_config_json(checkpoint, tmp_path):
     (checkpoint / "model.safetensors").rename(tmp_path / "weights")
     torch.save(load_file(tmp_path / "weights"), checkpoint / "pytorch_model.bin")

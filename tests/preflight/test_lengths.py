@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
+from rlhf.config import HfModelConfig
+from rlhf.models import make_tokenizer
 from rlhf.preflight.check import check_run
 from rlhf.run import run
 
@@ -61,6 +64,16 @@ def test_overlong_demonstrations_are_refused_by_row(config_of, tmp_path, start):
 def test_overlong_pairs_are_refused_by_row_whichever_side_is_long(config_of, tmp_path, start, learner):
     said = refusal(start, config_of(PAIRS, *learner, "sft.steps=0"), tmp_path)
     assert "2 of 7 preference pairs: rows.jsonl:4 (43 tokens), rows.jsonl:6 (43 tokens): set task.overlong=drop" in said
+
+
+def test_what_is_too_long_is_said_once_and_not_by_transformers_too(config_of, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [listening := logging.Handler()])
+    monkeypatch.setattr(listening, "emit", lambda record: heard.append(record.getMessage()))
+    run(config_of(ANSWERS, "task.overlong=drop"), tmp_path / "run")
+    loaded = make_tokenizer(HfModelConfig(path=str(tmp_path / "run" / "policy")), "", chat=False)
+    assert len(loaded.encode(LONG)) > loaded.model_max_length == 32
+    assert not heard
 
 
 @MODES
