@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import pytest
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import Store
 from rlhf.checkpoint.whole import whole
-from rlhf.ending import RunError, alone
-from rlhf.run import run
+from rlhf.ending import RunError
+from rlhf.run import opened, run
 
 SMALL = ("experiment=smoke", "model=micro", "transfer=local", "sft.steps=1", "prompts_per_step=2", "steps=1")
 SHORT = ("task.held_out=4", "rollout.max_new_tokens=4", "logger=[console]")
@@ -84,13 +85,13 @@ def test_on_disks_of_any_size_there_is_no_traceback(rlhf_train, disk, kib):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_without_locks_of_the_file_system_a_run_goes_on_and_says_so(compose_run, tmp_path, monkeypatch, capsys, number):
+def test_without_locks_of_the_file_system_a_run_opens_its_folder_and_says_so(
+    compose_run, tmp_path, monkeypatch, capsys, number
+):
     def none(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with alone(tmp_path) as locked:
-        assert not locked
-    if number == errno.ENOLCK:
-        run(compose_run(*SMALL, *SHORT), tmp_path / "run")
-        assert f"warning: the file system of {tmp_path / 'run'} has no locks: " in capsys.readouterr().out
+    with ExitStack() as stack:
+        assert opened(compose_run(*SMALL, *SHORT), tmp_path / "run", stack).folder == tmp_path / "run"
+    assert f"warning: the file system of {tmp_path / 'run'} has no locks: " in capsys.readouterr().out

@@ -275,13 +275,17 @@ def test_a_row_that_is_longer_than_learned_positions_of_a_runs_own_reward_model_
     ],
 )
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_folder_that_is_no_reward_model_is_refused_before_anything_is_trained(
-    tmp_path, compose_run, monkeypatch, family, options, message
-):
-    monkeypatch.setattr("rlhf.run.sft", lambda *_: pytest.fail("SFT began"))
-    monkeypatch.setattr("rlhf.run.Workers", lambda *_: pytest.fail("workers began"))
+def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, family, options, message):
     folder = reward_model(tmp_path / "model", family, **options)
     with pytest.raises(ValueError, match=message):
+        loaded(folder, task_of(tmp_path, chat=True))
+
+
+def test_a_reward_model_is_refused_before_anything_is_trained(tmp_path, compose_run, monkeypatch):
+    monkeypatch.setattr("rlhf.run.sft", lambda *_: pytest.fail("SFT began"))
+    monkeypatch.setattr("rlhf.run.Workers", lambda *_: pytest.fail("workers began"))
+    folder = reward_model(tmp_path / "model", "llama", num_labels=2)
+    with pytest.raises(ValueError, match=r"^reward\.path: .* with num_labels=1 is needed"):
         run(compose_run("experiment=smoke", "reward=model", f"reward.path={folder}"), tmp_path / "run")
 
 

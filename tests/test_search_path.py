@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -106,13 +107,15 @@ def test_a_folder_that_is_gone_is_named_and_where_it_is_now_can_be_said_once(run
     assert str(mine / "my") not in paths
 
 
-def test_a_folder_of_a_run_may_have_an_equals_sign_in_its_name(run, tmp_path):
+def test_a_folder_of_a_run_may_have_an_equals_sign_in_its_name(run, tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "lr=0.1", ignore_errors=True)
     run.rename(tmp_path / "lr=0.1")
-    command = [sys.executable, "-m", "rlhf.resume", "lr=0.1", "steps=0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "steps must be at least 1 (got 0)" in done.stderr, done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["resume", "lr=0.1", "steps=0"])
+    monkeypatch.setattr("rlhf.train.as_command", lambda _: nullcontext())  # signals are pytest's
+    with pytest.raises(SystemExit) as ended:
+        resume.main()
+    assert ended.value.code == 1 and "steps must be at least 1 (got 0)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -132,10 +132,8 @@ def test_a_file_of_which_too_little_is_left_is_refused(config_of, tmp_path, rows
     assert said in refusal(run, config_of(rows, "task.overlong=drop", *overrides), tmp_path)
 
 
-@MODES
-def test_a_file_of_prompts_alone_is_enough_for_a_reward_of_ones_own(config_of, tmp_path, start):
-    start(config_of([{"prompt": f"q{n}"} for n in range(8)], *OWN, "sft.steps=0"), tmp_path / "run")
-    assert (tmp_path / "run" / "summary.json").exists() == (start is run)
+def test_a_file_of_prompts_alone_is_enough_for_a_reward_of_ones_own(config_of, tmp_path):
+    check_run(config_of([{"prompt": f"q{n}"} for n in range(8)], *OWN, "sft.steps=0"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -158,11 +156,8 @@ def test_a_file_of_fewer_pairs_than_a_step_takes_is_refused_before_the_warm_up(c
     assert said.startswith("a step takes prompts_per_step=8 pairs, and there are 7 to train on: lower it")
 
 
-@MODES
-def test_pairs_of_equal_answers_are_left_out_and_counted_on_the_screen(
-    config_of, tmp_path, tmp_path_factory, capsys, start
-):
+def test_pairs_of_equal_answers_are_left_out_and_counted_on_the_screen(config_of, tmp_path, tmp_path_factory, capsys):
     rows = [{"prompt": f"q{n}", "chosen": "b", "rejected": "b" if n in (3, 5) else "c"} for n in range(8)]
-    start(config_of(rows, "algo=dpo", "sft.steps=0"), tmp_path_factory.mktemp("dpo") / "run")
+    check_run(config_of(rows, "algo=dpo", "sft.steps=0"), tmp_path_factory.mktemp("dpo") / "run")
     told = f"are left out: 2 ({tmp_path}/rows.jsonl:4, {tmp_path}/rows.jsonl:6)"
     assert f"warning: pairs whose chosen and rejected answers are the same {told}" in capsys.readouterr().out
