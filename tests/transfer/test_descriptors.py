@@ -1,6 +1,7 @@
 """The socket that hands out the trainer's memory, with few descriptors, among strangers, and against writers."""
 
 import fcntl
+import gc
 import mmap
 import os
 import resource
@@ -64,6 +65,8 @@ def fetched_elsewhere(path):
 
 def without_descriptors(path, given):
     """A process whose server runs out of descriptors, and has some again when it is told."""
+    gc.collect()
+    gc.disable()  # nothing else gives descriptors back
     region = memory.HostRegion(memory.PAGE)
     region.bytes.fill_(1)
     server = descriptors.DescriptorServer()
@@ -94,7 +97,7 @@ def test_a_server_without_descriptors_hands_over_the_memory_once_it_has_some(fir
     got, sent = CONTEXT.Pipe()
     client = CONTEXT.Process(target=fetch, args=(path, sent))
     client.start()
-    assert not got.poll(0.2), "it waits"
+    assert not got.poll(0.2), f"it waits (got {got.recv()})"
     ours.send(3)
     assert got.poll(30) and got.recv() == memory.PAGE
     assert fetched_elsewhere(path) == memory.PAGE
