@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "default"  # peft's name of an only adapter
 PARTS = (f".lora_A.{NAME}.", f".lora_B.{NAME}.")  # in the names of an adapter's weights
+READ_BY_KERNELS = ("x_proj", "dt_proj", "out_proj")
 BASE = ".base_layer"  # peft's addition to the names of a layer that has an adapter
 
 
@@ -48,31 +49,93 @@ def check_peft() -> None:
 def add_adapter(model: PreTrainedModel, rank: int, alpha: float, target: list[str], seed: int = 0) -> None:
     """Give the model an adapter, which at first changes nothing; from now on only the adapter learns.
 
-    `target` names linear layers, none means all but the output layer; ValueError if the model has no such layer.
+    `target` names linear layers, none means all but the output layer; ValueError if the model has no such layer, or
+    takes no adapter there.
     """
     import peft
 
     known = linear_layers(model)
+    if not known:
+        raise ValueError(f"model.lora.rank: {type(model).__name__} has no linear layers to adapt: set it to 0")
     if unknown := [name for name in target if name not in known]:
         raise ValueError(
             f"model.lora.target must be among the linear layers of {type(model).__name__}: {', '.join(known)} "
             f"(got {', '.join(unknown)})"
         )
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=target or known)  # type: ignore[arg-type]
+    layers, turned = _targets(model, target or known)
+    told: Any = {"r": rank, "lora_alpha": alpha, "target_modules": layers, "fan_in_fan_out": turned}
+    config = peft.LoraConfig(**told)
     learning = any(parameter.requires_grad for parameter in model.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, NAME)
+        try:
+            peft.inject_adapter_in_model(config, model, NAME)  # type: ignore[arg-type]
+        except ValueError as error:
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"model.lora: {type(model).__name__} takes no adapter: {said}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learning and _of_adapter(name))
     model.eval()
 
 
+def remove_adapter(model: PreTrainedModel) -> None:
+    """The model is its base again, and all of it learns."""
+    for path, layer in _layers(model):
+        if not path.endswith(BASE):  # of adapters around each other the outermost
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer.get_base_layer())
+    del model.peft_config
+    model.requires_grad_(True)
+
+
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """The names, without their path, of all linear layers but the output layer."""
+    return sorted({name.rpartition(".")[2] for name in _linear(model)})
+
+
+def _linear(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """By path, the layers that multiply by a weight, and do nothing else with it.
+
+    Left out are those of a Mamba mixer whose weights its kernels read, past an adapter.
+    """
     output = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output}
-    return sorted({name.rpartition(".")[2] for name in layers})
+    mixers = [path for path, module in model.named_modules() if hasattr(module, "conv1d") and hasattr(module, "D")]
+    read = {f"{path}.{name}" for path in mixers for name in READ_BY_KERNELS}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if module is not output and path not in read and _multiplies(module)
+    }
+
+
+@torch.no_grad()
+def _multiplies(module: torch.nn.Module) -> bool:
+    """Whether it is a linear layer; subclasses may be more, such as routers, so that these are tried."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(module, torch.nn.Linear):
+        return isinstance(module, Conv1D)
+    if type(module).forward is torch.nn.Linear.forward:
+        return True
+    vector = torch.ones(1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        product = module(vector)
+    except Exception:  # it wants something else
+        return False
+    same = torch.nn.functional.linear(vector, module.weight, module.bias)
+    if not isinstance(product, torch.Tensor) or product.shape != same.shape:
+        return False
+    return product.is_meta or torch.allclose(product, same, rtol=0.05, atol=float(same.abs().max()) * 0.05)
+
+
+def _targets(model: PreTrainedModel, names: list[str]) -> tuple[list[str], bool]:
+    """What peft is told to adapt: the names, or whole paths where others have these names, too; and whether all the
+    weights are turned round (GPT-2's [in, out])."""
+    linear = _linear(model)
+    chosen = {path: layer for path, layer in linear.items() if path.rpartition(".")[2] in names}
+    others = {path.rpartition(".")[2] for path, _ in model.named_modules() if path not in chosen}
+    turned = not any(isinstance(layer, torch.nn.Linear) for layer in chosen.values())
+    return (list(chosen) if others & set(names) else names), turned
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
@@ -132,8 +195,8 @@ def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str:
 def merged(policy: PreTrainedModel) -> PreTrainedModel:
     """A plain model that computes what the policy does; it shares the memory of what has no adapter."""
     weights = {name: tensor.detach() for name, tensor in base_weights(policy).items()}
-    for path, layer in _layers(policy):
-        weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(NAME)
+    for name, delta in _deltas(policy):
+        weights[name] = weights[name] + delta
     with torch.device("meta"):
         plain = type(policy)(policy.config)
     plain.load_state_dict(weights, assign=True)
@@ -143,11 +206,26 @@ def merged(policy: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
+def check_merge(policy: PreTrainedModel, plain: Mapping[str, torch.Size]) -> None:
+    """ValueError unless the adapter can be merged into weights of these names and shapes, the policy's without it."""
+    base = base_weights(policy)
+    found = {name: weight.shape for name, weight in base.items()}
+    faults = {name for name, _ in found.items() ^ plain.items()}
+    faults |= {name for name, delta in _deltas(policy) if found.get(name) != delta.shape}
+    adapted: dict[int, str] = {}  # weights that layers share, each of which has an adapter of its own
+    for name in (_weight_of(path, layer) for path, layer in _layers(policy)):
+        if name in base and name != adapted.setdefault(base[name].data_ptr(), name):
+            faults.add(name)
+    if faults:
+        raise ValueError(f"its adapter cannot be merged into {min(faults)}: leave such layers out of model.lora.target")
+
+
+@torch.no_grad()
 def merge_into(policy: PreTrainedModel, plain: Mapping[str, Tensor]) -> None:
     """Bring `merged(policy)`'s weights, by name, up to the adapter as it is now."""
     base = base_weights(policy)
-    for path, layer in _layers(policy):
-        plain[f"{path}.weight"].copy_(base[f"{path}.weight"] + layer.get_delta_weight(NAME))
+    for name, delta in _deltas(policy):
+        plain[name].copy_(base[name] + delta)
 
 
 def save_adapter(policy: PreTrainedModel, folder: Path, base: str) -> None:
@@ -179,9 +257,24 @@ def spec_of(policy: PreTrainedModel, lora: LoraConfig, base: str, dtype: torch.d
     return asdict(AdapterSpec(lora.rank, lora.alpha, lora.target, base, base_digest(policy, dtype)))
 
 
-def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """peft's layers by their paths."""
-    return [(path, module) for path, module in model.named_modules() if hasattr(module, "lora_A")]
+def _layers(model: torch.nn.Module, shared: bool = False) -> list[tuple[str, Any]]:
+    """peft's layers by their paths; `shared`: one that has several by each."""
+    every = model.named_modules(remove_duplicate=not shared)
+    return [(path, module) for path, module in every if hasattr(module, "lora_A")]
+
+
+def _deltas(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the adapter adds to weights, by the names of `base_weights`: all names of a layer that is shared.
+
+    Fused experts have several a module.
+    """
+    for path, layer in _layers(model, shared=True):
+        yield _weight_of(path, layer), layer.get_delta_weight(NAME)
+
+
+def _weight_of(path: str, layer: Any) -> str:
+    """The name of the weight that a layer of peft adapts."""
+    return f"{path.replace(BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def _peft_name(name: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import DynamicCache
+
 NAMES = ("cache", "past_key_values", "cache_params")  # the newest first
 
 
@@ -33,3 +35,14 @@ def cache_of(output: Any) -> Any:
         if (cache := getattr(output, name, None)) is not None:
             return cache
     raise ValueError(f"{type(output).__name__} has no cache: none of {', '.join(NAMES)} is in it")
+
+
+def recurrent(model: Any) -> bool:
+    """Whether layers of the model carry a state from token to token: padding before a row would be part of it."""
+    if getattr(model, "_is_stateful", False):
+        return True
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # a configuration without what transformers asks for: the model makes caches of its own kind
+        return False
+    return any(hasattr(layer, "conv_states") for layer in layers)

@@ -46,6 +46,7 @@ from rlhf.ending import RunError, alone, full_disk_explained
 from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import announce, check_passes, choose_passes
+from rlhf.learning.passes import PADDED, Passes
 from rlhf.loop import Parts, train
 from rlhf.models import Head, make_policy, make_tokenizer, reload, value_model
 from rlhf.monitor.flops import Meter
@@ -54,6 +55,7 @@ from rlhf.monitor.loggers import check_loggers, make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.monitor.progress import Bars
+from rlhf.preflight.agreement import agreeing_passes
 from rlhf.preflight.lengths import check_lengths
 from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.reports.plots import plot_curves
@@ -205,6 +207,7 @@ class Matter:
     policy: PreTrainedModel
     rewards: dict[str, Reward | None]  # by part; None: the run trains it
     rows: dict[str, Any] = field(default_factory=dict)  # what the task's rows are, for checkpoints
+    padded: Passes = PADDED  # the way to compute padded rows that is right for the policy
 
 
 def gathered(site: Site) -> Matter:
@@ -222,12 +225,13 @@ def gathered(site: Site) -> Matter:
     check_data(config, task)
     policy = make_policy(config.model, tokenizer, config.seed)
     notes = check_lengths(config, task, policy, tokenizer)
-    check_passes(policy, config.model)
+    padded = _padded(site, policy)
+    check_passes(policy, config.model, padded)
     rewards = given_rewards(config.reward, task, config.model, moment)
     site.bars.say(in_one_line(config, policy))
     for note in (*task.notes, *notes):
         site.bars.say(note)
-    return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()})
+    return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()}, padded)
 
 
 def _rows(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -241,6 +245,14 @@ def _rows(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[st
         if said:
             site.bars.say(said)
     return rows
+
+
+def _padded(site: Site, policy: PreTrainedModel) -> Passes:
+    """How to compute padded rows; a checkpoint may be of any architecture, and is tried."""
+    if not isinstance(site.config.model, HfModelConfig):
+        return PADDED
+    engine = not isinstance(site.config.rollout, VllmRolloutConfig)
+    return agreeing_passes(policy, site.config.model.lora, engine, site.bars.say)
 
 
 def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
@@ -267,7 +279,7 @@ def _build(site: Site, matter: Matter, stack: ExitStack) -> tuple[Parts, int]:
     version = transfer.push(sent_weights(policy))
     client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
     sampler = conversing(client, task.environment)
-    probe = Probe(policy, list(task.held_out), sampler, config)
+    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded)
     probe(version)
     trained = _train_rewards(site, matter, sampler)
     reward = combine(config.reward, matter.rewards)
@@ -296,7 +308,7 @@ def _recorder(site: Site, transfer: Transfer, journal: Journal, meter: Meter | N
 def _trainer(site: Site, parts: Parts, matter: Matter, version: int) -> Callable[[], None]:
     """What trains the policy: RL, or DPO on preference pairs."""
     config, policy = site.config, matter.policy
-    passes = choose_passes(policy, config.model, site.bars.say)
+    passes = choose_passes(policy, config.model, site.bars.say, matter.padded)
     match config.algo:
         case DpoConfig() as algo:
             if site.saved is None:

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.compose import choice
-from rlhf.config import EvaluationConfig, HfModelConfig
+from rlhf.config import EvaluationConfig, HfModelConfig, VllmRolloutConfig
 from rlhf.ending import RunError
 from rlhf.held_out import measure
 from rlhf.models import make_policy, make_tokenizer
+from rlhf.preflight.agreement import check_engine
 from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
@@ -41,6 +42,8 @@ def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
     if all(task.score(prompt, "") is None for prompt in task.held_out):
         raise ValueError("no held-out row of the task has an answer to compare with: choose another task or task.path")
     policy = make_policy(config.model, tokenizer, config.seed)
+    if isinstance(config.model, HfModelConfig) and not isinstance(config.rollout, VllmRolloutConfig):
+        check_engine(policy)
     for note in (*task.notes, *check_lengths(config, task, policy, tokenizer)):
         print(note)
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ vocabulary is used piece by piece, so that no [B, T, V] is put together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.learning import losses
 from rlhf.learning.microbatches import length_groups
 from rlhf.learning.recompute import recomputing
-from rlhf.model_cache import cache_name
+from rlhf.model_cache import cache_name, parameters_of
 from rlhf.types import TRUNCATED, Rollouts
 
 
@@ -132,28 +132,63 @@ def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
         yield Piece(rows, 1, outputs_btV)
 
 
-def response_values(critic: PreTrainedModel, batch: Batch) -> Tensor:
+def whole_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+    """The same with each row whole, its prompt before it, and padding behind it: no cache, no mask, no positions.
+
+    Nothing that comes later changes what a causal model says, so that this is right for all of them.
+    """
+    lengths = [len(batch.prompts[p]) + length for p, length in zip(batch.prompt_of_B, batch.lengths(), strict=True)]
+    for rows, _ in length_groups(lengths):
+        yield _whole(model, batch, rows)
+
+
+def _whole(model: PreTrainedModel, batch: Batch, rows: list[int]) -> Piece:
+    device, responses_bT = batch.ids_BT.device, batch.ids_BT[rows]
+    prompts, known = [batch.prompts[batch.prompt_of_B[row]] for row in rows], batch.lengths(rows)
+    longest, last = max(map(len, prompts)), responses_bT.shape[1] - 1
+    width = max(len(prompt) + max(1, length) for prompt, length in zip(prompts, known, strict=True)) - 1
+    padded_bL = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    prompts_b1 = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+    place_W = torch.arange(width, device=device)
+    source_bW = torch.where(place_W < prompts_b1, place_W, longest + (place_W - prompts_b1).clamp(max=last))
+    late = {"logits_to_keep": width + 1 - min(map(len, prompts))} if "logits_to_keep" in parameters_of(model) else {}
+    with recomputing(model):
+        outputs_bWV = model(
+            input_ids=torch.cat([padded_bL, responses_bT], dim=1).gather(1, source_bW), use_cache=False, **late
+        ).logits
+    first_b1 = prompts_b1 - 1 - (width - outputs_bWV.shape[1])
+    predicting_bt = first_b1 + torch.arange(max(1, *known), device=device)
+    predicting_bt1 = predicting_bt.clamp(max=outputs_bWV.shape[1] - 1)[..., None]
+    return Piece(rows, 0, outputs_bWV.gather(1, predicting_bt1.expand(-1, -1, outputs_bWV.shape[2])))
+
+
+Pieces = Callable[[PreTrainedModel, Batch], Iterator[Piece]]
+
+
+def response_values(critic: PreTrainedModel, batch: Batch, pieces: Pieces = response_pieces) -> Tensor:
     """What a critic, whose V is 1, says before each response token [B, T]; 0 at padding."""
     values_BT = torch.zeros_like(batch.mask_BT)
-    for piece in response_pieces(critic, batch):
+    for piece in pieces(critic, batch):
         values_BT[piece.place] = piece.outputs_btV.squeeze(-1).float()
     return values_BT
 
 
-def response_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
+def response_logprobs(
+    model: PreTrainedModel, batch: Batch, temperature: float, pieces: Pieces = response_pieces
+) -> Tensor:
     """log pi [B, T] of each response token under softmax(logits / temperature); 0 at padding."""
     logprobs_BT = torch.zeros_like(batch.mask_BT)
-    for piece in response_pieces(model, batch):
+    for piece in pieces(model, batch):
         logprobs_BT[piece.place] = losses.token_logprobs(piece.outputs_btV, batch.ids_BT[piece.place], temperature)
     return logprobs_BT
 
 
 def logprobs_and_entropy(
-    model: PreTrainedModel, batch: Batch, temperature: float, entropy_gradient: bool
+    model: PreTrainedModel, batch: Batch, temperature: float, entropy_gradient: bool, pieces: Pieces = response_pieces
 ) -> tuple[Tensor, Tensor]:
     """The same, and the entropy [B, T] of the distribution at each of them, in nats, with a gradient if asked for."""
     logprobs_BT, entropy_BT = torch.zeros_like(batch.mask_BT), torch.zeros_like(batch.mask_BT)
-    for piece in response_pieces(model, batch):
+    for piece in pieces(model, batch):
         logprobs_BT[piece.place] = losses.token_logprobs(piece.outputs_btV, batch.ids_BT[piece.place], temperature)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy_BT[piece.place] = losses.entropy(piece.outputs_btV, temperature)

@@ -20,35 +20,40 @@ TOLERANCE = {torch.float32: 1e-3}  # of log-probs in a trial, as a share of thei
 HALF_TOLERANCE = 0.1  # in bfloat16 and float16, whose own error is about a tenth of it
 
 
-def check_passes(policy: PreTrainedModel, config: ModelConfig) -> None:
-    """ValueError, before anything is trained, where model.attention=packed or model.compile=true cannot be."""
+def check_passes(policy: PreTrainedModel, config: ModelConfig, padded: Passes = PADDED) -> None:
+    """ValueError, before anything is trained, where model.attention=packed or model.compile=true cannot be.
+
+    `padded`: the way to compute padded rows that is right for the policy, here as below.
+    """
     if config.compile is True and not _wanted(policy, config):
         parameter = next(policy.parameters())
         raise ValueError(
             "model.compile=true compiles packed rows: set model.attention=packed, or model.compile=auto "
             f"(got model.attention={config.attention} on {parameter.device.type}, {parameter.dtype})"
         )
-    if config.attention == "packed" and (fault := _fault(policy)) is not None:
+    if config.attention == "packed" and (fault := _fault(policy, padded)) is not None:
         raise ValueError(f"model.attention=packed: {fault}: set model.attention=auto or sdpa")
 
 
-def choose_passes(policy: PreTrainedModel, config: ModelConfig, say: Callable[[str], None]) -> Passes:
+def choose_passes(
+    policy: PreTrainedModel, config: ModelConfig, say: Callable[[str], None], padded: Passes = PADDED
+) -> Passes:
     """The way that the configuration names; by `auto` packed on a GPU where the policy then says the same as padded.
 
     ValueError where what is asked for cannot be; where `auto` has to do without something, one line says why.
     """
-    check_passes(policy, config)
+    check_passes(policy, config, padded)
     if not _wanted(policy, config):
-        return PADDED
+        return padded
     asked = config.attention == "packed"
-    fault = None if asked else _no_flash(policy) or _fault(policy)
+    fault = None if asked else _no_flash(policy) or _fault(policy, padded)
     if fault is not None:
         say(f"learner: rows are padded, not packed: {fault}")
-        return PADDED
+        return padded
     window = window_of(policy)
     if not _compiles(policy, config):
         return Packed(False, window)
-    fault = trial(policy, Packed(True, window))
+    fault = trial(policy, Packed(True, window), padded)
     if fault is None:
         return Packed(True, window)
     if config.compile is True:
@@ -81,21 +86,24 @@ def _compiles(policy: PreTrainedModel, config: ModelConfig) -> bool:
 def _no_flash(policy: PreTrainedModel) -> str | None:
     """Why FlashAttention does not take the policy's heads; without it padded rows are faster."""
     config = policy.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    if not size:
+        return f"{type(policy).__name__} has no attention heads that its configuration tells of"
     if size <= LARGEST_HEAD and not size % 8:
         return None
     return f"FlashAttention takes heads of 8 to {LARGEST_HEAD} numbers, in steps of 8, and these have {size}"
 
 
-def _fault(policy: PreTrainedModel) -> str | None:
+def _fault(policy: PreTrainedModel, padded: Passes) -> str | None:
     """Why the policy's rows cannot be packed; None if they can."""
     try:
-        return trial(policy, Packed(False, window_of(policy)))
+        return trial(policy, Packed(False, window_of(policy)), padded)
     except Unsupported as error:
         return str(error)
 
 
-def trial(policy: PreTrainedModel, passes: Passes) -> str | None:
+def trial(policy: PreTrainedModel, passes: Passes, padded: Passes = PADDED) -> str | None:
     """Why this way is none for the policy: what it raises, or how far its log-probs are from those of padded rows."""
     batch = _few_rows(policy)
     try:
@@ -107,7 +115,7 @@ def trial(policy: PreTrainedModel, passes: Passes) -> str | None:
     except Exception as error:  # a model's own code, or a compiler, may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     with torch.no_grad():
-        theirs_BT = PADDED.logprobs(policy, batch, 1.0)
+        theirs_BT = padded.logprobs(policy, batch, 1.0)
     counts = batch.mask_BT.bool()
     theirs, gap = theirs_BT[counts], (ours_BT.detach() - theirs_BT)[counts]
     share = float(gap.norm() / (theirs - theirs.mean()).norm().clamp(min=1e-6))
@@ -136,15 +144,32 @@ def random_batch(
     """Random tokens: prompts and responses of these lengths; the same for the same model."""
     generator = torch.Generator().manual_seed(0)
     device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    special = torch.tensor(_special_tokens(model), dtype=torch.long)
+
+    def drawn(*size: int) -> torch.Tensor:
+        ids = torch.randint(0, vocabulary, size, generator=generator)
+        while bool((there := torch.isin(ids, special)).any()):
+            ids = torch.where(there, (ids + 1) % vocabulary, ids)
+        return ids
+
     lengths_B = torch.tensor(responses, device=device)
     size = len(responses), max(responses)
     mask_BT = (torch.arange(size[1], device=device) < lengths_B[:, None]).float()
     return Batch(
-        prompts=[tuple(torch.randint(0, vocabulary, (n,), generator=generator).tolist()) for n in prompts],
+        prompts=[tuple(drawn(n).tolist()) for n in prompts],
         prompt_of_B=list(prompt_of_B),
-        ids_BT=torch.randint(0, vocabulary, size, generator=generator).to(device),
+        ids_BT=drawn(*size).to(device),
         mask_BT=mask_BT,
         sampled_BT=torch.zeros_like(mask_BT),
         truncated_B=torch.zeros_like(lengths_B, dtype=torch.bool),
         measured_B=torch.zeros_like(lengths_B, dtype=torch.bool),
     )
+
+
+def _special_tokens(model: PreTrainedModel) -> list[int]:
+    """Ids that stand for something, such as an image, by the model's configuration."""
+    configs = (model.config, model.config.get_text_config())
+    told = {name: value for config in configs for name, value in vars(config).items()}
+    named = [value for name, value in told.items() if name.endswith(("token_id", "token_index"))]
+    every = [each for value in named for each in (value if isinstance(value, list) else [value])]
+    return [each for each in every if isinstance(each, int)]

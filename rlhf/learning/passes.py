@@ -1,8 +1,10 @@
-"""How a model computes rows, in one of two ways with the same results: padded (forward.py), or packed, which GPUs like.
+"""How a model computes rows, in ways with the same results: padded (forward.py), or packed, which GPUs like.
+
+Padded rows share their prompts, or are whole where a model's cache cannot be shared (recurrent layers, for one).
 
 Packed rows lie behind each other without padding (packing.py), attention goes by their lengths (packed_attention.py),
 log-probs come straight from hidden states (output_layer.py), and decoder layers may be compiled (compiled_layers.py).
-Which of the two a run takes is chosen in pass_choice.py.
+Which way a run takes is chosen in pass_choice.py.
 
 Shapes: P prompts, B rows, T response tokens.
 """
@@ -47,21 +49,23 @@ class Passes(Protocol):
 
 
 class Padded:
-    """Rows as tensors, prompts padded on the left and responses on the right: for any model, device and dtype."""
+    """Rows as tensors, prompts padded on the left and responses on the right, a prompt computed once for its rows."""
+
+    pieces: forward.Pieces = staticmethod(forward.response_pieces)
 
     def logprobs(self, model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
         """As Passes has it."""
-        return forward.response_logprobs(model, batch, temperature)
+        return forward.response_logprobs(model, batch, temperature, self.pieces)
 
     def logprobs_and_entropy(
         self, model: PreTrainedModel, batch: Batch, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         """As Passes has it."""
-        return forward.logprobs_and_entropy(model, batch, temperature, entropy_gradient)
+        return forward.logprobs_and_entropy(model, batch, temperature, entropy_gradient, self.pieces)
 
     def values(self, critic: PreTrainedModel, batch: Batch) -> Tensor:
         """As Passes has it."""
-        return forward.response_values(critic, batch)
+        return forward.response_values(critic, batch, self.pieces)
 
     def split(self, sizes: Sizes, rows: Sequence[int], budget: int) -> list[list[int]]:
         """As Passes has it."""
@@ -69,6 +73,20 @@ class Padded:
 
 
 PADDED = Padded()
+
+
+class Whole(Padded):
+    """Rows as tensors, each whole and padded on the right, its prompt computed anew: for any causal model."""
+
+    pieces = staticmethod(forward.whole_pieces)
+
+    def split(self, sizes: Sizes, rows: Sequence[int], budget: int) -> list[list[int]]:
+        """As Passes has it."""
+        whole = [sizes.prompts[p] + n for p, n in zip(sizes.prompt_of_B, sizes.responses_B, strict=True)]
+        return split(Sizes([0] * len(sizes.prompts), sizes.prompt_of_B, whole), rows, budget)
+
+
+WHOLE = Whole()
 
 
 class Packed:

@@ -47,15 +47,15 @@ def recomputing(
     its keys and values itself, so that they are not kept a row, and the cache stays as it is. `within`: what a layer's
     pass needs around it, also when it is computed again.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    if not layers or not torch.is_grad_enabled():
+    layers = _outermost(model) if torch.is_grad_enabled() else []
+    if not layers:
         yield False
         return
     before = [
         vars(layer).get("forward") for layer in layers
     ]  # a compiled one (compiled_layers.py); else the class's own
-    for index, layer in enumerate(layers):
-        layer.forward = partial(_forward, layer.forward, index, rows, within)
+    for place, layer in enumerate(layers):
+        layer.forward = partial(_forward, layer.forward, _index(layer, place), rows, within)
     try:
         yield True
     finally:
@@ -64,6 +64,19 @@ def recomputing(
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+def _outermost(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers to compute again, without those that are parts of others."""
+    every = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    parts = {id(part) for layer in every for part in layer.modules() if part is not layer}
+    return [layer for layer in every if id(layer) not in parts]
+
+
+def _index(layer: torch.nn.Module, place: int) -> int:
+    """The layer's place in a cache, as it says itself, or else among all layers: vision layers may come first."""
+    told = (getattr(module, "layer_idx", None) for module in layer.modules())
+    return next((index for index in told if isinstance(index, int)), place)
 
 
 def _forward(

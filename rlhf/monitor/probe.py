@@ -12,7 +12,8 @@ import torch
 
 from rlhf.config import Precision, RunConfig
 from rlhf.ending import RunError
-from rlhf.learning.forward import collate, response_logprobs
+from rlhf.learning.forward import collate
+from rlhf.learning.passes import PADDED, Passes
 from rlhf.types import Prompt, Sampler
 
 if TYPE_CHECKING:
@@ -26,8 +27,16 @@ TOLERANCE = {Precision.float32: 1e-3, Precision.bfloat16: 0.5}  # nats, of the l
 class Probe:
     """Compares log-probs of workers and trainer when `transfer.verify_every` says so."""
 
-    def __init__(self, policy: PreTrainedModel, prompts: list[Prompt], sampler: Sampler, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        prompts: list[Prompt],
+        sampler: Sampler,
+        config: RunConfig,
+        passes: Passes = PADDED,
+    ) -> None:
         self._policy = policy
+        self._passes = passes
         self._prompts = prompts[: PROMPTS_PER_WORKER * config.rollout.workers]
         self._sampler = sampler
         self._temperature = config.rollout.temperature
@@ -45,7 +54,7 @@ class Probe:
         rollouts = self._sampler.sample(self._prompts, n=1, temperature=self._temperature, seed=SEED)
         batch = collate(rollouts, self._policy.device)
         with torch.no_grad():
-            logprobs_BT = response_logprobs(self._policy, batch, self._temperature)
+            logprobs_BT = self._passes.logprobs(self._policy, batch, self._temperature)
         worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT * batch.measured_B[:, None]).max())
         if not worst <= self._tolerance:
             raise RunError(

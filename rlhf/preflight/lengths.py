@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import DpoConfig
+from rlhf.learning.pass_choice import context_of
 from rlhf.preflight.plan import check_amounts
 from rlhf.stop_tokens import ended
 from rlhf.tasks.json_lines import some
@@ -58,7 +59,7 @@ def check_lengths(
     With task.overlong=drop, they are left out of `task` instead. What a user should know, a line each: what was left
     out, and that rollout.max_new_tokens would cut most answers of a run, if they are like the demonstrations.
     """
-    limit = policy.config.get_text_config().max_position_embeddings
+    limit = context_of(policy)
     notes, cut = _prompts(config, task, limit), []
     if isinstance(config, RunConfig):
         answers = _answer_lengths(task, tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.model_cache import cache_name, cache_of, parameters_of
+from rlhf.model_cache import cache_name, cache_of, parameters_of, recurrent
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
 from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
 
@@ -58,7 +58,7 @@ class HfEngine:
         with evaluating(self.model):
             if (version := turn()) is None:
                 return rows.samples()
-            decoder = Decoder(self.model, prompts, sampling)
+            decoder = make_decoder(self.model, prompts, sampling)
             for position in range(sampling.max_tokens):
                 ids, logprobs = draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
                 rows.record(version, ids, logprobs)
@@ -143,6 +143,7 @@ class Decoder:
         self._device = next(model.parameters()).device
         self._known = parameters_of(model)
         self._name = cache_name(model)
+        self._counts = recurrent(model) and "position_ids" in self._known  # some forget what is in their cache
         self._cache: Any = None
         self._width = max(map(len, prompts))
         self._mask: torch.Tensor | None = None  # [R, L + max_tokens], 0 on padding
@@ -177,11 +178,61 @@ class Decoder:
             mask = arguments["attention_mask"] = self._mask[:, : self._width]
             if "position_ids" in self._known:
                 arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        elif self._counts:
+            first = self._width - ids.shape[1]
+            arguments["position_ids"] = torch.arange(first, self._width, device=self._device).expand(len(ids), -1)
         if "logits_to_keep" in self._known:
             arguments["logits_to_keep"] = 1
         output = self._model(input_ids=ids, **arguments)
         self._cache = cache_of(output)
         self.logits = output.logits[:, -1]
+
+
+class Apart:
+    """As Decoder, with prompts of one length in a batch of their own each: nothing is padded."""
+
+    logits: torch.Tensor
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self._parts: list[tuple[np.ndarray, Decoder]] = []  # with the places of its rows in the batch
+        for length in np.unique(lengths):
+            chosen = np.flatnonzero(lengths == length)
+            places = (chosen[:, None] * sampling.n + np.arange(sampling.n)).ravel()
+            self._parts.append((places, Decoder(model, [prompts[index] for index in chosen.tolist()], sampling)))
+        self._join(len(prompts) * sampling.n)
+
+    def select(self, rows: np.ndarray) -> None:
+        """As Decoder has it."""
+        parts = []
+        for places, decoder in self._parts:
+            there = np.flatnonzero(np.isin(rows, places))
+            if len(there):
+                decoder.select(np.searchsorted(places, rows[there]))
+                parts.append((there, decoder))
+        self._parts = parts
+
+    def step(self, ids: torch.Tensor) -> None:
+        """As Decoder has it."""
+        for places, decoder in self._parts:
+            decoder.step(ids[torch.from_numpy(places).to(ids.device)])
+        self._join(len(ids))
+
+    def _join(self, rows: int) -> None:
+        first = self._parts[0][1].logits
+        self.logits = first.new_empty(rows, first.shape[1])
+        for places, decoder in self._parts:
+            self.logits[torch.from_numpy(places).to(first.device)] = decoder.logits
+
+
+def make_decoder(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Decoder | Apart:
+    """Prompts of different lengths are padded, but for a model that would see the padding.
+
+    Recurrent layers do, and positions that nobody can tell.
+    """
+    mixed = len({len(prompt) for prompt in prompts}) > 1
+    sees = mixed and (recurrent(model) or "position_ids" not in parameters_of(model))
+    return Apart(model, prompts, sampling) if sees else Decoder(model, prompts, sampling)
 
 
 def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,6 +101,15 @@ def architecture_of(model: Any) -> dict[str, Any]:
     return json.loads(model.config.to_json_string(use_diff=False))
 
 
+def _with_floats(value: Any) -> Any:
+    """A setting with the numbers that JSON does not have: transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"]:
+            return float(value["__float__"])
+        return {name: _with_floats(each) for name, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
+
+
 def build_model(spec: WorkerSpec) -> torch.nn.Module:
     """A model of the spec's architecture; its weights, or those of its adapter, are nothing until the first update."""
     import torch
@@ -127,7 +136,7 @@ def config_of(spec: WorkerSpec) -> Any:
     """The transformers config of a spec's architecture; ValueError where nobody knows it."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    settings = dict(spec.architecture)
+    settings = {name: _with_floats(value) for name, value in spec.architecture.items()}
     model_type = settings.pop("model_type")
     if spec.code:
         made: Any = AutoConfig.from_pretrained(spec.code, trust_remote_code=True)

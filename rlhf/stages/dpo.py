@@ -27,6 +27,7 @@ from rlhf.learning.forward import Batch
 from rlhf.learning.learner import MAX_SKIPPED
 from rlhf.learning.losses import dpo
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.pass_choice import context_of
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.schedules import scale
 from rlhf.loop import Parts
@@ -229,7 +230,7 @@ class DpoLearner:
         self.config = config
         self.beta = config.algo.beta
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
-        context = policy.config.get_text_config().max_position_embeddings
+        context = context_of(policy)
         self.training = self._with_reference(tokenised(training, tokenizer, context))
         self.held_out = self._with_reference(tokenised(held_out, tokenizer, context))
         self.steps = 0
