@@ -46,10 +46,7 @@ class DiskPublisher:
     given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
-        self._folder = Path(config.path) if config.path else folder / "weights"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._folder = self._folder.resolve()
-        self._lock = FolderLock(self._folder, "transfer.path")
+        self._folder, self._lock = _held(Path(config.path) if config.path else folder / "weights")
         self._keep = config.keep
         self._manifest: Manifest | None = None
         self._epoch = 0
@@ -167,6 +164,17 @@ class DiskIntake:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _held(folder: Path) -> tuple[Path, FolderLock]:
+    """The folder, made and locked; ValueError if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder.resolve()
+        return folder, FolderLock(folder, "transfer.path")
+    except OSError as error:
+        why = f"got {str(folder)!r}; {error.strerror}: {error.filename}"
+        raise ValueError(f"transfer.path must be a folder that can be written to ({why})") from error
 
 
 def _weights_name(epoch: int, version: int) -> str:

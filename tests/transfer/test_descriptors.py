@@ -125,7 +125,7 @@ def test_workers_get_the_memory_while_strangers_flood_the_socket(offered):
 
 def test_a_queue_that_stays_full_ends_in_one_line_by_the_deadline(monkeypatch):
     monkeypatch.setattr(descriptors, "HANDSHAKE_S", 0.3)
-    path, began = "\0transfer-test-full", time.monotonic()
+    path, began = f"\0transfer-test-full-{os.getpid()}", time.monotonic()
     with socket.socket(socket.AF_UNIX) as deaf, ExitStack() as stack:
         deaf.bind(path)
         deaf.listen(0)
@@ -137,7 +137,7 @@ def test_a_queue_that_stays_full_ends_in_one_line_by_the_deadline(monkeypatch):
 
 def test_a_server_that_never_answers_ends_in_one_line_by_the_deadline(monkeypatch):
     monkeypatch.setattr(descriptors, "HANDSHAKE_S", 0.3)
-    path = "\0transfer-test-mute"
+    path = f"\0transfer-test-mute-{os.getpid()}"
     with socket.socket(socket.AF_UNIX) as mute:
         mute.bind(path)
         mute.listen(5)

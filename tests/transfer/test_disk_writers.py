@@ -155,6 +155,26 @@ def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, no_lock
     assert "cannot be locked (No locks available)" in caplog.text
 
 
+def put_file(folder):
+    folder.rmdir()
+    folder.write_text("")
+
+
+UNUSABLE = {
+    "a file in its place": put_file,
+    "a folder in the lock's place": lambda folder: (folder / ".writer").mkdir(),
+    "a link in the lock's place": lambda folder: (folder / ".writer").symlink_to(folder / "elsewhere"),
+}
+
+
+@pytest.mark.parametrize("put", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_folder_that_cannot_be_written_to_is_one_line_with_the_key(put, tmp_path):
+    (tmp_path / "weights").mkdir()
+    put(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"^transfer\.path must be a folder that can be written to \(got '.*'; "):
+        DiskPublisher(DiskConfig(sender=SenderConfig()), tmp_path)
+
+
 def test_what_a_holder_says_of_itself_is_one_safe_line(tmp_path):
     with writer_of(tmp_path) as other:
         assert other.said() == "ready"
