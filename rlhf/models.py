@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Device, HfModelConfig, ModelConfig, TinyModelConfig
-from rlhf.saving import Brought, brought_by, carry
-from rlhf.saving import save_model as save_model  # of which this is the usual place
-from rlhf.stop_tokens import as_config, carry_stop_ids, stop_ids, stop_ids_of
+from rlhf.loading import from_pretrained, load_tokenizer, load_weights, say_nothing_of_lengths, without_dropout
+from rlhf.saving import brought_by
+from rlhf.stop_tokens import as_config, stop_ids, stop_ids_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 # Decoders that name their layers, heads, ... alike and have value heads. Not qwen2, though it would fit: AutoTokenizer
 # reads any qwen2 folder with Qwen2Tokenizer, whatever tokenizer was saved in it.
 ARCHITECTURES = ("llama", "mistral", "qwen3")
-HUB_TIMEOUT_S = 10.0
-TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name of a warning
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
@@ -72,7 +69,7 @@ def make_tokenizer(
         case TinyModelConfig():
             return _character_tokenizer(config, characters, [*ROLES, *sorted(set(tags) - set(ROLES))] if chat else [])
         case HfModelConfig():
-            return _load_tokenizer(config.path, "model.path", config.trust_remote_code)
+            return load_tokenizer(config.path, "model.path", config.trust_remote_code)
     raise AssertionError(f"no tokenizer is made from {type(config).__name__}")
 
 
@@ -89,16 +86,11 @@ def _character_tokenizer(
         split_special_tokens=True,  # a text that spells "<eos>" is five characters, not the end
         **SPECIAL,
     )
-    _say_nothing_of_lengths(tokenizer)
+    say_nothing_of_lengths(tokenizer)
     if tags:
         tokenizer.add_tokens([f"<|{tag}|>" for tag in tags])
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def _say_nothing_of_lengths(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows that are too long are refused or left out by line, where all of them are known."""
-    tokenizer.deprecation_warnings[TOO_LONG] = True
 
 
 def _splitter(characters: list[str]) -> Tokenizer:
@@ -109,27 +101,6 @@ def _splitter(characters: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def _load_tokenizer(path: str, key: str, trust: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoConfig, AutoTokenizer
-
-    shape = _from_pretrained(AutoConfig, path, f"{key}: cannot load a model", trust_remote_code=trust)
-    tokenizer = _from_pretrained(AutoTokenizer, path, f"{key}: cannot load a tokenizer", trust_remote_code=trust)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{key}: the tokenizer of {path} has no end-of-sequence token (eos_token), so no answer could end"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    _say_nothing_of_lengths(tokenizer)
-    brought = _from_pretrained(Brought, path, f"{key}: cannot load a model")
-    text = shape.get_text_config()
-    named = [brought.generation.get("eos_token_id"), shape.eos_token_id, text.eos_token_id]
-    carry_stop_ids(tokenizer, named, getattr(text, "vocab_size", len(tokenizer)))
-    carry(tokenizer, brought)
     return tokenizer
 
 
@@ -173,6 +144,12 @@ def _check_flash(config: ModelConfig) -> None:
         )
 
 
+def _build(config: ModelConfig) -> dict[str, Any]:
+    import torch
+
+    return {"dtype": getattr(torch, config.dtype.value), "attn_implementation": config.implementation}
+
+
 def _new_policy(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -202,8 +179,8 @@ def _load_policy(config: HfModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = {"trust_remote_code": config.trust_remote_code}
-    shape = _without_dropout(_from_pretrained(AutoConfig, config.path, "model.path: cannot load a model", **trust))
-    policy = _load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **_build(config), **trust)
+    shape = without_dropout(from_pretrained(AutoConfig, config.path, "model.path: cannot load a model", **trust))
+    policy = load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **_build(config), **trust)
     if (brought := brought_by(tokenizer)) is not None:
         brought.look_at_weights()  # which are here by now
     rows = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
@@ -219,7 +196,7 @@ def reload(policy: PreTrainedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     auto = type(policy) if policy.is_remote_code() else AutoModelForCausalLM  # whose code is here: none is read again
-    saved = _load_weights(auto, str(folder), "the checkpoint's policy", dtype=policy.dtype)
+    saved = load_weights(auto, str(folder), "the checkpoint's policy", dtype=policy.dtype)
     try:
         policy.load_state_dict(saved.state_dict())
     except RuntimeError as error:
@@ -237,7 +214,7 @@ def load_base(spec: AdapterSpec, **options: Any) -> PreTrainedModel:
 
     from rlhf.adapter import add_adapter, base_digest
 
-    model = _load_weights(AutoModelForCausalLM, spec.base, "the worker's adapter.base", **options)
+    model = load_weights(AutoModelForCausalLM, spec.base, "the worker's adapter.base", **options)
     found = base_digest(model, options["dtype"])
     if spec.digest and found != spec.digest:
         raise ValueError(
@@ -260,7 +237,7 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     from rlhf.learning.recompute import enable, enabled
 
     auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
-    shape = _without_dropout(copy.deepcopy(policy.config))
+    shape = without_dropout(copy.deepcopy(policy.config))
     shape.num_labels = 1
     shape.classifier_dropout = 0.0
     if shape.pad_token_id in stop_ids_of(shape):  # transformers would take the end of a text for padding behind it
@@ -296,8 +273,8 @@ def load_reward_model(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     device = resolve_device(config.device)
-    told = _from_pretrained(AutoConfig, path, "reward.path: cannot load a reward model", trust_remote_code=trust)
-    shape = _without_dropout(told)
+    told = from_pretrained(AutoConfig, path, "reward.path: cannot load a reward model", trust_remote_code=trust)
+    shape = without_dropout(told)
     if shape.num_labels != 1:
         raise ValueError(
             f"reward.path: {path} is no reward model: a sequence classifier with num_labels=1 is needed, "
@@ -306,8 +283,8 @@ def load_reward_model(
     ours, options = trained_by_a_run(shape), _build(config) | {"config": shape, "trust_remote_code": trust}
     if not ours:
         del options["attn_implementation"]  # the policy's, which others may not have
-    model = _load_weights(AutoModelForSequenceClassification, path, "reward.path", **options)
-    tokenizer = _load_tokenizer(path, "reward.path", trust) if ours else _others_tokenizer(path, model, trust)
+    model = load_weights(AutoModelForSequenceClassification, path, "reward.path", **options)
+    tokenizer = load_tokenizer(path, "reward.path", trust) if ours else _others_tokenizer(path, model, trust)
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
@@ -319,7 +296,7 @@ def trained_by_a_run(config: Any) -> bool:
 def _others_tokenizer(path: str, model: PreTrainedModel, trust: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, path, "reward.path: cannot load a tokenizer", trust)
+    tokenizer = from_pretrained(AutoTokenizer, path, "reward.path: cannot load a tokenizer", trust)
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise ValueError(
@@ -350,82 +327,3 @@ def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> to
 def score_layer(model: PreTrainedModel) -> Any:
     """The head of a reward model or a critic, from hidden states to one number."""
     return model.score if hasattr(model, "score") else model.classifier  # transformers' two names for it
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def _build(config: ModelConfig) -> dict[str, Any]:
-    import torch
-
-    return {"dtype": getattr(torch, config.dtype.value), "attn_implementation": config.implementation}
-
-
-def _without_dropout(config: Any) -> Any:
-    """`config` with every dropout set to 0: log-probs of the same tokens must be the same in every pass."""
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(config, name, 0.0)
-    return config
-
-
-def _load_weights(auto: Any, path: str, key: str, **options: Any) -> PreTrainedModel:
-    model, report = _from_pretrained(auto, path, f"{key}: cannot load a model", output_loading_info=True, **options)
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise ValueError(f"{key}: {path} lacks weights of {type(model).__name__}: {missing}, ...")
-    return model
-
-
-def _from_pretrained(auto: Any, path: str, failure: str, trust_remote_code: bool = False, **options: Any) -> Any:
-    """`auto.from_pretrained`, with a ValueError for whatever is wrong with a folder or a hub name.
-
-    Without `trust_remote_code` a checkpoint that needs code of its own is refused: transformers would ask on the
-    terminal, and run it.
-    """
-    _hide_bars()
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".")):
-        raise ValueError(f"{failure}: there is no folder {path} (seen from {Path.cwd()})")
-    local = folder.is_dir() or not _hub_answers(path)
-    where = f"the folder {path}" if folder.is_dir() else f"the Hugging Face hub as {path!r}, which is no folder here"
-    options |= {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    try:
-        return auto.from_pretrained(str(folder) if folder.is_dir() else path, **options)
-    except Exception as error:  # safetensors, tokenizers and the hub each have exceptions of their own
-        if "trust_remote_code" in str(error) and not trust_remote_code:
-            raise ValueError(_untrusted(failure.partition(".path")[0], where)) from error
-        reason = " ".join(str(error).split())[:300]
-        unreachable = (
-            "the hub cannot be reached, and nothing is in the cache: " if local and not folder.is_dir() else ""
-        )
-        raise ValueError(f"{failure} from {where}: {unreachable}{reason}") from error
-
-
-def _untrusted(group: str, where: str) -> str:
-    return (
-        f"{group}.trust_remote_code is false, and {where} brings code of its own (auto_map), without which it does not "
-        f"load: read that code, and set the key to true if you trust it, or choose another {group}.path"
-    )
-
-
-def _hide_bars() -> None:
-    """A run has progress bars of its own."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
-@functools.cache
-def _hub_answers(name: str) -> bool:
-    """Whether the hub can be asked about `name`; if not, the cache serves at once, instead of a minute of retries."""
-    from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        model_info(name, timeout=HUB_TIMEOUT_S)
-    except (HfHubHTTPError, ValueError):
-        return True  # it refuses, and from_pretrained will say why
-    except Exception:  # whatever the HTTP library raises when there is no network
-        return False
-    return True

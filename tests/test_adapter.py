@@ -21,9 +21,10 @@ from rlhf.adapter import (
 from rlhf.config import LoraConfig, TinyModelConfig
 from rlhf.learning.forward import collate, response_logprobs
 from rlhf.learning.learner import Learner
-from rlhf.models import Head, make_policy, make_tokenizer, save_model, value_model
+from rlhf.models import Head, make_policy, make_tokenizer, value_model
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.run import run
+from rlhf.saving import save_model
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 3]])
 REWARDS = [float(b % 2) for b in range(12)]

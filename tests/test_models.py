@@ -18,10 +18,10 @@ from rlhf.models import (
     make_policy,
     make_tokenizer,
     resolve_device,
-    save_model,
     scores,
     value_model,
 )
+from rlhf.saving import save_model
 
 LETTERS = "abcdefgh= <>|eos"
 TINY = TinyModelConfig(layers=2, hidden=32, heads=2, intermediate=48, context=64, device=Device.cpu)

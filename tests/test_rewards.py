@@ -23,11 +23,12 @@ from rlhf.config import (
     TinyModelConfig,
 )
 from rlhf.ending import RunError
-from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, save_model, value_model
+from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, value_model
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.progress import Bars
 from rlhf.rewards import FunctionReward, ModelReward, WeightedSum, combine, usable
 from rlhf.run import run
+from rlhf.saving import save_model
 from rlhf.stages.reward_model import margins, pair_scores, train_reward_model
 from rlhf.types import Pair, Prompt, RewardReport
 from transfer.journal import Journal

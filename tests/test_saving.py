@@ -13,10 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
-from rlhf.models import Head, make_policy, make_tokenizer, reload, save_model, value_model
+from rlhf.models import Head, make_policy, make_tokenizer, reload, value_model
 from rlhf.preflight.check import human
 from rlhf.run import run
-from rlhf.saving import export_model
+from rlhf.saving import export_model, save_model
 
 BROUGHT = {
     "preprocessor_config.json": b'{"image_mean": [0.5]}',
