@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.saving import Brought, carry
 from rlhf.stop_tokens import carry_stop_ids
+from transfer.shown import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def from_pretrained(auto: Any, path: str, failure: str, trust_remote_code: bool 
     except Exception as error:  # safetensors, tokenizers and the hub each have exceptions of their own
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(_untrusted(failure.partition(".path")[0], where)) from error
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(str(error), 300)
         unreachable = (
             "the hub cannot be reached, and nothing is in the cache: " if local and not folder.is_dir() else ""
         )

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlhf.chat_template import RefusedError, behind_an_answer
 from rlhf.types import Prompt, Tokenizer
 
 STOP = "stop_ids"  # the attribute of a tokenizer
-ANSWER = "~answer~"  # is looked for in what a chat template makes of it
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -54,16 +54,13 @@ def text_end(tokenizer: Tokenizer) -> list[int]:
 
 def turn_end(tokenizer: Tokenizer) -> list[int]:
     """What ends an answer in a conversation; as of a plain text where the chat template has no stop id there."""
-    from jinja2 import TemplateError  # and what a template does to a value of another kind than it expects
-
     if not getattr(tokenizer, "chat_template", None):
         return text_end(tokenizer)
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        text = behind_an_answer(tokenizer)
+    except RefusedError:
         return text_end(tokenizer)
-    ids = tokenizer.encode(text.rpartition(ANSWER)[2], add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     stops = [place for place, token in enumerate(ids) if token in stop_ids(tokenizer)]
     return ids[: stops[0] + 1] if stops else text_end(tokenizer)
 

@@ -18,6 +18,7 @@ from rlhf.rewards.columns import names
 from rlhf.rewards.failures import as_rewards
 from rlhf.rewards.samples import Rewards, Samples
 from rlhf.types import Prompt, RewardReport
+from transfer.shown import one_line
 
 LONGEST_ERROR = 300  # characters of an exception that are shown, on one line
 TIMEOUT_S = 60.0
@@ -83,7 +84,7 @@ class FunctionReward:
                 alone = [(sample, self._started(sample)) for sample in samples.each()]
                 return [reward for sample, asked in alone for reward in self._rewarded(sample, asked)]
             place = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(str(error).split())[:LONGEST_ERROR]
+            text = one_line(str(error), LONGEST_ERROR)
             self._count(1, f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
             return [None]
         return as_rewards(f"reward.function={self.name}", given, len(samples), self.report)

@@ -18,6 +18,7 @@ from rlhf.config.model import AUTO
 from rlhf.rewards.model import ModelReward, position_table
 from rlhf.rewards.rendering import OwnTemplate
 from rlhf.types import Prompt
+from transfer.shown import one_line
 
 BATCH_TOKENS = 2**16  # of a pass, with padding
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # by how much a score may change in a batch, absolute and relative
@@ -64,7 +65,7 @@ class PretrainedReward(ModelReward):
         try:
             self._try([self._text(p, answer) for p in some for answer in ("", p.text)])
         except (IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(str(error), 300)
             raise ValueError(
                 f"reward.path: {type(self.model).__name__} fails on the first prompts ({type(error).__name__}: "
                 f"{reason}): choose another reward model"

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf.chat_template import RefusedError, rendered
 from rlhf.tasks.chat import Chat, Message, Spelling, before_answer, dated, in_a_spelling
 from rlhf.types import Prompt
 from transfer.shown import shown
@@ -48,12 +49,10 @@ class OwnTemplate:
             return in_a_spelling(conversation, lambda spelling: self._rendered(conversation, spelling, prompt))
 
     def _rendered(self, messages: list[Message], spelling: Spelling, prompt: Prompt) -> str:
-        from jinja2 import TemplateError
-
         spelt = list(map(spelling, messages))
         try:
-            return self.tokenizer.apply_chat_template(spelt, tokenize=False, **prompt.given)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            return rendered(self.tokenizer, spelt, prompt.given, ask=False)
+        except RefusedError as error:
             said = shown(messages, 300)
             raise ValueError(
                 f"reward.path: the reward model's chat template refuses a conversation ({error}): {said}"

@@ -47,5 +47,7 @@ def rewarded(reward: Reward, rollouts: Rollouts) -> Rewards:
 def _last_answer(row: Completion) -> list[int]:
     """The tokens after the last that the environment has said."""
     ids = row.ids.tolist()
-    said = [place for place, ours in enumerate(row.mask) if not ours]
+    if row.sampled is None:
+        return ids
+    said = [place for place, ours in enumerate(row.sampled) if not ours]
     return ids[said[-1] + 1 :] if said else ids

@@ -17,7 +17,7 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf.stop_tokens import ANSWER
+from rlhf.chat_template import RefusedError, behind_an_answer, rendered
 from rlhf.types import Tokenizer
 from transfer.shown import shown
 
@@ -30,10 +30,6 @@ SPOKEN = (*CALLS, *REASONING)  # what an assistant may say beside `content`
 NAMES = ("role", "content", "name", "tool_call_id", "id")  # the template's to show or not
 LEAVES_OUT = "the model's chat template does not render"
 ANOTHER = "take a model whose template does (model.path)"
-
-
-class _RefusedError(ValueError):
-    """The template has raised an error."""
 
 
 @contextmanager
@@ -121,17 +117,14 @@ class Chat:
     def _end_of_turn(self) -> str:
         """What the template puts behind an assistant's text; the end-of-sequence token comes in its place."""
         if self._tail is None:
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
-            self._tail = self._rendered(turns, {}, ask=False).rpartition(ANSWER)[2]
+            self._tail = behind_an_answer(self.tokenizer)
         return self._tail
 
     def _rendered(self, messages: list[Message], given: Mapping[str, Any], ask: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **given)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise _RefusedError(
+            return rendered(self.tokenizer, messages, given, ask)
+        except RefusedError as error:
+            raise RefusedError(
                 f"the model's chat template refuses a conversation ({error}): {shown(messages, 300)}"
             ) from None
 
@@ -234,7 +227,7 @@ def in_a_spelling(messages: Sequence[Message], attempt: Callable[[Spelling], str
             return attempt(spelling)
         except ValueError as error:
             errors.append(error)
-    raise min(errors, key=lambda error: isinstance(error, _RefusedError))
+    raise min(errors, key=lambda error: isinstance(error, RefusedError))
 
 
 def _as_transformers(message: Message) -> Message:
