@@ -106,8 +106,9 @@ def test_a_tiny_model_is_saved_as_it_was_trained_unless_a_dial_says_otherwise(tm
 def test_the_estimate_of_a_check_knows_in_which_dtype_a_policy_will_be_saved(
     checkpoint, overrides, compose_run, tmp_path, capsys
 ):
+    from rlhf.matter import gathered
     from rlhf.preflight.check import _tell
-    from rlhf.run import gathered, opened
+    from rlhf.site import opened
 
     told = {}
     for options in ((), ("model.save_dtype=float32",)):

@@ -24,6 +24,7 @@ from rlhf.adapter import add_adapter, sent_weights
 from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
 from rlhf.ending import EXPLAINED, RunError, check_free
+from rlhf.matter import Matter, gathered
 from rlhf.monitor.heartbeat import Pulse
 from rlhf.monitor.loggers import SERVICES
 from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
@@ -31,8 +32,9 @@ from rlhf.preflight.plan import arithmetic, files
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards import ModelReward
-from rlhf.run import Matter, gathered, opened, trained
+from rlhf.run import trained
 from rlhf.saving import saved_dtype
+from rlhf.site import opened
 from rlhf.types import Pair, Task
 from transfer.config import DiskConfig
 from transfer.manifest import Manifest
