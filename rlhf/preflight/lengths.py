@@ -11,6 +11,7 @@ from rlhf.config import EvaluationConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.learning.pass_choice import context_of
 from rlhf.preflight.plan import check_amounts
+from rlhf.preflight.rotary import change_of, check_rotary
 from rlhf.stop_tokens import ended
 from rlhf.tasks.json_lines import some
 from rlhf.types import Pair, Prompt, Task, Tokenizer
@@ -59,7 +60,17 @@ def check_lengths(
     With task.overlong=drop, they are left out of `task` instead. What a user should know, a line each: what was left
     out, and that rollout.max_new_tokens would cut most answers of a run, if they are like the demonstrations.
     """
-    limit = context_of(policy)
+    change = change_of(policy)
+    if change is None:
+        return _checked(config, task, tokenizer, context_of(policy))
+    check_rotary(config, change)
+    try:
+        return _checked(config, task, tokenizer, min(change, context_of(policy)))
+    except ValueError as error:
+        raise ValueError(f"{error}; beyond {change} tokens its rotary factors change (longrope)") from error
+
+
+def _checked(config: RunConfig | EvaluationConfig, task: Task, tokenizer: Tokenizer, limit: int) -> list[str]:
     notes, cut = _prompts(config, task, limit), []
     if isinstance(config, RunConfig):
         answers = _answer_lengths(task, tokenizer)

@@ -14,11 +14,12 @@ from rlhf.learning.microbatches import Sizes
 from rlhf.learning.pass_choice import random_batch
 from rlhf.learning.passes import PADDED, WHOLE
 from rlhf.learning.recompute import enable
-from rlhf.models import Head, save_model, value_model
+from rlhf.models import Head, value_model
 from rlhf.preflight.agreement import agreeing_passes, check_engine
 from rlhf.rollout.hf import Apart, Decoder, HfEngine, make_decoder
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.worker import WorkerSpec, architecture_of, build_model
+from rlhf.saving import save_model
 from tests.benchmarks.architectures import NOT_MADE, REFUSED, WRONG, judged
 from tests.benchmarks.tiny_families import FAMILIES, tiny
 
