@@ -17,6 +17,7 @@ from rlhf.ending import RunError, alone
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.progress import Bars
 from rlhf.rollout.launch import JOURNALS
+from transfer.disk import remove_versions
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ def found(site: Site) -> Saved | None:
 def make_room(site: Site) -> None:
     """Remove what an earlier run left in the same folder, or what this one wrote after its checkpoint."""
     (site.folder / "summary.json").unlink(missing_ok=True)
+    remove_versions(site.folder)  # of transfer=disk, in other epochs or of another run: workers get the newest anew
     if site.saved is not None:
         written = any(isinstance(logger, JsonlLoggerConfig) for logger in site.config.logger.values())
         site.saved.rewind(site.folder, written or (site.folder / "metrics.jsonl").exists())

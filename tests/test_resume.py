@@ -377,6 +377,17 @@ def test_the_dials_of_a_run_that_is_going_on_are_not_written_over_by_one_that_is
     assert "Traceback" not in done.stderr and kept.read_text() == before
 
 
+def test_weights_that_an_earlier_process_has_left_in_the_runs_folder_do_not_pile_up(train, tmp_path):
+    left, theirs = tmp_path / "run" / "weights", ["README.md", "model-00001-of-00002.safetensors"]
+    left.mkdir(parents=True)
+    for start in ({"killed_at": 2}, {"resume": True}):
+        ours = [f"{name}.{kind}" for name in ("00000007-00000057", "00000012") for kind in ("json", "safetensors")]
+        for name in (*ours, *theirs):
+            (left / name).touch()
+        train(*SMALL, "steps=2", "checkpoint.every=1", name="run", **start)
+        assert sorted(path.name for path in left.iterdir()) == sorted(theirs)
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, tmp_path):
     (tmp_path / "run" / FOLDER / ".writing-dead").mkdir(parents=True)
     choice = (*SMALL, "steps=1")

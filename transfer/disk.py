@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -32,6 +33,8 @@ from transfer.digest import digest_of
 from transfer.folder_lock import FolderLock
 from transfer.manifest import Manifest
 
+WEIGHTS = "weights"  # in a run's folder, where transfer.path is not set
+FILES = re.compile(r"(\d{8,}-)?\d{8,}\.(json|safetensors)")  # there were names without an epoch
 ABANDONED_S = 3600.0  # the write of a version takes less
 MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file, and of what a safetensors file holds beside its tensors
 
@@ -46,7 +49,7 @@ class DiskPublisher:
     given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
-        self._folder, self._lock = _held(Path(config.path) if config.path else folder / "weights")
+        self._folder, self._lock = _held(Path(config.path) if config.path else folder / WEIGHTS)
         self._keep = config.keep
         self._manifest: Manifest | None = None
         self._epoch = 0
@@ -115,6 +118,13 @@ class DiskPublisher:
         epoch = self._written.pop(version)
         (self._folder / _record_name(epoch, version)).unlink(missing_ok=True)
         (self._folder / _weights_name(epoch, version)).unlink(missing_ok=True)
+
+
+def remove_versions(folder: Path) -> None:
+    """Remove what trainers that have ended have left in a run's `weights/`, and nothing else that is there."""
+    for path in (folder / WEIGHTS).glob("*"):
+        if FILES.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 class DiskIntake:
