@@ -52,6 +52,15 @@ def named(prompts, completions, **columns):
     calls.append((prompts, completions, columns))
     return [1.0] * len(completions)
 
+def asks_for_messages(prompts, completions, **columns):
+    return [float(len(messages[0]["content"])) for messages in completions]
+
+def asks_for_texts(completions, **columns):
+    return [float(len(text.strip())) for text in completions]
+
+def refuses(prompts, completions, **columns):
+    raise LookupError("never")
+
 def only_new(completions, trainer_state, **columns):
     return [1.0] * len(completions)
 
@@ -249,6 +258,28 @@ def test_where_the_data_are_messages_trls_forms_get_messages_and_ours_gets_texts
     assert mine.calls[0] == (["<|user|>Hi<|assistant|>"] * 2, ["yes", "no"], {})
     assert mine.calls[1] == (columns["prompts"], completions, {})
     assert mine.calls[2] == (["<|user|>Hi<|assistant|>"], ["yes"], [[1, 2]], {})
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "key"),
+    [
+        ("asks_for_messages", r"TypeError: string indices .*: it was given texts, and takes messages", "true"),
+        ("asks_for_texts", r"AttributeError: 'list' object .*: it was given messages, and takes texts", "false"),
+    ],
+)
+def test_a_function_that_takes_the_other_form_of_conversations_is_told_the_key(mine, function, given, key):
+    with pytest.raises(
+        ValueError, match=rf"^reward.function=mine:{function} raised {given}: set reward.messages={key}$"
+    ):
+        FunctionReward(f"mine:{function}").check(CHAT, "yes")
+    FunctionReward(f"mine:{function}", messages=key == "true").check(CHAT, "yes")
+    FunctionReward(f"mine:{function}", messages=key != "true").check(CHAT, "yes")  # who says so is believed
+
+
+def test_a_function_that_raises_on_either_form_of_conversations_costs_samples_only(mine):
+    reward = FunctionReward("mine:refuses")
+    reward.check(CHAT, "yes")
+    assert reward(CHAT, ["yes", "no"]) == [None, None] and reward.report.errors == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ class FunctionReward:
         self.name = name
         self.timeout_s = timeout_s
         self.function = _import(name)
+        self.messages = messages
         self.form = Form.of(self.function, messages)
         self.report = RewardReport()
 
@@ -60,7 +62,24 @@ class FunctionReward:
                 f"reward.function={self.name} is called as {self.form.shown}, and the task's columns "
                 f"are {', '.join(there) or 'none'}: {error}; change its arguments, or rename the column in the file"
             ) from None
-        self.begin(Samples(prompts[:1], [answer], [list(prompts[0].ids)]))()
+        trial = Samples(prompts[:1], [answer], [list(prompts[0].ids)])
+        self.begin(trial)()
+        if self.report.errors and self.messages == AUTO and prompts[0].messages:
+            self._try_otherwise(trial, self.report.error)
+
+    def _try_otherwise(self, trial: Samples, error: str) -> None:
+        """ValueError if the function raises on what it is given of conversations, and not on their other form."""
+        ours, self.form = self.form, replace(self.form, messages=not self.form.messages)
+        try:
+            self.begin(trial)()
+            if not self.report.errors:
+                kinds = ("texts", "messages") if self.form.messages else ("messages", "texts")
+                raise ValueError(
+                    f"{error}: it was given {kinds[0]}, and takes {kinds[1]}: set "
+                    f"reward.messages={str(self.form.messages).lower()}"
+                )
+        finally:
+            self.form = ours
 
     def _started(self, samples: Samples) -> Callable[[], Any]:
         """What gives the function's answer: where it is asynchronous, it begins now, else when it is asked for."""
