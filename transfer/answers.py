@@ -41,18 +41,19 @@ def checked(worker: str, verb: str, answer: Any) -> dict[str, Any]:
     """The answer to a verb; RemoteError, which names worker and field, if it is none."""
     if not isinstance(answer, dict):
         raise _nonsense(worker, verb, f"it is no JSON object: {shown(answer)}")
-    for field in KNOWN.keys() & answer.keys():
-        if not KNOWN[field](answer[field]):
-            raise _nonsense(worker, verb, f"{field} cannot be {shown(answer[field])}")
+    for field, value in answer.items():
+        if field in KNOWN and not KNOWN[field](value):
+            raise _nonsense(worker, verb, f"{field} cannot be {shown(value)}")
     return answer
 
 
 def complete(worker: str, verb: str, answer: Any) -> dict[str, Any]:
     """The answer, `checked`, with all that a session goes by."""
+    answer = checked(worker, verb, answer)
     for field in STATUS if verb == "status" else ():
-        if field not in checked(worker, verb, answer):
+        if field not in answer:
             raise _nonsense(worker, verb, f"{field} is missing")
-    return checked(worker, verb, answer)
+    return answer
 
 
 def parsed(worker: str, verb: str, raw: bytes) -> dict[str, Any]:

@@ -162,11 +162,13 @@ class _Reading:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header."""
-        self._sized |= name.lower() in (b"content-length", b"transfer-encoding")
-        if name.lower() == b"content-type":
-            self._kind = value
-        if name.lower() == b"content-encoding":
-            self._encoding = value.strip().lower()
+        match name.lower():
+            case b"content-length" | b"transfer-encoding":
+                self._sized = True
+            case b"content-type":
+                self._kind = value
+            case b"content-encoding":
+                self._encoding = value.strip().lower()
 
     def on_headers_complete(self) -> None:
         """All headers are there."""
