@@ -385,7 +385,7 @@ def test_a_push_waits_for_the_bucket_that_is_being_packed():
     def read():
         with hold.reading():
             inside.set()
-            assert go_on.wait(WAIT_S) and not ended.is_set()
+            go_on.wait(WAIT_S)
 
     def end():
         hold.end()
@@ -395,6 +395,7 @@ def test_a_push_waits_for_the_bucket_that_is_being_packed():
     reader.start()
     assert inside.wait(WAIT_S)
     ender.start()
+    assert not ended.wait(0.1), "it waits"
     go_on.set()
     reader.join(WAIT_S)
     assert ended.wait(WAIT_S)
