@@ -85,7 +85,7 @@ def test_letters_that_a_terminal_cannot_show_are_escaped(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_whose_pipe_is_closed_trains_to_its_end(tmp_path):
-    small = "experiment=smoke transfer=local sft.steps=2 task.held_out=8 steps=2 logger=[console,jsonl]"
+    small = "experiment=smoke model=micro transfer=local sft.steps=2 task.held_out=8 steps=2 logger=[console,jsonl]"
     done = shell(tmp_path, f"$PY -W ignore -m rlhf.train {small} hydra.run.dir=run 2>&1 | head -1")
     assert codes(tmp_path) == [0, 0] and done.stdout.startswith("sort: 2 steps x 8 prompts")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
@@ -115,9 +115,9 @@ def _opens_text(call: ast.Call) -> bool:
 def test_a_run_in_a_folder_with_an_umlaut_is_resumed_in_any_locale(tmp_path):
     folder = tmp_path / "grüße"
     folder.mkdir()
-    small = "experiment=smoke transfer=local sft.steps=2 task.held_out=8 logger=[console,jsonl] hydra.run.dir=run"
+    small = "experiment=smoke model=micro transfer=local sft.steps=2 task.held_out=8 logger=[console,jsonl]"
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    shell(folder, f"$PY -W ignore -m rlhf.train {small} steps=1")
+    shell(folder, f"$PY -W ignore -m rlhf.train {small} steps=1 hydra.run.dir=run")
     assert codes(folder) == [0]
     done = shell(folder, f"$PY -W ignore -m rlhf.resume '{folder}/run' steps=2", **ascii_only)
     assert codes(folder) == [0] and "warning" not in done.stdout + done.stderr, done.stderr
