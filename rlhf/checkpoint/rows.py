@@ -91,7 +91,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], task: Task) 
             continue
         first = split.first_other(was)
         counts = f"{split.rows} rows" + (f" (were {was.rows})" if was.rows != split.rows else "")
-        here = f"{prompts[name][first].text!r:.{SHOWN}}" if first < split.rows else "no more"
+        here = _named(prompts[name][first]) if first < split.rows else "no more"
         yield f"{name} has {counts}, and the first that differs is row {first + 1} ({here})"
 
 
@@ -100,6 +100,11 @@ def _read(before: Mapping[str, Any], name: str) -> Split:
         return Split(**before[name])
     except (KeyError, TypeError) as error:
         raise ValueError(f"what the checkpoint says of the task's rows cannot be read: {name}: {error}") from error
+
+
+def _named(prompt: Prompt) -> str:
+    """Where a row is in its file, which numbers after a shuffle do not tell, and how it begins."""
+    return f"{prompt.where}{': ' if prompt.where else ''}{prompt.text!r:.{SHOWN}}"
 
 
 def _asked(prompt: Prompt) -> bytes:

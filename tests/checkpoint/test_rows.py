@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -54,12 +55,13 @@ def other(place: int, **columns: str) -> list[dict]:
         (other(4, answer="b!"), "train demonstrations"),
     ],
 )
-def test_of_a_changed_row_the_splits_that_differ_are_named_and_the_first_row_in_each(told, rows, differ):
+def test_of_a_changed_row_the_splits_that_differ_are_named_and_the_first_row_in_each(told, rows, differ, tmp_path):
     before, task = told(ROWS)
     now, changed = told(rows)
     assert check_rows(before, told(ROWS)[0], task, allowed=False) == ""
     (row,) = [number for number, prompt in enumerate(changed.train, start=1) if prompt.text == rows[4]["prompt"]]
-    named = [f"{name} has 9 rows, and the first that differs is row {row} ('{rows[4]['prompt']}')"
+    place = f"{tmp_path / 'rows'}:5: '{rows[4]['prompt']}'"
+    named = [f"{name} has 9 rows, and the first that differs is row {row} ({place})"
              for name in ("train", "demonstrations", "preferences") if name in differ]  # fmt: skip
     with pytest.raises(RunError, match="rows are not those that the run began with: ") as refused:
         check_rows(before, now, changed, allowed=False)
@@ -77,7 +79,7 @@ def test_another_order_of_the_lines_and_rows_that_are_gone_are_told_in_every_spl
             check_rows(before, now, task, allowed=False)
 
 
-def test_rows_that_are_missing_at_the_end_or_new_there_are_found(told):
+def test_rows_that_are_missing_at_the_end_or_new_there_are_found(told, tmp_path):
     before, task = told(ROWS)
     shorter = type(task)(task.train[:-2], task.held_out, task.demonstrations, task.preferences, task.gold)
     tokenizer = make_tokenizer(TinyModelConfig(), [*LETTERS, "=", "!"], chat=False)
@@ -85,7 +87,14 @@ def test_rows_that_are_missing_at_the_end_or_new_there_are_found(told):
     said = check_rows(before, now, shorter, allowed=True)
     assert said.endswith(": train has 7 rows (were 9), and the first that differs is row 8 (no more)")
     said = check_rows(now, before, task, allowed=True)
-    assert said.endswith(f"train has 9 rows (were 7), and the first that differs is row 8 ('{task.train[7].text}')")
+    first = task.train[7]
+    assert said.endswith(
+        f"train has 9 rows (were 7), and the first that differs is row 8 ({first.where}: '{first.text}')"
+    )
+    assert first.where.startswith(f"{tmp_path / 'rows'}:")
+    made = replace(first, where="")  # as of a task that comes from no file
+    said = check_rows(now, before, replace(task, train=[*task.train[:7], made, *task.train[8:]]), allowed=True)
+    assert said.endswith(f"is row 8 ('{first.text}')")
 
 
 def test_at_most_six_bytes_of_a_row_are_kept():
