@@ -149,7 +149,9 @@ class Session:
     def __init__(self, publisher: Publisher, config: TransferConfig, in_flight: InFlight, journal: Journal) -> None:
         if publisher.exposes and in_flight is InFlight.keep:
             raise ValueError(NO_KEEP)
-        self._publisher = publisher
+        self._publisher = publisher  # what it can do is looked up once: to ask a protocol takes as long as a message
+        self._broadcaster = publisher if isinstance(publisher, BroadcastPublisher) else None
+        self._fenced = publisher if isinstance(publisher, FencedPublisher) else None
         self._timeout_s = config.sender.timeout_s
         self._trainer = secrets.token_hex(8)
         self._agreed: dict[str, Any] = {
@@ -352,7 +354,7 @@ class Session:
         written = None if self._newest is None else self._writes.get(self._newest)
         if written is None or not self._publisher.keeps:
             return None
-        gone = isinstance(self._publisher, BroadcastPublisher) and not self._publisher.holds(written.version)
+        gone = self._broadcaster is not None and not self._broadcaster.holds(written.version)
         return None if gone else written
 
     # --- one update ---------------------------------------------------------------------------------------------------
@@ -368,8 +370,8 @@ class Session:
     def _write(self, weights: Weights, version: int) -> Written:
         served = {member.serves for member in self._fleet.members if member.serves is not None}
         self._writes = {live: self._writes[live] for live in served if live in self._writes}
-        if isinstance(self._publisher, FencedPublisher):
-            self._publisher.fence(self._epoch)
+        if self._fenced is not None:
+            self._fenced.fence(self._epoch)
         try:
             where, digest = self._publisher.write(version, weights, served, self.with_digest)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for memory that is not to be had, say
@@ -394,7 +396,7 @@ class Session:
         at_once = len(members) == 1 and is_remote(members[0])
         failures = self._stage(members, written, at_once)
         if again := self._rejoined(list(failures)):
-            if isinstance(self._publisher, BroadcastPublisher):
+            if self._broadcaster is not None:
                 again = list(failures)  # one that dies ends the broadcast for all
             failures = {m: f for m, f in failures.items() if m not in again} | self._stage(again, written, at_once)
         if failures:
@@ -422,7 +424,7 @@ class Session:
         }
         takers = [member for member in members if member not in ahead]
         part, where = None, written.where
-        if isinstance(self._publisher, BroadcastPublisher) and takers:
+        if self._broadcaster is not None and takers:
             part = self._part(written.version, takers)
             where = where | part.where
         messages: list[tuple[str, dict[str, Any]]] = [
@@ -441,9 +443,9 @@ class Session:
 
     def _part(self, version: int, takers: Sequence[Member]) -> Part:
         """The trainer's part in a broadcast to these workers."""
-        assert isinstance(self._publisher, BroadcastPublisher)
+        assert self._broadcaster is not None
         try:
-            return self._publisher.alongside(version, [(self._epoch, id(m), m.boot) for m in takers])
+            return self._broadcaster.alongside(version, [(self._epoch, id(m), m.boot) for m in takers])
         except (OSError, RuntimeError, ValueError) as error:
             raise wire.TransferError(f"a broadcast of version {version} cannot be set up: {error}") from error
 
