@@ -6,12 +6,14 @@ import base64
 import copy
 import pickle
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
 Info = dict[str, Any]  # a message's update_info
 
 STAND_IN = "LAUGHS"  # for a value that pickle.dumps would not write
+LONG = -1.2345678901234567e-300  # the longest that one value is when it is printed
 FIELD = 6  # of a host memory handle, which a refusal prints: its dtype
 
 
@@ -19,7 +21,7 @@ def laughs(width: int, levels: int) -> bytes:
     """Instructions for a tuple that holds a tuple `width` times, which holds one as often, and so on: width**levels."""
     memo = lambda level: b"r" + (1000 + level).to_bytes(4, "little")  # noqa: E731
     again = lambda level: b"j" + (1000 + level).to_bytes(4, "little")  # noqa: E731
-    told = b"(" * levels + b"K\x01" + memo(0)
+    told = b"(" * levels + b"G" + struct.pack(">d", LONG) + memo(0)
     return told + b"".join(again(level) * (width - 1) + b"t" + memo(level + 1) for level in range(levels))
 
 
@@ -43,7 +45,7 @@ def _in_a_field(instructions: bytes, info: Info, handles: list[Any]) -> Info:
 
 
 def _many_values(rng: random.Random, info: Info, handles: list[Any]) -> Info:
-    return _in_a_field(laughs(*rng.choice([(60, 4), (250, 3), (20, 4), (30, 2)])), info, handles)
+    return _in_a_field(laughs(*rng.choice([(45, 4), (160, 3), (20, 4), (30, 2)])), info, handles)
 
 
 def _many_bytes(rng: random.Random, info: Info, handles: list[Any]) -> Info:

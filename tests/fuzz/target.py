@@ -52,7 +52,7 @@ from transfer.wire import ROUTES  # noqa: E402
 TOKEN = "f" * 64
 LIFE = 400  # messages to one worker; then another, so that both of update_weights' forms are met in every state
 STOP = 5  # violations
-MAX_MEMORY = 24 * 2**20, 40  # bytes that a message may take while it is answered, and so many more for each of its own
+MAX_MEMORY = 48 * 2**20, 40  # bytes that a message may take while it is answered, and so many more for each of its own
 MAY_BE_REFUSED = ("completions", "init_weight_transfer_engine", "withdraw_weights", "start_profile", "stop_profile")
 VOCABULARY = 12
 WAYS = {

@@ -44,7 +44,7 @@ def test_values_in_values_in_values_are_counted_as_often_as_they_occur(width, le
 
 
 def test_a_value_that_is_large_only_by_its_repeats_is_refused_without_being_walked():
-    value = inert_pickle.loads(pickled(extremes.laughs(60, 3)))  # 216,000 ones in 60 + 60 + 60 places
+    value = inert_pickle.loads(pickled(extremes.laughs(60, 3)))  # 216,000 numbers in 60 + 60 + 60 places
     field = handle(dtype=value)
     reason, peak = refused(lambda: handle_check.check("float32", [4], field))
     assert reason == "the message says float32, the handle " + str(value)[:77] + "..."
