@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from rlhf.compose import choice
@@ -22,6 +21,7 @@ from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
+from rlhf.screen import plain_console
 from rlhf.tasks import make_task, read_task
 from rlhf.types import TRUNCATED, Sampler, Task
 from transfer import make_transfer
@@ -100,6 +100,6 @@ def _print(numbers: dict[str, float], written: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if name != "prompts":
             table.add_row(name.replace("_", " "), f"{value:.3f}")
-    console = Console()
+    console = plain_console()
     console.print(title, soft_wrap=True, highlight=False)
     console.print(table)

@@ -13,7 +13,10 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHOWN = "rlhf-shown"  # what is done with what the encoding lacks
 UTF8 = "PYTHONUTF8"
@@ -30,6 +33,13 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error(SHOWN, _shown)
+
+
+def plain_console() -> Console:
+    """A console that prints texts as they are: `[console]` in a path is no style, `:100:` behind a file no emoji."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
 
 
 class Outlasting:

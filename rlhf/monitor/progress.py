@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlhf.monitor.heartbeat import Pulse
+from rlhf.screen import plain_console
 from transfer.shown import printable
 
 TRANSFER_LOG = logging.getLogger("transfer")
@@ -45,7 +45,7 @@ class Bars:
 
     def __init__(self, on: bool) -> None:
         self.on = on
-        self.console = Console()
+        self.console = plain_console()
         self.pulse = Pulse()
         self.progress: Progress | None = None
         self._warnings = Warnings(self)
@@ -85,7 +85,7 @@ class Bars:
     def say(self, text: str) -> None:
         """One line above the bars."""
         if self.on:
-            self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
+            self.console.print(printable(text), highlight=False, soft_wrap=True)
 
 
 class Warnings(logging.Handler):

@@ -34,6 +34,7 @@ from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards import ModelReward
 from rlhf.run import trained
 from rlhf.saving import saved_dtype
+from rlhf.screen import plain_console
 from rlhf.site import opened
 from rlhf.types import Pair, Task
 from transfer.config import DiskConfig
@@ -216,7 +217,7 @@ def _tell_step(rows: Rows, seconds: float, rest: Mapping[str, float], peaks: Map
     taken = [("one step", step["seconds/step"]), *lines, *others.items(), ("start, warm-up and first transfer", before)]
     shown = [(name, f"{1e3 * value:,.1f} ms") for name, value in taken]
     shown += [(_of_memory(name), human(mib * 2**20)) for name, mib in peaks.items() if mib]
-    console = Console()
+    console = plain_console()
     _table(console, "Made with the real parts", shown)
     console.print(
         "all is well, and nothing of it is left; without mode=check the same line trains",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from rlhf.config import Objective
+from rlhf.screen import plain_console
 
 Rows = Sequence[Mapping[str, float]]
 ALARM = "alarm/"
@@ -151,7 +152,6 @@ def objective_of(summary: Mapping[str, Any], objective: Objective | None) -> flo
 
 def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     """The table a run ends with, and where its files are."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
@@ -173,7 +173,7 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
     for name in [name for name in summary if name.startswith(ALARM)]:
         table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
     _add_speed(table, summary)
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"weight transfer: {summary['transfer_ms']:.2f} ms a step, {summary['transfer_share']:.1%} "

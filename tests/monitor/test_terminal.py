@@ -11,6 +11,8 @@ import pytest
 
 from rlhf.monitor.loggers import Guarded
 from rlhf.monitor.progress import Bars
+from rlhf.preflight.check import _table
+from rlhf.reports.summary import PHASES, print_table
 from transfer.process import WorkerProcess
 from transfer.wire import TransferError
 
@@ -30,6 +32,21 @@ def test_warnings_of_the_transfer_and_lines_of_workers(capsys):
     out = capsys.readouterr().out
     assert_safe(out)
     assert "warning: \\x1b[2J" in out and "a trace of \\x1b[2J" in out
+
+
+def test_paths_and_rows_are_printed_as_they_are(capsys, tmp_path):
+    folder, row = tmp_path / "logger=[console,jsonl] [", "rows.jsonl:100: '[/b] :key: [red]x[/red]'"
+    (folder / "b]").mkdir(parents=True)
+    names = ("transfer_ms", "transfer_share", "step_ms", "tokens_per_second", "steps")
+    print_table(dict.fromkeys([*names, *(f"seconds_{phase}" for phase in PHASES)], 1.0), folder / "b]", row)
+    with Bars(on=True) as bars:
+        bars.say(row)
+        bars.stage(row, 1).advance()
+        _table(bars.console, row, [(row, row)])
+    out = capsys.readouterr().out
+    assert f"written: {folder}/b]/" in out and f"rlhf.report '{folder}/b]'" in out
+    assert out.count("rows.jsonl:100: '[/b] :key: [red]x[/red]'") >= 3
+    assert "\U0001f4af" not in out
 
 
 def test_reasons_of_a_logging_service(capsys):
