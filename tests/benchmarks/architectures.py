@@ -11,6 +11,7 @@ weights do. `whole`: so, with a prompt computed once a row. `refused`: a run say
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,9 @@ def judged(family: str) -> Row:
     elif (gap := sampled_gap(model, passes)) > EXACT:
         row.engine = WRONG
         row.note(f"samples are {gap:.1g} nats off")
-    if _way(row, ("checkpointing", "adapter"), lambda: _adapted(family, enable(tiny(family)))) is None:
-        _way(row, ("checkpointing",), lambda: agreeing_passes(enable(tiny(family)), LoraConfig(), engine=False))
-        _way(row, ("adapter",), lambda: _adapted(family, tiny(family)))
+    if _way(row, ("checkpointing", "adapter"), lambda: _adapted(model, checkpointing=True)) is None:
+        _way(row, ("checkpointing",), lambda: agreeing_passes(enable(copy.deepcopy(model)), LoraConfig(), engine=False))
+        _way(row, ("adapter",), lambda: _adapted(model, checkpointing=False))
     return row
 
 
@@ -116,11 +117,12 @@ def sampled_gap(model: Any, passes: Padded) -> float:
     return max(gaps)
 
 
-def _adapted(family: str, model: Any) -> Padded:
+def _adapted(base: Any, checkpointing: bool) -> Padded:
     """The passes of the model with an adapter; AssertionError where the merged weights compute something else."""
-    passes = agreeing_passes(model, LoraConfig(rank=2), engine=False)
+    model, plain = copy.deepcopy(base), copy.deepcopy(base)
+    passes = agreeing_passes(enable(model) if checkpointing else model, LoraConfig(rank=2), engine=False)
     add_adapter(model, 2, 4.0, [])
-    plain, ids = tiny(family), torch.tensor([PROMPTS[0]])
+    ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
