@@ -16,6 +16,7 @@ from hydra.errors import CompactHydraException
 from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
 from rlhf.screen import outlast
+from rlhf.tasks.json_lines import check_readable
 from rlhf.train import print_help
 from transfer.shown import printable
 
@@ -44,6 +45,7 @@ def _job(config: Any) -> None:
     evaluation = checked_evaluation(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        check_readable(evaluation)
         from rlhf.saved_policy import evaluate_policy
 
         evaluate_policy(evaluation, folder)

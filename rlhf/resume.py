@@ -19,6 +19,7 @@ from rlhf.config import Mode, RunConfig
 from rlhf.ending import EXPLAINED, alone, full_disk_explained
 from rlhf.screen import outlast
 from rlhf.search_path import Where, note, noted, of_command
+from rlhf.tasks.json_lines import check_readable
 from transfer.shown import printable
 
 HELP = """\
@@ -56,6 +57,7 @@ def main() -> None:
                 if finished(folder, replayed):
                     print(f"finished already: {folder}")
                     return
+                check_readable(config)
                 from rlhf.run import run
 
                 run(config, folder, replayed, resume=True)

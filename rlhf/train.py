@@ -18,6 +18,7 @@ from rlhf.config import Mode
 from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
 from rlhf.screen import outlast
 from rlhf.search_path import of_command
+from rlhf.tasks.json_lines import check_readable
 from transfer.shown import printable
 
 register()
@@ -58,6 +59,8 @@ def _job(config: Any) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        if HydraConfig.get().mode is not RunMode.MULTIRUN:  # a sweep notes which of its jobs fail
+            check_readable(run_config)
         if run_config.mode is Mode.check:
             from rlhf.preflight.check import check_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from forked import FRESH
+
+from rlhf.tasks.json_lines import check_readable
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "fastapi", "numpy", "requests")
@@ -104,3 +107,18 @@ def test_an_installed_wheel_brings_its_dials_along(rlhf_train, tmp_path):
         command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "prompts_per_step: 8" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "train mode=check", "evaluate model.path=."])
+def test_a_data_file_that_is_not_there_is_answered_before_anything_heavy_is_imported(command, without_heavy, tmp_path):
+    module, *others = command.split()
+    line = [sys.executable, "-m", f"rlhf.{module}", *others, "task=jsonl", "task.path=nowhere.jsonl"]
+    environment = os.environ | without_heavy
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"task.path: cannot read nowhere.jsonl from {tmp_path}: No such file or directory\n" in done.stderr
+
+
+def test_a_data_file_that_is_a_pipe_is_not_opened_before_it_is_read(compose_run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    check_readable(compose_run("task=jsonl", f"task.path={tmp_path / 'pipe'}"))

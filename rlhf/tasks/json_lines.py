@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.config import JsonlTaskConfig
 from transfer.shown import shown
 
 SHOWN = 10  # bad lines in one error message
@@ -25,14 +27,30 @@ MAGIC = {  # first bytes of files that are no text
 TABLES = {".csv": "a CSV file", ".tsv": "a TSV file"}
 
 
-def lines(path: str) -> list[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1; ValueError if the file cannot be read or is no JSON."""
+def check_readable(config: Any) -> None:
+    """ValueError if a run or an evaluation names a file that cannot be read; light, to be asked before all else."""
+    if not isinstance(config.task, JsonlTaskConfig):
+        return
+    with _told(config.task.path):
+        path = Path(config.task.path).expanduser()
+        if not path.is_fifo():  # which can be opened once
+            path.open("rb").close()
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
     try:
-        raw = Path(path).expanduser().read_bytes()
+        yield
     except OSError as error:
         raise ValueError(f"task.path: cannot read {path} from {Path.cwd()}: {error.strerror}") from None
     except ValueError as error:  # a NUL in the name
         raise ValueError(f"task.path: cannot read {path!r}: {error}") from None
+
+
+def lines(path: str) -> list[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1; ValueError if the file cannot be read or is no JSON."""
+    with _told(path):
+        raw = Path(path).expanduser().read_bytes()
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if kind := _other_kind(path, raw):
         raise ValueError(
