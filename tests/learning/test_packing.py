@@ -374,13 +374,13 @@ def test_few_positions_are_enough_for_a_trial():
 
 
 def test_auto_says_why_layers_are_not_compiled_and_why_rows_are_not_packed(monkeypatch):
-    monkeypatch.setattr(pass_choice, "trial", lambda policy, way: "no compiler" if way.compiled else None)
+    monkeypatch.setattr(pass_choice, "trial", lambda policy, way, padded: "no compiler" if way.compiled else None)
     monkeypatch.setattr(pass_choice, "_compiles", lambda policy, config: True)
     way, said = chosen(model_of("llama"), attention="packed")
     assert isinstance(way, Packed) and not way.compiled
     assert said == ["learner: decoder layers are not compiled: no compiler"]
     monkeypatch.setattr(pass_choice, "_wanted", lambda policy, config: True)
-    monkeypatch.setattr(pass_choice, "trial", lambda policy, way: "it mixes rows")
+    monkeypatch.setattr(pass_choice, "trial", lambda policy, way, padded: "it mixes rows")
     assert chosen(model_of("llama")) == (PADDED, ["learner: rows are padded, not packed: it mixes rows"])
     said = chosen(model_of("llama", head_dim=12))[1]
     assert len(said) == 1 and "heads of 8 to 256 numbers, in steps of 8, and these have 12" in said[0]

@@ -63,14 +63,12 @@ def fetched_elsewhere(path):
     return said
 
 
-def without_descriptors(path, given):
-    """A process whose server runs out of descriptors, and has some again when it is told."""
+def without_descriptors(free, given):
+    """A process whose server has so many descriptors for its peers, and some more when it is told."""
     gc.collect()
     gc.disable()  # nothing else gives descriptors back
     region = memory.HostRegion(memory.PAGE)
     region.bytes.fill_(1)
-    server = descriptors.DescriptorServer()
-    server.offer(region)
     limit = max(map(int, os.listdir("/proc/self/fd"))) + 3
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     taken = []
@@ -79,21 +77,27 @@ def without_descriptors(path, given):
             taken.append(os.open("/dev/null", os.O_RDONLY))
         except OSError:
             break
-    given.send(server.path)
-    for free in iter(given.recv, "end"):  # how many the server may have
-        for fd in taken[:free]:
+
+    def give(count):
+        for fd in taken[:count]:
             os.close(fd)
-        del taken[:free]
+        del taken[:count]
+
+    give(1 + free)  # its own; one that it has when it begins to accept is kept for whoever comes
+    server = descriptors.DescriptorServer()
+    server.offer(region)
+    given.send(server.path)
+    for count in iter(given.recv, "end"):
+        give(count)
     server.close()
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["none to accept with", "one, and none to hand over"])
-def test_a_server_without_descriptors_hands_over_the_memory_once_it_has_some(first):
+@pytest.mark.parametrize("free", [0, 1], ids=["none to accept with", "one, and none to hand over"])
+def test_a_server_without_descriptors_hands_over_the_memory_once_it_has_some(free):
     ours, theirs = CONTEXT.Pipe()
-    server = CONTEXT.Process(target=without_descriptors, args=(None, theirs))
+    server = CONTEXT.Process(target=without_descriptors, args=(free, theirs))
     server.start()
     path = ours.recv()
-    ours.send(first)
     got, sent = CONTEXT.Pipe()
     client = CONTEXT.Process(target=fetch, args=(path, sent))
     client.start()

@@ -172,7 +172,7 @@ def test_a_body_of_another_form_is_refused_with_422_and_changes_nothing(verb, bo
 def test_an_abandoned_stage_is_dropped_when_its_lease_ends(tmp_path, monkeypatch):
     module = PlainModel(0)
     now = [1000.0]
-    monkeypatch.setattr("transfer.receiver.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("transfer.receiver.lease.now", lambda: now[0])
     with make_transfer(DISK, tmp_path) as transfer:
         receiver = make_receiver(transfer.endpoint, module)
         receiver.init_weight_transfer_engine({"init_info": good_init(module)})
