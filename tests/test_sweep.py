@@ -14,28 +14,30 @@ REWARDS = """
 import os, signal
 from pathlib import Path
 
-def first(name):
-    return not Path(name).exists() and not Path(name).touch()
+def first(name, completions):
+    # of more than the one row that is tried before a run starts
+    return len(completions) > 1 and not Path(name).exists() and not Path(name).touch()
 
 def dies_once(prompts, completions, **columns):
-    if first("died"):
+    if first("died", completions):
         os._exit(137)
     return notes(prompts, completions)
 
 def told_to_end_once(prompts, completions, **columns):
-    if first("told"):
+    if first("told", completions):
         os.kill(os.getpid(), signal.SIGTERM)
     return notes(prompts, completions)
 
 def stops_all_once(prompts, completions, **columns):
-    if first("stopped"):
+    if first("stopped", completions):
         os.killpg(0, signal.SIGINT)
         signal.pause()
     return notes(prompts, completions)
 
 def notes(prompts, completions, **columns):
     table = Path("sweep/summary.md")
-    Path(f"process-{os.getpid()}").write_text(table.read_text() if table.exists() else "")
+    if len(completions) > 1:
+        Path(f"process-{os.getpid()}").write_text(table.read_text() if table.exists() else "")
     return [float(len(text)) for text in completions]
 """
 

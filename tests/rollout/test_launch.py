@@ -131,25 +131,25 @@ def test_a_worker_does_not_outlive_a_parent_that_is_killed(tmp_path, case):
 @pytest.mark.slow
 def test_a_worker_that_stands_alone_is_driven_by_its_url(launch, model, tokenizer, tmp_path, monkeypatch):
     shared = DiskConfig(sender=HttpSenderConfig(), path=str(tmp_path / "weights"))
+    file = tmp_path / "spec.json"
     with launch(shared) as fleet:
-        file = tmp_path / "spec.json"
         file.write_text(fleet.spec.to_json())
-        command = [sys.executable, "-m", "rlhf.rollout.worker", str(file)]
-        environment = os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
-        ) as alone:
-            try:
-                url = alone.stdout.readline().split()[-1]
-                monkeypatch.setenv(TOKEN_VARIABLE, fleet.spec.token)
-                by_url = replace(shared, sender=HttpSenderConfig(url=[url]))
-                with launch(by_url) as driven:
-                    client = RolloutClient(driven.feed(model), tokenizer, HfRolloutConfig(max_new_tokens=4))
-                    assert len(client.sample(PROMPTS, n=2, temperature=1.0, seed=0).texts) == 4
-                assert alone.poll() is None  # not ours to end
-            finally:
-                alone.terminate()
-        assert alone.returncode == -signal.SIGTERM
+    command = [sys.executable, "-m", "rlhf.rollout.worker", str(file)]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+    ) as alone:
+        try:
+            url = alone.stdout.readline().split()[-1]
+            monkeypatch.setenv(TOKEN_VARIABLE, fleet.spec.token)
+            by_url = replace(shared, sender=HttpSenderConfig(url=[url]))
+            with launch(by_url) as driven:
+                client = RolloutClient(driven.feed(model), tokenizer, HfRolloutConfig(max_new_tokens=4))
+                assert len(client.sample(PROMPTS, n=2, temperature=1.0, seed=0).texts) == 4
+            assert alone.poll() is None  # not ours to end
+        finally:
+            alone.terminate()
+    assert alone.returncode == -signal.SIGTERM
 
 
 def test_another_number_of_workers_than_of_urls_is_a_mistake(launch):
