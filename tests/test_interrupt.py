@@ -16,6 +16,8 @@ import pytest
 from run_with_fault import PHASES
 from shared_memory import left_in_shared_memory
 
+from transfer.ray_start import sweep
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("run_with_fault.py")
 GONE_S = 20.0  # how long what ends by itself may take
@@ -140,10 +142,13 @@ def test_a_run_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
         ("finishing", "trainer", "SIGTERM"),
     ],
 )
-def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
+def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, temporary, phase, victim, signum):
     ended = harmed(phase, victim, signum, "transfer/sender=ray")
     if signum == "SIGKILL":  # Ray's agents tell its dead server for a minute that it is dead, and then end
         ended.survivors = [each for each in ended.survivors if not each.startswith(AGENTS)]
+        assert len(ended.temporary) == 1
+        sweep(Path(temporary))  # as the next private Ray does
+        ended.temporary = os.listdir(temporary)
     assert_nothing_is_left(ended)
     assert ended.code == (RESUMABLE.get(phase, 143) if signum == "SIGTERM" else EXIT_CODES[signum])
     assert "Traceback" not in ended.errors

@@ -1,12 +1,14 @@
 """Into a Ray, or one clear line why not: a private one of this machine, or one that runs already.
 
 A private Ray gets a folder of its own, since its sockets need a short path, and a token of its own, since by itself Ray
-would write one into the home folder; both are gone with it. Whether a Ray that runs already can be used, a process of
-its own finds out: from Ray's own attempt to connect nothing can bring this one back, whatever it waits for.
+would write one into the home folder; both are gone with it, but for the folder of a process that was killed, which the
+next one removes. Whether a Ray that runs already can be used, a process of its own finds out: from Ray's own attempt to
+connect nothing can bring this one back, whatever it waits for.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +33,7 @@ from transfer.wire import TransferError
 STORE_BYTES = 80 * 2**20  # Ray's least; weights do not travel through its object store
 SHORT_PATH = 43  # characters of its folder; its sockets lie 64 deeper, and may have 107
 PREFIX = "ray-"  # of its folder, with 8 characters more
+MARK = ".held"  # in it, locked for as long as its process lives
 CONNECT_S = 5.0  # for a connection to an address at which Ray listens
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 OWN_TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")  # any of them: the user has chosen
@@ -52,13 +55,39 @@ def private_ray(cpus: int) -> Iterator[None]:
     import ray
 
     folder = _folder()
+    sweep(folder.parent)
     set_environment()
+    held = _holding(folder)
     try:
         _start(folder, cpus)
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def sweep(place: Path) -> None:
+    """Remove the folders that private Rays of processes which were killed have left in this place."""
+    for mark in place.glob(f"{PREFIX}????????/{MARK}"):
+        with suppress(OSError):  # another user's, or another process removes it just now
+            descriptor = os.open(mark, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(mark.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _holding(folder: Path) -> int:
+    """A descriptor that says, until this process ends or closes it, that the folder is in use."""
+    new = folder / f"{MARK}.new"
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with suppress(OSError):  # a file system without locks: then nobody can tell, and nobody removes it
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    new.rename(folder / MARK)  # is not seen before it is locked
+    return descriptor
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Runs with a real Ray that cannot be had: one line by the deadline, exit code 1, and nothing is left."""
 
 import contextlib
+import gc
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from rlhf.ending import RunError
 from transfer.config import IpcConfig, RaySenderConfig
-from transfer.ray_start import SHORT_PATH, _folder, set_environment
+from transfer.ray_start import SHORT_PATH, _folder, _holding, set_environment, sweep
 from transfer.wire import TransferError
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -43,6 +44,7 @@ def short():
 
 @pytest.fixture
 def nothing_left():
+    gc.collect()  # of actors of earlier Rays, whose ids are those of this one's
     before = rays()
     yield
     new = [process for process in rays() if process not in before]
@@ -142,6 +144,19 @@ def test_ray_gets_the_first_folder_that_is_short_and_can_be_written(tmp_path, mo
     folder = _folder()
     folder.rmdir()
     assert folder.parent == Path("/tmp") and len(str(folder)) <= SHORT_PATH
+
+
+def test_folders_of_processes_that_are_gone_are_removed_and_those_in_use_stay(tmp_path):
+    kept, left, foreign = (tmp_path / name for name in ("ray-aaaaaaaa", "ray-bbbbbbbb", "ray-cccccccc"))
+    for folder in (kept, left, foreign):
+        folder.mkdir()
+    held = _holding(kept)
+    os.close(_holding(left))
+    sweep(tmp_path)
+    assert kept.is_dir() and not left.exists() and foreign.is_dir()
+    os.close(held)
+    sweep(tmp_path)
+    assert not kept.exists()
 
 
 def test_without_any_folder_for_its_sockets_one_line_says_what_to_set(monkeypatch):
