@@ -75,6 +75,51 @@ def test_a_mistake_in_what_writes_is_none_of_the_disk_s(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def write(folder: Path, text: str) -> None:
+    with whole(folder) as new:
+        new.mkdir()
+        (new / "weights").write_text(text)
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_what_was_there_is_there_whole_if_the_process_is_killed_while_it_is_replaced(tmp_path, monkeypatch, moment):
+    policy = tmp_path / "policy"
+    write(policy, "old")
+    renames = []
+
+    def killed(*paths):
+        renames.append(paths)
+        if len(renames) == moment:
+            raise KeyboardInterrupt  # nothing in the block's own code runs for it, as for a kill
+        rename(*paths)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(policy, "new")
+    monkeypatch.undo()
+    there = [path.parent.name for path in tmp_path.rglob("weights") if path.read_text() == "old"]
+    assert there == (["policy"] if moment == 1 else [".before-policy"])
+    write(policy, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"] and (policy / "weights").read_text() == "new"
+
+
+def test_what_was_there_is_back_if_it_cannot_be_replaced(tmp_path, monkeypatch):
+    policy = tmp_path / "policy"
+    write(policy, "old")
+    rename = os.rename
+
+    def refused(source, target):
+        if source.name.startswith(".writing"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(RunError, match="policy/ cannot be written"):
+        write(policy, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"] and (policy / "weights").read_text() == "old"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kib", [40, 130, 300, 560])
 def test_on_disks_of_any_size_there_is_no_traceback(rlhf_train, disk, kib):

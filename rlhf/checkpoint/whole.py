@@ -23,8 +23,7 @@ def whole(folder: Path) -> Iterator[Path]:
     shutil.rmtree(writing, ignore_errors=True)
     try:
         yield writing
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(writing, folder)
+        _replace(folder, writing)
     except Exception as error:
         if not (isinstance(error, (OSError, SafetensorError)) or type(error) is Exception):  # tokenizers' Rust half
             raise
@@ -32,3 +31,18 @@ def whole(folder: Path) -> Iterator[Path]:
         raise RunError(f"{folder}/ cannot be written ({reason}): make room on its disk") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` in the folder's place; what is there stays beside it until then, also if this process is killed."""
+    before = folder.with_name(f".before-{folder.name}")
+    if os.path.lexists(folder):
+        shutil.rmtree(before, ignore_errors=True)
+        os.rename(folder, before)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if os.path.lexists(before):
+            os.rename(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
