@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf.config import LoraConfig
 from transfer.digest import XXH3, digest_of
+from transfer.shown import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def add_adapter(model: PreTrainedModel, rank: int, alpha: float, target: list[st
         try:
             peft.inject_adapter_in_model(config, model, NAME)  # type: ignore[arg-type]
         except ValueError as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(str(error), 200)
             raise ValueError(f"model.lora: {type(model).__name__} takes no adapter: {said}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learning and _of_adapter(name))

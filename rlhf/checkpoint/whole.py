@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf.ending import RunError
+from transfer.shown import one_line
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def whole(folder: Path) -> Iterator[Path]:
     except Exception as error:
         if not (isinstance(error, (OSError, SafetensorError)) or type(error) is Exception):  # tokenizers' Rust half
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise RunError(f"{folder}/ cannot be written ({reason}): make room on its disk") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)

@@ -28,6 +28,7 @@ from rlhf.learning.passes import PADDED, WHOLE, Padded
 from rlhf.model_cache import parameters_of, recurrent
 from rlhf.rollout.hf import evaluating, make_decoder
 from rlhf.rollout.sampling import Sampling
+from transfer.shown import one_line
 
 PROMPTS, RESPONSES = (9, 3), (6, 2, 4, 5)  # tokens; two rows a prompt
 BATCHES = ([0, 1, 2, 3], [2, 3])  # rows: padded, and with nothing to pad
@@ -187,7 +188,7 @@ def _tried(who: str, way: Callable[[Any], Said], rows: Any) -> Said:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's own code may raise anything
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error), 200)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{who} fails: {kind}{said}") from error
 
