@@ -34,7 +34,7 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import AlgoConfig, DpoConfig
-from rlhf.search_path import of_command
+from rlhf.shell.search_path import of_command
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,

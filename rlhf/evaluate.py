@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, checked_evaluation, register
-from rlhf.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
-from rlhf.screen import outlast
+from rlhf.shell.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
+from rlhf.shell.screen import outlast
 from rlhf.tasks.json_lines import check_readable
 from rlhf.train import print_help
-from transfer.shown import printable
+from transfer.agreement.shown import printable
 
 register()
 
@@ -46,7 +46,7 @@ def _job(config: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         check_readable(evaluation)
-        from rlhf.saved_policy import evaluate_policy
+        from rlhf.assembly.saved_policy import evaluate_policy
 
         evaluate_policy(evaluation, folder)
     except EXPLAINED as error:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.config import RunConfig
-from rlhf.ending import RunError
 from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import rewarded, usable
+from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
 
 Scored = tuple[Rollouts, list[float | None]]

@@ -12,9 +12,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from rlhf.ending import RunError, check_free
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import read_summary
+from rlhf.shell.ending import RunError, check_free
 
 NUMBERED = "${hydra.job.num}"  # Hydra's default name of a job's folder
 

@@ -21,7 +21,7 @@ from rlhf.reports.page import element, folded, html, picture, table, tiles
 from rlhf.reports.plots import HARDWARE, LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
 from rlhf.reports.run_folder import RunFolder, is_run, read_run, runs_below
 from rlhf.reports.summary import ALARM, GPU_MEMORY, PHASES, Rows, hardware, series, summarise
-from rlhf.screen import outlast
+from rlhf.shell.screen import outlast
 
 SAMPLES = 200  # rows of the samples table at most: the best and the worst, as many of each
 CHARACTERS = 600  # of a prompt or an answer

@@ -16,11 +16,11 @@ from typing import Any
 
 from rlhf.compose import CONF, checked, register
 from rlhf.config import Mode, RunConfig
-from rlhf.ending import EXPLAINED, alone, full_disk_explained
-from rlhf.screen import outlast
-from rlhf.search_path import Where, note, noted, of_command
+from rlhf.shell.ending import EXPLAINED, alone, full_disk_explained
+from rlhf.shell.screen import outlast
+from rlhf.shell.search_path import Where, note, noted, of_command
 from rlhf.tasks.json_lines import check_readable
-from transfer.shown import printable
+from transfer.agreement.shown import printable
 
 HELP = """\
 Go on with a run that was stopped, from its newest checkpoint that verifies (docs/operations.md).

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf import screen
-from rlhf.adapter import has_adapter, sent_weights
+from rlhf.assembly.matter import Matter, gathered
+from rlhf.assembly.policy_files import BASE, base_of, put_adapter_on, save_policy, write_policy
+from rlhf.assembly.site import Site, found, make_room, opened
+from rlhf.assembly.trained_rewards import train_rewards
 from rlhf.checkpoint.keeper import FOLDER, Keeper, resumable
 from rlhf.checkpoint.store import Store
 from rlhf.compose import choice
 from rlhf.config import RunConfig, VllmRolloutConfig
 from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
-from rlhf.ending import full_disk_explained
 from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import announce, choose_passes
 from rlhf.loop import Parts, train
-from rlhf.matter import Matter, gathered
-from rlhf.models import Head, reload, value_model
+from rlhf.models.adapter import has_adapter, sent_weights
+from rlhf.models.make import Head, reload, value_model
 from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
-from rlhf.policy_files import BASE, base_of, put_adapter_on, save_policy, write_policy
 from rlhf.reports.plots import plot_curves
 from rlhf.reports.summary import Rows, print_table, summarise, write_summary
 from rlhf.rewards import combine
@@ -38,13 +38,13 @@ from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
-from rlhf.site import Site, found, make_room, opened
+from rlhf.shell import screen
+from rlhf.shell.ending import full_disk_explained
 from rlhf.stages.dpo import DpoLearner, as_json, from_json, preference_pairs, train_on_pairs
 from rlhf.stages.sft import sft
-from rlhf.stages.trained_rewards import train_rewards
 from transfer import Transfer, make_transfer
+from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
-from transfer.journal import Journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

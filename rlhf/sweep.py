@@ -16,12 +16,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rlhf.config import Objective, RunConfig
-from rlhf.ending import EXPLAINED, RESUMABLE, STOPPED, STOPS, RunError, end_with_parent, terminate_as_interrupt
 from rlhf.reports.leaderboard import write_tables
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import objective_of, read_summary, write_summary
-from rlhf.screen import outlast
-from transfer.shown import printable
+from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED, STOPS, RunError, end_with_parent, terminate_as_interrupt
+from rlhf.shell.screen import outlast
+from transfer.agreement.shown import printable
 
 END_S = 30.0  # how long an interrupted job may take to end by itself
 

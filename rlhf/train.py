@@ -15,11 +15,11 @@ from hydra.types import RunMode
 
 from rlhf.compose import CONF, checked, misplaced, register, unknown_choices
 from rlhf.config import Mode
-from rlhf.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
-from rlhf.screen import outlast
-from rlhf.search_path import of_command
+from rlhf.shell.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
+from rlhf.shell.screen import outlast
+from rlhf.shell.search_path import of_command
 from rlhf.tasks.json_lines import check_readable
-from transfer.shown import printable
+from transfer.agreement.shown import printable
 
 register()
 

@@ -37,10 +37,10 @@ IMPORTED = (  # what the modules need, and their workers
         "rlhf.run",
         "rlhf.resume",
         "rlhf.train",
-        "rlhf.saved_policy",
+        "rlhf.assembly.saved_policy",
         "rlhf.rollout.hf",
-        "transfer.serve",
-        "transfer.app",
+        "transfer.worker.serve",
+        "transfer.worker.app",
     ),
     *("transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot", "uvicorn", "httptools"),
 )

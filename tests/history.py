@@ -1,4 +1,4 @@
-"""The rules that a run's history must obey, checked on the journals (transfer/journal.py) of all its processes.
+"""The rules that a run's history must obey, checked on the journals (agreement/journal.py) of all its processes.
 
 - What is served, version and digest, was published before, and staged before in that very start of the worker.
 - Versions never go down within a start of a worker, nor within a trainer. Once a push is acknowledged, none of its

@@ -22,9 +22,9 @@ PHASES = {  # -> (module, function, at which call)
     "reward model": ("rlhf.stages.reward_model", "pair_scores", 3),
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
     "learning": ("rlhf.learning.learner", "Learner.learn", 2),
-    "withdrawing": ("transfer.session", "Session.withdraw", 2),  # of version 1
-    "staging": ("transfer.session", "Session._stage", 2),  # of version 1
-    "finishing": ("transfer.session", "Session._finished", 2),
+    "withdrawing": ("transfer.trainer.session", "Session.withdraw", 2),  # of version 1
+    "staging": ("transfer.trainer.session", "Session._stage", 2),  # of version 1
+    "finishing": ("transfer.trainer.session", "Session._finished", 2),
 }
 
 

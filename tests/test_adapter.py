@@ -8,7 +8,10 @@ import pytest
 import torch
 from test_learner import gradients, sampled
 
-from rlhf.adapter import (
+from rlhf.config import LoraConfig, TinyModelConfig
+from rlhf.learning.forward import collate, response_logprobs
+from rlhf.learning.learner import Learner
+from rlhf.models.adapter import (
     add_adapter,
     base_weights,
     has_adapter,
@@ -18,13 +21,10 @@ from rlhf.adapter import (
     spec_of,
     without_adapter,
 )
-from rlhf.config import LoraConfig, TinyModelConfig
-from rlhf.learning.forward import collate, response_logprobs
-from rlhf.learning.learner import Learner
-from rlhf.models import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.make import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.saving import save_model
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.run import run
-from rlhf.saving import save_model
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 3]])
 REWARDS = [float(b % 2) for b in range(12)]

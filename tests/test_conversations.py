@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.models import make_policy, make_tokenizer
+from rlhf.models.make import make_policy, make_tokenizer
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.turns import Conversations
 from rlhf.rollout.worker import Worker
@@ -16,7 +16,7 @@ from rlhf.run import run
 from rlhf.tasks import make_task, read_task
 from transfer import make_transfer
 from transfer.config import LocalConfig
-from transfer.senders.direct import DirectSender
+from transfer.trainer.senders.direct import DirectSender
 
 SMOKE = ("experiment=guess", "model=micro", "steps=3", "sft.steps=20", "prompts_per_step=8", "task.held_out=16")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KILLS_ITSELF = """
 import os, signal
-from rlhf.ending import terminate_as_interrupt, unbroken
+from rlhf.shell.ending import terminate_as_interrupt, unbroken
 terminate_as_interrupt()
 with unbroken():
     os.kill(os.getpid(), signal.SIGINT)

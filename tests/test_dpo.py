@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.compose import misplaced
-from rlhf.ending import RunError
-from rlhf.models import make_policy, make_tokenizer
+from rlhf.models.make import make_policy, make_tokenizer
 from rlhf.run import run
+from rlhf.shell.ending import RunError
 from rlhf.stages.dpo import DpoLearner, Preference, answer_logprobs, tokenised
 from rlhf.types import Pair, Prompt
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.ending import RunError
 from rlhf.reports.summary import PHASES
 from rlhf.rollout.launch import ray_running
 from rlhf.run import run
+from rlhf.shell.ending import RunError
 from rlhf.tasks import TokenisedTask
 from transfer.config import RaySenderConfig
 

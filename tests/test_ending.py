@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf.ending import STOPS, terminate_as_interrupt, unbroken
+from rlhf.shell.ending import STOPS, terminate_as_interrupt, unbroken
 
 ROOT = Path(__file__).resolve().parent.parent
 TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2

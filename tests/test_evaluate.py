@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_train_cli import WITHOUT_HEAVY
 
+from rlhf.assembly.saved_policy import evaluate_policy
 from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.held_out import pass_at_k, right
 from rlhf.run import run
-from rlhf.saved_policy import evaluate_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ("task=sort", "task.letters=3", "task.max_length=4", "task.held_out=16")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.assembly.site import opened
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import Store
 from rlhf.checkpoint.whole import whole
-from rlhf.ending import RunError
 from rlhf.run import run
-from rlhf.site import opened
+from rlhf.shell.ending import RunError
 
 SMALL = ("experiment=smoke", "model=micro", "transfer=local", "sft.steps=1", "prompts_per_step=2", "steps=1")
 SHORT = ("task.held_out=4", "rollout.max_new_tokens=4", "logger=[console]")

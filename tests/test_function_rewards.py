@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rlhf.config import FunctionRewardConfig
-from rlhf.ending import RunError
 from rlhf.rewards import FunctionReward, VerifierReward, WeightedSum, rewarded, usable
 from rlhf.run import run
+from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Rollouts
 
 MODULE = """

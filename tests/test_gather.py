@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rlhf.ending import RunError
 from rlhf.gather import Gather
+from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Rollouts
 
 TRAIN = [Prompt(str(index), (index,)) for index in range(50)]

@@ -10,12 +10,12 @@ import torch
 from history import check, read
 
 from transfer import make_transfer
+from transfer.agreement.journal import Journal
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.wire import RemoteError
 from transfer.config import InFlight, IpcConfig, SenderConfig
-from transfer.journal import Journal
-from transfer.manifest import Manifest
-from transfer.plain_worker import PlainSpec, PlainWorker
-from transfer.senders.direct import DirectSender
-from transfer.wire import RemoteError
+from transfer.trainer.senders.direct import DirectSender
+from transfer.worker.plain_worker import PlainSpec, PlainWorker
 
 CONFIG = IpcConfig(sender=SenderConfig(timeout_s=20.0))
 

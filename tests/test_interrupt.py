@@ -16,7 +16,7 @@ import pytest
 from run_with_fault import PHASES
 from shared_memory import left_in_shared_memory
 
-from transfer.ray_start import sweep
+from transfer.worker.ray_start import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("run_with_fault.py")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
-from rlhf.models import (
+from rlhf.models.make import (
     ARCHITECTURES,
     Head,
     load_reward_model,
@@ -21,7 +21,7 @@ from rlhf.models import (
     scores,
     value_model,
 )
-from rlhf.saving import save_model
+from rlhf.models.saving import save_model
 
 LETTERS = "abcdefgh= <>|eos"
 TINY = TinyModelConfig(layers=2, hidden=32, heads=2, intermediate=48, context=64, device=Device.cpu)

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.config import Device, JsonlTaskConfig, ModelRewardConfig, TinyModelConfig
-from rlhf.models import load_reward_model, make_tokenizer
+from rlhf.models.make import load_reward_model, make_tokenizer
 from rlhf.rewards import ModelReward, given_rewards
 from rlhf.run import run
 from rlhf.stages.reward_model import score_texts

@@ -10,13 +10,13 @@ import torch
 from chat_checkpoint import chat_checkpoint, write_conversations
 
 from rlhf.config import Device, HfModelConfig, HfRolloutConfig, TinyModelConfig
-from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.make import Head, load_reward_model, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.saving import export_model, save_model
 from rlhf.rollout.launch import worker_spec
 from rlhf.rollout.vllm import manifest_of
 from rlhf.rollout.vllm_model import class_of, model_folder
 from rlhf.rollout.worker import WorkerSpec, build_model, config_of
 from rlhf.run import run
-from rlhf.saving import export_model, save_model
 
 RAN = "from pathlib import Path\nwith Path({ran!r}).open('a') as file:\n    file.write(__name__ + '\\n')\n"
 CONFIGURATION = "from transformers import PhiConfig\n\n\nclass OwnConfig(PhiConfig):\n    model_type = '{kind}'\n"

@@ -20,10 +20,10 @@ from rlhf import train as train_cli
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import MANIFEST, Store
 from rlhf.config import ReverseTaskConfig
-from rlhf.ending import RunError, alone
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.metrics import Recorder
 from rlhf.run import run
+from rlhf.shell.ending import RunError, alone
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "task.held_out=16", "sft.steps=10", "prompts_per_step=4")

@@ -22,16 +22,16 @@ from rlhf.config import (
     SumRewardConfig,
     TinyModelConfig,
 )
-from rlhf.ending import RunError
-from rlhf.models import Head, load_reward_model, make_policy, make_tokenizer, value_model
+from rlhf.models.make import Head, load_reward_model, make_policy, make_tokenizer, value_model
+from rlhf.models.saving import save_model
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.progress import Bars
 from rlhf.rewards import FunctionReward, ModelReward, WeightedSum, combine, usable
 from rlhf.run import run
-from rlhf.saving import save_model
+from rlhf.shell.ending import RunError
 from rlhf.stages.reward_model import margins, pair_scores, train_reward_model
 from rlhf.types import Pair, Prompt, RewardReport
-from transfer.journal import Journal
+from transfer.agreement.journal import Journal
 
 SMOKE = ("experiment=smoke", "steps=3", "sft.steps=20", "logger=jsonl", "transfer=local", "evaluate_every=3")
 PROMPTS = [Prompt(f"{n}?", (n,), {"answer": n}) for n in range(6)]

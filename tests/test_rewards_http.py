@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import HttpRewardConfig
-from rlhf.ending import RunError
 from rlhf.rewards import HttpReward, http
 from rlhf.run import run
+from rlhf.shell.ending import RunError
 from rlhf.types import Prompt
 
 Answer = tuple[int, dict[str, str], bytes]

@@ -13,10 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
-from rlhf.models import Head, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.make import Head, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.saving import export_model, save_model
 from rlhf.preflight.check import human
 from rlhf.run import run
-from rlhf.saving import export_model, save_model
 
 BROUGHT = {
     "preprocessor_config.json": b'{"image_mean": [0.5]}',
@@ -106,9 +106,9 @@ def test_a_tiny_model_is_saved_as_it_was_trained_unless_a_dial_says_otherwise(tm
 def test_the_estimate_of_a_check_knows_in_which_dtype_a_policy_will_be_saved(
     checkpoint, overrides, compose_run, tmp_path, capsys
 ):
-    from rlhf.matter import gathered
+    from rlhf.assembly.matter import gathered
+    from rlhf.assembly.site import opened
     from rlhf.preflight.check import _tell
-    from rlhf.site import opened
 
     told = {}
     for options in ((), ("model.save_dtype=float32",)):

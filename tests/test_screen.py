@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN = "import sys; from pathlib import Path; from rlhf.screen import into, outlast; outlast(); "
+BEGIN = "import sys; from pathlib import Path; from rlhf.shell.screen import into, outlast; outlast(); "
 
 
 def shell(folder: Path, line: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from rlhf import resume
 from rlhf.compose import misplaced
-from rlhf.search_path import of_command
+from rlhf.shell.search_path import of_command
 from rlhf.train import print_help
 
 ROOT = Path(__file__).resolve().parent.parent

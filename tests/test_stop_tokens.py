@@ -10,15 +10,15 @@ import torch
 from chat_checkpoint import EOS, GENERATION, IDS, TURN, chat_checkpoint, tokenizer_of, write_conversations
 from test_evaluate import composed
 
+from rlhf.assembly.saved_policy import evaluate_policy
 from rlhf.config import Device, HfModelConfig, JsonlTaskConfig, TinyModelConfig
-from rlhf.models import Head, make_policy, make_tokenizer, scores, value_model
+from rlhf.models.make import Head, make_policy, make_tokenizer, scores, value_model
+from rlhf.models.stop_tokens import ended, stop_ids, text_end, turn_end
 from rlhf.rollout.launch import worker_spec
 from rlhf.rollout.worker import Worker, build_model
 from rlhf.run import run
-from rlhf.saved_policy import evaluate_policy
 from rlhf.stages.dpo import tokenised
 from rlhf.stages.reward_model import score_texts
-from rlhf.stop_tokens import ended, stop_ids, text_end, turn_end
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Pair, Prompt
 

@@ -21,12 +21,12 @@ from chat_models import (
 )
 
 from rlhf.config import Device, JsonlTaskConfig, TinyModelConfig
-from rlhf.models import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.make import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.stop_tokens import carry_stop_ids, ended
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.pretrained import PretrainedReward
 from rlhf.rewards.rendering import OwnTemplate
 from rlhf.stages.sft import join
-from rlhf.stop_tokens import carry_stop_ids, ended
 from rlhf.tasks import make_task, read_task
 
 SOURCE = {"role": "user", "content": "hello"}

@@ -26,12 +26,11 @@ from safetensors.torch import load_file
 from test_learner import gradients, sampled
 
 from rlhf.config import RunConfig
-from rlhf.ending import RunError
 from rlhf.learning import advantages as adv
 from rlhf.learning import losses
 from rlhf.learning.forward import Batch, collate
 from rlhf.learning.learner import Learner
-from rlhf.models import make_policy, make_tokenizer
+from rlhf.models.make import make_policy, make_tokenizer
 from rlhf.monitor.alarms import OF_STEPS, Watch
 from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import FunctionReward, usable
@@ -40,13 +39,14 @@ from rlhf.rollout.completions import Limits, parse
 from rlhf.rollout.hf import HfEngine
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of
 from rlhf.run import run
+from rlhf.shell.ending import RunError
 from rlhf.stages.sft import encode, join
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Completion, Prompt, Rollouts, Task
 from transfer import Transfer, make_transfer
-from transfer.digest import digest_of
-from transfer.senders.direct import DirectSender
-from transfer.wire import Refused
+from transfer.agreement.wire import Refused
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.direct import DirectSender
 
 CPU = torch.device("cpu")
 SMOKE = ("experiment=smoke", "sft.steps=20", "task.held_out=16", "prompts_per_step=4", "transfer=local", "logger=jsonl")

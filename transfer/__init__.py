@@ -15,79 +15,31 @@ In the worker, `make_receiver(endpoint, module)` is the other half (receiver.py)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from transfer.agreement.journal import Journal
 from transfer.config import InFlight
-from transfer.journal import Journal
+from transfer.trainer.interfaces import Sender as Sender
+from transfer.trainer.interfaces import Transfer as Transfer
 
 if TYPE_CHECKING:
     import torch
 
     from transfer.config import TransferConfig
-    from transfer.engine import WeightTransferEngine as WeightTransferEngine
-    from transfer.engine import WeightTransferInitInfo as WeightTransferInitInfo
-    from transfer.engine import WeightTransferUpdateInfo as WeightTransferUpdateInfo
-    from transfer.ipc import IPCTrainerSendWeightsArgs as IPCTrainerSendWeightsArgs
-    from transfer.ipc import IPCWeightTransferEngine as IPCWeightTransferEngine
-    from transfer.ipc import IPCWeightTransferInitInfo as IPCWeightTransferInitInfo
-    from transfer.ipc import IPCWeightTransferUpdateInfo as IPCWeightTransferUpdateInfo
-    from transfer.receiver import Receiver
-    from transfer.session import PushStats
-
-    Weights = Mapping[str, torch.Tensor]  # as Module.state_dict() gives them; tied weights under each of their names
-
-
-class Sender(Protocol):
-    """The control plane to one worker."""
-
-    name: str  # as errors and logs call the worker: "worker 0 (http://127.0.0.1:40123)"
-
-    def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
-        """Call one of the worker's verbs (wire.ROUTES) and return its answer; RemoteError if it refuses or is gone."""
-
-    def restart(self) -> bool:
-        """If the worker has died, start it anew and wait until it answers; False if it lives, or nobody here can.
-
-        To be called in the thread that started it.
-        """
-
-    def close(self) -> None: ...
-
-
-class Transfer(AbstractContextManager["Transfer"], Protocol):
-    """A session that carries versions of one policy to a fixed set of workers."""
-
-    @property
-    def endpoint(self) -> Mapping[str, Any]:
-        """What a worker must be told, privately, when it is launched; JSON."""
-
-    @property
-    def last(self) -> PushStats:
-        """What the last push took."""
-
-    @property
-    def epoch(self) -> int:
-        """The highest that this session has taken."""
-
-    def open(self, weights: Weights, senders: Sequence[Sender], version: int = 0, epoch: int = 0) -> None:
-        """Agree with every worker on the manifest; ValueError with the first differences, before any byte moves.
-
-        For a trainer that goes on: the version of its first push, if no worker has a higher one, and the epoch it had.
-        """
-
-    def push(self, weights: Weights) -> int:
-        """Make `weights` the live ones in every worker, or in none; the new version. TransferError says who failed."""
-
-    def withdraw(self) -> None:
-        """Call before the weights change: workers that serve the trainer's own memory stop; for others, nothing."""
-
-    def recover(self, sender: Sender) -> bool:
-        """Bring a worker that was started again to the newest version; False if that is not what it lacks."""
-
-    def close(self) -> None: ...
+    from transfer.engine.base import WeightTransferEngine as WeightTransferEngine
+    from transfer.engine.base import WeightTransferInitInfo as WeightTransferInitInfo
+    from transfer.engine.base import WeightTransferUpdateInfo as WeightTransferUpdateInfo
+    from transfer.engine.ipc import IPCTrainerSendWeightsArgs as IPCTrainerSendWeightsArgs
+    from transfer.engine.ipc import IPCWeightTransferEngine as IPCWeightTransferEngine
+    from transfer.engine.ipc import IPCWeightTransferInitInfo as IPCWeightTransferInitInfo
+    from transfer.engine.ipc import IPCWeightTransferUpdateInfo as IPCWeightTransferUpdateInfo
+    from transfer.trainer.senders.direct import DirectSender as DirectSender
+    from transfer.trainer.senders.http import HttpSender as HttpSender
+    from transfer.trainer.senders.ray import RaySender as RaySender
+    from transfer.trainer.sources import full_weights as full_weights
+    from transfer.worker.receiver import Receiver
 
 
 def make_transfer(
@@ -98,31 +50,37 @@ def make_transfer(
     `folder` is where the backend may write (disk); `in_flight` says what becomes of completions that are being sampled
     when an update is finished; `journal` notes what is done.
     """
-    from transfer.session import Session, make_publisher
+    from transfer.backends.make import make_publisher
+    from transfer.trainer.session import Session
 
     return Session(make_publisher(config, folder), config, in_flight, journal or Journal())
 
 
 def make_receiver(endpoint: Mapping[str, Any], module: torch.nn.Module, journal: Journal | None = None) -> Receiver:
     """The worker's half: takes updates into `module`, by the backend that `endpoint` names; `journal` notes them."""
-    from transfer.landing import Landing
-    from transfer.receiver import Receiver, make_intake
+    from transfer.backends.make import make_intake
+    from transfer.worker.landing import Landing
+    from transfer.worker.receiver import Receiver
 
     return Receiver(make_intake(endpoint), Landing.of(module), journal or Journal())
 
 
-ONE_SHOT = {  # the one-shot API, vLLM's names; imported at the first use, which `--help` never makes
-    "WeightTransferEngine": "transfer.engine",
-    "WeightTransferInitInfo": "transfer.engine",
-    "WeightTransferUpdateInfo": "transfer.engine",
-    "IPCTrainerSendWeightsArgs": "transfer.ipc",
-    "IPCWeightTransferEngine": "transfer.ipc",
-    "IPCWeightTransferInitInfo": "transfer.ipc",
-    "IPCWeightTransferUpdateInfo": "transfer.ipc",
+ELSEWHERE = {  # imported at the first use, which `--help` never makes
+    "DirectSender": "transfer.trainer.senders.direct",
+    "HttpSender": "transfer.trainer.senders.http",
+    "RaySender": "transfer.trainer.senders.ray",
+    "full_weights": "transfer.trainer.sources",
+    "WeightTransferEngine": "transfer.engine.base",  # the one-call API, vLLM's names
+    "WeightTransferInitInfo": "transfer.engine.base",
+    "WeightTransferUpdateInfo": "transfer.engine.base",
+    "IPCTrainerSendWeightsArgs": "transfer.engine.ipc",
+    "IPCWeightTransferEngine": "transfer.engine.ipc",
+    "IPCWeightTransferInitInfo": "transfer.engine.ipc",
+    "IPCWeightTransferUpdateInfo": "transfer.engine.ipc",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ONE_SHOT:
+    if name not in ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(ONE_SHOT[name]), name)
+    return getattr(importlib.import_module(ELSEWHERE[name]), name)

@@ -34,8 +34,8 @@ from rlhf.checkpoint.state import (
     write_tensors,
 )
 from rlhf.checkpoint.store import Best, Store, flush, read_json
-from rlhf.ending import EXPLAINED, RESUMABLE, STOPPED, unbroken
 from rlhf.monitor.metrics import Recorder
+from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED, unbroken
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf.ending import RunError
+from rlhf.shell.ending import RunError
 from rlhf.stages.sft import encode
 from rlhf.types import IDS, Prompt, Task, Tokenizer
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.ending import RunError
-from transfer.shown import one_line
+from rlhf.shell.ending import RunError
+from transfer.agreement.shown import one_line
 
 
 @contextmanager

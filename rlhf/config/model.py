@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config.rules import at_least, one_of
+from transfer.agreement.shown import shown
 from transfer.config import positive
-from transfer.shown import shown
 
 
 class Precision(enum.Enum):

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from rlhf.config.model import AUTO
 from rlhf.config.rules import at_least, in_range, named_as_part
+from transfer.agreement.shown import shown
 from transfer.config import positive
-from transfer.shown import shown
 
 
 @dataclass(slots=True, kw_only=True)

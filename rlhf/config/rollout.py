@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf.config.model import Precision
 from rlhf.config.rules import at_least, in_range
+from transfer.agreement.shown import shown
 from transfer.config import InFlight, positive
-from transfer.shown import shown
 
 
 class Logprobs(Enum):

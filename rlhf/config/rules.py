@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf.ending import RunError
-from transfer.shown import shown
+from rlhf.shell.ending import RunError
+from transfer.agreement.shown import shown
 
 
 def at_least(key: str, value: float, least: float) -> None:

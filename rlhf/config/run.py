@@ -16,6 +16,7 @@ from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
 from rlhf.monitor.alarms import AlarmsConfig
+from transfer.agreement.shown import shown
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
@@ -31,7 +32,6 @@ from transfer.config import (
     TransferConfig,
     positive,
 )
-from transfer.shown import shown
 
 TOKENS = 16384  # of a micro-batch, by default
 

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from rlhf.config.rules import at_least, in_range
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 
 @dataclass(slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.learning import losses
 from rlhf.learning.microbatches import length_groups
 from rlhf.learning.recompute import recomputing
-from rlhf.model_cache import cache_name, parameters_of
+from rlhf.models.model_cache import cache_name, parameters_of
 from rlhf.types import TRUNCATED, Rollouts
 
 

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.adapter import sent_weights
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import Advantage, AlgoConfig, KlIn, Truncated
-from rlhf.ending import RunError
 from rlhf.learning import advantages as adv
 from rlhf.learning import losses
 from rlhf.learning.correction import effective_share
@@ -30,6 +28,8 @@ from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.reference import acting, refresh
 from rlhf.learning.schedules import scale
+from rlhf.models.adapter import sent_weights
+from rlhf.shell.ending import RunError
 from rlhf.types import Rollouts
 
 GROUPS = {

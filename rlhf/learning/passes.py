@@ -27,7 +27,7 @@ from rlhf.learning.microbatches import Sizes, fill, split
 from rlhf.learning.packed_attention import attending
 from rlhf.learning.packing import Tokens, packed, shares
 from rlhf.learning.recompute import recomputing
-from rlhf.models import score_layer
+from rlhf.models.make import score_layer
 
 
 class Passes(Protocol):

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.adapter import without_adapter
 from rlhf.checkpoint.state import weights_of
 from rlhf.config.algo import AlgoConfig
+from rlhf.models.adapter import without_adapter
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.monitor.gpu import GPU_MEMORY, SAMPLE_S, Gpus, gpu_peak
-from transfer.stacks import DUMP
+from transfer.worker.stacks import DUMP
 
 WORKERS = (b"rlhf.rollout.worker", b"rlhf.rollout.vllm_serve", b"ray::RayWorker")  # how their command lines begin
 RAYLET = b"raylet"  # a process of Ray, below which its workers are

@@ -35,7 +35,7 @@ from rlhf.config import (
 )
 from rlhf.reports.run_folder import flat
 from rlhf.types import Logger
-from transfer.shown import one_line
+from transfer.agreement.shown import one_line
 
 CLOSE_S = 30.0  # how long a service has at the end of a run to take what it has not taken yet
 SERVICES = {WandbLoggerConfig: "wandb", MlflowLoggerConfig: "mlflow", TrackioLoggerConfig: "trackio"}

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import RunConfig, VerifierRewardConfig
-from rlhf.ending import RunError
 from rlhf.monitor.alarms import OF_EVALUATIONS, OF_STEPS, Watch
 from rlhf.monitor.flops import Meter, Row
 from rlhf.monitor.profiler import Profiler
 from rlhf.monitor.progress import Stage
+from rlhf.shell.ending import RunError
 from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
 from transfer import Transfer
-from transfer.journal import Journal
+from transfer.agreement.journal import Journal
 
 NO_STEP = ("evaluate", "checkpoint")  # phases whose seconds are part of no step
 SAMPLES_PER_STEP = 4  # rows of each step that samples.jsonl keeps

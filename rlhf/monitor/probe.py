@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf.config import Precision, RunConfig
-from rlhf.ending import RunError
 from rlhf.learning.forward import collate
 from rlhf.learning.passes import PADDED, Passes
+from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, Sampler
 
 if TYPE_CHECKING:

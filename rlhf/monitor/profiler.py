@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.monitor.traces import FOLDER, profiler, write
-from transfer.shown import one_line
-from transfer.wire import RemoteError
+from transfer.agreement.shown import one_line
+from transfer.agreement.wire import RemoteError
 
 if TYPE_CHECKING:
     from transfer import Sender

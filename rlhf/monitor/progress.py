@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlhf.monitor.heartbeat import Pulse
-from rlhf.screen import plain_console
-from transfer.shown import printable
+from rlhf.shell.screen import plain_console
+from transfer.agreement.shown import printable
 
 TRANSFER_LOG = logging.getLogger("transfer")
 LINE_EVERY_S = 2.0  # without a terminal: seconds between two lines of one stage

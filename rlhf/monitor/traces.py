@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transfer.wire import Refused
+from transfer.agreement.wire import Refused
 
 LONGEST_S = 10.0
 MOST_BYTES = 50 * 10**6

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from rlhf.adapter import add_adapter, base_weights, check_merge, remove_adapter
 from rlhf.config.model import LoraConfig
 from rlhf.learning.forward import Batch
 from rlhf.learning.pass_choice import context_of, random_batch
 from rlhf.learning.passes import PADDED, WHOLE, Padded
-from rlhf.model_cache import parameters_of, recurrent
+from rlhf.models.adapter import add_adapter, base_weights, check_merge, remove_adapter
+from rlhf.models.model_cache import parameters_of, recurrent
 from rlhf.rollout.hf import evaluating, make_decoder
 from rlhf.rollout.sampling import Sampling
-from transfer.shown import one_line
+from transfer.agreement.shown import one_line
 
 PROMPTS, RESPONSES = (9, 3), (6, 2, 4, 5)  # tokens; two rows a prompt
 BATCHES = ([0, 1, 2, 3], [2, 3])  # rows: padded, and with nothing to pad

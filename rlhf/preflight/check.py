@@ -20,11 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.adapter import add_adapter, sent_weights
+from rlhf.assembly.matter import Matter, gathered
+from rlhf.assembly.site import opened
 from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
-from rlhf.ending import EXPLAINED, RunError, check_free
-from rlhf.matter import Matter, gathered
+from rlhf.models.adapter import add_adapter, sent_weights
+from rlhf.models.saving import saved_dtype
 from rlhf.monitor.heartbeat import Pulse
 from rlhf.monitor.loggers import SERVICES
 from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
@@ -33,14 +34,13 @@ from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards import ModelReward
 from rlhf.run import trained
-from rlhf.saving import saved_dtype
-from rlhf.screen import plain_console
-from rlhf.site import opened
+from rlhf.shell.ending import EXPLAINED, RunError, check_free
+from rlhf.shell.screen import plain_console
 from rlhf.types import Pair, Task
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.shown import one_line
 from transfer.config import DiskConfig
-from transfer.manifest import Manifest
-from transfer.memory import slot_bytes
-from transfer.shown import one_line
+from transfer.memory.regions import slot_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import EvaluationConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.learning.pass_choice import context_of
+from rlhf.models.stop_tokens import ended
 from rlhf.preflight.plan import check_amounts
 from rlhf.preflight.rotary import change_of, check_rotary
-from rlhf.stop_tokens import ended
 from rlhf.tasks.json_lines import some
 from rlhf.types import Pair, Prompt, Task, Tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from rlhf.config import Objective
-from rlhf.screen import plain_console
+from rlhf.shell.screen import plain_console
 
 Rows = Sequence[Mapping[str, float]]
 ALARM = "alarm/"

@@ -1,4 +1,7 @@
-"""(prompt, answer) -> number: the task's verifier, a reward model, the user's function or server, or a weighted sum."""
+"""(prompt, answer) -> number: the task's verifier, a reward model, the user's function or server, or a weighted sum.
+
+A reward that cannot be had is None, never 0. Training a reward model is stages/reward_model.py.
+"""
 
 from rlhf.rewards.failures import usable
 from rlhf.rewards.function import FunctionReward

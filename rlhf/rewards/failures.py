@@ -8,9 +8,9 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from rlhf.ending import RunError
+from rlhf.shell.ending import RunError
 from rlhf.types import RewardReport
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 NOT_FINITE = "not_finite"  # of RewardReport.counts
 

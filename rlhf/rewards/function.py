@@ -19,7 +19,7 @@ from rlhf.rewards.columns import names
 from rlhf.rewards.failures import as_rewards
 from rlhf.rewards.samples import Rewards, Samples
 from rlhf.types import Prompt, RewardReport
-from transfer.shown import one_line
+from transfer.agreement.shown import one_line
 
 LONGEST_ERROR = 300  # characters of an exception that are shown, on one line
 TIMEOUT_S = 60.0

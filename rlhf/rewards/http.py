@@ -20,11 +20,11 @@ from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from rlhf.config import HttpRewardConfig
-from rlhf.ending import RunError
 from rlhf.rewards.columns import columns
 from rlhf.rewards.failures import as_rewards
+from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, RewardReport
-from transfer.shown import one_line, shown
+from transfer.agreement.shown import one_line, shown
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts to connect, doubled each time
 BUSY = (429, 503)

@@ -18,7 +18,7 @@ from rlhf.config.model import AUTO
 from rlhf.rewards.model import ModelReward, position_table
 from rlhf.rewards.rendering import OwnTemplate
 from rlhf.types import Prompt
-from transfer.shown import one_line
+from transfer.agreement.shown import one_line
 
 BATCH_TOKENS = 2**16  # of a pass, with padding
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # by how much a score may change in a batch, absolute and relative

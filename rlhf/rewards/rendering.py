@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.chat_template import RefusedError, rendered
+from rlhf.models.chat_template import RefusedError, rendered
 from rlhf.tasks.chat import Chat, Message, Spelling, before_answer, dated, in_a_spelling
 from rlhf.types import Prompt
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 
 @dataclass(frozen=True, slots=True)

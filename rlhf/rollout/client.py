@@ -10,13 +10,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, all_logprobs
-from rlhf.ending import RunError
+from rlhf.models.stop_tokens import stop_ids
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import ABORTED, Sample, measured_rows, seed_of
-from rlhf.stop_tokens import stop_ids
+from rlhf.shell.ending import RunError
 from rlhf.types import FINISHED, Completion, Prompt, Rollouts, Tokenizer
-from transfer.shown import shown
-from transfer.wire import BODY, RemoteError
+from transfer.agreement.shown import shown
+from transfer.agreement.wire import BODY, RemoteError
 
 if TYPE_CHECKING:
     from transfer import Sender

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from rlhf.rollout.sampling import ABORTED, Sample
 from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
-from transfer.wire import COLUMNS_TYPE, MAX_LOGPROB, Binary
+from transfer.agreement.wire import COLUMNS_TYPE, MAX_LOGPROB, Binary
 
 MAGIC = b"rlhfcols"
 VERSION = 1

@@ -25,8 +25,8 @@ from typing import Any
 
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import Sample, Sampling, seed_of
-from transfer import wire
-from transfer.wire import Refused
+from transfer.agreement import wire
+from transfer.agreement.wire import Refused
 
 COLUMNS = "columns"  # the other encoding is json
 MAX_ROWS = 65536  # prompts * n of one message

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.model_cache import cache_name, cache_of, parameters_of, recurrent
+from rlhf.models.model_cache import cache_name, cache_of, parameters_of, recurrent
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
 from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
 

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.ending import RunError
 from rlhf.monitor.gpu import GPU_MEMORY
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
+from rlhf.shell.ending import RunError
+from transfer.agreement.wire import TOKEN_VARIABLE, RemoteError
 from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
-from transfer.process import WorkerProcess, python_path
-from transfer.ray_start import check_cpus, joined_ray, private_ray
-from transfer.stacks import dumps_stacks_when_asked
-from transfer.wire import TOKEN_VARIABLE, RemoteError
+from transfer.worker.process import WorkerProcess, python_path
+from transfer.worker.ray_start import check_cpus, joined_ray, private_ray
+from transfer.worker.stacks import dumps_stacks_when_asked
 
 if TYPE_CHECKING:
     from transfer import Sender
@@ -53,7 +53,7 @@ def worker_spec(
     """
     import torch
 
-    from rlhf.adapter import spec_of
+    from rlhf.models.adapter import spec_of
 
     parameter = next(policy.parameters())
     dtype = config.rollout.dtype or config.model.dtype
@@ -178,7 +178,7 @@ class Workers:
 @contextmanager
 def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
     """One worker around the learner's own module."""
-    from transfer.senders.direct import DirectSender
+    from transfer.trainer.senders.direct import DirectSender
 
     worker = Worker.around(policy, spec.endpoint, spec.journal)
     yield lambda: [DirectSender(worker, "worker 0 (local)")]
@@ -187,7 +187,7 @@ def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
 @contextmanager
 def running(count: int, config: HttpSenderConfig) -> Iterator[Connect]:
     """Workers that somebody else started and will end; their token is in the environment."""
-    from transfer.senders.http import HttpSender
+    from transfer.trainer.senders.http import HttpSender
 
     _check_count(count, config)
     token = os.environ.get(TOKEN_VARIABLE)
@@ -210,7 +210,7 @@ def vllm_servers(
 ) -> Iterator[Connect]:
     """vLLM servers that somebody else started and will end; their API key is in the environment, if they have one."""
     from rlhf.rollout.vllm_server import server_at, worker_around
-    from transfer.senders.direct import DirectSender
+    from transfer.trainer.senders.direct import DirectSender
 
     _check_count(config.workers, sender)
     key = os.environ.get(TOKEN_VARIABLE)
@@ -248,7 +248,7 @@ def served(
 @contextmanager
 def processes(spec: WorkerSpec, config: RolloutConfig, sender: HttpSenderConfig, folder: Path) -> Iterator[Connect]:
     """Worker processes behind HTTP, started all at once; one that dies is started again, `config.restarts` times."""
-    from transfer.senders.http import HttpSender
+    from transfer.trainer.senders.http import HttpSender
 
     def url(worker: WorkerProcess, deadline: float) -> str:
         return f"http://127.0.0.1:{worker.port(deadline)}"
@@ -294,7 +294,7 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
     """
     import ray
 
-    from transfer.senders.ray import RaySender
+    from transfer.trainer.senders.ray import RaySender
 
     variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(spec.threads)}
     actor_class = ray.remote(RayWorker).options(

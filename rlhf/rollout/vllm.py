@@ -21,12 +21,12 @@ from rlhf.rollout.sampling import ABORTED, Sample, Sampling, seed_of
 from rlhf.rollout.stepping import Stepping
 from rlhf.rollout.vllm_model import class_of, model_folder
 from rlhf.types import FINISHED, TRUNCATED
-from transfer.journal import Journal
-from transfer.manifest import DTYPES, Manifest
-from transfer.receiver import Receiver
-from transfer.stacks import VARIABLE as STACKS
+from transfer.agreement.journal import Journal
+from transfer.agreement.manifest import DTYPES, Manifest
 from transfer.vllm.extension import CLASS
 from transfer.vllm.remote import Ranks, RemoteIntake, RemoteLanding
+from transfer.worker.receiver import Receiver
+from transfer.worker.stacks import VARIABLE as STACKS
 
 if TYPE_CHECKING:
     import torch

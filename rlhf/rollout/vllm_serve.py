@@ -22,10 +22,10 @@ from typing import Any
 from rlhf.rollout.vllm import environment
 from rlhf.rollout.vllm_model import model_folder
 from rlhf.rollout.worker import WorkerSpec
-from transfer.senders.kept_alive import KeptAlive
-from transfer.serve import OF_PARENT, PR_SET_PDEATHSIG
-from transfer.stacks import dumps_stacks_when_asked
+from transfer.trainer.senders.kept_alive import KeptAlive
 from transfer.vllm.plugin import BACKEND
+from transfer.worker.serve import OF_PARENT, PR_SET_PDEATHSIG
+from transfer.worker.stacks import dumps_stacks_when_asked
 
 LOOK_S = 0.5
 STOP_S = 2.0  # until what has not ended is killed; less than a trainer waits for this process

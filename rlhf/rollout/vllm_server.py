@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf.rollout.sampling import Sample, Sampling
 from rlhf.rollout.vllm import manifest_of
 from rlhf.rollout.worker import Worker, WorkerSpec, config_of, limits_of
-from transfer.journal import Journal
-from transfer.process import WorkerProcess
-from transfer.receiver import Receiver
-from transfer.senders.direct import DirectSender
+from transfer.agreement.journal import Journal
+from transfer.agreement.wire import RemoteError
+from transfer.trainer.senders.direct import DirectSender
 from transfer.vllm.server_ends import ServerIntake, ServerLanding
 from transfer.vllm.stock import RlhfIpc, StockIpc, StockServer, UpdatePolicy
-from transfer.wire import RemoteError
+from transfer.worker.process import WorkerProcess
+from transfer.worker.receiver import Receiver
 
 if TYPE_CHECKING:
     import torch

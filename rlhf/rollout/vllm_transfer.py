@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf.adapter import has_adapter, merge_into, merged
-from transfer.wire import RemoteError, TransferError
+from rlhf.models.adapter import has_adapter, merge_into, merged
+from transfer.agreement.wire import RemoteError, TransferError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from transfer import Sender, Transfer
-    from transfer.session import PushStats
+    from transfer.trainer.session import PushStats
 
     Weights = Mapping[str, torch.Tensor]
 

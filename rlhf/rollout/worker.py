@@ -1,7 +1,8 @@
 """A rollout worker: a policy of its own that samples completions and takes weight updates.
 
-`Worker` has one method per verb of `transfer.wire.ROUTES`, a JSON object in and a JSON object out. It runs in a process
-of its own behind HTTP (transfer/serve.py), as a Ray actor, or in the trainer's process around the learner's own module.
+`Worker` has one method per verb of `transfer.agreement.wire.ROUTES`, a JSON object in and a JSON object out. It runs
+in a process of its own behind HTTP (transfer/worker/serve.py), as a Ray actor, or in the trainer's process around the
+learner's own module.
 
     python -m rlhf.rollout.worker              the spec is one JSON line on stdin; ends when stdin does
     python -m rlhf.rollout.worker spec.json    a worker that stands alone, for transfer.sender.url
@@ -20,20 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import __version__
+from rlhf.models.stop_tokens import stop_ids_of
 from rlhf.monitor.gpu import GPU_MEMORY, gpu_peak
 from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
-from rlhf.stop_tokens import stop_ids_of
-from transfer import make_receiver, wire
-from transfer.journal import Journal
-from transfer.protocol import Phase
-from transfer.wire import Refused
+from transfer import make_receiver
+from transfer.agreement import wire
+from transfer.agreement.journal import Journal
+from transfer.agreement.protocol import Phase
+from transfer.agreement.wire import Refused
 
 if TYPE_CHECKING:
     import torch
 
     from rlhf.rollout.sampling import Sample, Sampling
-    from transfer.receiver import Receiver
+    from transfer.worker.receiver import Receiver
 
 PAUSE_S = 300.0  # how long `pause` waits for running completions to end
 MAX_PAUSES = 4  # messages that wait for it at once; each keeps a thread
@@ -116,8 +118,8 @@ def build_model(spec: WorkerSpec) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    from rlhf.adapter import AdapterSpec
-    from rlhf.models import load_base
+    from rlhf.models.adapter import AdapterSpec
+    from rlhf.models.make import load_base
 
     shape = config_of(spec)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
@@ -336,7 +338,7 @@ def parts_of(spec: WorkerSpec) -> tuple[Engine, Receiver, completions.Limits]:
 
 
 def _around(model: Any, endpoint: Mapping[str, Any], journal: str) -> tuple[Engine, Receiver, completions.Limits]:
-    from rlhf.adapter import receiving
+    from rlhf.models.adapter import receiving
     from rlhf.rollout.hf import HfEngine
 
     receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
@@ -400,8 +402,8 @@ class PauseGate:
 
 def main(arguments: list[str]) -> None:
     """Serve over HTTP, by a spec from the file named in `arguments` or from the first line of stdin."""
-    from transfer.serve import serve_alone, serve_parent
-    from transfer.stacks import dumps_stacks_when_asked
+    from transfer.worker.serve import serve_alone, serve_parent
+    from transfer.worker.stacks import dumps_stacks_when_asked
 
     dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(Path(arguments[0]).read_bytes() if arguments else sys.stdin.buffer.readline())

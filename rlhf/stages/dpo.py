@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.adapter import sent_weights
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.ending import RunError
 from rlhf.held_out import evaluated
 from rlhf.learning.forward import Batch
 from rlhf.learning.learner import MAX_SKIPPED
@@ -31,10 +29,12 @@ from rlhf.learning.pass_choice import context_of
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.schedules import scale
 from rlhf.loop import Parts
+from rlhf.models.adapter import sent_weights
+from rlhf.models.stop_tokens import ended
 from rlhf.monitor.flops import Row
+from rlhf.shell.ending import RunError
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.stages.sft import batches
-from rlhf.stop_tokens import ended
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
 
 TIE = 1e-4  # nats by which an implicit preference may be noise of floating point; half right, then

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from rlhf.config import ModelRewardConfig, OptimConfig
 from rlhf.learning.losses import bradley_terry
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
-from rlhf.models import scores
+from rlhf.models.make import scores
+from rlhf.models.stop_tokens import ended
 from rlhf.stages.sft import batches, join
-from rlhf.stop_tokens import ended
 from rlhf.tasks.encoding import prompt_ids
 from rlhf.types import Pair, Prompt, Rollouts, Task, Tokenizer
 

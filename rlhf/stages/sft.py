@@ -11,7 +11,7 @@ from rlhf.config import OptimConfig, SftConfig
 from rlhf.learning.losses import counted
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.recompute import recomputing
-from rlhf.stop_tokens import ended, text_end
+from rlhf.models.stop_tokens import ended, text_end
 from rlhf.types import Prompt, Tokenizer
 
 

@@ -25,7 +25,7 @@ from rlhf.tasks.chat import Chat, Message, dated
 from rlhf.tasks.encoding import beginning, begun
 from rlhf.tasks.json_lines import counted, report
 from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 Answer = str | Message  # a text, or an assistant's message with more than that, which the chat template renders
 Gold = Callable[[Mapping[str, Any], str], float | None]  # (a row's columns, an answer) -> score in [0, 1]

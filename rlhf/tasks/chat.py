@@ -17,9 +17,9 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf.chat_template import RefusedError, behind_an_answer, rendered
+from rlhf.models.chat_template import RefusedError, behind_an_answer, rendered
 from rlhf.types import Tokenizer
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 Message = dict[str, Any]  # role, content, and what else the chat template may render
 Spelling = Callable[[Message], Message]

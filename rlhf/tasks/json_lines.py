@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import JsonlTaskConfig
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 SHOWN = 10  # bad lines in one error message
 MAGIC = {  # first bytes of files that are no text

@@ -27,7 +27,7 @@ from rlhf.tasks import Answer, Message, RawTask, Row
 from rlhf.tasks.chat import SPOKEN
 from rlhf.tasks.json_lines import columns_of, counted, kind_of, lines, report
 from rlhf.tasks.messages import answer_of, messages_in, text_in
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 TEMPLATE = ("tools", "chat_template_kwargs")  # columns that chat templates are given
 PREFERENCE = ("chosen", "rejected")

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf.tasks import Answer, Message
 from rlhf.tasks.chat import SPOKEN
 from rlhf.tasks.json_lines import kind_of
-from transfer.shown import shown
+from transfer.agreement.shown import shown
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 SHAREGPT = {  # `from` of LLaMA-Factory, FastChat and Axolotl -> role; a call's value is JSON

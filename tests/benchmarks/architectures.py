@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import transformers
 
-from rlhf.adapter import add_adapter, merged
 from rlhf.config import LoraConfig
 from rlhf.learning.forward import collate
 from rlhf.learning.passes import WHOLE, Padded
 from rlhf.learning.recompute import enable
+from rlhf.models.adapter import add_adapter, merged
 from rlhf.preflight.agreement import agreeing_passes, check_engine
 from rlhf.rollout.hf import HfEngine
 from rlhf.rollout.sampling import Sampling

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlhf.ending import terminate_as_interrupt
+from rlhf.shell.ending import terminate_as_interrupt
 from tests.benchmarks.trl_gpu.check import bar_lines, work_lines
 from tests.benchmarks.trl_gpu.common import PEAK, Row
 from tests.benchmarks.trl_gpu.plan import LOST, LOST_DRY, PARTS, Job, parts_of

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from rlhf.rollout.worker import WorkerSpec
-from transfer import IPCWeightTransferEngine, make_transfer, wire
+from transfer import IPCWeightTransferEngine, make_transfer
+from transfer.agreement import wire
 from transfer.config import IpcConfig, SenderConfig, Staging, Take, Verify
-from transfer.process import WorkerProcess
-from transfer.senders.http import HttpSender
+from transfer.trainer.senders.http import HttpSender
+from transfer.worker.process import WorkerProcess
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)

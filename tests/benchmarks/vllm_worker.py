@@ -10,7 +10,7 @@ from typing import Any
 from rlhf.rollout import completions
 from rlhf.rollout.vllm import VllmEngine
 from rlhf.rollout.worker import Worker, WorkerSpec, parts_of
-from transfer.serve import serve_parent
+from transfer.worker.serve import serve_parent
 
 
 class BenchWorker(Worker):

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
 from rlhf.checkpoint.store import Store
-from rlhf.ending import RESUMABLE, STOPS, TERMINATED, RunError, terminate_as_interrupt
 from rlhf.learning.learner import Learner
-from rlhf.models import Head, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.make import Head, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.saving import save_model
 from rlhf.rollout.hf import evaluating
-from rlhf.saving import save_model
+from rlhf.shell.ending import RESUMABLE, STOPS, TERMINATED, RunError, terminate_as_interrupt
 
 pytestmark = pytest.mark.usefixtures("default_signals")
 

@@ -14,10 +14,10 @@ from rlhf.checkpoint.keeper import FOLDER, STATE
 from rlhf.checkpoint.rows import check_rows, splits_of
 from rlhf.checkpoint.store import MANIFEST, Store, _described
 from rlhf.config import JsonlTaskConfig, TinyModelConfig
-from rlhf.ending import RunError
-from rlhf.models import CHAT_TEMPLATE, make_policy, make_tokenizer
+from rlhf.models.make import CHAT_TEMPLATE, make_policy, make_tokenizer
+from rlhf.models.saving import save_model
 from rlhf.run import run
-from rlhf.saving import save_model
+from rlhf.shell.ending import RunError
 from rlhf.tasks import RawTask, Row, make_task, read_task
 
 LETTERS = "abcdefgh"

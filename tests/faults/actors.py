@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from tests.faults.mischief import Mischief
 from tests.faults.worker import FORKS, PRELOADED, Actor
-from transfer.plain_worker import PlainSpec
-from transfer.senders.ray import RaySender
-from transfer.wire import Refused, RemoteError
+from transfer.agreement.wire import Refused, RemoteError
+from transfer.trainer.senders.ray import RaySender
+from transfer.worker.plain_worker import PlainSpec
 
 if TYPE_CHECKING:
     from tests.faults.harness import Stage

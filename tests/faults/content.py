@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 
-from transfer.digest import digest_of
-from transfer.manifest import Manifest
+from transfer.agreement.manifest import Manifest
+from transfer.memory.digest import digest_of
 
 SIZES = {"small": 256 * 2**10, "big": 16 * 2**20}  # bytes, about
 COUNT = 40  # tensors

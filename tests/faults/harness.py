@@ -26,8 +26,8 @@ from tests.faults.trainer import Orders, train
 from tests.faults.worker import FORKS
 from tests.history import check
 from transfer import make_transfer
-from transfer.manifest import Manifest
-from transfer.plain_worker import PlainSpec
+from transfer.agreement.manifest import Manifest
+from transfer.worker.plain_worker import PlainSpec
 
 HEALED_S = 40.0  # deadline for the next whole push after a kill
 TRAPPED_S = 0.3  # deadline for a step of the protocol to come

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import content
-from transfer import arena, disk, plain_worker, process_group
+from transfer.backends import arena, disk, process_group
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, Staging, Take, TransferConfig
-from transfer.landing import Landing
-from transfer.receiver import Receiver
-from transfer.session import Session
+from transfer.trainer.session import Session
+from transfer.worker import plain_worker
+from transfer.worker.landing import Landing
+from transfer.worker.receiver import Receiver
 
 
 def of_worker(config: TransferConfig) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tests.faults.ledger import Read
-from transfer.wire import ROUTES
+from transfer.agreement.wire import ROUTES
 
 PAUSE_S = 0.002
 TIMEOUT_S = 10.0

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from transfer import arena, protocol, session
-from transfer.gate import Gate
-from transfer.receiver import Receiver
+from transfer.agreement import protocol
+from transfer.backends import arena
+from transfer.trainer import session
+from transfer.worker.gate import Gate
+from transfer.worker.receiver import Receiver
 
 
 def plant(name: str) -> None:

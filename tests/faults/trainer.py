@@ -23,10 +23,11 @@ import torch
 
 from tests.faults import content, moments, sabotage
 from tests.faults.cases import Case
-from transfer import Sender, Transfer, descriptors, make_transfer
-from transfer.journal import Journal
-from transfer.senders.http import HttpSender
-from transfer.wire import RemoteError, TransferError
+from transfer import Sender, Transfer, make_transfer
+from transfer.agreement.journal import Journal
+from transfer.agreement.wire import RemoteError, TransferError
+from transfer.memory import descriptors
+from transfer.trainer.senders.http import HttpSender
 
 AGAIN_S = 0.005
 UP_S = 5.0  # deadline for a worker that was killed to be there again
@@ -175,7 +176,7 @@ def sender_kind(orders: Orders) -> type[Sender]:
     """What carries its messages."""
     if not orders.ray:
         return HttpSender
-    from transfer.senders.ray import RaySender
+    from transfer.trainer.senders.ray import RaySender
 
     return RaySender
 

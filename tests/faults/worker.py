@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tests.faults import moments, sabotage
 from tests.faults.readers import HttpAsk
 from tests.faults.relay import Network, Relay, Trap
-from transfer.plain_worker import PlainSpec, PlainWorker
-from transfer.serve import serve_parent
-from transfer.wire import loads
+from transfer.agreement.wire import loads
+from transfer.worker.plain_worker import PlainSpec, PlainWorker
+from transfer.worker.serve import serve_parent
 
 if TYPE_CHECKING:
     from tests.faults.harness import Stage
@@ -28,14 +28,26 @@ if TYPE_CHECKING:
 FORKS = multiprocessing.get_context("forkserver")  # a process with all modules loaded, which forks in milliseconds
 PRELOADED = [
     *("torch", "numpy", "xxhash", "requests", "safetensors.torch", "uvicorn", "uvicorn.loops.asyncio"),
-    *("uvicorn.protocols.http.httptools_impl", "fastapi", "transfer.app", "transfer.plain_worker", "transfer.session"),
-    *("transfer.arena", "transfer.disk", "transfer.collective", "transfer.senders.http", "tests.faults.trainer"),
+    *(
+        "uvicorn.protocols.http.httptools_impl",
+        "fastapi",
+        "transfer.worker.app",
+        "transfer.worker.plain_worker",
+        "transfer.trainer.session",
+    ),
+    *(
+        "transfer.backends.arena",
+        "transfer.backends.disk",
+        "transfer.backends.collective",
+        "transfer.trainer.senders.http",
+        "tests.faults.trainer",
+    ),
 ]
 START_S = 20.0
 
 
 class HttpProcess:
-    """One start of a worker behind HTTP, served as `python -m transfer.plain_worker` serves it."""
+    """One start of a worker behind HTTP, served as `python -m transfer.worker.plain_worker` serves it."""
 
     def __init__(self, spec: PlainSpec, log: Path, planted: str, stops: bool) -> None:
         self._alive, theirs = FORKS.Pipe()

@@ -22,8 +22,8 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 from mutations import MARK  # noqa: E402
 from traffic import SESSION, VERBS, Sent, Traffic  # noqa: E402
 
-from transfer.openapi import document  # noqa: E402
-from transfer.wire import ROUTES  # noqa: E402
+from transfer.agreement.wire import ROUTES  # noqa: E402
+from transfer.worker.openapi import document  # noqa: E402
 
 WARM = 2000  # messages before memory and descriptors are counted
 MAX_GROWTH = 64 * 2**20  # bytes

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.rollout.worker import Worker
-from transfer import app, handle_check, handles, inert_pickle, wire
-from transfer.oneshot import Chunks
-from transfer.receiver import Receiver
+from transfer.agreement import wire
+from transfer.engine import handle_check, handles, inert_pickle
+from transfer.engine.chunks import Chunks
+from transfer.worker import app
+from transfer.worker.receiver import Receiver
 
 KEPT: list[Any] = []
 

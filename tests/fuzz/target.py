@@ -37,17 +37,18 @@ from traffic import SESSION, VERBS, Sent, Traffic  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: E402
 
 from rlhf.rollout.worker import Worker, WorkerSpec  # noqa: E402
-from transfer import serve  # noqa: E402
-from transfer.app import make_app  # noqa: E402
-from transfer.arena import ArenaPublisher, LivePublisher  # noqa: E402
+from transfer.agreement.manifest import Manifest  # noqa: E402
+from transfer.agreement.wire import ROUTES  # noqa: E402
+from transfer.backends.arena import ArenaPublisher, LivePublisher  # noqa: E402
+from transfer.backends.disk import DiskPublisher  # noqa: E402
 from transfer.config import DiskConfig, IpcConfig, SenderConfig, Staging, Take  # noqa: E402
-from transfer.digest import as_bytes, digest_of  # noqa: E402
-from transfer.disk import DiskPublisher  # noqa: E402
-from transfer.handle_check import ALIGN  # noqa: E402
-from transfer.handles import Exporter  # noqa: E402
-from transfer.manifest import Manifest  # noqa: E402
-from transfer.openapi import document  # noqa: E402
-from transfer.wire import ROUTES  # noqa: E402
+from transfer.engine.handle_check import ALIGN  # noqa: E402
+from transfer.engine.handles import Exporter  # noqa: E402
+from transfer.memory.digest import digest_of  # noqa: E402
+from transfer.memory.sums import as_bytes  # noqa: E402
+from transfer.worker import serve  # noqa: E402
+from transfer.worker.app import make_app  # noqa: E402
+from transfer.worker.openapi import document  # noqa: E402
 
 TOKEN = "f" * 64
 LIFE = 400  # messages to one worker; then another, so that both of update_weights' forms are met in every state

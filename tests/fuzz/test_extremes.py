@@ -7,10 +7,11 @@ import extremes
 import pytest
 import torch
 
-from transfer import handle_check, inert_pickle, wire
-from transfer.handles import Importer
-from transfer.ipc import IPCWeightTransferEngine
-from transfer.manifest import Manifest
+from transfer.agreement import wire
+from transfer.agreement.manifest import Manifest
+from transfer.engine import handle_check, inert_pickle
+from transfer.engine.handles import Importer
+from transfer.engine.ipc import IPCWeightTransferEngine
 
 MIB = 2**20
 

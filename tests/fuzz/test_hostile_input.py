@@ -8,8 +8,8 @@ import pytest
 from attack import HERE, SESSION, WARM, attack
 from traffic import VERBS
 
-from transfer import inert_pickle
-from transfer.wire import ROUTES
+from transfer.agreement.wire import ROUTES
+from transfer.engine import inert_pickle
 
 SECONDS = 280
 REFUSED = ("start_profile", "stop_profile")  # by a worker without a run's folder, as the target's is

@@ -18,8 +18,9 @@ from traffic import Traffic
 
 from rlhf.rollout import completions
 from rlhf.rollout.worker import Worker
-from transfer import app, openapi, receiver, wire
-from transfer.local import LocalPublisher
+from transfer.agreement import wire
+from transfer.backends.local import LocalPublisher
+from transfer.worker import app, openapi, receiver
 
 PROMPT = [[3, 4], [5]]
 

@@ -11,8 +11,8 @@ from typing import Any
 from extremes import extreme
 from mutations import Mutator
 
-from transfer import wire
-from transfer.openapi import OPENAPI, OPERATIONS
+from transfer.agreement import wire
+from transfer.worker.openapi import OPENAPI, OPERATIONS
 
 VERBS = [*wire.ROUTES, "openapi"]
 SESSION = ["init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"]

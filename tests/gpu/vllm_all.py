@@ -231,7 +231,7 @@ def _spec(endpoint: dict[str, Any], engine_args: dict[str, Any]) -> Any:
 @contextmanager
 def _serving(folder: Path, engine_args: dict[str, Any]) -> Iterator[str]:
     """The address of a `vllm serve`."""
-    from transfer.process import WorkerProcess
+    from transfer.worker.process import WorkerProcess
 
     os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # which vLLM's own backend needs
     spec = json.dumps(asdict(_spec({}, engine_args)))
@@ -243,8 +243,8 @@ def _serving(folder: Path, engine_args: dict[str, Any]) -> Iterator[str]:
 @contextmanager
 def _worker(folder: Path, endpoint: dict[str, Any], ranks: int) -> Iterator[Any]:
     """Our own worker around vllm.LLM."""
-    from transfer.process import WorkerProcess
-    from transfer.senders.http import HttpSender
+    from transfer.trainer.senders.http import HttpSender
+    from transfer.worker.process import WorkerProcess
 
     spec = _spec(endpoint, {"tensor_parallel_size": ranks})
     with WorkerProcess("worker", "rlhf.rollout.worker", json.dumps(asdict(spec)), folder / "tp.log") as process:
@@ -290,7 +290,7 @@ def trainer(url: str) -> None:
     from rlhf.rollout.vllm_server import server_at, worker_around
     from transfer import make_transfer
     from transfer.config import IpcConfig, SenderConfig, Staging, Take, Verify
-    from transfer.senders.direct import DirectSender
+    from transfer.trainer.senders.direct import DirectSender
 
     model = _model()
     staging = Staging.live if _device() == "cuda" else Staging.arena

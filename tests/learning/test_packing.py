@@ -149,7 +149,7 @@ def test_gradients_are_those_of_padded_rows_whatever_else_is_chosen(make_learner
     def grads(way) -> torch.Tensor:
         learner = way(make_learner(*dials))
         if "model.lora.rank=2" in dials:
-            from rlhf.adapter import add_adapter
+            from rlhf.models.adapter import add_adapter
 
             add_adapter(learner.policy, 2, 16.0, [], seed=3)
             for name, parameter in learner.policy.named_parameters():

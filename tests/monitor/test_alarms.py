@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.compose import CONF, checked, register
-from rlhf.ending import RunError
 from rlhf.monitor.alarms import EVALUATIONS, JUMP_WINDOW, OF_EVALUATIONS, OF_STEPS, QUIET, Watch
 from rlhf.monitor.metrics import zero_std
 from rlhf.run import run
+from rlhf.shell.ending import RunError
 
 HEALTHY = {
     "train/zero_std": 0.2,

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from rlhf.adapter import add_adapter
+from rlhf.models.adapter import add_adapter
 from rlhf.monitor.flops import Meter, Row, Shape, peak_of, shape_of
 from rlhf.run import run
 from rlhf.types import Completion, Prompt, Rollouts

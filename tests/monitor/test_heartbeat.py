@@ -14,7 +14,7 @@ import pytest
 
 from rlhf.monitor.heartbeat import Heartbeat, Pulse, dump_stacks, workers_of
 from rlhf.run import run
-from transfer.stacks import VARIABLE
+from transfer.worker.stacks import VARIABLE
 
 WAIT_S = 20.0
 
@@ -65,7 +65,7 @@ def test_a_quick_phase_is_never_said(tmp_path):
 
 def test_a_worker_writes_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
     code = (
-        "import sys, time; from transfer.stacks import dumps_stacks_when_asked as on\n"
+        "import sys, time; from transfer.worker.stacks import dumps_stacks_when_asked as on\n"
         "on(); print('up', flush=True); sys.stdin.read()  # rlhf.rollout.worker"
     )
     with open(tmp_path / "log", "w") as log:

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from rlhf.ending import RunError
-from rlhf.models import make_policy, make_tokenizer
+from rlhf.models.make import make_policy, make_tokenizer
 from rlhf.monitor.probe import Probe
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.worker import Worker
+from rlhf.shell.ending import RunError
 from rlhf.tasks import make_task, read_task
 from transfer import make_transfer
-from transfer.senders.direct import DirectSender
+from transfer.trainer.senders.direct import DirectSender
 
 OVERRIDES = ("model=micro", "task=sort", "transfer=local", "transfer.verify_every=2")
 

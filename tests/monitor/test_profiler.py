@@ -13,7 +13,7 @@ import torch
 from rlhf.monitor.profiler import Profiler
 from rlhf.monitor.traces import Trace, Traces, compress, profiler
 from rlhf.run import run
-from transfer.wire import Refused, RemoteError
+from transfer.agreement.wire import Refused, RemoteError
 
 SMALL = ("experiment=smoke", "logger=jsonl", "sft.steps=2", "steps=3", "task.held_out=8")
 TIMES = ("seconds", "tokens_per_second", "transfer/seconds", "transfer/write_seconds")

@@ -13,8 +13,8 @@ from rlhf.monitor.loggers import Guarded
 from rlhf.monitor.progress import Bars
 from rlhf.preflight.check import _table
 from rlhf.reports.summary import PHASES, print_table
-from transfer.process import WorkerProcess
-from transfer.wire import TransferError
+from transfer.agreement.wire import TransferError
+from transfer.worker.process import WorkerProcess
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e"
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,13 +12,13 @@ from safetensors import safe_open
 
 from rlhf.checkpoint.state import optimizer_tensors
 from rlhf.config import LoraConfig
-from rlhf.ending import RunError, alone
 from rlhf.learning.optimizer import make_optimizer
-from rlhf.models import make_policy, make_tokenizer
+from rlhf.models.make import make_policy, make_tokenizer
 from rlhf.preflight.check import BESIDE, check_run, count, human, one_step, sizes_of
 from rlhf.preflight.memory_estimate import Count, checkpoint, gradients, optimizer_state, slots, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
 from rlhf.run import run
+from rlhf.shell.ending import RunError, alone
 from rlhf.tasks import make_task, read_task
 from rlhf.train import NOWHERE, for_check
 from transfer import make_transfer
@@ -76,7 +76,7 @@ def test_weights_gradients_and_optimiser_state_of_a_model_are_estimated_to_the_b
 
 
 def test_an_adapters_sizes_are_known_before_it_is_there(compose_run):
-    from rlhf.adapter import add_adapter, sent_weights
+    from rlhf.models.adapter import add_adapter, sent_weights
 
     config = compose_run(*SMALL)
     policy, _ = policy_and_task(config)
@@ -97,7 +97,7 @@ def test_the_slots_are_as_large_as_those_that_the_arena_allocates(compose_run, t
     with make_transfer(config.transfer, tmp_path) as transfer:
         publisher = transfer._publisher
         weights = policy.state_dict(keep_vars=True)
-        from transfer.manifest import Manifest
+        from transfer.agreement.manifest import Manifest
 
         publisher.prepare(Manifest.of(weights, getattr(torch, dtype)), weights)
         assert told == {"transfer, 3 slots": publisher._slots._region.bytes.nbytes}

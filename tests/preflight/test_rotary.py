@@ -6,11 +6,11 @@ import torch
 from rlhf.config import TinyModelConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import random_batch
 from rlhf.learning.passes import PADDED
-from rlhf.models import make_tokenizer
+from rlhf.models.make import make_tokenizer
+from rlhf.models.saving import save_model
 from rlhf.preflight.agreement import engine_logprobs
 from rlhf.preflight.rotary import change_of, check_rotary
 from rlhf.run import run
-from rlhf.saving import save_model
 from tests.benchmarks.tiny_families import tiny
 
 CHANGE = 16

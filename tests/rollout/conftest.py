@@ -19,8 +19,8 @@ from rlhf.config.algo import Advantage, AlgoConfig
 from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
 from rlhf.rollout.worker import Worker
 from transfer import make_transfer
+from transfer.agreement.journal import Journal
 from transfer.config import HttpSenderConfig, InFlight, IpcConfig, LocalConfig
-from transfer.journal import Journal
 
 EOS = 1
 VOCABULARY = 12

@@ -12,10 +12,11 @@ import requests
 
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.worker import Worker
-from transfer import serve, wire
-from transfer.app import MAX_DEPTH, THREADS, BearerToken, make_app
-from transfer.bounded_http import MAX_HEAD_BYTES, MAX_PIPELINED
-from transfer.plain_worker import PlainSpec
+from transfer.agreement import wire
+from transfer.worker import serve
+from transfer.worker.app import MAX_DEPTH, THREADS, BearerToken, make_app
+from transfer.worker.bounded_http import MAX_HEAD_BYTES, MAX_PIPELINED
+from transfer.worker.plain_worker import PlainSpec
 
 CREDENTIALS = {
     "none": {},

@@ -7,9 +7,9 @@ from rlhf.rollout.sampling import Sample, measured_rows, seed_of
 from rlhf.rollout.worker import Worker
 from rlhf.types import Prompt
 from transfer import make_transfer
+from transfer.agreement.wire import BODY, RemoteError
 from transfer.config import HttpSenderConfig, IpcConfig, LocalConfig
-from transfer.senders.direct import DirectSender
-from transfer.wire import BODY, RemoteError
+from transfer.trainer.senders.direct import DirectSender
 
 PROMPTS = [Prompt("x", ids) for ids in [(3, 4, 5), (8,), (9, 2, 10), (4, 4), (11, 3, 5, 2, 6)]]
 CONFIG = HfRolloutConfig(max_new_tokens=10)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf.rollout.columns import HEAD, REASONS, Expected, decode, encode
 from rlhf.rollout.sampling import Sample
-from transfer.wire import COLUMNS_TYPE
+from transfer.agreement.wire import COLUMNS_TYPE
 
 FLOATS = st.floats(-100, 0, width=32)
 RUNS = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 4)), max_size=4)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.completions import Limits, Request, answer, parse
 from rlhf.rollout.sampling import Sample, seed_of
-from transfer.wire import Refused
+from transfer.agreement.wire import Refused
 
 LIMITS = Limits(vocabulary=12, positions=16, stop_ids=(1,))
 GOOD = {"prompt": [[3, 4], [5]], "n": 2, "max_tokens": 4, "temperature": 0.5, "seeds": [8, 9], "stop_token_ids": [1, 2]}

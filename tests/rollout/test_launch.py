@@ -19,10 +19,10 @@ from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.worker import WorkerSpec
 from rlhf.types import Prompt
+from transfer.agreement.wire import TOKEN_VARIABLE, RemoteError
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
-from transfer.process import SOURCE, WorkerProcess
-from transfer.serve import listening
-from transfer.wire import TOKEN_VARIABLE, RemoteError
+from transfer.worker.process import SOURCE, WorkerProcess
+from transfer.worker.serve import listening
 
 PROMPTS = [Prompt("x", (3, 4, 5)), Prompt("y", (8,))]
 QWEN = {"architecture": {"model_type": "qwen3"}, "endpoint": {"backend": "local"}}
@@ -91,7 +91,7 @@ PARENT = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
     from rlhf.rollout.worker import WorkerSpec
-    from transfer.process import WorkerProcess
+    from transfer.worker.process import WorkerProcess
 
     def main():
         settings = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

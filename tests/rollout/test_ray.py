@@ -10,8 +10,8 @@ from rlhf.config import HfRolloutConfig
 from rlhf.monitor.heartbeat import dump_stacks, workers_of
 from rlhf.rollout.client import RolloutClient
 from rlhf.types import Prompt
+from transfer.agreement.wire import ROUTES, RemoteError
 from transfer.config import IpcConfig, LocalConfig, RaySenderConfig
-from transfer.wire import ROUTES, RemoteError
 
 pytestmark = pytest.mark.slow  # Ray takes several seconds to come up
 

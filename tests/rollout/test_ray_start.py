@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf.ending import RunError
+from rlhf.shell.ending import RunError
+from transfer.agreement.wire import TransferError
 from transfer.config import IpcConfig, RaySenderConfig
-from transfer.ray_start import SHORT_PATH, _folder, _holding, set_environment, sweep
-from transfer.wire import TransferError
+from transfer.worker.ray_start import SHORT_PATH, _folder, _holding, set_environment, sweep
 
 SOURCE = Path(__file__).resolve().parents[2]
 
@@ -65,7 +65,7 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_are_no_hindra
 
 ASKED = """
 import os, ray
-from transfer.ray_start import private_ray
+from transfer.worker.ray_start import private_ray
 with private_ray(1):
     print(ray.get(ray.remote(lambda: 1).remote()), len(os.listdir(os.environ["TMPDIR"])) == 2)
 """
@@ -122,7 +122,7 @@ MORE = (
 HEAD = """
 import sys
 import ray
-from transfer.ray_start import private_ray
+from transfer.worker.ray_start import private_ray
 class Held:
     def up(self):
         return True
@@ -160,7 +160,7 @@ def test_folders_of_processes_that_are_gone_are_removed_and_those_in_use_stay(tm
 def test_without_any_folder_for_its_sockets_one_line_says_what_to_set(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * 100)
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
-    monkeypatch.setattr("transfer.ray_start.tempfile.mkdtemp", refused)
+    monkeypatch.setattr("transfer.worker.ray_start.tempfile.mkdtemp", refused)
     with pytest.raises(TransferError, match=r"is too long; '/proc/nowhere': No such .*set RAY_TMPDIR") as error:
         _folder()
     assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.rollout.stepping import Stepping
-from transfer.gate import Gate
+from transfer.worker.gate import Gate
 
 DEADLINE_S = 30.0
 

@@ -5,7 +5,7 @@ import torch
 
 from rlhf.config import GuessTaskConfig, HfRolloutConfig
 from rlhf.learning.forward import collate, response_logprobs
-from rlhf.models import make_tokenizer
+from rlhf.models.make import make_tokenizer
 from rlhf.rollout.client import RolloutClient, Wanted
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.sampling import seed_of
@@ -14,9 +14,9 @@ from rlhf.rollout.worker import Worker
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt
 from transfer import make_transfer
+from transfer.agreement.wire import BODY
 from transfer.config import LocalConfig
-from transfer.senders.direct import DirectSender
-from transfer.wire import BODY
+from transfer.trainer.senders.direct import DirectSender
 
 EOS = 1
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from chat_checkpoint import chat_checkpoint, write_conversations
 
-from transfer.process import python_path
+from transfer.worker.process import python_path
 
 PYTHON = os.environ.get("RLHF_VLLM_PYTHON")
 pytestmark = [

@@ -9,9 +9,9 @@ import pytest
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.rollout.worker import _around as around
 from transfer import make_transfer
+from transfer.agreement.wire import ROUTES, Refused, TransferError
 from transfer.config import InFlight, LocalConfig
-from transfer.senders.direct import DirectSender
-from transfer.wire import ROUTES, Refused, TransferError
+from transfer.trainer.senders.direct import DirectSender
 
 ASK = {"prompt": [[3, 4, 5]], "n": 2, "max_tokens": 50, "seeds": [1], "stop_token_ids": [], "logprobs": 0}
 

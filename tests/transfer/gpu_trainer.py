@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from transfer import make_transfer
+from transfer.agreement.journal import Journal
+from transfer.agreement.wire import TOKEN_VARIABLE
 from transfer.config import HttpSenderConfig, InFlight, IpcConfig, Staging, Take
-from transfer.digest import digest_of
-from transfer.journal import Journal
-from transfer.senders.http import HttpSender
-from transfer.wire import TOKEN_VARIABLE
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.http import HttpSender
 
 TENSORS = 8
 SENDER = HttpSenderConfig(timeout_s=20.0)

@@ -6,7 +6,8 @@ import pickle
 
 import torch
 
-from transfer import IPCWeightTransferEngine, ipc
+from transfer import IPCWeightTransferEngine
+from transfer.engine import ipc
 
 torch.set_num_threads(1)
 

@@ -16,11 +16,13 @@ from unittest import mock
 import torch
 from protocol_worker import Content, Parcel, Violation, Worker, must
 
-from transfer import arena, session, wire
+from transfer.agreement import wire
+from transfer.agreement.journal import Journal
+from transfer.agreement.protocol import Abort, Finish, Init, Message, Start, State, Update, Withdraw
+from transfer.backends import arena
 from transfer.config import InFlight, IpcConfig, SenderConfig
-from transfer.fleet import Failures, Fleet, Member
-from transfer.journal import Journal
-from transfer.protocol import Abort, Finish, Init, Message, Start, State, Update, Withdraw
+from transfer.trainer import session
+from transfer.trainer.fleet import Failures, Fleet, Member
 
 if TYPE_CHECKING:
     from protocol_world import World

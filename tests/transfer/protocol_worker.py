@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from transfer import protocol
-from transfer.protocol import (
+from transfer.agreement import protocol
+from transfer.agreement.protocol import (
     Abort,
     Decision,
     Do,

@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 from protocol_trainer import Trainer, replaced_parts
 from protocol_worker import LEASE_S, Content, Parcel, Violation, Worker, must
 
+from transfer.agreement.protocol import Abort, Decision, Finish, Init, Message, Phase, Rename, Start, Update, Withdraw
 from transfer.config import Verify
-from transfer.protocol import Abort, Decision, Finish, Init, Message, Phase, Rename, Start, Update, Withdraw
 
 BYTES_A_MOVE = 4
 MOVES_A_WORLD = 300

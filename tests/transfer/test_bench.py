@@ -27,7 +27,7 @@ from transfer.bench.relay import Relay
 from transfer.bench.shapes import BenchError, Model, model_named
 from transfer.bench.source import STATES, Source
 from transfer.bench.ways import CHANNELS, CPU, CUDA, NCCL, PEERS, Control, Parts, Unit, our_names, selected
-from transfer.digest import as_bytes
+from transfer.memory.digest import as_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

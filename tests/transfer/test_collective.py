@@ -14,16 +14,17 @@ import torch
 from test_session import opened
 from worker_process import Float8Model, OddModel, PlainModel, fingerprint, in_process, on_gpu, plain
 
-from transfer import make_receiver, make_transfer, wire
-from transfer.collective import Block, buckets_of
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
+from transfer.agreement.manifest import ALIGNMENT, Manifest
+from transfer.backends.collective import Block, buckets_of
+from transfer.backends.process_group import LOOK_S
 from transfer.config import CollectiveConfig, Library, SenderConfig, Take, Verify
-from transfer.digest import digest_of
-from transfer.manifest import ALIGNMENT, Manifest
-from transfer.plain_worker import PlainSpec
-from transfer.process import WorkerProcess
-from transfer.process_group import LOOK_S
-from transfer.senders.direct import DirectSender
-from transfer.senders.http import HttpSender
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.direct import DirectSender
+from transfer.trainer.senders.http import HttpSender
+from transfer.worker.plain_worker import PlainSpec
+from transfer.worker.process import WorkerProcess
 
 TIMEOUT_S = 6.0
 SENDER = SenderConfig(timeout_s=TIMEOUT_S)
@@ -207,7 +208,7 @@ def test_memory_of_earlier_updates_is_used_again_and_never_while_it_is_live(take
             made.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr("transfer.collective.Block", CountedBlock)
+    monkeypatch.setattr("transfer.backends.collective.Block", CountedBlock)
     module = PlainModel(seed=0)
     with in_process(CollectiveConfig(sender=SENDER, take=take), tmp_path, module, plain(1)) as (transfer, receiver):
         transfer.push(plain(1))
@@ -298,7 +299,7 @@ def test_a_worker_goes_on_serving_when_its_trainer_is_killed_and_obeys_the_next_
     with make_transfer(GLOO, tmp_path) as transfer:
         manifest = Manifest.of(large(0)).to_json()
         spec = PlainSpec(manifest=manifest, endpoint=dict(transfer.endpoint), token="secret")
-        with WorkerProcess("worker 0", "transfer.plain_worker", spec.to_json(), tmp_path / "log") as worker:
+        with WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), tmp_path / "log") as worker:
             url = f"http://127.0.0.1:{worker.port(time.monotonic() + 60)}"
             with closing(HttpSender(url, spec.token, "worker 0", TIMEOUT_S)) as sender:
                 trainer = multiprocessing.get_context("spawn").Process(

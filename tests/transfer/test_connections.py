@@ -18,12 +18,13 @@ import psutil
 import pytest
 import torch
 
-from transfer import bounded_http, door, make_transfer, process, serve
+from transfer import make_transfer
+from transfer.agreement.manifest import Manifest
 from transfer.config import HttpSenderConfig, IpcConfig
-from transfer.manifest import Manifest
-from transfer.plain_worker import PlainSpec
-from transfer.repeats import PERIOD_S, Repeats
-from transfer.senders.http import HttpSender
+from transfer.trainer.senders.http import HttpSender
+from transfer.worker import bounded_http, door, process, serve
+from transfer.worker.plain_worker import PlainSpec
+from transfer.worker.repeats import PERIOD_S, Repeats
 
 TOKEN = "t" * 43
 MIB = 2**20
@@ -86,7 +87,7 @@ class Run:
         manifest = Manifest.of(self.weights).to_json()
         spec = PlainSpec(manifest=manifest, endpoint=self.transfer.endpoint, token=token).to_json()
         self.log = folder / "worker.log"
-        started = stack.enter_context(process.WorkerProcess("worker", "transfer.plain_worker", spec, self.log))
+        started = stack.enter_context(process.WorkerProcess("worker", "transfer.worker.plain_worker", spec, self.log))
         self.worker = psutil.Process(started.pid)
         if descriptors:
             self.worker.rlimit(psutil.RLIMIT_NOFILE, (descriptors, descriptors))

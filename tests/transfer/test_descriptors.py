@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 from worker_process import CONTEXT
 
-from transfer import descriptors, memory
+from transfer.memory import descriptors, regions
 
 NOBODY = 65534
 FLOOD = f"""
@@ -37,7 +37,7 @@ while True:
 @pytest.fixture
 def offered():
     """A server that hands out a page of ones."""
-    server, region = descriptors.DescriptorServer(), memory.HostRegion(memory.PAGE)
+    server, region = descriptors.DescriptorServer(), regions.HostRegion(regions.PAGE)
     region.bytes.fill_(1)
     server.offer(region)
     yield server, region
@@ -47,7 +47,7 @@ def offered():
 
 def fetch(path, connection):
     try:
-        connection.send(int(descriptors.receive_region(path, memory.PAGE).bytes.sum()))
+        connection.send(int(descriptors.receive_region(path, regions.PAGE).bytes.sum()))
     except Exception as error:
         connection.send(repr(error))
 
@@ -67,7 +67,7 @@ def without_descriptors(free, given):
     """A process whose server has so many descriptors for its peers, and some more when it is told."""
     gc.collect()
     gc.disable()  # nothing else gives descriptors back
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     region.bytes.fill_(1)
     limit = max(map(int, os.listdir("/proc/self/fd"))) + 3
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -103,8 +103,8 @@ def test_a_server_without_descriptors_hands_over_the_memory_once_it_has_some(fre
     client.start()
     assert not got.poll(0.2), f"it waits (got {got.recv()})"
     ours.send(3)
-    assert got.poll(30) and got.recv() == memory.PAGE
-    assert fetched_elsewhere(path) == memory.PAGE
+    assert got.poll(30) and got.recv() == regions.PAGE
+    assert fetched_elsewhere(path) == regions.PAGE
     ours.send("end")
     for process in (server, client):
         process.join(30)
@@ -121,10 +121,10 @@ def test_workers_get_the_memory_while_strangers_flood_the_socket(offered):
             stack.callback(flood.kill)
             assert flood.stdout.readline() == b"up\n"
         for _ in range(20):
-            region = descriptors.receive_region(server.path, memory.PAGE)
-            assert int(region.bytes.sum()) == memory.PAGE
+            region = descriptors.receive_region(server.path, regions.PAGE)
+            assert int(region.bytes.sum()) == regions.PAGE
             region.close()
-        assert fetched_elsewhere(server.path) == memory.PAGE
+        assert fetched_elsewhere(server.path) == regions.PAGE
 
 
 def test_a_queue_that_stays_full_ends_in_one_line_by_the_deadline(monkeypatch):
@@ -135,7 +135,7 @@ def test_a_queue_that_stays_full_ends_in_one_line_by_the_deadline(monkeypatch):
         deaf.listen(0)
         stack.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
         with pytest.raises(TimeoutError, match=r"handed over no memory within 0\.3 s: it is kept busy"):
-            descriptors.receive_region(path, memory.PAGE)
+            descriptors.receive_region(path, regions.PAGE)
     assert 0.2 < time.monotonic() - began < 10
 
 
@@ -146,7 +146,7 @@ def test_a_server_that_never_answers_ends_in_one_line_by_the_deadline(monkeypatc
         mute.bind(path)
         mute.listen(5)
         with pytest.raises(TimeoutError, match="kept busy"):
-            descriptors.receive_region(path, memory.PAGE)
+            descriptors.receive_region(path, regions.PAGE)
 
 
 def write_anew(path, connection):
@@ -157,7 +157,7 @@ def write_anew(path, connection):
     tried = {}
     for name, write in {
         "opened for writing": lambda again: os.pwrite(again, b"x", 0),
-        "mapped for writing": lambda again: mmap.mmap(again, memory.PAGE).write(b"x"),
+        "mapped for writing": lambda again: mmap.mmap(again, regions.PAGE).write(b"x"),
     }.items():
         try:
             again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
@@ -175,18 +175,18 @@ def test_the_memory_cannot_be_written_by_opening_its_descriptor_anew(offered):
     process.start()
     assert ours.poll(30) and ours.recv() == {"opened for writing": "refused", "mapped for writing": "refused"}
     process.join(30)
-    assert int(region.bytes.sum()) == memory.PAGE
+    assert int(region.bytes.sum()) == regions.PAGE
     region.bytes.fill_(2)  # the trainer itself can
-    assert fetched_elsewhere(server.path) == 2 * memory.PAGE
+    assert fetched_elsewhere(server.path) == 2 * regions.PAGE
 
 
 def test_a_kernel_without_the_seal_shares_the_memory_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(memory, "FUTURE_WRITE", 0x4000)  # which this kernel does not know
-    from transfer.arena import Slots
-    from transfer.manifest import Manifest
+    monkeypatch.setattr(regions, "FUTURE_WRITE", 0x4000)  # which this kernel does not know
+    from transfer.agreement.manifest import Manifest
+    from transfer.backends.arena import Slots
 
-    region = memory.HostRegion(memory.PAGE)
-    assert not region.sealed and fcntl.fcntl(region._fd, fcntl.F_GET_SEALS) == memory.SEALS
+    region = regions.HostRegion(regions.PAGE)
+    assert not region.sealed and fcntl.fcntl(region._fd, fcntl.F_GET_SEALS) == regions.SEALS
     region.close()
     slots = Slots()
     weights = {"w": region.bytes.new_zeros(4)}
@@ -196,7 +196,7 @@ def test_a_kernel_without_the_seal_shares_the_memory_and_says_so(monkeypatch, ca
 
 
 def test_a_closed_region_hands_out_nothing_that_took_its_place():
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     region.close()
     with pytest.raises(OSError):
         region.read_only_fd()

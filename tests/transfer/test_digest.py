@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worker_process import Float8Model, OddModel
 
-from transfer.digest import Hasher, digest_of
+from transfer.memory.digest import Hasher, digest_of
 
 TENSORS = [torch.arange(5, dtype=torch.int16), torch.tensor(3.0), torch.empty(0), torch.tensor([True, False, True])]
 
@@ -64,7 +64,7 @@ def test_the_sums_know_the_place_of_every_byte_and_not_how_they_were_worked_thro
     weights = [[raw], [swapped], [negated], [longer], [raw[:-1]], [raw[:100], raw[100:]], [raw[:99], raw[99:]]]
     digests = [digest_of(each, "sums:") for each in weights]
     assert len(set(digests)) == len(weights)
-    monkeypatch.setattr("transfer.digest.PIECE", 64)
+    monkeypatch.setattr("transfer.memory.sums.PIECE", 64)
     assert [digest_of(each, "sums:") for each in weights] == digests
 
 

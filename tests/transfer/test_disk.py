@@ -6,10 +6,10 @@ import pytest
 import torch
 from worker_process import Float8Model, OddModel, fingerprint
 
-from transfer import wire
+from transfer.agreement import wire
+from transfer.agreement.manifest import Manifest
+from transfer.backends.disk import DiskIntake, DiskPublisher
 from transfer.config import DiskConfig, SenderConfig
-from transfer.disk import DiskIntake, DiskPublisher
-from transfer.manifest import Manifest
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_a_file_of_another_version_or_of_other_weights_is_refused(tmp_path):
 def test_tensors_other_than_the_manifest_says_are_refused(tmp_path):
     from safetensors.torch import save
 
-    from transfer.disk import _hash
+    from transfer.backends.disk import _hash
 
     weights = {"w": torch.zeros(2)}
     publisher, intake, folder = pair(tmp_path, weights)

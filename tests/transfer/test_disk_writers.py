@@ -15,17 +15,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from transfer.agreement.manifest import Manifest
+from transfer.backends.disk import DiskIntake, DiskPublisher
+from transfer.backends.folder_lock import FolderLock
 from transfer.config import DiskConfig, SenderConfig
-from transfer.disk import DiskIntake, DiskPublisher
-from transfer.folder_lock import FolderLock
-from transfer.manifest import Manifest
 
 CPU = torch.device("cpu")
 WEIGHTS = {"w": torch.zeros(1000)}
 WRITER = """
 import json, sys
 from pathlib import Path
-from transfer.folder_lock import FolderLock
+from transfer.backends.folder_lock import FolderLock
 
 try:
     lock = FolderLock(Path(sys.argv[1]), "transfer.path")

@@ -161,7 +161,7 @@ def test_a_doctor_that_is_stopped_takes_its_workers_along(number, code):
         process = subprocess.Popen([*DOCTOR, "--quick"], env=environment, cwd="/", stderr=subprocess.DEVNULL)
         try:
             end = time.monotonic() + 40
-            while not any("transfer.plain_worker" in p.cmdline() for p in marked(environment[MARK])):
+            while not any("transfer.worker.plain_worker" in p.cmdline() for p in marked(environment[MARK])):
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.1)
             process.send_signal(number)
@@ -253,7 +253,7 @@ def worker_module(monkeypatch, tmp_path, source):
 
 TORN = """
     import torch
-    from transfer import plain_worker
+    from transfer.worker import plain_worker
 
     class Torn(plain_worker.PlainWorker):
         def _write_weights(self):

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from transfer import make_receiver, make_transfer, wire
-from transfer.config import HttpSenderConfig, IpcConfig
-from transfer.protocol import (
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
+from transfer.agreement.protocol import (
     AHEAD,
     Abort,
     Do,
@@ -22,7 +22,8 @@ from transfer.protocol import (
     Withdraw,
     step,
 )
-from transfer.senders.direct import DirectSender
+from transfer.config import HttpSenderConfig, IpcConfig
+from transfer.trainer.senders.direct import DirectSender
 
 FAR = [AHEAD + 10, 10**18, 2**63, 2**64 - 1]
 

@@ -14,14 +14,15 @@ import torch
 from gpu_trainer import SENDER, train, weights_of
 from worker_process import Float8Model, OddModel, PlainModel
 
-from transfer import make_transfer, wire
+from transfer import make_transfer
+from transfer.agreement import wire
+from transfer.agreement.journal import Journal
+from transfer.agreement.manifest import Manifest
 from transfer.config import InFlight, IpcConfig, Staging, Take, Verify
-from transfer.digest import digest_of
-from transfer.journal import Journal
-from transfer.manifest import Manifest
-from transfer.plain_worker import PlainSpec
-from transfer.process import WorkerProcess
-from transfer.senders.http import HttpSender
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.http import HttpSender
+from transfer.worker.plain_worker import PlainSpec
+from transfer.worker.process import WorkerProcess
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +67,7 @@ def workers(folder, endpoint, manifest, devices=(DEVICE,), token="", restarts=0)
                 manifest=manifest.to_json(), endpoint=dict(endpoint), device=device, token=token, journal=str(journal)
             )
             log = folder / f"worker-{index}.log"
-            worker = WorkerProcess(f"worker {index}", "transfer.plain_worker", spec.to_json(), log, restarts)
+            worker = WorkerProcess(f"worker {index}", "transfer.worker.plain_worker", spec.to_json(), log, restarts)
             started.append(stack.enter_context(worker))
         found = []
         for process in started:

@@ -13,10 +13,11 @@ import torch
 from gpu_trainer import train, weights_of
 from test_gpu import DEVICE, WAYS, expected, opened, two_gpus, workers
 
-from transfer import ipc, wire
-from transfer.handles import Exporter
-from transfer.manifest import Manifest
-from transfer.mark import WENT_ON
+from transfer.agreement import wire
+from transfer.agreement.manifest import Manifest
+from transfer.engine import ipc
+from transfer.engine.handles import Exporter
+from transfer.memory.mark import WENT_ON
 
 pytestmark = [
     pytest.mark.gpu,

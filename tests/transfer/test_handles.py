@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from transfer import handle_check
-from transfer.handle_check import CudaTensor, check, host_id
-from transfer.handles import MEMFD_NAME, SEALS, Exporter, Importer
-from transfer.inert_pickle import DTYPE_BYTES, Global
+from transfer.engine import handle_check
+from transfer.engine.handle_check import CudaTensor, check, host_id
+from transfer.engine.handles import MEMFD_NAME, SEALS, Exporter, Importer
+from transfer.engine.inert_pickle import DTYPE_BYTES, Global
 
 torch.set_num_threads(1)
 
@@ -66,8 +66,8 @@ def test_tensors_travel_exactly(tensors):
 READER = """
 import ast, hashlib, sys
 import torch
-from transfer.handle_check import check
-from transfer.handles import Importer
+from transfer.engine.handle_check import check
+from transfer.engine.handles import Importer
 dtype, shape, handle = ast.literal_eval(sys.stdin.readline())
 with Importer() as importer:
     tensor = importer.open(check(dtype, shape, handle))
@@ -159,7 +159,7 @@ def test_a_failure_while_exporting_closes_the_memory():
 
 KILLED = """
 import time, torch
-from transfer.handles import Exporter
+from transfer.engine.handles import Exporter
 with Exporter() as exporter:
     handle = exporter.add("w", torch.ones(3))[0]
     exporter.ready()

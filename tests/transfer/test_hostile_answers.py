@@ -12,11 +12,13 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from transfer import answers, protocol, wire
+from transfer.agreement import protocol, wire
+from transfer.backends.make import make_publisher
 from transfer.config import IpcConfig, SenderConfig
-from transfer.senders import kept_alive
-from transfer.senders.http import HttpSender
-from transfer.session import Session, make_publisher
+from transfer.trainer import answers
+from transfer.trainer.senders import kept_alive
+from transfer.trainer.senders.http import HttpSender
+from transfer.trainer.session import Session
 from transfer.vllm.stock import StockServer
 
 OK = "HTTP/1.1 200 OK\r\n"
@@ -208,8 +210,8 @@ NO_STATUS = {
 def session():
     config = IpcConfig(sender=SenderConfig(timeout_s=5.0))
     publisher = make_publisher(config, None)
+    from transfer.agreement.journal import Journal
     from transfer.config import InFlight
-    from transfer.journal import Journal
 
     with Session(publisher, config, InFlight.wait, Journal()) as made:
         yield made

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from transfer import inert_pickle
-from transfer.inert_pickle import Global, loads
+from transfer.engine import inert_pickle
+from transfer.engine.inert_pickle import Global, loads
 
 FIELDS = (
     torch.Tensor,
@@ -110,7 +110,7 @@ BY_HAND = [
 def test_hostile_pickles_are_refused_and_an_audit_hook_sees_nothing_run():
     script = f"""
 import pickle, sys
-from transfer import inert_pickle
+from transfer.engine import inert_pickle
 {HOSTILE}
 payloads = BY_HAND + [pickle.dumps(value, protocol) for value in VALUES for protocol in range(6)]
 seen = []
@@ -225,7 +225,7 @@ def test_bytes_of_protocol_2_cannot_be_multiplied_to_fill_the_memory():
 
 
 def test_the_package_imports_pickle_in_one_place_only_to_write_the_legacy_payload():
-    root = Path(inert_pickle.__file__).parent.parent
+    root = Path(inert_pickle.__file__).parent.parent.parent
     found = []
     for path in [*root.glob("transfer/**/*.py"), *root.glob("rlhf/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -233,5 +233,5 @@ def test_the_package_imports_pickle_in_one_place_only_to_write_the_legacy_payloa
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             unsafe = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
             found += [path.relative_to(root).as_posix() for name in names if name.rpartition(".")[2] in unsafe]
-    assert found == ["transfer/ipc.py"]
-    assert (root / "transfer/ipc.py").read_text().count("pickle.dumps(") == 1
+    assert found == ["transfer/engine/ipc.py"]
+    assert (root / "transfer/engine/ipc.py").read_text().count("pickle.dumps(") == 1

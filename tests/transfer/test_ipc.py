@@ -19,7 +19,7 @@ from transfer import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from transfer.handles import Exporter
+from transfer.engine.handles import Exporter
 
 # --- the table: names and arguments -----------------------------------------------------------------------------------
 

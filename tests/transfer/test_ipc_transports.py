@@ -15,8 +15,9 @@ import torch
 from one_shot import DEADLINE_S, Loaded, digest, digests, pickled, receive, weights
 
 import transfer
-from transfer import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine, ipc
-from transfer.handles import Exporter
+from transfer import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
+from transfer.engine import ipc
+from transfer.engine.handles import Exporter
 
 # --- transports: HTTP -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@ import json
 import logging
 from pathlib import Path
 
-from transfer.journal import Journal
+from transfer.agreement.journal import Journal
 
 
 def test_each_event_is_a_line_with_its_writer_at_once(tmp_path):

@@ -17,17 +17,19 @@ from gpu_trainer import train, weights_of
 from history import check
 from worker_process import OddModel, PlainModel, fingerprint, in_process, plain, worker_processes
 
-from transfer import make_receiver, make_transfer, wire
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
+from transfer.agreement.journal import Journal
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.protocol import Phase
+from transfer.backends.make import make_publisher
 from transfer.config import HttpSenderConfig, InFlight, IpcConfig, SenderConfig, Staging, Take, Verify
-from transfer.digest import digest_of
-from transfer.journal import Journal
-from transfer.manifest import Manifest
-from transfer.plain_worker import PlainSpec
-from transfer.process import WorkerProcess
-from transfer.protocol import Phase
-from transfer.senders.direct import DirectSender
-from transfer.senders.http import HttpSender
-from transfer.session import Session, make_publisher
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.direct import DirectSender
+from transfer.trainer.senders.http import HttpSender
+from transfer.trainer.session import Session
+from transfer.worker.plain_worker import PlainSpec
+from transfer.worker.process import WorkerProcess
 
 DIGEST, OFF, FULL = (
     IpcConfig(sender=HttpSenderConfig(timeout_s=20.0), staging=Staging.live, take=Take.view, verify=verify)
@@ -91,7 +93,7 @@ def http_workers(folder, endpoint, weights, count=2, restarts=0):
                 journal=str(folder / f"worker-{index}.jsonl"),
             )
             log = folder / f"worker-{index}.log"
-            process = WorkerProcess(f"worker {index}", "transfer.plain_worker", spec.to_json(), log, restarts)
+            process = WorkerProcess(f"worker {index}", "transfer.worker.plain_worker", spec.to_json(), log, restarts)
             started.append(stack.enter_context(process))
         yield [connected(process) for process in started]
 
@@ -402,7 +404,7 @@ def test_a_trainer_that_was_replaced_is_told_so_before_it_changes_what_workers_m
 def main():
     """A trainer that is to be killed: pushes to the worker at an address, and trains on."""
     folder, name, url, token = sys.argv[1:]
-    from transfer import descriptors
+    from transfer.memory import descriptors
 
     descriptors.secrets = SimpleNamespace(token_hex=lambda _: name)  # where the worker was told to ask
     weights = weights_of(1)

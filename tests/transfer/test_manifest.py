@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.manifest import ALIGNMENT, DTYPES, Manifest
+from transfer.agreement.manifest import ALIGNMENT, DTYPES, Manifest
 
 
 def test_every_offset_is_aligned_also_behind_odd_sizes():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from worker_process import CONTEXT, Float8Model, OddModel
 
-from transfer import descriptors, memory
-from transfer.manifest import Manifest
+from transfer.agreement.manifest import Manifest
+from transfer.memory import descriptors, regions
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def write_peer(path, nbytes):
 
 
 def test_another_process_sees_the_bytes_and_later_writes(server):
-    region = memory.HostRegion(2 * memory.PAGE)
+    region = regions.HostRegion(2 * regions.PAGE)
     server.offer(region)
     region.bytes.copy_(torch.arange(region.bytes.numel()) % 251)
     ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=read_peer, args=(server.path, 2 * memory.PAGE, theirs))
+    process = CONTEXT.Process(target=read_peer, args=(server.path, 2 * regions.PAGE, theirs))
     process.start()
     assert ours.poll(30) and ours.recv() == bytes(region.bytes.numpy())
     region.bytes.fill_(7)
@@ -52,9 +52,9 @@ def test_another_process_sees_the_bytes_and_later_writes(server):
 
 
 def test_a_peer_that_writes_dies_and_changes_nothing(server):
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     server.offer(region)
-    process = CONTEXT.Process(target=write_peer, args=(server.path, memory.PAGE))
+    process = CONTEXT.Process(target=write_peer, args=(server.path, regions.PAGE))
     process.start()
     process.join(30)
     assert process.exitcode == -11  # SIGSEGV
@@ -63,7 +63,7 @@ def test_a_peer_that_writes_dies_and_changes_nothing(server):
 
 
 def test_the_descriptor_that_is_handed_out_cannot_be_written_through():
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     fd = region.read_only_fd()
     with pytest.raises(OSError):
         os.write(fd, b"x")
@@ -72,11 +72,11 @@ def test_the_descriptor_that_is_handed_out_cannot_be_written_through():
 
 
 def test_memory_cannot_be_resized_by_anyone(server):
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     with pytest.raises(PermissionError):
         os.ftruncate(region._fd, 0)
     with pytest.raises(PermissionError):
-        os.ftruncate(region._fd, 2 * memory.PAGE)
+        os.ftruncate(region._fd, 2 * regions.PAGE)
     region.close()
 
 
@@ -84,35 +84,35 @@ def test_memory_cannot_be_resized_by_anyone(server):
 def test_every_kind_of_tensor_has_its_bytes_back(model, server):
     weights = model(seed=1).state_dict()
     manifest = Manifest.of(weights)
-    region = memory.HostRegion(2 * memory.slot_bytes(manifest))
+    region = regions.HostRegion(2 * regions.slot_bytes(manifest))
     server.offer(region)
-    peer = descriptors.receive_region(server.path, 2 * memory.slot_bytes(manifest))
-    for name, view in memory.tensors(region, manifest, 1).items():
+    peer = descriptors.receive_region(server.path, 2 * regions.slot_bytes(manifest))
+    for name, view in regions.tensors(region, manifest, 1).items():
         view.copy_(weights[name])
-    for name, view in memory.tensors(peer, manifest, 1).items():
+    for name, view in regions.tensors(peer, manifest, 1).items():
         raw, expected = (t.contiguous().view(-1).view(torch.uint8) for t in (view, weights[name]))
         assert view.shape == weights[name].shape and torch.equal(raw, expected), name
-    assert not memory.tensors(peer, manifest, 0)[manifest.entries[0].name].view(torch.uint8).any()
+    assert not regions.tensors(peer, manifest, 0)[manifest.entries[0].name].view(torch.uint8).any()
     region.close()
     peer.close()
 
 
 def test_memory_of_another_size_or_without_seals_is_refused(server):
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     server.offer(region)
     with pytest.raises(ValueError, match="must be sealed and have 8192 bytes"):
-        descriptors.receive_region(server.path, 2 * memory.PAGE)
+        descriptors.receive_region(server.path, 2 * regions.PAGE)
     region.close()
     fd = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, memory.PAGE)
+    os.ftruncate(fd, regions.PAGE)
     with pytest.raises(ValueError, match="must be sealed"):
-        memory.PeerHostRegion(fd, memory.PAGE)
+        regions.PeerHostRegion(fd, regions.PAGE)
     os.close(fd)
 
 
 def test_a_server_with_nothing_to_offer_hands_over_nothing(server):
     with pytest.raises(ConnectionError, match="handed over no memory"):
-        descriptors.receive_region(server.path, memory.PAGE)
+        descriptors.receive_region(server.path, regions.PAGE)
 
 
 def test_the_socket_has_a_name_that_cannot_be_guessed_and_is_in_no_folder(server):
@@ -122,25 +122,25 @@ def test_the_socket_has_a_name_that_cannot_be_guessed_and_is_in_no_folder(server
 
 
 def test_another_users_process_gets_no_memory(server, monkeypatch):
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     server.offer(region)
-    monkeypatch.setattr(memory.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(regions.os, "geteuid", lambda: 12345)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(server.path)
         connection.settimeout(10)
         assert socket.recv_fds(connection, 1, 1)[1] == []
     with pytest.raises(ConnectionError, match="belongs to another user"):
-        descriptors.receive_region(server.path, memory.PAGE)
+        descriptors.receive_region(server.path, regions.PAGE)
     region.close()
 
 
 def test_a_peer_that_hangs_up_does_not_end_the_server(server):
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     server.offer(region)
     for _ in range(5):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(server.path)
-    descriptors.receive_region(server.path, memory.PAGE).close()
+    descriptors.receive_region(server.path, regions.PAGE).close()
     region.close()
 
 
@@ -148,9 +148,9 @@ def test_nothing_is_left_after_close():
     gc.collect()
     before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd")), mappings()
     server = descriptors.DescriptorServer()
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     server.offer(region)
-    peer = descriptors.receive_region(server.path, memory.PAGE)
+    peer = descriptors.receive_region(server.path, regions.PAGE)
     assert len(mappings()) == len(before[2]) + 2
     peer.close()
     region.close()
@@ -160,7 +160,7 @@ def test_nothing_is_left_after_close():
 
 
 def test_a_tensor_keeps_the_memory_of_a_closed_region():
-    region = memory.HostRegion(memory.PAGE)
+    region = regions.HostRegion(regions.PAGE)
     view = region.bytes[:4].fill_(9)
     region.close()
     gc.collect()
@@ -170,12 +170,12 @@ def test_a_tensor_keeps_the_memory_of_a_closed_region():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_process_reads_gpu_memory_by_its_handle():
-    region = memory.CudaRegion(2 * memory.PAGE, torch.device("cuda", 0))
+    region = regions.CudaRegion(2 * regions.PAGE, torch.device("cuda", 0))
     region.bytes.copy_(torch.arange(region.bytes.numel()) % 251)
     torch.cuda.synchronize()
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(
-        target=read_gpu, args=(memory.device_uuid(region.device), region.handle, 2 * memory.PAGE, theirs)
+        target=read_gpu, args=(regions.device_uuid(region.device), region.handle, 2 * regions.PAGE, theirs)
     )
     process.start()
     assert ours.poll(60) and ours.recv() == bytes(region.bytes.cpu().numpy())
@@ -185,11 +185,11 @@ def test_another_process_reads_gpu_memory_by_its_handle():
 
 
 def read_gpu(uuid, handle, nbytes, connection):
-    region = memory.PeerCudaRegion(uuid, handle, nbytes)
+    region = regions.PeerCudaRegion(uuid, handle, nbytes)
     connection.send(bytes(region.bytes.cpu().numpy()))
     region.close()
 
 
 def test_a_gpu_handle_of_another_form_is_refused_before_any_cuda_call():
     with pytest.raises(ValueError, match="128 hexadecimal digits"):
-        memory.PeerCudaRegion("uuid", "zz" * 64, memory.PAGE)
+        regions.PeerCudaRegion("uuid", "zz" * 64, regions.PAGE)

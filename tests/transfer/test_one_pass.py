@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer import far_copy
-from transfer.digest import digest_of, sums_digest
-from transfer.far_copy import FarCopy, is_far
-from transfer.landing import Landing
-from transfer.manifest import Manifest
-from transfer.memory import slot_bytes, views_of
-from transfer.one_pass import OnePass, available
-from transfer.pieces import PIECE, table_of
+from transfer.agreement.manifest import Manifest
+from transfer.memory import far_copy
+from transfer.memory.digest import digest_of
+from transfer.memory.far_copy import FarCopy, is_far
+from transfer.memory.one_pass import OnePass, available
+from transfer.memory.pieces import PIECE, table_of
+from transfer.memory.regions import slot_bytes, views_of
+from transfer.memory.sums import sums_digest
+from transfer.worker.landing import Landing
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]

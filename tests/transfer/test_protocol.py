@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from protocol_world import run_worlds
 
-from transfer.protocol import (
+from transfer.agreement.protocol import (
     Abort,
     Do,
     Event,

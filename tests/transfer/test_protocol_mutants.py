@@ -8,9 +8,9 @@ import pytest
 from protocol_worker import Violation
 from protocol_world import run_worlds
 
-from transfer import protocol
-from transfer.protocol import Do, Event, Init, Refuse, Repeat
-from transfer.session import Session
+from transfer.agreement import protocol
+from transfer.agreement.protocol import Do, Event, Init, Refuse, Repeat
+from transfer.trainer.session import Session
 
 WORLDS = 400
 UNTIL_NOTICED = 4000  # worlds at most: the rarest mistake takes about 700

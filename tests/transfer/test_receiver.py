@@ -4,11 +4,12 @@ import pytest
 import torch
 from worker_process import OddModel, PlainModel, fingerprint, in_process, plain
 
-from transfer import make_receiver, make_transfer, wire
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
+from transfer.agreement.manifest import Manifest
 from transfer.config import DiskConfig, IpcConfig, SenderConfig, Take
-from transfer.gate import Gate
-from transfer.manifest import Manifest
-from transfer.senders.direct import DirectSender
+from transfer.trainer.senders.direct import DirectSender
+from transfer.worker.gate import Gate
 
 SENDER = SenderConfig(timeout_s=20.0)
 VIEW = IpcConfig(sender=SENDER)
@@ -172,7 +173,7 @@ def test_a_body_of_another_form_is_refused_with_422_and_changes_nothing(verb, bo
 def test_an_abandoned_stage_is_dropped_when_its_lease_ends(tmp_path, monkeypatch):
     module = PlainModel(0)
     now = [1000.0]
-    monkeypatch.setattr("transfer.receiver.lease.now", lambda: now[0])
+    monkeypatch.setattr("transfer.worker.receiver.lease.now", lambda: now[0])
     with make_transfer(DISK, tmp_path) as transfer:
         receiver = make_receiver(transfer.endpoint, module)
         receiver.init_weight_transfer_engine({"init_info": good_init(module)})
@@ -197,8 +198,8 @@ def test_take_view_across_devices_names_the_setting_to_change(tmp_path):
 
 def one_shot(pairs):
     """The update_info that a stock client sends, and what keeps its memory alive."""
-    from transfer.handles import Exporter
-    from transfer.ipc import _messages
+    from transfer.engine.handles import Exporter
+    from transfer.engine.ipc import _messages
 
     exporter = Exporter()
     return _messages(pairs, exporter, 1)[0], exporter

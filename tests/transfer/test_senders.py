@@ -10,12 +10,13 @@ import pytest
 import torch
 from worker_process import PlainModel, fingerprint
 
-from transfer import make_receiver, make_transfer, wire
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
 from transfer.config import DiskConfig, IpcConfig, SenderConfig
-from transfer.senders.direct import DirectSender
-from transfer.senders.http import HttpSender
-from transfer.senders.kept_alive import KeptAlive
-from transfer.senders.ray import RaySender
+from transfer.trainer.senders.direct import DirectSender
+from transfer.trainer.senders.http import HttpSender
+from transfer.trainer.senders.kept_alive import KeptAlive
+from transfer.trainer.senders.ray import RaySender
 
 
 class Handler(BaseHTTPRequestHandler):

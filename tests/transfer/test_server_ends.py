@@ -9,15 +9,15 @@ from vllm_fake import FakeVllm
 from worker_process import PlainModel
 
 from transfer import make_transfer
+from transfer.agreement.journal import Journal
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.protocol import Phase
+from transfer.agreement.wire import TransferError
 from transfer.config import HandlesConfig, HttpSenderConfig, IpcConfig, SenderConfig, Take
-from transfer.journal import Journal
-from transfer.manifest import Manifest
-from transfer.protocol import Phase
-from transfer.receiver import Receiver
-from transfer.senders.direct import DirectSender
+from transfer.trainer.senders.direct import DirectSender
 from transfer.vllm.server_ends import ServerIntake, ServerLanding
 from transfer.vllm.stock import RlhfIpc, StockIpc, StockServer, UpdatePolicy
-from transfer.wire import TransferError
+from transfer.worker.receiver import Receiver
 
 HANDLES = HandlesConfig(sender=HttpSenderConfig(timeout_s=5.0, url=["http://127.0.0.1:1"]))
 MEMORY = IpcConfig(sender=SenderConfig(timeout_s=5.0), take=Take.copy)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from worker_process import Float8Model, OddModel, PlainModel, fingerprint, in_process, on_gpu, plain, worker_processes
 
-from transfer import make_receiver, make_transfer, wire
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
+from transfer.agreement.journal import Journal
+from transfer.agreement.protocol import Phase
+from transfer.backends.make import make_intake
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, LocalConfig, SenderConfig, Staging, Take, Verify
-from transfer.journal import Journal
-from transfer.landing import Landing
-from transfer.protocol import Phase
-from transfer.receiver import make_intake
-from transfer.senders.direct import DirectSender
+from transfer.trainer.senders.direct import DirectSender
+from transfer.worker.landing import Landing
 
 SENDER = SenderConfig(timeout_s=20.0)
 CONFIGS = {
@@ -300,7 +301,7 @@ def test_a_slot_that_a_silent_worker_may_serve_is_not_overwritten(tmp_path):
 
 
 def test_a_sender_that_never_comes_back_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("transfer.fleet.GRACE_S", 0.1)
+    monkeypatch.setattr("transfer.trainer.fleet.GRACE_S", 0.1)
     released = threading.Event()
 
     class Stuck(DirectSender):

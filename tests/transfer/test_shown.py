@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from transfer.shown import COLOUR, one_line, printable, shown
+from transfer.agreement.shown import COLOUR, one_line, printable, shown
 
 
 class Counted(list):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from transfer import make_transfer
+from transfer.agreement.manifest import Manifest
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig, Staging, Take
-from transfer.digest import digest_of
-from transfer.manifest import Manifest
-from transfer.plain_worker import PlainSpec
-from transfer.process import WorkerProcess
-from transfer.senders.http import HttpSender
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.http import HttpSender
+from transfer.worker.plain_worker import PlainSpec
+from transfer.worker.process import WorkerProcess
 
 SENDER = HttpSenderConfig()
 CONFIGS = {
@@ -46,7 +46,7 @@ def test_a_thousand_updates_leave_memory_descriptors_and_shared_memory_flat(name
         spec = PlainSpec(
             manifest=Manifest.of(weights).to_json(), endpoint=dict(transfer.endpoint), token=secrets.token_urlsafe(32)
         )
-        with WorkerProcess("worker 0", "transfer.plain_worker", spec.to_json(), tmp_path / "log") as worker:
+        with WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), tmp_path / "log") as worker:
             url = f"http://127.0.0.1:{worker.port(time.monotonic() + 60)}"
             with closing(HttpSender(url, spec.token, "worker 0", 20.0)) as sender:
                 transfer.open(weights, [sender])

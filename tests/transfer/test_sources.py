@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from worker_process import PlainModel
 
-from transfer.digest import digest_of
-from transfer.manifest import Manifest
-from transfer.sources import full_weights
+from transfer.agreement.manifest import Manifest
+from transfer.memory.digest import digest_of
+from transfer.trainer.sources import full_weights
 
 TRAINER = """
 import json, os, sys
@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from worker_process import PlainModel
 from transfer import make_receiver, make_transfer
 from transfer.config import IpcConfig, SenderConfig
-from transfer.digest import digest_of
-from transfer.manifest import Manifest
-from transfer.senders.direct import DirectSender
-from transfer.sources import full_weights
+from transfer.memory.digest import digest_of
+from transfer.agreement.manifest import Manifest
+from transfer.trainer.senders.direct import DirectSender
+from transfer.trainer.sources import full_weights
 from pathlib import Path
 
 torch.set_num_threads(1)

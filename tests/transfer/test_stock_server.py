@@ -10,12 +10,12 @@ import pytest
 import torch
 from vllm_fake import DIES, DIES_AFTER, HANGS, IS_LATE, RESTARTS, FakeVllm
 
+from transfer.agreement.wire import RemoteError, TransferError
 from transfer.config import InFlight
-from transfer.handles import Exporter
-from transfer.inert_pickle import loads
+from transfer.engine.handles import Exporter
+from transfer.engine.inert_pickle import loads
 from transfer.vllm import stock_payload, stock_server
 from transfer.vllm.stock import Dialect, StockIpc, StockServer, UpdatePolicy, update
-from transfer.wire import RemoteError, TransferError
 
 OLD, NEW, NEWEST = "0.24.0", "0.32.0", "0.33.1"
 STEPS = ["/start_weight_update", "/update_weights", "/finish_weight_update"]

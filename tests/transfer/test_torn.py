@@ -11,16 +11,19 @@ from test_server_ends import HANDLES, grow, opened
 from test_vllm_engine import FusedModel, checkpoint, put, session
 from worker_process import PlainModel, fingerprint
 
-from transfer import ipc, lease, make_receiver, make_transfer, protocol, wire
-from transfer.collective import CollectivePublisher
+from transfer import make_receiver, make_transfer
+from transfer.agreement import protocol, wire
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.protocol import Phase
+from transfer.backends.collective import CollectivePublisher
 from transfer.config import CollectiveConfig, HttpSenderConfig, IpcConfig, SenderConfig, Staging, Take, Verify
-from transfer.handles import Exporter
-from transfer.manifest import Manifest
-from transfer.pledge import KEY, Pledge
-from transfer.protocol import Phase
-from transfer.senders.direct import DirectSender
+from transfer.engine import ipc
+from transfer.engine.handles import Exporter
+from transfer.engine.pledge import KEY, Pledge
+from transfer.trainer.senders.direct import DirectSender
 from transfer.vllm.engine import RlhfIpcEngine
 from transfer.vllm.stock import StockServer
+from transfer.worker import lease
 
 SENDER = SenderConfig(timeout_s=20.0)
 LIVE = {
@@ -244,7 +247,7 @@ def test_a_vllm_rank_that_is_stopped_in_its_copy_serves_nothing_if_the_trainer_w
 def test_our_engine_in_a_vllm_server_refuses_to_finish_what_it_copied_too_late(tmp_path):
     from test_vllm_engine import OwnWay, same
 
-    from transfer.arena import LivePublisher
+    from transfer.backends.arena import LivePublisher
     from transfer.vllm.rank import RankWeights
 
     model, weights = FusedModel(), checkpoint(0)
@@ -275,7 +278,7 @@ def test_our_engine_in_a_vllm_server_refuses_to_finish_what_it_copied_too_late(t
 
 
 def test_a_thread_that_lags_behind_its_push_gives_a_server_no_later_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("transfer.fleet.GRACE_S", 0.1)
+    monkeypatch.setattr("transfer.trainer.fleet.GRACE_S", 0.1)
     config = dataclasses.replace(HANDLES, sender=HttpSenderConfig(timeout_s=0.2, url=["http://127.0.0.1:1"]))
     with opened(config, tmp_path, "0.33.1") as (transfer, receiver, fake, module):
         go_on, verified = threading.Event(), StockServer.verified
@@ -378,7 +381,7 @@ def test_a_broadcast_that_lags_behind_its_push_sends_no_later_weights(tmp_path):
 
 
 def test_a_push_waits_for_the_bucket_that_is_being_packed():
-    from transfer.hold import Hold
+    from transfer.backends.hold import Hold
 
     hold, inside, go_on, ended = Hold(), threading.Event(), threading.Event(), threading.Event()
 

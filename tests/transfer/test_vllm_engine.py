@@ -8,19 +8,19 @@ import torch
 from worker_process import plain
 
 from transfer import make_transfer
+from transfer.agreement.journal import Journal
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.protocol import Phase
+from transfer.agreement.wire import TransferError
 from transfer.config import DiskConfig, IpcConfig, SenderConfig, Staging, Take, Verify
-from transfer.digest import digest_of
-from transfer.journal import Journal
-from transfer.manifest import Manifest
-from transfer.protocol import Phase
-from transfer.receiver import Receiver
-from transfer.senders.direct import DirectSender
+from transfer.memory.digest import digest_of
+from transfer.trainer.senders.direct import DirectSender
 from transfer.vllm.engine import RlhfIpcEngine
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.recorder import Unsupported, record
 from transfer.vllm.remote import Ranks, RemoteIntake, RemoteLanding
 from transfer.vllm.replay import Replay
-from transfer.wire import TransferError
+from transfer.worker.receiver import Receiver
 
 SENDER = SenderConfig(timeout_s=5.0)
 ARENA = IpcConfig(sender=SENDER, take=Take.copy)
@@ -283,7 +283,7 @@ def test_views_are_refused_because_addresses_must_stay(tmp_path):
 
 
 def test_the_plugin_compares_live_weights_after_it_has_copied_them(tmp_path):
-    from transfer.arena import LivePublisher
+    from transfer.backends.arena import LivePublisher
 
     model, weights = FusedModel(), checkpoint(0)
     engine = RlhfIpcEngine("config", "parallel", model)
@@ -315,7 +315,7 @@ class Config:
 
 @pytest.mark.parametrize("later", [False, True], ids=["0.24", "later"])
 def test_the_plugin_takes_updates_in_both_of_vllms_forms(later, tmp_path):
-    from transfer.arena import ArenaPublisher
+    from transfer.backends.arena import ArenaPublisher
 
     model, weights = FusedModel(), checkpoint(0)
     engine = (

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from transfer import make_receiver, make_transfer, wire
-from transfer.manifest import Manifest
-from transfer.plain_worker import Bag
-from transfer.senders.direct import DirectSender
+from transfer import make_receiver, make_transfer
+from transfer.agreement import wire
+from transfer.agreement.manifest import Manifest
+from transfer.trainer.senders.direct import DirectSender
+from transfer.worker.plain_worker import Bag
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "numpy", "transfer.receiver"])
+CONTEXT.set_forkserver_preload(["torch", "numpy", "transfer.worker.receiver"])
 
 
 class OddModel(torch.nn.Module):

@@ -15,10 +15,10 @@ from typing import Any, Self
 import torch.multiprocessing
 
 from transfer.bench.lab import START_S, Unavailable
-from transfer.plain_worker import PlainSpec
-from transfer.serve import serve_parent
+from transfer.worker.plain_worker import PlainSpec
+from transfer.worker.serve import serve_parent
 
-PRELOADED = ["transfer.bench.peer_worker", "transfer.bench.worker", "transfer.app", "uvicorn", "xxhash", "numpy"]
+PRELOADED = ["transfer.bench.peer_worker", "transfer.bench.worker", "transfer.worker.app", "uvicorn", "xxhash", "numpy"]
 STOP_S = 5.0  # how long a process may take to end before it is killed
 
 

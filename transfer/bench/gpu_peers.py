@@ -16,7 +16,7 @@ from transfer.bench.packing import buckets, packed
 from transfer.bench.peer_worker import broadcast, join, send_packed
 from transfer.bench.peers import Peer, PeerWay
 from transfer.bench.ways import NCCL, Connect, Unit, Way
-from transfer.digest import as_bytes
+from transfer.memory.sums import as_bytes
 
 LEAVE_S = 20.0  # deadline of leaving a process group
 HANDLES = ("handle-by-tensor", "handle-packed")

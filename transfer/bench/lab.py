@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transfer.bench.source import Source
-from transfer.process import python_path
-from transfer.ray_start import QUIET, STORE_BYTES, keeping_sigterm, set_environment
+from transfer.worker.process import python_path
+from transfer.worker.ray_start import QUIET, STORE_BYTES, keeping_sigterm, set_environment
 
 START_S = 120.0  # deadline for a process to come up
 TIMEOUT_S = 120.0  # deadline of one update, and of one message

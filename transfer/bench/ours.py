@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transfer import Sender
+from transfer.agreement.journal import Journal
+from transfer.backends.make import make_publisher
 from transfer.bench.forked import ForkedWorker
 from transfer.bench.lab import TIMEOUT_S, Lab, Unavailable
 from transfer.bench.relay import Relay
@@ -29,11 +30,11 @@ from transfer.config import (
     TransferConfig,
     Verify,
 )
-from transfer.journal import Journal
-from transfer.plain_worker import PlainSpec
-from transfer.senders.http import HttpSender
-from transfer.senders.ray import RaySender
-from transfer.session import Session, make_publisher
+from transfer.trainer.interfaces import Sender
+from transfer.trainer.senders.http import HttpSender
+from transfer.trainer.senders.ray import RaySender
+from transfer.trainer.session import Session
+from transfer.worker.plain_worker import PlainSpec
 
 NEEDS = {  # times the model's bytes: while the channel is open, and more while it sends
     "ipc-arena-view": (2.0, 0.0),

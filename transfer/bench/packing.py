@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from transfer.digest import as_bytes
-from transfer.manifest import Entry
+from transfer.agreement.manifest import Entry
+from transfer.memory.sums import as_bytes
 
 BUFFER_BYTES = 2**30  # as vLLM's packed mode has it
 

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from transfer.agreement.manifest import Entry, Manifest
 from transfer.bench.lab import START_S, TIMEOUT_S, reason
 from transfer.bench.packing import buckets, packed, unpack
-from transfer.digest import as_bytes, digest_of
-from transfer.manifest import Entry, Manifest
+from transfer.memory.digest import digest_of
+from transfer.memory.sums import as_bytes
 
 
 class Holder:

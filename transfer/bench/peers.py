@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from transfer import Sender
+from transfer.agreement.wire import TOKEN_VARIABLE
 from transfer.bench.forked import Forked
 from transfer.bench.lab import START_S, TIMEOUT_S, Lab, Unavailable
 from transfer.bench.ours import http_worker, ray_worker
@@ -26,11 +26,11 @@ from transfer.bench.peer_worker import RayHolder, broadcast, join, serve
 from transfer.bench.relay import Relay
 from transfer.bench.source import Source
 from transfer.bench.ways import Connect, Control, Parts, Unit, Way
-from transfer.digest import as_bytes
-from transfer.ipc import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
-from transfer.senders.http import HttpSender
-from transfer.senders.ray import RaySender
-from transfer.wire import TOKEN_VARIABLE
+from transfer.engine.ipc import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
+from transfer.memory.sums import as_bytes
+from transfer.trainer.interfaces import Sender
+from transfer.trainer.senders.http import HttpSender
+from transfer.trainer.senders.ray import RaySender
 
 SHM = "/dev/shm"
 FOLDER = "transfer-bench-"  # begins the names of folders there; the process's number follows

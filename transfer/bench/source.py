@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
+from transfer.agreement.manifest import DTYPES, Manifest
 from transfer.bench.shapes import Model
-from transfer.digest import digest_of
-from transfer.manifest import DTYPES, Manifest
+from transfer.memory.digest import digest_of
 
 BLOCK = 2**20  # random values that all tensors are filled from, each from another place on
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transfer.plain_worker import PlainSpec, PlainWorker
+from transfer.worker.plain_worker import PlainSpec, PlainWorker
 
 
 class BenchWorker(PlainWorker):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transfer.shown import printable
+from transfer.agreement.shown import printable
 
 OK, WARN, FAIL, SKIP, LATE = "ok", "warn", "fail", "skip", "late"
 MAX_REASON = 400  # characters of one reason

@@ -171,7 +171,7 @@ def cuda_ipc(compute: str = "cuda:0") -> Finding:
     """Whether a second process maps 1 MiB of a GPU's memory by its handle; and which handles torch itself writes."""
     import torch
 
-    from transfer.memory import CudaRegion, device_uuid
+    from transfer.memory.regions import CudaRegion, device_uuid
 
     device = torch.device(compute)
     region = CudaRegion(MIB, device)

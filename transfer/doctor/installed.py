@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from transfer.doctor.finding import Finding, Problem, ok, warn
-from transfer.process import SOURCE
+from transfer.worker.process import SOURCE
 
 DISTRIBUTION = "rlhf-transfer"
 NEEDED_FOR = {  # package -> what cannot be done without it

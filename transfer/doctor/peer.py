@@ -88,7 +88,7 @@ def call_over_http(host: str, port: str) -> dict[str, Any]:
 
 def open_gpu_memory(uuid: str, handle: str, nbytes: str) -> dict[str, Any]:
     """Map another process's cudaMalloc region by its handle: the hash of its bytes."""
-    from transfer.memory import PeerCudaRegion
+    from transfer.memory.regions import PeerCudaRegion
 
     region = PeerCudaRegion(uuid, handle, int(nbytes))
     return {"hash": hashlib.sha256(region.bytes.cpu().numpy().tobytes()).hexdigest()}

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from transfer.doctor.finding import FAIL, LATE, SKIP, Check, Finding, Result, late, one_line, skip
 from transfer.doctor.load import waited_s
-from transfer.process import python_path
+from transfer.worker.process import python_path
 
 TICK_S = 0.1  # between two looks at the clock
 SHARED = Path("/dev/shm")

@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transfer.agreement.wire import TransferError
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,
@@ -28,19 +29,18 @@ from transfer.config import (
 )
 from transfer.doctor.finding import Finding, Problem, ok
 from transfer.doctor.load import patient
-from transfer.process import WorkerProcess, python_path
-from transfer.ray_start import QUIET, SHORT_PATH, STORE_BYTES, set_environment
-from transfer.wire import TransferError
+from transfer.worker.process import WorkerProcess, python_path
+from transfer.worker.ray_start import QUIET, SHORT_PATH, STORE_BYTES, set_environment
 
 if TYPE_CHECKING:
     import torch
 
-    from transfer import Sender
-    from transfer.plain_worker import PlainSpec
+    from transfer.trainer.interfaces import Sender
+    from transfer.worker.plain_worker import PlainSpec
 
 TENSORS, ELEMENTS = 16, 16384  # float32: 1 MiB in all
 PUSHES = 10
-WORKER = "transfer.plain_worker"  # the module of the process
+WORKER = "transfer.worker.plain_worker"  # the module of the process
 LOOPBACK = "127.0.0.1"
 TIMEOUT_S = 8.0  # of one message
 START_S = 15.0  # for a worker to come up
@@ -62,7 +62,7 @@ def session(
     """Push PUSHES versions to a worker, and each time ask it for the digest of what it serves then."""
     _require(backend, sender)
     from transfer import make_transfer
-    from transfer.manifest import Manifest
+    from transfer.agreement.manifest import Manifest
 
     weights = _weights(device)
     config = _config(backend, sender, staging, take)
@@ -86,9 +86,9 @@ def local() -> Finding:
     """The same with a sampler that uses the learner's own tensors: no bytes move, only the version."""
     _require("local")
     from transfer import make_transfer
-    from transfer.manifest import Manifest
-    from transfer.plain_worker import PlainWorker
-    from transfer.senders.direct import DirectSender
+    from transfer.agreement.manifest import Manifest
+    from transfer.trainer.senders.direct import DirectSender
+    from transfer.worker.plain_worker import PlainWorker
 
     with _folder() as folder, make_transfer(LocalConfig(), folder) as transfer:
         worker = PlainWorker(_spec(Manifest.of(_weights("cpu")).to_json(), transfer.endpoint, "cpu"))
@@ -104,8 +104,8 @@ def one_shot(sender: str = "http", device: str = "cpu") -> Finding:
     """Send PUSHES times with the one-shot API, and each time ask the worker for the digest of what it serves then."""
     _require("one-shot", sender)
     from transfer import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
-    from transfer.manifest import Manifest
-    from transfer.wire import TOKEN_VARIABLE
+    from transfer.agreement.manifest import Manifest
+    from transfer.agreement.wire import TOKEN_VARIABLE
 
     weights = _weights(device)
     manifest = Manifest.of(weights)
@@ -170,14 +170,14 @@ def _train(weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def _spec(manifest: dict[str, Any], endpoint: Mapping[str, Any], device: str) -> PlainSpec:
-    from transfer.plain_worker import PlainSpec
+    from transfer.worker.plain_worker import PlainSpec
 
     return PlainSpec(manifest=manifest, endpoint=dict(endpoint), device=device, token=secrets.token_urlsafe(32))
 
 
 def _compare(served: Mapping[str, Any], version: int, weights: list[torch.Tensor]) -> None:
     """Problem unless the worker serves exactly these weights under this version."""
-    from transfer.digest import digest_of
+    from transfer.memory.digest import digest_of
 
     expected = digest_of(weights, like=served["digest"])
     if served["digest"] != expected:
@@ -228,7 +228,7 @@ def _url(process: WorkerProcess) -> str:
 
 
 def _http_sender(url: str, token: str) -> Sender:
-    from transfer.senders.http import HttpSender
+    from transfer.trainer.senders.http import HttpSender
 
     return HttpSender(url, token, "worker 0", patient(TIMEOUT_S))
 
@@ -257,7 +257,7 @@ def _start_ray() -> None:
 def _ray_worker(spec: PlainSpec) -> Sender:
     import ray
 
-    from transfer.senders.ray import RaySender
+    from transfer.trainer.senders.ray import RaySender
 
     _start_ray()
     if RAY_ACTOR:
@@ -274,7 +274,7 @@ def _ray_worker(spec: PlainSpec) -> Sender:
 
 
 def _renewable() -> type:
-    from transfer.plain_worker import PlainWorker
+    from transfer.worker.plain_worker import PlainWorker
 
     class RenewablePlainWorker(PlainWorker):
         """A plain worker that one actor can be several times, one after the other."""

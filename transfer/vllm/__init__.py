@@ -1,1 +1,4 @@
-"""vLLM and its weights: our engine inside of it (plugin.py), and servers that know nothing of us (stock.py)."""
+"""Weight updates inside vLLM, by its plug-in, and for vLLM servers that know nothing of this package.
+
+The only folder that imports vllm; whoever wants to know a vLLM version's ways looks here.
+"""

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from transfer.digest import SUMS
-from transfer.engine import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from transfer.mark import WENT_ON
+from transfer.engine.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from transfer.memory.mark import WENT_ON
+from transfer.memory.sums import SUMS
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.reload import OwnWay
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from transfer.finite import NotFinite
+from transfer.agreement.wire import Refused
+from transfer.memory.finite import NotFinite
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.reload import OwnWay
-from transfer.wire import Refused
 
 CLASS = f"{__name__}.WeightsExtension"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from transfer.stacks import VARIABLE, dumps_stacks_when_asked
+from transfer.worker.stacks import VARIABLE, dumps_stacks_when_asked
 
 BACKEND = "rlhf_ipc"
 

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 import torch
 
+from transfer.agreement.manifest import Manifest
+from transfer.backends.base import Intake
+from transfer.backends.make import make_intake
 from transfer.config import Take
-from transfer.digest import digest_of
-from transfer.finite import not_finite
-from transfer.manifest import Manifest
-from transfer.receiver import Intake, make_intake
+from transfer.memory.digest import digest_of
+from transfer.memory.finite import not_finite
 from transfer.vllm.recorder import Recording, Unsupported, record
 from transfer.vllm.replay import Replay, holds_now, synchronize
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from transfer.agreement.manifest import Manifest
 from transfer.config import Staging, Take
-from transfer.finite import NotFinite
-from transfer.manifest import Manifest
-from transfer.mark import WENT_ON
+from transfer.memory.finite import NotFinite
+from transfer.memory.mark import WENT_ON
 
 Rpc = Callable[[str, dict[str, Any]], list[dict[str, Any]]]  # verb, body -> what each rank says
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from transfer.digest import SUMS, digest_of
-from transfer.manifest import Manifest
-from transfer.one_pass import OnePass, available
-from transfer.pieces import CASTS
+from transfer.agreement.manifest import Manifest
+from transfer.backends.base import Staged
+from transfer.memory.digest import digest_of
+from transfer.memory.one_pass import OnePass, available
+from transfer.memory.pieces import CASTS
+from transfer.memory.sums import SUMS
 from transfer.vllm.recorder import Recording
-
-Staged = Mapping[str, torch.Tensor]
 
 
 class Replay:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from transfer.agreement.manifest import Manifest
+from transfer.backends.hold import newest
 from transfer.config import Take
-from transfer.hold import newest
-from transfer.manifest import Manifest
 from transfer.vllm.stock import RlhfIpc, StockServer, update
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from transfer.agreement.wire import RemoteError, TransferError
 from transfer.vllm.stock_payload import Payload, RlhfIpc, StockIpc
 from transfer.vllm.stock_routes import Dialect
 from transfer.vllm.stock_server import StockServer, UpdatePolicy
-from transfer.wire import RemoteError, TransferError
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +119,8 @@ def _gathered(pairs: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[s
 
 
 def _check_finite(weights: Mapping[str, torch.Tensor], version: int) -> None:
-    from transfer.finite import not_finite
-    from transfer.manifest import Manifest
+    from transfer.agreement.manifest import Manifest
+    from transfer.memory.finite import not_finite
 
     try:
         bad = not_finite(weights, Manifest.of(weights))

@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from transfer.shown import shown
+from transfer.agreement.shown import shown
+from transfer.agreement.wire import MAX_LOGPROB, RemoteError
 from transfer.vllm.stock_routes import Routes
-from transfer.wire import MAX_LOGPROB, RemoteError
 
 CONNECTIONS = 128  # at once; each carries one prompt's n samples
 MAX_ID = 2**31  # of a token

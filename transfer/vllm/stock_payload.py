@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transfer.handles import Exporter
-from transfer.ipc import _pickled
+from transfer.engine.handles import Exporter
+from transfer.engine.ipc import _pickled
 from transfer.vllm.stock_routes import Dialect
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from transfer import answers
-from transfer.senders.kept_alive import KeptAlive, NotConnected
-from transfer.shown import one_line
-from transfer.wire import RemoteError, TransferError
+from transfer.agreement.shown import one_line
+from transfer.agreement.wire import RemoteError, TransferError
+from transfer.trainer import answers
+from transfer.trainer.senders.kept_alive import KeptAlive, NotConnected
 
 NOT_FOUND = 404
 IDLE_S = 2.0  # vLLM ends connections that are idle for 5 s

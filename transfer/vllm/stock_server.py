@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from transfer.agreement.shown import shown
+from transfer.agreement.wire import RemoteError, TransferError
 from transfer.config import InFlight
-from transfer.shown import shown
 from transfer.vllm.stock_completions import complete
 from transfer.vllm.stock_payload import Payload, StockIpc
 from transfer.vllm.stock_routes import NEEDS_DEV_MODE, NOT_FOUND, Dialect, Routes, dialect_of
-from transfer.wire import RemoteError, TransferError
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,82 @@
+"""What is trained, and what on: task, policy and rewards as a configuration names them, checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rlhf.assembly.site import Site
+from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
+from rlhf.config import HfModelConfig, VllmRolloutConfig
+from rlhf.learning.pass_choice import check_passes
+from rlhf.learning.passes import PADDED, Passes
+from rlhf.models.adapter import check_peft
+from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.monitor.loggers import check_loggers
+from rlhf.preflight.agreement import agreeing_passes
+from rlhf.preflight.lengths import check_lengths
+from rlhf.preflight.plan import check_data, in_one_line
+from rlhf.rewards import given_rewards
+from rlhf.tasks import make_task, read_task
+from rlhf.types import Reward, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Matter:
+    """What is trained, and what on."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    rewards: dict[str, Reward | None]  # by part; None: the run trains it
+    rows: dict[str, Any] = field(default_factory=dict)  # what the task's rows are, for checkpoints
+    padded: Passes = PADDED  # the way to compute padded rows that is right for the policy
+
+
+def gathered(site: Site) -> Matter:
+    """Task, policy and rewards as they are given, checked against each other."""
+    config = site.config
+    check_loggers(config.logger)
+    if config.model.lora.rank:
+        check_peft()
+    raw = read_task(config.task, config.seed)
+    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
+    began = site.saved.told["notes"].get(MOMENT) if site.saved else None
+    moment = datetime.fromisoformat(began) if began else datetime.now()
+    task = make_task(raw, tokenizer, moment)
+    rows = _rows(site, task, tokenizer)
+    check_data(config, task)
+    policy = make_policy(config.model, tokenizer, config.seed)
+    notes = check_lengths(config, task, policy, tokenizer)
+    padded = _padded(site, policy)
+    check_passes(policy, config.model, padded)
+    rewards = given_rewards(config.reward, task, config.model, moment)
+    site.bars.say(in_one_line(config, policy))
+    for note in (*task.notes, *notes):
+        site.bars.say(note)
+    return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()}, padded)
+
+
+def _rows(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the task's rows are; of a run that goes on, RunError if they are others than before."""
+    settings = site.config.checkpoint
+    if not settings.every and site.saved is None:
+        return {}
+    rows = splits_of(task, tokenizer)
+    if site.saved is not None:
+        said = check_rows(site.saved.told["notes"].get(ROWS), rows, task, allowed=not settings.check_data)
+        if said:
+            site.bars.say(said)
+    return rows
+
+
+def _padded(site: Site, policy: PreTrainedModel) -> Passes:
+    """How to compute padded rows; a checkpoint may be of any architecture, and is tried."""
+    if not isinstance(site.config.model, HfModelConfig):
+        return PADDED
+    engine = not isinstance(site.config.rollout, VllmRolloutConfig)
+    return agreeing_passes(policy, site.config.model.lora, engine, site.bars.say)

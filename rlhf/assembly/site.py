@@ -1,0 +1,81 @@
+"""The folder of a run: opened for one process, with the checkpoint that the run goes on from, and room for files."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rlhf.checkpoint.keeper import FOLDER, Saved
+from rlhf.checkpoint.store import Store
+from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, RunConfig
+from rlhf.monitor.heartbeat import Heartbeat
+from rlhf.monitor.progress import Bars
+from rlhf.rollout.launch import JOURNALS
+from rlhf.shell.ending import RunError, alone
+from transfer.backends.disk import remove_versions
+
+
+@dataclass(slots=True)
+class Site:
+    """What every stage of one run shares."""
+
+    config: RunConfig
+    folder: Path
+    bars: Bars
+    heart: Heartbeat
+    began: float
+    notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
+    saved: Saved | None = None  # the checkpoint that the run goes on from
+
+
+def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
+    """The folder of a run, in which no other process trains, with its bars and heartbeat; both end with the stack."""
+    began = time.monotonic()
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    locked = stack.enter_context(alone(folder))
+    console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
+    bars = stack.enter_context(Bars(console))
+    heart = stack.enter_context(Heartbeat(folder, bars.pulse, bars.say))
+    if not locked:
+        bars.say(f"warning: the file system of {folder} has no locks: see to it that no other process trains there")
+    return Site(config, folder, bars, heart, began)
+
+
+def found(site: Site) -> Saved | None:
+    """The newest checkpoint that verifies; None where the run was stopped before its first, RunError if none does."""
+    store = Store(site.folder / FOLDER)
+    step = store.newest(Saved.fault_in)
+    for number, fault in store.damaged.items():
+        site.bars.say(f"warning: the checkpoint of step {number} does not verify: {fault}")
+    if step is None and store.damaged:
+        raise RunError(f"no checkpoint in {store.folder} verifies: start the run again with python -m rlhf.train")
+    if step is None:
+        site.bars.say("nothing was saved yet: the run begins anew")
+        return None
+    if step > site.config.steps:
+        raise RunError(f"step {step} is done already: steps must be at least that (got {site.config.steps})")
+    store.keep_only([kept for kept in store.steps() if kept <= step])
+    site.bars.say(f"goes on after step {step}")
+    return Saved.of(store.path(step))
+
+
+def make_room(site: Site) -> None:
+    """Remove what an earlier run left in the same folder, or what this one wrote after its checkpoint."""
+    (site.folder / "summary.json").unlink(missing_ok=True)
+    remove_versions(site.folder)  # of transfer=disk, in other epochs or of another run: workers get the newest anew
+    if site.saved is not None:
+        written = any(isinstance(logger, JsonlLoggerConfig) for logger in site.config.logger.values())
+        site.saved.rewind(site.folder, written or (site.folder / "metrics.jsonl").exists())
+        site.notes |= site.saved.told["notes"].get("summary", {})
+        return
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (site.folder / name).unlink(missing_ok=True)
+    for name in (JOURNALS, FOLDER):
+        shutil.rmtree(site.folder / name, ignore_errors=True)

@@ -1,0 +1,337 @@
+"""A torch.distributed process group of a trainer and workers: apart from torch's default one, ended by any error.
+
+    TrainerGroup   rank 0, with the store in which all meet; `where` is what a worker must be told
+    WorkerGroup    a rank that the store gives it
+
+What is authenticated: the control plane alone, which tells workers the store's port and a random nonce under which its
+keys lie. The store and the library's own connections have no encryption and know nobody: whoever can connect to them
+can read the weights or disturb an update, and a digest is no protection against a forger. So the store, and gloo, are
+bound to `transfer.host` only, loopback by default; give another address in a network that you trust. NCCL binds to the
+interfaces that it chooses (NCCL_SOCKET_IFNAME).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from transfer.config import Library
+from transfer.memory import regions
+
+LOOK_S = 0.05  # between two looks whether the deadline has passed, or the others have given up
+POLL_S = 0.0002  # between two looks whether a GPU is done
+BURY_S = 2.0  # to wait until a group is gone
+DEPTH = 2  # tensors under way, or being made
+GO, GIVEN_UP = "go", "given up"  # keys of the store
+NCCL_ENVIRONMENT = {  # else a peer that is late or gone ends the whole process
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+
+
+class Group(ABC):
+    """A process group of one trainer and its workers; every wait ends by `until`, or when the trainer gives up."""
+
+    def __init__(self, library: Library, device: torch.device, world: int) -> None:
+        self._library = library
+        self._device = device  # that the library moves bytes between
+        self._world = world
+        self._store: dist.Store | None = None
+        self._group: Any = None
+        self._under_way: deque[tuple[int, torch.Tensor, Any]] = deque()
+        self._given_up = threading.Event()
+        self._closed = False
+        self._until = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether nobody has given it up."""
+        return not self._given_up.is_set()
+
+    def broadcast(
+        self,
+        timeout_s: float,
+        count: int,
+        tensor: Callable[[int], torch.Tensor],
+        done: Callable[[int, torch.Tensor], None] = lambda index, given: None,
+    ) -> None:
+        """Form the group, unless it is, and broadcast `count` tensors; `done` is told of each in order.
+
+        Any error, a TimeoutError at the deadline say, ends the group.
+        """
+        self._until = time.monotonic() + timeout_s
+        try:
+            with self._watched():
+                if self._group is None:
+                    self._form()
+                for index in range(count):
+                    if len(self._under_way) == DEPTH:
+                        self._complete(done)
+                    self._under_way.append((index, given := tensor(index), self._start(given)))
+                while self._under_way:
+                    self._complete(done)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
+                raise ConnectionError(f"the broadcast broke off: {_readable(error)}") from error
+            raise
+
+    def give_up(self) -> None:
+        """Let whoever waits in it fail at once, on both sides."""
+        self._given_up.set()
+
+    def close(self) -> None:
+        """Leave the group, and tell whoever is still in it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._given_up.set()
+        busy, busy_on_gpu = bool(self._under_way), self._library is Library.nccl
+        burial = threading.Thread(
+            target=_bury, args=(self._library, self._group, [work for _, _, work in self._under_way]), daemon=True
+        )
+        self._group = None
+        self._under_way.clear()
+        self._leave_store()
+        burial.start()
+        if busy_on_gpu or not busy:
+            burial.join(BURY_S)
+
+    # --- forming ------------------------------------------------------------------------------------------------------
+
+    def _form(self) -> None:
+        """Meet the others and connect, in a thread that can be left alone: what it calls may wait for ever."""
+        outcome: list[Any] = []
+
+        def meet() -> None:
+            try:
+                outcome.append(self._connected())
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=meet, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(LOOK_S)
+            if thread.is_alive():
+                self._check()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        self._group = outcome[0]
+
+    def _connected(self) -> Any:
+        store, rank, address = self._met()
+        options: Any
+        if self._library is Library.gloo:
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address, lazy_init=False)]
+            options._threads = DEPTH
+            options._timeout = self._left()
+            return dist.ProcessGroupGloo(store, rank, self._world, options)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._left()
+        with torch.cuda.device(self._device), _environment(NCCL_ENVIRONMENT):
+            group = dist.ProcessGroupNCCL(store, rank, self._world, options)
+            group.eager_connect_single_device(self._device)
+        return group
+
+    @abstractmethod
+    def _met(self) -> tuple[dist.Store, int, str]:
+        """The store, this process's rank, and the address at which the others reach it, once all have come."""
+
+    def _leave_store(self) -> None:
+        self._store = None
+
+    def _await(self, come: Callable[[], bool]) -> None:
+        pause = POLL_S
+        while not come():
+            self._check()
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK_S)
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def _left(self) -> timedelta:
+        return timedelta(seconds=max(0.001, self._until - time.monotonic()))
+
+    def _check(self) -> None:
+        if self._given_up.is_set():
+            raise ConnectionAbortedError("the trainer gave the broadcast up, or is gone")
+        if time.monotonic() > self._until:
+            raise TimeoutError("the broadcast did not end before its deadline: a peer is late or gone")
+
+    def _start(self, tensor: torch.Tensor) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+        options.timeout = self._left()
+        return self._group.broadcast([tensor], options)
+
+    def _complete(self, done: Callable[[int, torch.Tensor], None]) -> None:
+        """Wait for the oldest tensor under way."""
+        index, tensor, work = self._under_way[0]
+        while not self._is_done(work):
+            self._check()
+        self._under_way.popleft()
+        done(index, tensor)
+
+    def _is_done(self, work: Any) -> bool:
+        """Whether it is, after a moment; its error, if it has failed."""
+        if self._library is Library.nccl:
+            if not work.is_completed():
+                time.sleep(POLL_S)
+                return False
+        else:
+            with suppress(RuntimeError):  # the moment is over, or the work has failed
+                work.wait(timedelta(seconds=LOOK_S))
+                return True
+            if not work.is_completed():
+                return False
+        work.wait()
+        return True
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        yield
+
+
+class TrainerGroup(Group):
+    """The trainer's end, with the store in which all meet."""
+
+    def __init__(self, library: Library, device: torch.device, world: int, host: str) -> None:
+        super().__init__(library, device, world)
+        self._host = host
+        self._nonce = secrets.token_hex(16)
+        with listener(host) as bound:
+            port = bound.getsockname()[1]
+            store = dist.TCPStore(
+                host, port, None, True, wait_for_workers=False, master_listen_fd=os.dup(bound.fileno())
+            )
+        self._store = dist.PrefixStore(self._nonce, store)
+        self.where = {"port": port, "nonce": self._nonce, "world": world}
+
+    def _met(self) -> tuple[dist.Store, int, str]:
+        store = self._store
+        assert store is not None
+        self._await(lambda: store.add("rank", 0) >= self._world - 1)
+        if self._library is Library.nccl:
+            devices = [regions.device_uuid(self._device)]
+            devices += [store.get(f"device/{rank}").decode() for rank in range(1, self._world)]
+            if len(set(devices)) < len(devices):
+                raise ValueError(one_gpu(f"each has one of {', '.join(sorted(set(devices)))}"))
+        store.set(GO, "")
+        return store, 0, self._host
+
+    def _leave_store(self) -> None:
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set(GIVEN_UP, "")
+        self._store = None
+
+
+class WorkerGroup(Group):
+    """A worker's end."""
+
+    def __init__(self, library: Library, device: torch.device, host: str, where: Mapping[str, Any]) -> None:
+        super().__init__(library, device, where["world"])
+        self._host, self._port, self._nonce = host, where["port"], where["nonce"]
+        self.named = (self._port, self._nonce)
+
+    def _met(self) -> tuple[dist.Store, int, str]:
+        try:
+            with socket.create_connection((self._host, self._port), self._left().total_seconds()) as probe:
+                address = probe.getsockname()[0]  # of the interface towards the trainer
+        except OSError as error:
+            place = f"{self._host}:{self._port}"
+            raise ConnectionError(f"the trainer cannot be reached at {place} (transfer.host): {error}") from error
+        tcp = dist.TCPStore(self._host, self._port, None, False, timeout=self._left(), wait_for_workers=False)
+        self._store = store = dist.PrefixStore(self._nonce, tcp)
+        rank = store.add("claimed", 1)
+        if rank >= self._world:
+            raise ValueError(f"more workers came than the {self._world - 1} that were told to")
+        if self._library is Library.nccl:
+            store.set(f"device/{rank}", regions.device_uuid(self._device))
+        store.add("rank", 1)
+        self._await(lambda: store.check([GO]))
+        return store, rank, address
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Learn meanwhile if the trainer gives up, or is gone: the library itself may not notice."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(LOOK_S):
+                try:
+                    gone = (store := self._store) is not None and store.check([GIVEN_UP])
+                except RuntimeError:
+                    gone = True
+                if gone:
+                    self._given_up.set()
+                    return
+
+        threading.Thread(target=look, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def one_gpu(detail: str) -> str:
+    """Why NCCL cannot be used between processes on one GPU, and what to change."""
+    return (
+        f"transfer=nccl needs a GPU of its own for the trainer and for each worker ({detail}): use transfer=ipc on one "
+        "GPU, or transfer=gloo"
+    )
+
+
+def listener(host: str) -> socket.socket:
+    """A listening socket on a free port of this address; ValueError if it is not one of this machine's."""
+    try:
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"transfer.host must be an address of the trainer's machine (got {host!r}): {error}") from None
+
+
+def _bury(library: Library, group: Any, works: list[Any]) -> None:
+    """Let a group go once nothing in it is under way any more."""
+    if library is Library.nccl and group is not None:
+        with suppress(RuntimeError):
+            group.abort()
+    for work in works:
+        with suppress(RuntimeError):
+            work.wait()  # at most until its own deadline
+    works.clear()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables, for as long as it takes to read them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _readable(error: RuntimeError) -> str:
+    """The library's words without its source lines and its advice."""
+    text = re.sub(r"\[/[^\]]*\]\s*", "", str(error)).partition(". This is")[0]
+    return text.strip().splitlines()[0][:500] if text.strip() else type(error).__name__

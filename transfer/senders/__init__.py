@@ -1,1 +1,0 @@
-"""The control plane: how the trainer calls a worker's verbs."""
