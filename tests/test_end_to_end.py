@@ -16,7 +16,7 @@ from rlhf.reports.summary import PHASES
 from rlhf.rollout.launch import ray_running
 from rlhf.run import run
 from rlhf.shell.ending import RunError
-from rlhf.tasks import TokenisedTask
+from rlhf.tasks.tokenised import TokenisedTask
 from transfer.config import RaySenderConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from rlhf.learning.forward import response_logprobs
 from rlhf.learning.pass_choice import random_batch
-from rlhf.learning.recompute import enable
 from rlhf.models.model_cache import cache_name, cache_of
+from rlhf.models.recompute import enable
 from rlhf.rollout.hf import HfEngine
 from rlhf.rollout.sampling import Sampling
 

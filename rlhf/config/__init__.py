@@ -5,6 +5,7 @@ Rules inside one group live in that class's `__post_init__`, rules across groups
 message says what was given, what is allowed and which key to change. compose.py makes the choices known to Hydra.
 """
 
+from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import (
     ConsoleLoggerConfig,
@@ -55,6 +56,7 @@ from rlhf.config.task import (
 __all__ = [
     "REWARD_PARTS",
     "AdamWConfig",
+    "AlarmsConfig",
     "ArithmeticTaskConfig",
     "CheckpointConfig",
     "ConsoleLoggerConfig",

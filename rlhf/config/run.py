@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.algo import Advantage, AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
@@ -15,7 +16,6 @@ from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
-from rlhf.monitor.alarms import AlarmsConfig
 from transfer.agreement.shown import shown
 from transfer.config import (
     NO_KEEP,

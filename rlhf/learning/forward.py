@@ -19,8 +19,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.learning import losses
 from rlhf.learning.microbatches import length_groups
-from rlhf.learning.recompute import recomputing
 from rlhf.models.model_cache import cache_name, parameters_of
+from rlhf.models.recompute import recomputing
 from rlhf.types import TRUNCATED, Rollouts
 
 

@@ -112,7 +112,7 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     import torch
     from transformers import GenerationConfig
 
-    from rlhf.learning.recompute import enable
+    from rlhf.models.recompute import enable
 
     device = resolve_device(config.device)
     _check_flash(config)
@@ -233,8 +233,8 @@ def value_model(policy: PreTrainedModel, head: Head) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    from rlhf.learning.recompute import enable, enabled
     from rlhf.models.adapter import base_weights
+    from rlhf.models.recompute import enable, enabled
 
     auto = AutoModelForSequenceClassification if head is Head.sequence else AutoModelForTokenClassification
     shape = without_dropout(copy.deepcopy(policy.config))
@@ -316,7 +316,7 @@ def scores(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tor
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    from rlhf.learning.recompute import recomputing
+    from rlhf.models.recompute import recomputing
 
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     with recomputing(model):

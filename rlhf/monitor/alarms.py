@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rlhf.config.algo import AlgoConfig
-from rlhf.config.rules import at_least, in_range
-from transfer.config import positive
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig
@@ -25,36 +23,6 @@ JUMP_FLOOR = 0.05  # nats a token; below, no KL is a jump: it starts at 0, and g
 NEAR_LIMIT = 0.75  # share of rollout.max_new_tokens from which rows are near it
 QUIET = 10  # rows of metrics in which an alarm must not fire, before it speaks again
 EVALUATIONS = 6  # after gold's best, before they tell a trend: two in each third
-
-
-@dataclass(slots=True, kw_only=True)
-class AlarmsConfig:
-    """When each alarm fires; null turns it off (`rollout.mismatch_alarm` is the dial of one more)."""
-
-    no_signal: float | None = 0.9  # share of prompts whose samples all have one reward
-    gradient: float | None = 0.0  # norm of the policy's gradient, at or below; and where an update was skipped
-    nan: int | None = 0  # metrics that are not finite; and rewards that were not, whose samples are left out
-    kl: float | None = 1.0  # KL to the reference, nats a token
-    kl_jump: float | None = 5.0  # the same, in medians of the 20 steps before
-    entropy: float | None = 0.1  # entropy, in first values, below
-    truncated: float | None = 0.5  # share of rows that the length limit has cut
-    length: float | None = 3.0  # tokens a row, in first values, where they are near rollout.max_new_tokens, too
-    overoptimisation: float | None = 3.0  # standard errors by which evaluations' reward rises while their gold falls
-    stop: bool = False  # whether an alarm ends the run
-
-    def __post_init__(self) -> None:
-        for key in ("no_signal", "entropy", "truncated"):
-            if (value := getattr(self, key)) is not None:
-                in_range(f"alarms.{key}", value, 0.0, 1.0)
-        for key in ("gradient", "nan"):
-            if (value := getattr(self, key)) is not None:
-                at_least(f"alarms.{key}", value, 0)
-        for key in ("kl", "overoptimisation"):
-            if (value := getattr(self, key)) is not None:
-                positive(f"alarms.{key}", value)
-        for key in ("kl_jump", "length"):
-            if (value := getattr(self, key)) is not None:
-                at_least(f"alarms.{key}", value, 1)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.config import OptimConfig, SftConfig
 from rlhf.learning.losses import counted
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
-from rlhf.learning.recompute import recomputing
+from rlhf.models.recompute import recomputing
 from rlhf.models.stop_tokens import ended, text_end
 from rlhf.types import Prompt, Tokenizer
 

@@ -11,8 +11,8 @@ from string import ascii_lowercase
 from typing import Any
 
 from rlhf.config import GuessTaskConfig
-from rlhf.tasks import RawTask, Replies, Row
 from rlhf.tasks.procedural import exact, split
+from rlhf.tasks.raw import RawTask, Replies, Row
 
 BEFORE, AFTER = "<", ">"
 

@@ -23,10 +23,10 @@ from itertools import takewhile
 from typing import Any
 
 from rlhf.config import JsonlTaskConfig
-from rlhf.tasks import Answer, Message, RawTask, Row
-from rlhf.tasks.chat import SPOKEN
+from rlhf.tasks.chat import SPOKEN, Message
 from rlhf.tasks.json_lines import columns_of, counted, kind_of, lines, report
 from rlhf.tasks.messages import answer_of, messages_in, text_in
+from rlhf.tasks.raw import Answer, RawTask, Row
 from transfer.agreement.shown import shown
 
 TEMPLATE = ("tools", "chat_template_kwargs")  # columns that chat templates are given

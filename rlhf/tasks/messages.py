@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rlhf.tasks import Answer, Message
-from rlhf.tasks.chat import SPOKEN
+from rlhf.tasks.chat import SPOKEN, Message
 from rlhf.tasks.json_lines import kind_of
+from rlhf.tasks.raw import Answer
 from transfer.agreement.shown import shown
 
 ROLES = ("system", "user", "assistant", "tool", "developer")

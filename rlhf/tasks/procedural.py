@@ -10,7 +10,7 @@ from string import ascii_lowercase
 from typing import Any, TypeVar
 
 from rlhf.config import ArithmeticTaskConfig, ReverseTaskConfig, SequenceTaskConfig
-from rlhf.tasks import Gold, RawTask, Row
+from rlhf.tasks.raw import Gold, RawTask, Row
 
 T = TypeVar("T")
 OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}

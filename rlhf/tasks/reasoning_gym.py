@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from rlhf.config import ReasoningGymTaskConfig
-from rlhf.tasks import RawTask, Row
 from rlhf.tasks.procedural import split
+from rlhf.tasks.raw import RawTask, Row
 
 ALL_NAMES = 'python -c "from reasoning_gym.factory import DATASETS; print(*sorted(DATASETS))"'
 

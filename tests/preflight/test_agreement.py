@@ -12,9 +12,9 @@ from rlhf.learning.forward import response_values
 from rlhf.learning.microbatches import Sizes
 from rlhf.learning.pass_choice import random_batch
 from rlhf.learning.passes import PADDED, WHOLE
-from rlhf.learning.recompute import enable
 from rlhf.models.adapter import add_adapter, base_weights, linear_layers, merged, remove_adapter, save_adapter
 from rlhf.models.make import Head, value_model
+from rlhf.models.recompute import enable
 from rlhf.models.saving import save_model
 from rlhf.preflight.agreement import agreeing_passes, check_engine
 from rlhf.rollout.hf import Apart, Decoder, HfEngine, make_decoder

@@ -1,0 +1,155 @@
+"""A task as a policy is asked: conversations rendered by the tokenizer's chat template, prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from rlhf.tasks.chat import Chat, Message, dated
+from rlhf.tasks.encoding import beginning, begun
+from rlhf.tasks.json_lines import counted, report
+from rlhf.tasks.raw import Answer, Gold, RawTask, Replies, Row
+from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
+from transfer.agreement.shown import shown
+
+
+@dataclass(slots=True)
+class TokenisedTask:
+    """A task that a policy can be asked; held-out rows give no demonstrations and no preferences."""
+
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    demonstrations: Sequence[tuple[Prompt, str]]
+    preferences: Sequence[Pair]
+    gold: Gold
+    environment: Environment | None = None
+    notes: Sequence[str] = ()  # what a user should know of the data, a line each
+
+    def score(self, prompt: Prompt, answer: str) -> float | None:
+        """The gold reward in [0, 1], or None where the data hold no reference."""
+        return self.gold(prompt.columns, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedReplies:
+    """An `Environment` around a task's replies."""
+
+    replies: Replies
+    tokenizer: Tokenizer
+
+    @property
+    def turns(self) -> int:
+        """Answers of a conversation, at most."""
+        return self.replies.turns
+
+    @property
+    def longest_reply(self) -> int:
+        """Tokens."""
+        return len(self.encode(self.replies.longest))
+
+    def reply(self, prompt: Prompt, answers: Sequence[str]) -> str | None:
+        """What is said after these answers; None where the conversation is over."""
+        return self.replies.reply(prompt.columns, answers) if len(answers) < self.replies.turns else None
+
+    def encode(self, reply: str) -> list[int]:
+        """The reply's tokens, as they stand: no chat template is put around them."""
+        return self.tokenizer.encode(reply, add_special_tokens=False)
+
+
+def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None) -> Task:
+    """Render conversations with the tokenizer's chat template, and tokenise prompts as it does itself.
+
+    A template that asks for the date is told that of `moment`; None: today's. ValueError with all rows of which no
+    prompt or no answer can be made.
+    """
+    maker = _Maker(tokenizer, Chat(tokenizer) if raw.conversational else None)
+    with dated(tokenizer, moment if raw.conversational else None):
+        rows = maker.all([*raw.train, *raw.held_out])
+    train = rows[: len(raw.train)]
+    return TokenisedTask(
+        train=[row.prompt for row in train],
+        held_out=[row.prompt for row in rows[len(raw.train) :]],
+        demonstrations=[demonstration for row in train for demonstration in row.demonstrations],
+        preferences=[row.preference for row in train if row.preference is not None],
+        gold=raw.gold,
+        environment=TokenisedReplies(raw.replies, tokenizer) if raw.replies is not None else None,
+        notes=[*raw.notes, *maker.notes()],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenisedRow:
+    prompt: Prompt
+    demonstrations: list[tuple[Prompt, str]]
+    preference: Pair | None
+
+
+@dataclass(slots=True)
+class _Maker:
+    """Makes rows for a model."""
+
+    tokenizer: Tokenizer
+    chat: Chat | None  # None: all questions are texts
+    start: list[int] = field(init=False)
+    ties: list[str] = field(default_factory=list)  # where a pair's answers are the same as the template renders them
+
+    def __post_init__(self) -> None:
+        self.start = beginning(self.tokenizer)
+
+    def notes(self) -> Iterator[str]:
+        """What was left out of the rows."""
+        if self.chat is not None and self.chat.unseen:
+            unseen = ", ".join(map(shown, self.chat.unseen))
+            yield f"warning: the model's chat template leaves these keys of messages out: {unseen}"
+        if self.ties:
+            yield f"warning: pairs of answers that the chat template renders alike are left out: {counted(self.ties)}"
+
+    def all(self, rows: Iterable[Row]) -> list[_TokenisedRow]:
+        """The rows; ValueError with all those of which nothing can be made."""
+        made, bad = [], []
+        for row in rows:
+            try:
+                made.append(self._row(row))
+            except ValueError as error:
+                bad.append((row.where, str(error)))
+        if bad:
+            raise ValueError(report(bad, len(made)))
+        return made
+
+    def _row(self, row: Row) -> _TokenisedRow:
+        longest = row.longest
+        prompt = self._prompt(row, row.question, look=row.question is longest)
+        demonstrations = (
+            [] if row.demonstration is None else [(prompt, self._answer(row, row.question, row.demonstration))]
+        )
+        demonstrations += [
+            (self._prompt(row, asked, look=asked is longest), self._answer(row, asked, answer))
+            for asked, answer in row.turns
+        ]
+        pair = None
+        if row.preference is not None:
+            chosen, rejected = (self._answer(row, row.question, answer) for answer in row.preference)
+            pair = Pair(prompt, chosen, rejected) if chosen != rejected else None
+            self.ties += [row.where] if pair is None else []
+        return _TokenisedRow(prompt, demonstrations, pair)
+
+    def _prompt(self, row: Row, question: str | list[Message], look: bool) -> Prompt:
+        messages = [] if isinstance(question, str) else question
+        text = question if isinstance(question, str) else self._chat.asked(question, row.given, look)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"the model's tokenizer makes no token of the prompt {shown(text)}: leave that prompt out")
+        given = row.given if messages else {}
+        return Prompt(text, tuple(begun(ids, self.start, bool(messages))), row.columns, messages, given, row.where)
+
+    def _answer(self, row: Row, question: str | list[Message], answer: Answer) -> str:
+        if isinstance(answer, str) or isinstance(question, str):
+            assert isinstance(answer, str), "what is more than a text answers messages"
+            return answer
+        return self._chat.answer(question, row.given, answer)
+
+    @property
+    def _chat(self) -> Chat:
+        assert self.chat is not None, "messages are asked"
+        return self.chat
