@@ -9,10 +9,10 @@ from rlhf.checkpoint.keeper import Keeper
 from rlhf.config import RunConfig
 from rlhf.gather import Gather
 from rlhf.held_out import evaluate
+from rlhf.learning.batches import batches
 from rlhf.learning.learner import Learner
 from rlhf.monitor.metrics import Recorder
 from rlhf.monitor.probe import Probe
-from rlhf.stages.sft import batches
 from rlhf.types import Reward, Sampler, Task
 from transfer import Transfer
 

@@ -26,7 +26,8 @@ from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import announce, choose_passes
 from rlhf.loop import Parts, train
 from rlhf.models.adapter import has_adapter, sent_weights
-from rlhf.models.make import Head, reload, value_model
+from rlhf.models.policy import reload
+from rlhf.models.value import Head, value_model
 from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder

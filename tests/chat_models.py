@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Device, TinyModelConfig
-from rlhf.models.make import make_tokenizer
+from rlhf.models.tokenizer import make_tokenizer
 
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 CHATML_TAGS = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]

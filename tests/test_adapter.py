@@ -15,14 +15,16 @@ from rlhf.models.adapter import (
     add_adapter,
     base_weights,
     has_adapter,
-    merged,
     save_adapter,
     sent_weights,
     spec_of,
     without_adapter,
 )
-from rlhf.models.make import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.merging import merged
+from rlhf.models.policy import make_policy
 from rlhf.models.saving import save_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
 from rlhf.run import run
 

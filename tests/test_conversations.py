@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.turns import Conversations
 from rlhf.rollout.worker import Worker

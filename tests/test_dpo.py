@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.compose import misplaced
-from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.stages.dpo import DpoLearner, Preference, answer_logprobs, tokenised

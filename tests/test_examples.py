@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import Device, JsonlTaskConfig, TinyModelConfig
-from rlhf.models.make import make_tokenizer
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.rewards import FunctionReward
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt

@@ -11,17 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
-from rlhf.models.make import (
-    ARCHITECTURES,
-    Head,
-    load_reward_model,
-    make_policy,
-    make_tokenizer,
-    resolve_device,
-    scores,
-    value_model,
-)
+from rlhf.models.device import resolve_device
+from rlhf.models.policy import ARCHITECTURES, make_policy
+from rlhf.models.reward_model import load_reward_model
 from rlhf.models.saving import save_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, scores, value_model
 
 LETTERS = "abcdefgh= <>|eos"
 TINY = TinyModelConfig(layers=2, hidden=32, heads=2, intermediate=48, context=64, device=Device.cpu)

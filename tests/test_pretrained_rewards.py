@@ -14,10 +14,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.config import Device, JsonlTaskConfig, ModelRewardConfig, TinyModelConfig
-from rlhf.models.make import load_reward_model, make_tokenizer
+from rlhf.models.reward_model import load_reward_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import score_texts
 from rlhf.rewards import ModelReward, given_rewards
 from rlhf.run import run
-from rlhf.stages.reward_model import score_texts
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt, Task
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlhf.config import ReasoningGymTaskConfig, TinyModelConfig
-from rlhf.models.make import make_tokenizer
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.run import run
 from rlhf.tasks import make_task, read_task
 

@@ -10,8 +10,11 @@ import torch
 from chat_checkpoint import chat_checkpoint, write_conversations
 
 from rlhf.config import Device, HfModelConfig, HfRolloutConfig, TinyModelConfig
-from rlhf.models.make import Head, load_reward_model, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.policy import make_policy, reload
+from rlhf.models.reward_model import load_reward_model
 from rlhf.models.saving import export_model, save_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.rollout.launch import worker_spec
 from rlhf.rollout.vllm import manifest_of
 from rlhf.rollout.vllm_model import class_of, model_folder

@@ -22,8 +22,11 @@ from rlhf.config import (
     SumRewardConfig,
     TinyModelConfig,
 )
-from rlhf.models.make import Head, load_reward_model, make_policy, make_tokenizer, value_model
+from rlhf.models.policy import make_policy
+from rlhf.models.reward_model import load_reward_model
 from rlhf.models.saving import save_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.progress import Bars
 from rlhf.rewards import FunctionReward, ModelReward, WeightedSum, combine, usable

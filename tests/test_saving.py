@@ -13,8 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
-from rlhf.models.make import Head, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.policy import make_policy, reload
 from rlhf.models.saving import export_model, save_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.preflight.check import human
 from rlhf.run import run
 

@@ -12,13 +12,14 @@ from test_evaluate import composed
 
 from rlhf.assembly.saved_policy import evaluate_policy
 from rlhf.config import Device, HfModelConfig, JsonlTaskConfig, TinyModelConfig
-from rlhf.models.make import Head, make_policy, make_tokenizer, scores, value_model
+from rlhf.models.policy import make_policy
 from rlhf.models.stop_tokens import ended, stop_ids, text_end, turn_end
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, score_texts, scores, value_model
 from rlhf.rollout.launch import worker_spec
 from rlhf.rollout.worker import Worker, build_model
 from rlhf.run import run
 from rlhf.stages.dpo import tokenised
-from rlhf.stages.reward_model import score_texts
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Pair, Prompt
 

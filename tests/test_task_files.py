@@ -21,12 +21,14 @@ from chat_models import (
 )
 
 from rlhf.config import Device, JsonlTaskConfig, TinyModelConfig
-from rlhf.models.make import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.encoding import join
+from rlhf.models.policy import make_policy
 from rlhf.models.stop_tokens import carry_stop_ids, ended
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.pretrained import PretrainedReward
 from rlhf.rewards.rendering import OwnTemplate
-from rlhf.stages.sft import join
 from rlhf.tasks import make_task, read_task
 
 SOURCE = {"role": "user", "content": "hello"}
@@ -389,14 +391,14 @@ def test_a_template_that_begins_without_bos_is_left_as_it_is(tmp_path):
 
 
 def test_a_reward_model_reads_a_text_as_its_own_tokenizer_begins_it(tmp_path, monkeypatch):
-    from rlhf.stages import reward_model
+    from rlhf.models import value
 
     tokenizer = beginning_tokenizer()
     texts = task_of(tmp_path, [{"prompt": "hello"}, {"prompt": [SOURCE]}], tokenizer).train
     read = []
     model = torch.nn.Linear(1, 1)
-    monkeypatch.setattr(reward_model, "scores", lambda model, ids, mask: read.append(ids) or torch.zeros(len(ids)))
-    reward_model.score_texts(model, tokenizer, texts, ["ab", "ab"])
+    monkeypatch.setattr(value, "scores", lambda model, ids, mask: read.append(ids) or torch.zeros(len(ids)))
+    value.score_texts(model, tokenizer, texts, ["ab", "ab"])
     for row, prompt in zip(read[0], texts, strict=True):
         assert tuple(row[: len(prompt.ids)].tolist()) == prompt.ids and prompt.ids[0] == tokenizer.bos_token_id
 

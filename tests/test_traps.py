@@ -30,7 +30,9 @@ from rlhf.learning import advantages as adv
 from rlhf.learning import losses
 from rlhf.learning.forward import Batch, collate
 from rlhf.learning.learner import Learner
-from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.models.encoding import encode, join
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.monitor.alarms import OF_STEPS, Watch
 from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import FunctionReward, usable
@@ -40,7 +42,6 @@ from rlhf.rollout.hf import HfEngine
 from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of
 from rlhf.run import run
 from rlhf.shell.ending import RunError
-from rlhf.stages.sft import encode, join
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Completion, Prompt, Rollouts, Task
 from transfer import Transfer, make_transfer

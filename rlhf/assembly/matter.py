@@ -12,7 +12,8 @@ from rlhf.config import HfModelConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.models.adapter import check_peft
-from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.monitor.loggers import check_loggers
 from rlhf.preflight.agreement import agreeing_passes
 from rlhf.preflight.lengths import check_lengths

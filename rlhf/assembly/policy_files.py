@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.whole import whole
 from rlhf.config import HfModelConfig, RunConfig
-from rlhf.models.adapter import add_adapter, base_digest, load_adapter, merged, save_adapter
+from rlhf.models.adapter import add_adapter, base_digest, load_adapter, save_adapter
+from rlhf.models.merging import merged
 from rlhf.models.saving import export_model, save_model
 from rlhf.shell.ending import RunError
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig, VllmRolloutConfig
 from rlhf.held_out import measure
-from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import check_engine
 from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of

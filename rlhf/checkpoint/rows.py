@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlhf.models.encoding import encode
 from rlhf.shell.ending import RunError
-from rlhf.stages.sft import encode
 from rlhf.types import IDS, Prompt, Task, Tokenizer
 
 MARK = 4  # bytes that are kept of a row's hash: enough to find the first that differs

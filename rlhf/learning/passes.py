@@ -26,8 +26,8 @@ from rlhf.learning.forward import Batch
 from rlhf.learning.microbatches import Sizes, fill, split
 from rlhf.learning.packed_attention import attending
 from rlhf.learning.packing import Tokens, packed, shares
-from rlhf.models.make import score_layer
 from rlhf.models.recompute import recomputing
+from rlhf.models.value import score_layer
 
 
 class Passes(Protocol):

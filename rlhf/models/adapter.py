@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import LoraConfig
+from rlhf.models.loading import load_weights
 from transfer.agreement.shown import one_line
 from transfer.memory.digest import XXH3, digest_of
 
@@ -81,7 +82,7 @@ def add_adapter(model: PreTrainedModel, rank: int, alpha: float, target: list[st
 
 def remove_adapter(model: PreTrainedModel) -> None:
     """The model is its base again, and all of it learns."""
-    for path, layer in _layers(model):
+    for path, layer in layers_of(model):
         if not path.endswith(BASE):  # of adapters around each other the outermost
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, layer.get_base_layer())
@@ -166,10 +167,16 @@ class Receiving:
         return sent_weights(self._model)
 
 
+def layers_of(model: torch.nn.Module, shared: bool = False) -> list[tuple[str, Any]]:
+    """peft's layers by their paths; `shared`: one that has several by each."""
+    every = model.named_modules(remove_duplicate=not shared)
+    return [(path, module) for path, module in every if hasattr(module, "lora_A")]
+
+
 @contextmanager
 def without_adapter(model: torch.nn.Module) -> Iterator[None]:
     """The model is its base inside; what learns is the same afterwards."""
-    layers = [layer for _, layer in _layers(model)]
+    layers = [layer for _, layer in layers_of(model)]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -190,43 +197,6 @@ def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str:
     weights = base_weights(model)
     cast = (weights[n].detach() for n in sorted(weights))
     return digest_of((t.to(dtype) if t.is_floating_point() else t for t in cast), like=XXH3)
-
-
-@torch.no_grad()
-def merged(policy: PreTrainedModel) -> PreTrainedModel:
-    """A plain model that computes what the policy does; it shares the memory of what has no adapter."""
-    weights = {name: tensor.detach() for name, tensor in base_weights(policy).items()}
-    for name, delta in _deltas(policy):
-        weights[name] = weights[name] + delta
-    with torch.device("meta"):
-        plain = type(policy)(policy.config)
-    plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
-    plain.generation_config = policy.generation_config
-    return plain
-
-
-@torch.no_grad()
-def check_merge(policy: PreTrainedModel, plain: Mapping[str, torch.Size]) -> None:
-    """ValueError unless the adapter can be merged into weights of these names and shapes, the policy's without it."""
-    base = base_weights(policy)
-    found = {name: weight.shape for name, weight in base.items()}
-    faults = {name for name, _ in found.items() ^ plain.items()}
-    faults |= {name for name, delta in _deltas(policy) if found.get(name) != delta.shape}
-    adapted: dict[int, str] = {}  # weights that layers share, each of which has an adapter of its own
-    for name in (_weight_of(path, layer) for path, layer in _layers(policy)):
-        if name in base and name != adapted.setdefault(base[name].data_ptr(), name):
-            faults.add(name)
-    if faults:
-        raise ValueError(f"its adapter cannot be merged into {min(faults)}: leave such layers out of model.lora.target")
-
-
-@torch.no_grad()
-def merge_into(policy: PreTrainedModel, plain: Mapping[str, Tensor]) -> None:
-    """Bring `merged(policy)`'s weights, by name, up to the adapter as it is now."""
-    base = base_weights(policy)
-    for name, delta in _deltas(policy):
-        plain[name].copy_(base[name] + delta)
 
 
 def save_adapter(policy: PreTrainedModel, folder: Path, base: str) -> None:
@@ -253,29 +223,27 @@ def load_adapter(policy: PreTrainedModel, folder: Path) -> None:
         tensor.data.copy_(kept)
 
 
+def load_base(spec: AdapterSpec, **options: Any) -> PreTrainedModel:
+    """A worker's model, on the CPU: the base, and an adapter whose weights are nothing yet.
+
+    ValueError where the base is not the trainer's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = load_weights(AutoModelForCausalLM, spec.base, "the worker's adapter.base", **options)
+    found = base_digest(model, options["dtype"])
+    if spec.digest and found != spec.digest:
+        raise ValueError(
+            f"the weights of {spec.base} have the digest {found}, and those that the trainer's adapter builds on "
+            f"{spec.digest}"
+        )
+    add_adapter(model, spec.rank, spec.alpha, spec.target)
+    return model
+
+
 def spec_of(policy: PreTrainedModel, lora: LoraConfig, base: str, dtype: torch.dtype) -> dict[str, Any]:
     """The AdapterSpec of the policy, as JSON, for workers that compute in `dtype`."""
     return asdict(AdapterSpec(lora.rank, lora.alpha, lora.target, base, base_digest(policy, dtype)))
-
-
-def _layers(model: torch.nn.Module, shared: bool = False) -> list[tuple[str, Any]]:
-    """peft's layers by their paths; `shared`: one that has several by each."""
-    every = model.named_modules(remove_duplicate=not shared)
-    return [(path, module) for path, module in every if hasattr(module, "lora_A")]
-
-
-def _deltas(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the adapter adds to weights, by the names of `base_weights`: all names of a layer that is shared.
-
-    Fused experts have several a module.
-    """
-    for path, layer in _layers(model, shared=True):
-        yield _weight_of(path, layer), layer.get_delta_weight(NAME)
-
-
-def _weight_of(path: str, layer: Any) -> str:
-    """The name of the weight that a layer of peft adapts."""
-    return f"{path.replace(BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def _peft_name(name: str) -> str:

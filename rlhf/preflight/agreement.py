@@ -24,7 +24,8 @@ from rlhf.config.model import LoraConfig
 from rlhf.learning.forward import Batch
 from rlhf.learning.pass_choice import context_of, random_batch
 from rlhf.learning.passes import PADDED, WHOLE, Padded
-from rlhf.models.adapter import add_adapter, base_weights, check_merge, remove_adapter
+from rlhf.models.adapter import add_adapter, base_weights, remove_adapter
+from rlhf.models.merging import check_merge
 from rlhf.models.model_cache import parameters_of, recurrent
 from rlhf.rollout.hf import evaluating, make_decoder
 from rlhf.rollout.sampling import Sampling

@@ -15,7 +15,7 @@ from rlhf.config import (
     VerifierRewardConfig,
 )
 from rlhf.config.rules import named_as_part
-from rlhf.models.make import load_reward_model, trained_by_a_run
+from rlhf.models.reward_model import load_reward_model, trained_by_a_run
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.model import ModelReward

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from rlhf.checkpoint.state import State
 from rlhf.config.model import AUTO
+from rlhf.models.encoding import prompt_ids
 from rlhf.models.stop_tokens import ended
+from rlhf.models.value import score_texts
 from rlhf.rewards.failures import only_finite
 from rlhf.rewards.rendering import OwnTemplate
-from rlhf.stages.reward_model import score_texts
-from rlhf.tasks.encoding import prompt_ids
 from rlhf.types import Prompt, RewardReport, Tokenizer
 
 NORMALISED_CLIP = 10.0  # standard deviations

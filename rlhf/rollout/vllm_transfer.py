@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf.models.adapter import has_adapter, merge_into, merged
+from rlhf.models.adapter import has_adapter
+from rlhf.models.merging import merge_into, merged
 from transfer.agreement.wire import RemoteError, TransferError
 
 if TYPE_CHECKING:

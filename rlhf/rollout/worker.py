@@ -118,8 +118,7 @@ def build_model(spec: WorkerSpec) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    from rlhf.models.adapter import AdapterSpec
-    from rlhf.models.make import load_base
+    from rlhf.models.adapter import AdapterSpec, load_base
 
     shape = config_of(spec)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer

@@ -21,6 +21,7 @@ from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.held_out import evaluated
+from rlhf.learning.batches import batches
 from rlhf.learning.forward import Batch
 from rlhf.learning.learner import MAX_SKIPPED
 from rlhf.learning.losses import dpo
@@ -34,7 +35,6 @@ from rlhf.models.stop_tokens import ended
 from rlhf.monitor.flops import Row
 from rlhf.shell.ending import RunError
 from rlhf.stages.reward_model import pairs_from, split
-from rlhf.stages.sft import batches
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
 
 TIE = 1e-4  # nats by which an implicit preference may be noise of floating point; half right, then

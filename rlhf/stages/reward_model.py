@@ -10,13 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ModelRewardConfig, OptimConfig
+from rlhf.learning.batches import batches
 from rlhf.learning.losses import bradley_terry
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
-from rlhf.models.make import scores
-from rlhf.models.stop_tokens import ended
-from rlhf.stages.sft import batches, join
-from rlhf.tasks.encoding import prompt_ids
-from rlhf.types import Pair, Prompt, Rollouts, Task, Tokenizer
+from rlhf.models.value import score_texts
+from rlhf.types import Pair, Rollouts, Task, Tokenizer
 
 
 def pairs_from(rollouts: Rollouts, task: Task, label_noise: float, seed: int) -> list[Pair]:
@@ -100,16 +98,3 @@ def pair_scores(
     scores_U = score_texts(model, tokenizer, list(prompts.values()), [answer for _, answer in prompts])
     chosen_B, rejected_B = scores_U[[place[row] for row in rows]].chunk(2)
     return chosen_B, rejected_B
-
-
-def score_texts(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], answers: Sequence[str]
-) -> torch.Tensor:
-    """The model's scalar for each prompt + answer + what ends it, [B]; the tokenizer is the model's own."""
-    device = next(model.parameters()).device
-    asked = prompt_ids(tokenizer, prompts)
-    rows = list(zip(asked, ended(tokenizer, prompts, answers), strict=True))
-    ids_BL, _ = join(rows, device)
-    lengths_B = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], device=device)
-    mask_BL = (torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]).long()
-    return scores(model, ids_BL, mask_BL).float()

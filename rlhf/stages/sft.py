@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from rlhf.config import OptimConfig, SftConfig
+from rlhf.learning.batches import batches
 from rlhf.learning.losses import counted
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.models.encoding import join
 from rlhf.models.recompute import recomputing
-from rlhf.models.stop_tokens import ended, text_end
+from rlhf.models.stop_tokens import ended
 from rlhf.types import Prompt, Tokenizer
 
 
@@ -43,34 +44,3 @@ def sft(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield {"loss": float(loss.detach())}
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str], end: bool = False) -> list[list[int]]:
-    """Token ids of each text without special tokens, with the token that ends a plain text behind them if `end`."""
-    if not texts:  # of which some tokenizers make an IndexError
-        return []
-    tail = text_end(tokenizer) if end else []
-    return [ids + tail for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
-
-def join(rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [B, L] of prompt + answer, and a mask [B, L] that is 1 on the answer's tokens."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids_BL = torch.zeros(len(rows), width, dtype=torch.long)
-    mask_BL = torch.zeros(len(rows), width)
-    for b, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids_BL[b, :end] = torch.tensor([*prompt, *answer])
-        mask_BL[b, len(prompt) : end] = 1.0
-    return ids_BL.to(device), mask_BL.to(device)
-
-
-def batches(rows: int, size: int, steps: int, seed: int) -> Iterable[list[int]]:
-    """`steps` batches of row numbers: shuffled passes over all rows, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
-    for _ in range(steps):
-        while len(queue) < min(size, rows):
-            queue += torch.randperm(rows, generator=generator).tolist()
-        yield queue[: min(size, rows)]
-        queue = queue[min(size, rows) :]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from rlhf.models.encoding import beginning, begun
 from rlhf.tasks.chat import Chat, Message, dated
-from rlhf.tasks.encoding import beginning, begun
 from rlhf.tasks.json_lines import counted, report
 from rlhf.tasks.raw import Answer, Gold, RawTask, Replies, Row
 from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer

@@ -23,7 +23,8 @@ import transformers
 from rlhf.config import LoraConfig
 from rlhf.learning.forward import collate
 from rlhf.learning.passes import WHOLE, Padded
-from rlhf.models.adapter import add_adapter, merged
+from rlhf.models.adapter import add_adapter
+from rlhf.models.merging import merged
 from rlhf.models.recompute import enable
 from rlhf.preflight.agreement import agreeing_passes, check_engine
 from rlhf.rollout.hf import HfEngine

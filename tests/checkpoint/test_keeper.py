@@ -21,8 +21,10 @@ from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
 from rlhf.checkpoint.store import Store
 from rlhf.learning.learner import Learner
-from rlhf.models.make import Head, make_policy, make_tokenizer, reload, value_model
+from rlhf.models.policy import make_policy, reload
 from rlhf.models.saving import save_model
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.rollout.hf import evaluating
 from rlhf.shell.ending import RESUMABLE, STOPS, TERMINATED, RunError, terminate_as_interrupt
 

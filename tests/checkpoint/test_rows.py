@@ -14,8 +14,9 @@ from rlhf.checkpoint.keeper import FOLDER, STATE
 from rlhf.checkpoint.rows import check_rows, splits_of
 from rlhf.checkpoint.store import MANIFEST, Store, _described
 from rlhf.config import JsonlTaskConfig, TinyModelConfig
-from rlhf.models.make import CHAT_TEMPLATE, make_policy, make_tokenizer
+from rlhf.models.policy import make_policy
 from rlhf.models.saving import save_model
+from rlhf.models.tokenizer import CHAT_TEMPLATE, make_tokenizer
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.tasks import RawTask, Row, make_task, read_task

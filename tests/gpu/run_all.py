@@ -164,7 +164,8 @@ def _pushes(folder: Path, take: str) -> str:
     from hydra import compose, initialize_config_dir
 
     from rlhf.compose import CONF, checked, register
-    from rlhf.models.make import make_policy, make_tokenizer
+    from rlhf.models.policy import make_policy
+    from rlhf.models.tokenizer import make_tokenizer
     from rlhf.rollout.launch import Workers, worker_spec
     from transfer import make_transfer
 

@@ -15,7 +15,9 @@ from rlhf.config.algo import Aggregation
 from rlhf.learning.forward import Batch, collate, logprobs_and_entropy, response_logprobs
 from rlhf.learning.learner import Learner
 from rlhf.learning.microbatches import length_groups
-from rlhf.models.make import Head, make_policy, make_tokenizer, value_model
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
 from rlhf.types import Completion, Prompt, Rollouts
 
 PROMPTS = [(5, 6, 7), (4,), (8, 9, 10, 11, 5)]

@@ -12,7 +12,7 @@ from rlhf.learning import losses, output_layer
 from rlhf.learning.advantages import explained_variance, whiten
 from rlhf.learning.kl_control import KlController
 from rlhf.learning.passes import PADDED, Packed
-from rlhf.models.make import make_tokenizer
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.stages.sft import sft
 from rlhf.types import Prompt, Rollouts
 from tests.learning.test_learner import conversations, gradients, make_learner, sampled

@@ -11,8 +11,10 @@ import torch
 from rlhf.config import TinyModelConfig
 from rlhf.learning.forward import collate, response_logprobs, response_values
 from rlhf.learning.microbatches import length_groups
-from rlhf.models.make import Head, make_policy, make_tokenizer, scores, value_model
+from rlhf.models.policy import make_policy
 from rlhf.models.recompute import enable, enabled, recomputing
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, scores, value_model
 from rlhf.types import Completion, Prompt, Rollouts
 
 

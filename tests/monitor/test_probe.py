@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from rlhf.models.make import make_policy, make_tokenizer
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.monitor.probe import Probe
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.worker import Worker

@@ -12,10 +12,11 @@ from rlhf.learning.forward import response_values
 from rlhf.learning.microbatches import Sizes
 from rlhf.learning.pass_choice import random_batch
 from rlhf.learning.passes import PADDED, WHOLE
-from rlhf.models.adapter import add_adapter, base_weights, linear_layers, merged, remove_adapter, save_adapter
-from rlhf.models.make import Head, value_model
+from rlhf.models.adapter import add_adapter, base_weights, linear_layers, remove_adapter, save_adapter
+from rlhf.models.merging import merged
 from rlhf.models.recompute import enable
 from rlhf.models.saving import save_model
+from rlhf.models.value import Head, value_model
 from rlhf.preflight.agreement import agreeing_passes, check_engine
 from rlhf.rollout.hf import Apart, Decoder, HfEngine, make_decoder
 from rlhf.rollout.sampling import Sampling
@@ -232,7 +233,7 @@ def test_a_configuration_of_which_transformers_makes_no_causal_lm_is_refused():
 @pytest.mark.parametrize("family", ["qwen3_5_text", "mamba", "gpt2", "glm4_moe", "doge"])
 def test_a_run_on_a_checkpoint_of_any_family_is_right_or_ends_before_it_trains(rlhf_train, tmp_path, family):
     from rlhf.config import TinyModelConfig
-    from rlhf.models.make import make_tokenizer
+    from rlhf.models.tokenizer import make_tokenizer
 
     save_model(tiny(family), make_tokenizer(TinyModelConfig(), "0123456789+-= ", chat=False), tmp_path / "model")
     options = ["task=arithmetic", "steps=1", "prompts_per_step=2", "samples_per_prompt=2", "task.held_out=4"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import HfModelConfig
-from rlhf.models.make import make_tokenizer
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.check import check_run
 from rlhf.run import run
 

@@ -6,8 +6,8 @@ import torch
 from rlhf.config import TinyModelConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import random_batch
 from rlhf.learning.passes import PADDED
-from rlhf.models.make import make_tokenizer
 from rlhf.models.saving import save_model
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import engine_logprobs
 from rlhf.preflight.rotary import change_of, check_rotary
 from rlhf.run import run

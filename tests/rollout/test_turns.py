@@ -5,7 +5,7 @@ import torch
 
 from rlhf.config import GuessTaskConfig, HfRolloutConfig
 from rlhf.learning.forward import collate, response_logprobs
-from rlhf.models.make import make_tokenizer
+from rlhf.models.tokenizer import make_tokenizer
 from rlhf.rollout.client import RolloutClient, Wanted
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.sampling import seed_of

@@ -239,7 +239,7 @@ def _word(draw: random.Random) -> str:
 def in_our_order(site: Site, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The prompts of each step of ours, one step after the other."""
     from rlhf.config import JsonlTaskConfig
-    from rlhf.stages.sft import batches
+    from rlhf.learning.batches import batches
     from rlhf.tasks import make_task, read_task
 
     raw = read_task(JsonlTaskConfig(path=str(site.prompts), held_out=HELD_OUT), SEED)
