@@ -101,7 +101,7 @@ def test_the_slots_are_as_large_as_those_that_the_arena_allocates(compose_run, t
         from transfer.agreement.manifest import Manifest
 
         publisher.prepare(Manifest.of(weights, getattr(torch, dtype)), weights)
-        assert told == {"transfer, 3 slots": publisher._slots._region.bytes.nbytes}
+        assert told == {"transfer, 3 slots": publisher._slots._regions[0].bytes.nbytes}
 
 
 @pytest.mark.parametrize(

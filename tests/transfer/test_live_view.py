@@ -22,7 +22,7 @@ from transfer.agreement import wire
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
 from transfer.agreement.protocol import Phase
-from transfer.backends.make import make_publisher
+from transfer.backends.make import make_intake, make_publisher
 from transfer.config import HttpSenderConfig, InFlight, IpcConfig, SenderConfig, Staging, Take, Verify
 from transfer.memory.digest import digest_of
 from transfer.trainer.senders.direct import DirectSender
@@ -438,6 +438,15 @@ def test_a_trainer_that_is_killed_after_it_withdrew_leaves_workers_that_refuse(t
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/tmp/socket", "\0dbus", f"\0transfer-{'0' * 31}", f"\0transfer-{'0' * 33}", 1, None]
+)
+def test_the_word_beside_gpu_memory_is_looked_for_at_a_trainers_socket_alone(name):
+    intake = make_intake({"backend": "ipc", "staging": "live", "take": "copy", "socket": ""})
+    with pytest.raises(wire.Refused, match=r"where\.mark has a value that is not allowed"):
+        intake.prepare(Manifest.of(weights_of(1)), {"slots": 1, "handle": "0" * 128, "mark": name}, torch.device("cpu"))
 
 
 def test_completions_that_span_an_update_are_refused_as_weights_are_gone_before_they_change(tmp_path):

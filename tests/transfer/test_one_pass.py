@@ -1,6 +1,7 @@
 """The table that the kernel works through, carried out here by the CPU; and the kernel itself, where there is a GPU."""
 
 import ctypes
+import gc
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer.agreement.manifest import Manifest
-from transfer.memory import far_copy
+from transfer.memory import far_copy, regions
 from transfer.memory.digest import digest_of
 from transfer.memory.far_copy import FarCopy, is_far
 from transfer.memory.one_pass import OnePass, available
@@ -167,6 +168,21 @@ def test_the_kernel_finds_a_value_that_is_not_finite_wherever_it_is(dtype, value
         one_pass = OnePass([values.to(dtype).cuda()], None, torch.device("cuda"))
         assert not one_pass.run()[1] and not one_pass.run(with_digest=False)[1]
     assert OnePass([torch.full((1001,), 300.0).to(dtype).cuda()], None, torch.device("cuda")).run()[1]
+
+
+@gpu
+def test_what_is_collected_meanwhile_frees_its_gpu_memory_before_or_after_the_work_is_recorded():
+    device, before = torch.device("cuda"), gc.get_threshold()
+    ones = torch.ones(1001, device=device)
+    for _ in range(20):
+        cycle = [regions.CudaRegion(regions.CUDA_PAGE, device)]
+        cycle.append(cycle)
+        del cycle
+        gc.set_threshold(1)
+        try:
+            assert OnePass([ones], None, device).run()[1]
+        finally:
+            gc.set_threshold(*before)
 
 
 @gpu

@@ -6,13 +6,13 @@
 At `init` a worker maps the memory, once per run. With `take=view` the slot becomes the worker's weights, so a slot may
 be written again only when no worker serves its version any more. With both `live` and `view` the worker's weights are
 the trainer's own: an update moves no byte, and before they change the trainer withdraws them. With `live` and `copy` a
-word beside the weights (mark.py) says whether they have held still while they were copied.
+word in host memory (mark.py) says whether they have held still while they were copied.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transfer.agreement import wire
 from transfer.agreement.manifest import Manifest, same_tensors
 from transfer.config import IpcConfig, Staging, Take
 from transfer.memory import regions
-from transfer.memory.descriptors import DescriptorServer, receive_region
+from transfer.memory.descriptors import SOCKET, DescriptorServer, receive_region
 from transfer.memory.digest import Hasher, digest_of
 from transfer.memory.finite import NotFinite
 from transfer.memory.mark import MARK_BYTES, Mark
@@ -40,7 +40,7 @@ class Slots:
 
     def __init__(self) -> None:
         self._server = DescriptorServer()
-        self._region: regions.HostRegion | regions.CudaRegion | None = None
+        self._regions: list[regions.Region] = []  # of the slots, and behind it the mark's, if they are on a GPU
         self.device = regions.HostRegion.device
         self.socket = self._server.path
         self.views: list[dict[str, torch.Tensor]] = []
@@ -51,21 +51,30 @@ class Slots:
     ) -> dict[str, Any]:
         """Allocate `count` slots in place of the ones before; what a worker must know to map them."""
         self._drop()
-        nbytes = count * regions.slot_bytes(manifest) + MARK_BYTES * marked
-        device = next((w.device for w in weights.values() if w.is_cuda), regions.HostRegion.device)
+        nbytes, marks = count * regions.slot_bytes(manifest), MARK_BYTES * marked
+        self.device = next((w.device for w in weights.values() if w.is_cuda), regions.HostRegion.device)
         where: dict[str, Any] = {"slots": count}
-        if device.type == "cuda":
-            self._region = regions.CudaRegion(nbytes, device)
-            where |= {"device": regions.device_uuid(device), "handle": self._region.handle}
+        if self.device.type == "cuda":
+            on_gpu = regions.CudaRegion(nbytes, self.device)
+            self._regions.append(on_gpu)
+            where |= {"device": regions.device_uuid(self.device), "handle": on_gpu.handle}
+            if marked:
+                self.mark = Mark(self._shared(marks))
+                where["mark"] = self.socket  # also for workers that were started before this trainer
         else:
-            self._region = regions.HostRegion(nbytes)
-            if not self._region.sealed:
-                LOG.warning(OPEN_TO_WRITERS)
-            self._server.offer(self._region)
-        self.device = device
-        self.views = [regions.tensors(self._region, manifest, slot) for slot in range(count)]
-        self.mark = Mark(self._region) if marked else None
+            on_host = self._shared(nbytes + marks)
+            self.mark = Mark(on_host) if marked else None
+        self.views = [regions.tensors(self._regions[0], manifest, slot) for slot in range(count)]
         return where
+
+    def _shared(self, nbytes: int) -> regions.HostRegion:
+        """Host memory that workers get."""
+        region = regions.HostRegion(nbytes)
+        self._regions.append(region)
+        if not region.sealed:
+            LOG.warning(OPEN_TO_WRITERS)
+        self._server.offer(region)
+        return region
 
     def close(self) -> None:
         """Stop sharing; workers, and whoever holds a tensor of it, keep what they have."""
@@ -74,9 +83,9 @@ class Slots:
 
     def _drop(self) -> None:
         self.views, self.mark = [], None
-        if self._region is not None:
-            self._region.close()
-            self._region = None
+        for region in self._regions:
+            region.close()
+        self._regions = []
 
 
 class ArenaPublisher:
@@ -234,29 +243,32 @@ class ArenaIntake:
         self.in_place = Take(endpoint["take"]) is Take.copy
         self.settled = Staging(endpoint["staging"]) is Staging.arena
         self.unchecked = False
-        self._mark: Mark | None = None  # of memory that is not settled
+        self._mark: Mark | None = None  # of memory that is not settled, and copied
         self._region: regions.Region | None = None
         self.slots: Sequence[dict[str, torch.Tensor]] = ()
         self.owner = regions.HostRegion.device
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Map the trainer's slots; ValueError if `take=view` cannot put them under a module on `device`."""
-        wire.only(dict(where), {"slots": _is_slots, "device": wire.is_str, "handle": wire.is_str}, "where")
+        wire.only(dict(where), WHERE, "where")
         slots = where.get("slots", 0)
-        nbytes = slots * regions.slot_bytes(manifest) + MARK_BYTES * (not self.settled)
+        nbytes, marks = slots * regions.slot_bytes(manifest), MARK_BYTES * (not self.settled)
         region: regions.Region
+        mark: Mark | None = None
         if "handle" in where:
             region = regions.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes, device)
+            if marks and self.in_place:
+                mark = _mark_of_gpu(where.get("mark", self._socket))
         else:
-            region = receive_region(self._socket, nbytes)
+            region = on_host = receive_region(self._socket, nbytes + marks)
+            mark = Mark(on_host) if marks else None
         if not self.in_place and region.device != device:
             raise ValueError(
                 f"transfer.take=view needs the sampler on the device of the trainer's slots, {region.device} "
                 f"(the sampler is on {device}): use transfer.take=copy"
             )
         self.close()
-        self._region = region
-        self._mark = None if self.settled else Mark(region)
+        self._region, self._mark = region, mark
         self.unchecked = not self.settled and "handle" in where
         self.slots = [regions.tensors(region, manifest, slot) for slot in range(slots)]
         self.owner = region.device
@@ -282,6 +294,28 @@ class ArenaIntake:
 
 def _is_slots(value: Any) -> bool:
     return wire.is_int(value) and 1 <= value <= MAX_SLOTS
+
+
+def _is_socket(value: Any) -> bool:
+    return isinstance(value, str) and SOCKET.fullmatch(value) is not None
+
+
+WHERE: dict[str, Callable[[Any], bool]] = {
+    "slots": _is_slots,
+    "device": wire.is_str,
+    "handle": wire.is_str,
+    "mark": _is_socket,
+}
+
+
+def _mark_of_gpu(socket: str) -> Mark:
+    try:
+        return Mark(receive_region(socket, MARK_BYTES))
+    except OSError as error:
+        raise ValueError(
+            f"transfer.staging=live with take=copy needs a worker in the trainer's network namespace ({error}): "
+            "share it, or use transfer.staging=arena"
+        ) from error
 
 
 def _copy(views: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], with_digest: bool) -> str | None:

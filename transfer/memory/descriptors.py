@@ -8,6 +8,7 @@ turn until a deadline.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import struct
@@ -20,6 +21,7 @@ from transfer.memory.regions import HostRegion, PeerHostRegion
 QUEUE = 64  # connections that wait to be accepted; further ones wait in connect
 HANDSHAKE_S = 10.0  # deadline of getting a descriptor, however many others want one
 AGAIN_S = 0.05  # until the next try, where no descriptor was free
+SOCKET = re.compile(r"\0transfer-[0-9a-f]{32}")  # the name of a DescriptorServer's
 HERE, AGAIN = b"\0", b"\1"  # what comes with the descriptor, and what comes where there was none to be had
 
 

@@ -6,9 +6,11 @@ is made once for tensors that stay where they are. Neighbours in memory on both 
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ class Recorded:
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), uncollected():
             self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may be sampling
             try:
                 queue()
@@ -154,6 +156,18 @@ class Recorded:
         torch.cuda.current_stream().synchronize()
         found: list[int] = self._results.tolist()
         return found
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's garbage collector rests: to free GPU memory would end what is being recorded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
