@@ -1,4 +1,4 @@
-"""Sample, score, learn, hand the weights over; repeat. Backends, engines and algorithms are parts that run.py chose."""
+"""Sample, score, learn, hand the weights over; repeat. Backend, engine and algorithm are parts, chosen in assembly/."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Parts:
     probe: Probe
     record: Recorder
     keeper: Keeper
+    version: int  # live in every worker before the first step
 
 
-def train(parts: Parts, learner: Learner, config: RunConfig, version: int) -> None:
-    """Run `config.steps` steps; the workers hold `version` at first, and each step's push makes the next one live."""
-    record, reward, keeper = parts.record, parts.reward, parts.keeper
+def train(parts: Parts, learner: Learner, config: RunConfig) -> None:
+    """Run `config.steps` steps; each one's push makes the next version live in every worker."""
+    record, reward, keeper, version = parts.record, parts.reward, parts.keeper, parts.version
     gather = Gather(parts.sampler, reward, config, record)
     order = batches(len(parts.task.train), config.prompts_per_step, config.steps, config.seed)
     done = keeper.begin(learner, version)

@@ -62,7 +62,7 @@ def _job(config: Any) -> float | None:
         if HydraConfig.get().mode is not RunMode.MULTIRUN:  # a sweep notes which of its jobs fail
             check_readable(run_config)
         if run_config.mode is Mode.check:
-            from rlhf.preflight.check import check_run
+            from rlhf.check import check_run
 
             check_run(run_config, *_checked_folder(folder))
             return None

@@ -367,7 +367,7 @@ def test_a_function_that_gives_something_else_is_told_before_a_worker_starts_or_
     compose_run, tmp_path, monkeypatch, mine
 ):
     mine.answer = 0.5
-    monkeypatch.setattr("rlhf.run.sft", lambda *_: pytest.fail("SFT began"))
+    monkeypatch.setattr("rlhf.assembly.warm_up.sft", lambda *_: pytest.fail("SFT began"))
     parts = "reward.parts={mine: {kind: function, function: mine:gives}}"
     message = r"^reward\.parts\.mine\.function=mine:gives must return a list of 1 numbers or None \(got float\)"
     with pytest.raises(ValueError, match=message):

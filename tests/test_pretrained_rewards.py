@@ -283,8 +283,8 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, family, options, 
 
 
 def test_a_reward_model_is_refused_before_anything_is_trained(tmp_path, compose_run, monkeypatch):
-    monkeypatch.setattr("rlhf.run.sft", lambda *_: pytest.fail("SFT began"))
-    monkeypatch.setattr("rlhf.run.Workers", lambda *_: pytest.fail("workers began"))
+    monkeypatch.setattr("rlhf.assembly.warm_up.sft", lambda *_: pytest.fail("SFT began"))
+    monkeypatch.setattr("rlhf.assembly.parts.Workers", lambda *_: pytest.fail("workers began"))
     folder = reward_model(tmp_path / "model", "llama", num_labels=2)
     with pytest.raises(ValueError, match=r"^reward\.path: .* with num_labels=1 is needed"):
         run(compose_run("experiment=smoke", "reward=model", f"reward.path={folder}"), tmp_path / "run")

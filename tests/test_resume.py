@@ -53,7 +53,7 @@ def train(compose_run, tmp_path, monkeypatch):
             return method
 
         with monkeypatch.context() as patch:
-            patch.setattr("rlhf.run.plot_curves", lambda *_: None)  # takes as long as all steps
+            patch.setattr("rlhf.assembly.outcome.plot_curves", lambda *_: None)  # takes as long as all steps
             for each in plain:
                 patch.setattr(Recorder, each, dying(each))
             if not killed_at:
@@ -413,7 +413,7 @@ def test_a_full_disk_costs_samples_and_the_status_but_no_step_and_what_is_lost_a
     run(compose_run(*SMALL, "steps=2", "logger=[console,jsonl]"), tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
     assert capsys.readouterr().out.count("samples.jsonl ends here, and the run goes on") == 1
-    monkeypatch.setattr("rlhf.run.write_summary", full)
+    monkeypatch.setattr("rlhf.assembly.outcome.write_summary", full)
     with pytest.raises(RunError, match=r"^the disk is full .*: make room, then go on with python -m rlhf\.resume "):
         run(compose_run(*SMALL, "steps=2"), tmp_path)
     monkeypatch.undo()

@@ -203,7 +203,7 @@ def test_a_server_that_is_not_there_ends_the_run_with_its_address():
 def test_a_server_that_is_not_there_is_noticed_before_a_worker_is_started_or_anything_trained(
     compose_run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("rlhf.run.sft", lambda *_: pytest.fail("SFT began"))
+    monkeypatch.setattr("rlhf.assembly.warm_up.sft", lambda *_: pytest.fail("SFT began"))
     url = f"http://127.0.0.1:{free_port()}/score"
     for reward in (
         ["reward=http", f"reward.url={url}", "reward.retries=0"],

@@ -12,12 +12,12 @@ from chat_checkpoint import GENERATION, TEMPLATE, chat_checkpoint, write_convers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from rlhf.check import human
 from rlhf.config import Device, HfModelConfig, Precision, TinyModelConfig
 from rlhf.models.policy import make_policy, reload
 from rlhf.models.saving import export_model, save_model
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
-from rlhf.preflight.check import human
 from rlhf.run import run
 
 BROUGHT = {
@@ -110,7 +110,7 @@ def test_the_estimate_of_a_check_knows_in_which_dtype_a_policy_will_be_saved(
 ):
     from rlhf.assembly.matter import gathered
     from rlhf.assembly.site import opened
-    from rlhf.preflight.check import _tell
+    from rlhf.check import _tell
 
     told = {}
     for options in ((), ("model.save_dtype=float32",)):

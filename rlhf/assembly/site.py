@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from rlhf.checkpoint.keeper import FOLDER, Saved
+from rlhf.checkpoint.keeper import FOLDER, Saved, resumable
 from rlhf.checkpoint.store import Store
 from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, RunConfig
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.progress import Bars
 from rlhf.rollout.launch import JOURNALS
-from rlhf.shell.ending import RunError, alone
+from rlhf.shell import screen
+from rlhf.shell.ending import RunError, alone, full_disk_explained
 from transfer.backends.disk import remove_versions
 
 
@@ -46,6 +47,18 @@ def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
     if not locked:
         bars.say(f"warning: the file system of {folder} has no locks: see to it that no other process trains there")
     return Site(config, folder, bars, heart, began)
+
+
+def begin(site: Site, resume: bool, stack: ExitStack) -> None:
+    """Let the run write into its folder: behind its newest checkpoint if it is to `resume`, else over what is there.
+
+    What stops it from now on, until the stack ends, says how it goes on.
+    """
+    screen.into(site.folder)
+    site.saved = found(site) if resume else None
+    make_room(site)
+    stack.enter_context(resumable(Store(site.folder / FOLDER)))
+    stack.enter_context(full_disk_explained(site.folder))  # inside, for `resumable` to see what is explained
 
 
 def found(site: Site) -> Saved | None:

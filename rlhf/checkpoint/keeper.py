@@ -34,11 +34,11 @@ from rlhf.checkpoint.state import (
     write_tensors,
 )
 from rlhf.checkpoint.store import Best, Store, flush, read_json
-from rlhf.monitor.metrics import Recorder
 from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED, unbroken
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig
+    from rlhf.monitor.metrics import Recorder
     from transfer import Transfer
 
 FOLDER = "checkpoints"  # of a run

@@ -41,9 +41,9 @@ TIE = 1e-4  # nats by which an implicit preference may be noise of floating poin
 SEED_OFFSET = 700_001  # added to the run's seed where pairs are sampled and divided
 
 
-def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig, version: int) -> None:
-    """Run `config.steps` steps on pairs; the workers hold `version` at first, and the newest at each evaluation."""
-    record, keeper = parts.record, parts.keeper
+def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig) -> None:
+    """Run `config.steps` steps on pairs; the workers hold the newest version at each evaluation."""
+    record, keeper, version = parts.record, parts.keeper, parts.version
     order = batches(len(learner.training.rows), config.prompts_per_step, config.steps, config.seed)
     done = keeper.begin(learner, version)
     for step, rows in islice(enumerate(order, start=1), done, None):
@@ -94,13 +94,13 @@ def check_pairs(config: RunConfig, task: Task) -> None:
         )
 
 
-def preference_pairs(parts: Parts, config: RunConfig, algo: DpoConfig, version: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs, from the data or sampled from the policy of `version` and judged by the gold score.
+def preference_pairs(parts: Parts, config: RunConfig, algo: DpoConfig) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs, from the data or sampled from the policy and judged by the gold score.
 
     No more training pairs than the steps can use; ValueError if they do not fill one step.
     """
     seed = config.seed + SEED_OFFSET
-    pairs = list(parts.task.preferences) or _sampled(parts, config, algo, version, seed)
+    pairs = list(parts.task.preferences) or _sampled(parts, config, algo, seed)
     training, held_out = split(pairs, algo.held_out, seed)
     _check_count(training, config)
     random.Random(seed).shuffle(training)
@@ -138,11 +138,11 @@ def from_json(told: Mapping[str, Any], task: Task) -> tuple[list[Pair], list[Pai
     return training, held_out
 
 
-def _sampled(parts: Parts, config: RunConfig, algo: DpoConfig, version: int, seed: int) -> list[Pair]:
+def _sampled(parts: Parts, config: RunConfig, algo: DpoConfig, seed: int) -> list[Pair]:
     prompts = list(parts.task.train[: algo.prompts])
     n, temperature = config.samples_per_prompt, config.rollout.temperature
     rollouts = parts.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
-    parts.record.took(rollouts, version)
+    parts.record.took(rollouts, parts.version)
     rows = zip(rollouts.prompts_B, rollouts.texts, rollouts.completions, strict=True)
     cut = {(prompt.text, text) for prompt, text, row in rows if row.finish_reason == TRUNCATED}  # nobody ended them
     pairs = pairs_from(rollouts, parts.task, algo.label_noise, seed)

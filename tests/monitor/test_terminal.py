@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.check import _table
 from rlhf.monitor.loggers import Guarded
 from rlhf.monitor.progress import Bars
-from rlhf.preflight.check import _table
 from rlhf.reports.summary import PHASES, print_table
 from transfer.agreement.wire import TransferError
 from transfer.worker.process import WorkerProcess

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.check import check_run
 from rlhf.config import HfModelConfig
 from rlhf.models.tokenizer import make_tokenizer
-from rlhf.preflight.check import check_run
 from rlhf.run import run
 
 SMALL = (

@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.assembly.matter import Matter, gathered
+from rlhf.assembly.parts import built
 from rlhf.assembly.site import opened
+from rlhf.assembly.trainer import train_policy
 from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
 from rlhf.models.adapter import add_adapter, sent_weights
@@ -33,7 +35,6 @@ from rlhf.preflight.plan import arithmetic, files
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards import ModelReward
-from rlhf.run import trained
 from rlhf.shell.ending import EXPLAINED, RunError, check_free
 from rlhf.shell.screen import plain_console
 from rlhf.types import Pair, Task
@@ -67,7 +68,8 @@ def check_run(config: RunConfig, folder: Path, told: str = "") -> None:
         if not matter.task.preferences:
             matter.task.preferences = stand_ins(matter.task, config)
         began = time.monotonic()
-        parts = trained(site, matter, stack)
+        parts = built(site, matter, stack)
+        train_policy(site, matter, parts)
         seconds = time.monotonic() - began
     _tell_step(parts.record.rows, seconds, parts.record.seconds, site.heart.peaks)
 

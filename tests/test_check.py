@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rlhf.check import BESIDE, check_run, count, human, one_step, sizes_of
 from rlhf.checkpoint.state import optimizer_tensors
 from rlhf.config import LoraConfig
 from rlhf.learning.optimizer import make_optimizer
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
-from rlhf.preflight.check import BESIDE, check_run, count, human, one_step, sizes_of
 from rlhf.preflight.memory_estimate import Count, checkpoint, gradients, optimizer_state, slots, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
 from rlhf.run import run
