@@ -23,8 +23,8 @@ PHASES = {  # -> (module, function, at which call)
     "sampling": ("rlhf.rollout.client", "RolloutClient._ask", 5),  # after the pairs and an evaluation
     "learning": ("rlhf.learning.learner", "Learner.learn", 2),
     "withdrawing": ("transfer.trainer.session", "Session.withdraw", 2),  # of version 1
-    "staging": ("transfer.trainer.session", "Session._stage", 2),  # of version 1
-    "finishing": ("transfer.trainer.session", "Session._finished", 2),
+    "staging": ("transfer.trainer.two_phase_commit", "TwoPhaseCommit._stage", 2),  # of version 1
+    "finishing": ("transfer.trainer.two_phase_commit", "TwoPhaseCommit._finished", 2),
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from transfer import Sender, Transfer
-    from transfer.trainer.session import PushStats
+    from transfer.trainer.push_stats import PushStats
 
     Weights = Mapping[str, torch.Tensor]
 

@@ -11,7 +11,9 @@ from typing import Any
 from tests.faults import content
 from transfer.backends import arena, disk, process_group
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, Staging, Take, TransferConfig
+from transfer.trainer.publication import Publication
 from transfer.trainer.session import Session
+from transfer.trainer.two_phase_commit import TwoPhaseCommit
 from transfer.worker import plain_worker
 from transfer.worker.landing import Landing
 from transfer.worker.receiver import Receiver
@@ -97,8 +99,8 @@ def in_trainer(folder: Path, sender: type) -> None:
     """Let this process stop at the moments of a trainer whose messages go by `sender`."""
     moments = Moments(folder, "trainer")
     moments.around(content, "fill", before="fill", after="filled")
-    moments.around(Session, "_write", before="write", after="wrote")
-    moments.around(Session, "_update", after="released")
+    moments.around(Publication, "write", before="write", after="wrote")
+    moments.around(TwoPhaseCommit, "run", after="released")
     moments.around(Session, "withdraw", before="withdraw")
     moments.around(arena, "_copy", before="filling a slot")
     moments.around(sender, "call", before="tell", after="heard")

@@ -134,7 +134,7 @@ def leaks_shared_memory() -> None:
 
 def forgets_to_withdraw() -> None:
     """The trainer changes its weights while workers serve them where they lie."""
-    session.Session.withdraw = lambda self: self._viewers.clear()
+    session.Session.withdraw = lambda self: self._withdrawal.viewers.clear()
 
 
 def trusts_the_trainer() -> None:

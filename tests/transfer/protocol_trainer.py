@@ -1,4 +1,4 @@
-"""A trainer in the world of protocol_world.py: session.py itself, with the parts replaced that talk and move bytes.
+"""A trainer in the world of protocol_world.py: session.py itself; replaced are the parts that talk and move bytes.
 
 It runs in a thread of its own, but only while the world waits for it, and until it talks to its workers: then the world
 decides which message arrives next, and what becomes of it.
@@ -21,7 +21,7 @@ from transfer.agreement.journal import Journal
 from transfer.agreement.protocol import Abort, Finish, Init, Message, Start, State, Update, Withdraw
 from transfer.backends import arena
 from transfer.config import InFlight, IpcConfig, SenderConfig
-from transfer.trainer import session
+from transfer.trainer import session, worker_recovery
 from transfer.trainer.fleet import Failures, Fleet, Member
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class Trainer:
     @property
     def gives_up(self) -> bool:
         """Whether workers obey a later trainer, or one that was faster to take the same epoch."""
-        ours = self._session._epoch
+        ours = self._session.epoch
         taken = {(worker.facts.epoch, worker.facts.trainer) for worker in self._world.workers}
-        return self.replaced or any(epoch >= ours and who != self._session._trainer for epoch, who in taken)
+        return self.replaced or any(epoch >= ours and who != self._session._fence.trainer for epoch, who in taken)
 
     def speak(self, which: int, fate: int, fault: int) -> None:
         """Say the next thing to one of the workers that it is talking to."""
@@ -109,7 +109,7 @@ class Trainer:
         if isinstance(message, Finish) and not isinstance(answer, int):
             del self._last[worker]
         if isinstance(message, Init) and answer == 409:
-            must(worker.facts.trainer != self._session._trainer, "a trainer was refused by its own worker")
+            must(worker.facts.trainer != self._session._fence.trainer, "a trainer was refused by its own worker")
             self.replaced = True
         return answer
 
@@ -306,6 +306,6 @@ def replaced_parts() -> Iterator[None]:
     with (
         mock.patch.object(session, "Fleet", Network),
         mock.patch.object(arena, "Slots", NoMemory),
-        mock.patch.object(session.LOG, "disabled", True),
+        mock.patch.object(worker_recovery.LOG, "disabled", True),
     ):
         yield

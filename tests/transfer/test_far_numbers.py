@@ -95,7 +95,7 @@ def strangers(worker, transfer, number):
     yield worker.update_weights, {"update_info": {"epoch": epoch, "version": number, "where": where}}
     yield worker.finish_weight_update, {"epoch": epoch, "weight_version": str(number)}
     info = {"epoch": number, "trainer": "stranger", "timeout_s": 5.0, "verify": "off", "in_flight": "wait"}
-    agreed = {"manifest": transfer._manifest.to_json(), "where": transfer._agreed["where"]}
+    agreed = {key: transfer._fence.terms[key] for key in ("manifest", "where")}
     yield worker.init_weight_transfer_engine, {"init_info": info | agreed}
 
 

@@ -1,4 +1,4 @@
-"""Faults planted in protocol.py and session.py, one at a time: protocol_world.py must notice each of them."""
+"""Faults planted in protocol.py and in a session's parts, one at a time: protocol_world.py must notice each of them."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +10,11 @@ from protocol_world import run_worlds
 
 from transfer.agreement import protocol
 from transfer.agreement.protocol import Do, Event, Init, Refuse, Repeat
-from transfer.trainer.session import Session
+from transfer.trainer.fencing import Fence
+from transfer.trainer.publication import Publication
+from transfer.trainer.takeover import Takeover
+from transfer.trainer.two_phase_commit import TwoPhaseCommit
+from transfer.trainer.withdrawal import Withdrawal
 
 WORLDS = 400
 UNTIL_NOTICED = 4000  # worlds at most: the rarest mistake takes about 700
@@ -327,42 +331,43 @@ def a_message_after_the_lease_still_finds_the_stage(genuine, state, message, now
 # --- sessions ---------------------------------------------------------------------------------------------------------
 
 
-@in_place_of("_update", Session)
-def after_a_failed_update_the_same_epoch_goes_on(genuine, session, members, written):
+@in_place_of("run", TwoPhaseCommit)
+def after_a_failed_update_the_same_epoch_goes_on(genuine, commit, members, written):
     try:
-        genuine(session, members, written)
+        genuine(commit, members, written)
     finally:
-        session._unsure = False
+        commit.unsure = False
 
 
-@in_place_of("_agree", Session)
-def what_a_worker_serves_is_asked_before_it_agrees(genuine, session, members):
-    status, _ = session._fleet.ask(members, "status", {})
-    failures = genuine(session, members)
+@in_place_of("agree", Fence)
+def what_a_worker_serves_is_asked_before_it_agrees(genuine, fence, members):
+    status, _ = fence._fleet.ask(members, "status", {})
+    failures = genuine(fence, members)
     for member, answer in status.items():
         member.serves, member.newest = answer["version"], answer["newest"]
     return failures
 
 
-@in_place_of("_agree", Session)
-def a_torn_version_is_forgotten(genuine, session, members):
-    failures = genuine(session, members)
+@in_place_of("agree", Fence)
+def a_torn_version_is_forgotten(genuine, fence, members):
+    failures = genuine(fence, members)
     for member in members:
         member.newest = member.serves
     return failures
 
 
-@in_place_of("_take_over", Session)
-def a_replaced_trainer_takes_its_workers_back(genuine, session, opening=False):
-    status, _ = session._fleet.ask(session._fleet.members, "status", {})
-    session._epoch = max([session._epoch, *(answer["epoch"] for answer in status.values())])
-    genuine(session, opening=True)
+@in_place_of("take", Takeover)
+def a_replaced_trainer_takes_its_workers_back(genuine, takeover, opening=False):
+    fence, fleet = takeover._fence, takeover._fleet
+    status, _ = fleet.ask(fleet.members, "status", {})
+    fence.epoch = max([fence.epoch, *(answer["epoch"] for answer in status.values())])
+    genuine(takeover, opening=True)
 
 
-@in_place_of("_take_over", Session)
-def a_trainer_that_lost_the_race_for_an_epoch_takes_the_next(genuine, session, opening=False):
-    session._replaced = False
-    genuine(session, opening)
+@in_place_of("take", Takeover)
+def a_trainer_that_lost_the_race_for_an_epoch_takes_the_next(genuine, takeover, opening=False):
+    takeover._fence.replaced = False
+    genuine(takeover, opening)
 
 
 @in_place_of("_init")
@@ -370,39 +375,34 @@ def any_trainer_is_let_in_with_an_equal_epoch(genuine, state, message):
     return (state, Repeat()) if message.epoch == state.epoch else genuine(state, message)
 
 
-@in_place_of("_finished_unheard", Session)
-def a_finish_without_an_answer_counts(genuine, session, members, version):
+@in_place_of("_finished_unheard", TwoPhaseCommit)
+def a_finish_without_an_answer_counts(genuine, commit, members, version):
     return list(members)
 
 
-@in_place_of("_catch_up", Session)
-def a_worker_that_missed_a_finish_stays_behind(genuine, session):
+@in_place_of("_catch_up", Takeover)
+def a_worker_that_missed_a_finish_stays_behind(genuine, takeover):
     pass
 
 
-@in_place_of("_withdraw", Session)
-def a_withdrawal_without_an_answer_counts(genuine, session, members, version):
-    genuine(session, members, version)
-    session._viewers.clear()
+@in_place_of("_tell", Withdrawal)
+def a_withdrawal_without_an_answer_counts(genuine, withdrawal, members, version):
+    genuine(withdrawal, members, version)
+    withdrawal.viewers.clear()
     return {}
 
 
-@in_place_of("withdraw", Session)
-def a_withdrawn_version_is_offered_again(genuine, session):
-    kept = dict(session._writes)
-    genuine(session)
-    session._writes = kept
+@in_place_of("take_back", Publication)
+def a_withdrawn_version_is_offered_again(genuine, publication):
+    kept = dict(publication._written)
+    genuine(publication)
+    publication._written = kept
 
 
-@in_place_of("_write", Session)
-def a_slot_that_is_served_is_free(genuine, session, weights, version):
-    serves = {member: member.serves for member in session._fleet.members}
-    for member in serves:
-        member.serves = None
-    written = genuine(session, weights, version)
-    for member, served in serves.items():
-        member.serves = served
-    return written
+@in_place_of("write", Publication)
+def a_slot_that_is_served_is_free(genuine, publication, weights, version, epoch, *told):
+    _served, with_digest = told
+    return genuine(publication, weights, version, epoch, (), with_digest)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_the_world_notices(mutant, monkeypatch):
     tally = Counter()
     owner, name, planted = MUTANTS[mutant]
     genuine = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *arguments: planted(genuine, *arguments))
+    monkeypatch.setattr(owner, name, lambda *arguments, **named: planted(genuine, *arguments, **named))
     with pytest.raises(Violation) as noticed:
         run(tally, UNTIL_NOTICED)
     print(f"after {tally['transitions']} transitions: {str(noticed.value).splitlines()[0]}")

@@ -1,4 +1,7 @@
-"""All workers of a session at once: a message to each, in parallel and with a deadline; answers and failures apart."""
+"""All workers of a session at once: a message to each, in parallel and with a deadline; answers and failures apart.
+
+What each of them serves, as it was told last, is noted here; what a message means, and when it is sent, is not decided.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfer.agreement import wire
-from transfer.agreement.protocol import AHEAD
-from transfer.agreement.wire import TransferError
 from transfer.backends.base import Alongside
 from transfer.trainer.answers import complete
 from transfer.trainer.interfaces import Sender
 
 ADDRESSED = ("init_weight_transfer_engine", "start_weight_update")  # what all else of an update depends on
+CLEAN_UP_S = 5.0  # deadline of abort and of questions after a failure: the worker may be gone
 GRACE_S = 5.0  # a sender that outlasts its own deadline by this is given up, unless it says that it never does
 
 
@@ -33,13 +35,24 @@ Failures = dict[Member, wire.RemoteError]
 
 
 class Fleet:
-    """The workers behind `senders`; `messages` are those said and heard."""
+    """The workers behind the senders that it was given last; `messages` are those said and heard since."""
 
-    def __init__(self, senders: Sequence[Sender], timeout_s: float) -> None:
-        self.members = [Member(sender) for sender in senders]
+    def __init__(self, timeout_s: float) -> None:
+        self.members: list[Member] = []
         self.messages: list[Mapping[str, Any]] = []
         self._timeout_s = timeout_s
-        self._pool = ThreadPoolExecutor(len(senders) + 1, thread_name_prefix="transfer")
+        self._pool = _threads(0)
+
+    def reach(self, senders: Sequence[Sender]) -> None:
+        """Talk to the workers behind these from now on, to no other, and wait for nobody."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.members, self.messages = [Member(sender) for sender in senders], []
+        self._pool = _threads(len(senders))
+
+    @property
+    def served(self) -> set[int]:
+        """The versions that some worker serves."""
+        return {member.serves for member in self.members if member.serves is not None}
 
     def ask(
         self, members: Sequence[Member], verb: str, body: Mapping[str, Any], timeout_s: float | None = None
@@ -84,10 +97,6 @@ class Fleet:
             member.boot = heard[-1].get("boot", member.boot)
         return answers, failures
 
-    def close(self) -> None:
-        """Wait for nobody."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
     def _each(
         self, members: Sequence[Member], talk: Callable[[Member], list[dict[str, Any]]], timeout_s: float
     ) -> tuple[dict[Member, list[dict[str, Any]]], Failures]:
@@ -107,15 +116,16 @@ class Fleet:
         return answers, failures
 
 
-def highest(what: str, told: Mapping[Member, int]) -> int:
-    """The highest number of these workers'; TransferError, naming whose it is, if the others could not follow it."""
-    member = max(told, key=lambda each: told[each])
-    if told[member] >= min(told.values()) + AHEAD:
-        raise TransferError(
-            f"{member.sender.name} says that its {what} is {told[member]}, which is too far beyond that of the others: "
-            "start that worker anew"
-        )
-    return told[member]
+def raise_for(phase: str, failures: Failures) -> None:
+    """TransferError with the reasons of all, if there is any."""
+    if failures:
+        reasons = "; ".join(str(failure) for failure in failures.values())
+        raise wire.TransferError(f"{phase} failed: {reasons}") from next(iter(failures.values()))
+
+
+def _threads(workers: int) -> ThreadPoolExecutor:
+    """One a worker, and one for the trainer's own part; none is started before it has something to do."""
+    return ThreadPoolExecutor(workers + 1, thread_name_prefix="transfer")
 
 
 def is_remote(member: Member) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from transfer.trainer.session import PushStats
+    from transfer.trainer.push_stats import PushStats
 
     Weights = Mapping[str, torch.Tensor]  # as Module.state_dict() gives them; tied weights under each of their names
 
