@@ -427,4 +427,6 @@ def test_the_world_notices(mutant, monkeypatch):
     monkeypatch.setattr(owner, name, lambda *arguments, **named: planted(genuine, *arguments, **named))
     with pytest.raises(Violation) as noticed:
         run(tally, UNTIL_NOTICED)
+    broken = TypeError, AttributeError, NameError
+    assert not isinstance(noticed.value.__cause__, broken), "the mutant cannot be called, so that nothing is proved"
     print(f"after {tally['transitions']} transitions: {str(noticed.value).splitlines()[0]}")
