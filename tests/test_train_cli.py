@@ -16,7 +16,7 @@ from forked import FRESH
 from rlhf.tasks.json_lines import check_readable
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "fastapi", "numpy", "requests")
+HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "starlette", "numpy", "requests")
 WITHOUT_HEAVY = f"""\
 import sys
 

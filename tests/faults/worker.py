@@ -30,7 +30,7 @@ PRELOADED = [
     *("torch", "numpy", "xxhash", "requests", "safetensors.torch", "uvicorn", "uvicorn.loops.asyncio"),
     *(
         "uvicorn.protocols.http.httptools_impl",
-        "fastapi",
+        "starlette",
         "transfer.worker.app",
         "transfer.worker.plain_worker",
         "transfer.trainer.session",

@@ -13,8 +13,12 @@ from contextlib import AbstractContextManager
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from transfer import IPCWeightTransferEngine
 
@@ -73,8 +77,6 @@ class FakeVllm(AbstractContextManager):
     # --- the server ---------------------------------------------------------------------------------------------------
 
     def _app(self):
-        app = FastAPI()
-        app.middleware("http")(self._faulty)
         routes = {"/health": self._health, "/version": self._version, "/v1/completions": self._completions}
         if self.dev_mode:
             dev = ("pause", "resume", "is_paused", "sleep", "wake_up", "is_sleeping", "reset_prefix_cache")
@@ -83,11 +85,14 @@ class FakeVllm(AbstractContextManager):
             if not self.old:
                 routes["/weight_info"] = self._weight_info
         gets = {"/health", "/version", "/is_paused", "/is_sleeping", "/get_world_size", "/weight_info"}
-        for path, endpoint in routes.items():
-            app.add_api_route(path, endpoint, methods=["GET" if path in gets else "POST"], response_model=None)
-        app.exception_handler(Exception)(_error)
-        app.exception_handler(Refusal)(_error)
-        return app
+        return Starlette(
+            routes=[
+                Route(path, _json_of(endpoint), methods=["GET" if path in gets else "POST"])
+                for path, endpoint in routes.items()
+            ],
+            middleware=[Middleware(BaseHTTPMiddleware, dispatch=self._faulty)],
+            exception_handlers={Exception: _error, Refusal: _error},
+        )
 
     async def _faulty(self, request: Request, call_next):
         raw = await request.body()
@@ -121,32 +126,33 @@ class FakeVllm(AbstractContextManager):
             connection.transport.abort()
         return Response(status_code=500)
 
-    async def _health(self):
+    async def _health(self, request: Request):
         return Response()
 
-    async def _version(self):
+    async def _version(self, request: Request):
         return {"version": self.version}
 
-    async def _get_world_size(self, include_dp: bool = True):
+    async def _get_world_size(self, request: Request):
         return {"world_size": self.world_size}
 
-    async def _pause(self, mode: str = "abort", clear_cache: bool = True):
-        if mode not in ("abort", "wait", "keep"):
+    async def _pause(self, request: Request):
+        if request.query_params.get("mode", "abort") not in ("abort", "wait", "keep"):
             raise Refusal(400, "Input should be 'abort', 'wait' or 'keep'")
         self.paused = True
         return {"status": "paused"}
 
-    async def _resume(self):
+    async def _resume(self, request: Request):
         self.paused = False
         return {"status": "resumed"}
 
-    async def _is_paused(self):
+    async def _is_paused(self, request: Request):
         return {"is_paused": self.paused}
 
-    async def _is_sleeping(self):  # as vLLM: of a server that is merely paused, too
+    async def _is_sleeping(self, request: Request):  # as vLLM: of a server that is merely paused, too
         return {"is_sleeping": self.paused or bool(self.asleep)}
 
-    async def _sleep(self, level: int = 1, mode: str = "abort"):
+    async def _sleep(self, request: Request):
+        level = int(request.query_params.get("level", 1))
         self.paused = True
         if level:
             self.asleep = set(TAGS)
@@ -161,10 +167,10 @@ class FakeVllm(AbstractContextManager):
             self.paused = False
         return Response() if self.old else {"status": "sleeping" if self.asleep else "awake"}
 
-    async def _reset_prefix_cache(self):
+    async def _reset_prefix_cache(self, request: Request):
         return Response() if self.old else {"success": not self.updating}
 
-    async def _weight_info(self):
+    async def _weight_info(self, request: Request):
         return {"weight_version": self.label}
 
     async def _init_weight_transfer_engine(self, request: Request):
@@ -308,6 +314,14 @@ def _only(info, known, where, kind):
                 f"Invalid {where} for IPCWeightTransferEngine: IPCWeightTransfer{kind}Info.__init__() got an "
                 f"unexpected keyword argument '{key}'"
             )
+
+
+def _json_of(endpoint):
+    async def answered(request: Request):
+        answer = await endpoint(request)
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+    return answered
 
 
 async def _error(request, error):

@@ -20,7 +20,7 @@ NEEDED_FOR = {  # package -> what cannot be done without it
     "xxhash": "transfer.verify=digest and transfer=disk",
     "safetensors": "transfer=disk",
     "requests": "transfer/sender=http",
-    "fastapi": "workers over HTTP",
+    "starlette": "workers over HTTP",
     "uvicorn": "workers over HTTP",
     "httptools": "workers over HTTP at full speed",
     "rich": "tables in colour",

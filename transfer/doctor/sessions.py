@@ -45,7 +45,7 @@ LOOPBACK = "127.0.0.1"
 TIMEOUT_S = 8.0  # of one message
 START_S = 15.0  # for a worker to come up
 NEEDS = {
-    "http": ("httptools", "fastapi", "uvicorn"),
+    "http": ("httptools", "starlette", "uvicorn"),
     "ray": ("ray",),
     "ipc": ("numpy", "xxhash"),
     "gloo": ("numpy", "xxhash"),

@@ -7,7 +7,7 @@ run in threads: completions, the messages of an update, verbs that wait for nobo
 `{"error": {"message": ..., "code": <status>}}`. What a verb answers is sent as JSON, bytes as they are: of type
 wire.Binary under their own content type.
 
-The verbs are plain ASGI routes of the FastAPI app: its own machinery around a function costs as much again. `AtOnce`
+The verbs are plain ASGI apps behind Starlette's routes: what it puts around a function costs as much again. `AtOnce`
 answers, without app and threads, the messages of an update that the worker calls prompt (bounded_http.py).
 """
 
@@ -23,9 +23,10 @@ from functools import cache, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -45,20 +46,18 @@ AT_ONCE = (*FLIPS, "status")
 CLOSE = (b"connection", b"close")  # nothing more of this client's is read, not even into a buffer
 
 
-def make_app(worker: Any, token: str) -> FastAPI:
+def make_app(worker: Any, token: str) -> Starlette:
     """The worker's HTTP surface; with an empty token whoever reaches the port may call."""
     verbs = [verb for verb in wire.ROUTES if hasattr(worker, verb)]
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
     quick, updates = ThreadPoolExecutor(QUICK_THREADS, "quick"), ThreadPoolExecutor(THREADS, "updates")
     sampling, others = ThreadPoolExecutor(THREADS, "completions"), ThreadPoolExecutor(THREADS, "verbs")
     pools = {"completions": sampling} | dict.fromkeys(QUICK, quick) | dict.fromkeys(UPDATES, updates)
-    for verb in verbs:
-        _add(app, *wire.ROUTES[verb], Verb(verb, getattr(worker, verb), pools.get(verb, others)))
+    routes = [_route(*wire.ROUTES[verb], Verb(verb, getattr(worker, verb), pools.get(verb, others))) for verb in verbs]
     described = cache(lambda: document(verbs))
-    _add(app, *OPENAPI, Verb("openapi", lambda message: described(), quick))
-    app.add_exception_handler(HTTPException, _http_error)
-    if token:
-        app.add_middleware(BearerToken, token=token)
+    routes.append(_route(*OPENAPI, Verb("openapi", lambda message: described(), quick)))
+    guard = [Middleware(BearerToken, token=token)] if token else []
+    app = Starlette(routes=routes, middleware=guard, exception_handlers={HTTPException: _http_error})
+    app.router.redirect_slashes = False
     return app
 
 
@@ -202,12 +201,13 @@ async def _send(send: Send, status: int, answer: bytes, more: Iterable[tuple[byt
     await send({"type": "http.response.body", "body": answer})
 
 
-def _add(app: FastAPI, method: str, path: str, endpoint: Verb) -> None:
+def _route(method: str, path: str, endpoint: Verb) -> Route:
     route = Route(path, endpoint, methods=[method])
     route.methods = {method}  # without the HEAD that Starlette adds to a GET
-    app.router.routes.append(route)
+    return route
 
 
-async def _http_error(_: Any, error: Exception) -> JSONResponse:
+async def _http_error(_: Any, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(json.loads(_error(error.status_code, str(error.detail))), error.status_code, error.headers)
+    answer = _error(error.status_code, error.detail)
+    return Response(answer, error.status_code, error.headers, media_type="application/json")
