@@ -151,7 +151,9 @@ def test_a_worker_holds_the_base_bit_for_bit_and_takes_the_adapter_alone(tmp_pat
             tensor.copy_(sent_weights(policy)[name])
     assert torch.allclose(logits(model).float(), logits(policy), atol=1e-6 if dtype == "float32" else 0.1)
     names = {
-        name for entry in Worker.around(model, {"backend": "local"})._receiver._manifest.entries for name in entry.names
+        name
+        for entry in Worker.around(model, {"backend": "local"})._receiver._landing.manifest.entries
+        for name in entry.names
     }
     assert names == set(sent_weights(policy))
 

@@ -17,6 +17,7 @@ from transfer.trainer.two_phase_commit import TwoPhaseCommit
 from transfer.worker import plain_worker
 from transfer.worker.landing import Landing
 from transfer.worker.receiver import Receiver
+from transfer.worker.update import Updates
 
 
 def of_worker(config: TransferConfig) -> list[str]:
@@ -76,10 +77,10 @@ def in_worker(journal: str) -> None:
     """Let this process stop at the moments of a worker."""
     path = Path(journal)
     moments = Moments(path.parents[1], path.stem)
-    moments.around(Receiver, "_start", before="start")
-    moments.around(Receiver, "_update", before="stage", after="staged")
-    moments.around(Receiver, "_replace_weights", before="write", after="flipped")
-    moments.around(Receiver, "_write_weights", after="written")
+    moments.around(Updates, "start", before="start")
+    moments.around(Updates, "stage", before="stage", after="staged")
+    moments.around(Updates, "_replace_weights", before="write", after="flipped")
+    moments.around(Updates, "_write_weights", after="written")
     moments.around(Receiver, "withdraw_weights", before="withdraw")
     moments.around(plain_worker, "digest_of", before="serve")
     moments.around(disk, "_read", before="read")

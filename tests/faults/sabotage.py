@@ -17,7 +17,9 @@ from transfer.agreement import protocol
 from transfer.backends import arena
 from transfer.trainer import session
 from transfer.worker.gate import Gate
-from transfer.worker.receiver import Receiver
+from transfer.worker.standing import Standing
+from transfer.worker.update import Updates
+from transfer.worker.verification import Verification
 
 
 def plant(name: str) -> None:
@@ -33,21 +35,21 @@ def label_before_flip() -> None:
     def nobody_waits(self: Gate, timeout_s: float) -> Iterator[None]:
         yield
 
-    def replace_weights(self: Receiver) -> None:
-        torn = protocol.reported(self._state, protocol.Event.WRITING)
-        self._state = protocol.reported(torn, protocol.Event.FLIPPED)
+    def replace_weights(self: Updates) -> None:
+        torn = protocol.reported(self._standing.state, protocol.Event.WRITING)
+        self._standing.state = protocol.reported(torn, protocol.Event.FLIPPED)
         for name, staged in self._staged.items():
-            for tensor in self._landing._tensors[name]:
+            for tensor in self._place._tensors[name]:
                 tensor.data = staged
                 time.sleep(0.0005)
 
     Gate.exclusive = nobody_waits
-    Receiver._replace_weights = replace_weights
+    Updates._replace_weights = replace_weights
 
 
 def serves_when_empty() -> None:
     """A worker without weights serves what it was built with, as version 0."""
-    Receiver._serves = lambda self: self._state.version or 0
+    Standing.serves = lambda self: self.state.version or 0
 
 
 def writes_what_is_served() -> None:
@@ -86,39 +88,39 @@ def obeys_anybody() -> None:
 
 def remembers() -> None:
     """A worker that is started again serves the weights that it had before its end."""
-    made, replace_weights = Receiver.__init__, Receiver._replace_weights
+    made, replace_weights = Updates.__init__, Updates._replace_weights
 
-    def place(self: Receiver) -> Path:
-        return Path(self._journal._file.name).with_suffix(".remembered")
+    def place(self: Updates) -> Path:
+        return Path(self._standing.journal._file.name).with_suffix(".remembered")
 
-    def replaced(self: Receiver) -> None:
+    def replaced(self: Updates) -> None:
         replace_weights(self)
-        tensors = {name: tensors[0].clone() for name, tensors in self._landing._tensors.items()}
+        tensors = {name: tensors[0].clone() for name, tensors in self._place._tensors.items()}
         new = place(self).with_suffix(".new")
-        torch.save((self._state.version, self._state.digest, tensors), new)
+        torch.save((self._standing.state.version, self._standing.state.digest, tensors), new)
         new.replace(place(self))
 
-    def remembering(self: Receiver, *arguments: Any) -> None:
+    def remembering(self: Updates, *arguments: Any) -> None:
         made(self, *arguments)
         if place(self).exists():
             version, digest, tensors = torch.load(place(self))
-            self._state = protocol.State(version=version, digest=digest)
+            self._standing.state = protocol.State(version=version, digest=digest)
             for name, tensor in tensors.items():
-                self._landing._tensors[name][0].data = tensor
+                self._place._tensors[name][0].data = tensor
 
-    Receiver.__init__ = remembering
-    Receiver._replace_weights = replaced
+    Updates.__init__ = remembering
+    Updates._replace_weights = replaced
 
 
 def leaks_descriptors() -> None:
     """The worker forgets to close a file whenever a trainer comes."""
-    agree = Receiver._agree
+    agree = Updates._agree
 
-    def leaking(self: Receiver, info: Any) -> None:
+    def leaking(self: Updates, info: Any) -> None:
         os.open("/dev/null", os.O_RDONLY)
         agree(self, info)
 
-    Receiver._agree = leaking
+    Updates._agree = leaking
 
 
 def leaks_shared_memory() -> None:
@@ -139,7 +141,7 @@ def forgets_to_withdraw() -> None:
 
 def trusts_the_trainer() -> None:
     """The worker serves what it has copied, however long that took."""
-    Receiver._check_still = lambda self: None
+    Verification._check_still = lambda self: None
 
 
 LEAKED = "planted-by-tests-faults-"

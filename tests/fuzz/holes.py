@@ -17,6 +17,7 @@ from transfer.engine import handle_check, handles, inert_pickle
 from transfer.engine.chunks import Chunks
 from transfer.worker import app
 from transfer.worker.receiver import Receiver
+from transfer.worker.update import Updates
 
 KEPT: list[Any] = []
 
@@ -65,13 +66,13 @@ def _descriptor_leak() -> None:
 
 
 def _torn_weights() -> None:
-    write = Receiver._write_weights
+    write = Updates._write_weights
 
-    def partly(self: Receiver) -> None:
+    def partly(self: Updates) -> None:
         self._staged = dict(list(self._staged.items())[1:])
         write(self)
 
-    Receiver._write_weights = partly  # type: ignore[method-assign]
+    Updates._write_weights = partly  # type: ignore[method-assign]
 
 
 def _nameless_refusal() -> None:

@@ -20,7 +20,7 @@ from rlhf.rollout import completions
 from rlhf.rollout.worker import Worker
 from transfer.agreement import wire
 from transfer.backends.local import LocalPublisher
-from transfer.worker import app, openapi, receiver
+from transfer.worker import app, bodies, openapi
 
 PROMPT = [[3, 4], [5]]
 
@@ -118,7 +118,7 @@ def test_the_document_and_the_checks_know_the_same_fields(verb, message, inner, 
 
 
 def test_the_tables_of_fields_that_the_checks_have_are_the_documents():
-    assert fields_described(*FORMS[0]) == set(receiver.INIT_INFO)
+    assert fields_described(*FORMS[0]) == set(bodies.INIT_INFO.fields)
     assert set(body_schema("completions")["properties"]) == set(completions.KNOWN)
 
 

@@ -92,7 +92,7 @@ def test_a_paused_worker_is_resumed_only_with_whole_weights(worker, local_worker
     _, transfer = local_worker
     worker.pause({})
     with monkeypatch.context() as broken:
-        broken.setattr(worker._receiver, "_write_weights", lambda: 1 / 0)
+        broken.setattr(worker._receiver._updates, "_write_weights", lambda: 1 / 0)
         with pytest.raises(TransferError, match="division by zero"):
             transfer.push(model.state_dict())
     assert worker.status({})["phase"] == "quarantined"

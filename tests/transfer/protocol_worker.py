@@ -1,4 +1,4 @@
-"""A worker that is judged: State driven as receiver.py drives it, against what has really happened to its weights.
+"""A worker that is judged: State driven as update.py drives it, against what has really happened to its weights.
 
 `Facts` are kept apart from the protocol's `State`, from the events alone: which trainer was let in, which bytes lie
 staged until when, when the first of them was written and the last. After every step the state must agree with them,
@@ -154,7 +154,7 @@ def _allowed_while_staging(facts: Facts, stage: Stage, message: Message) -> tupl
 
 
 class Worker:
-    """A State, driven as receiver.py drives it, and the facts that it is held against after every step."""
+    """A State, driven as update.py drives it, and the facts that it is held against after every step."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
@@ -304,7 +304,7 @@ class Worker:
         return True
 
     def _replace(self, parcel: Parcel, fault: str) -> bool:
-        """Make the staged weights live, with all the events of receiver.py; `fault` says how far it comes."""
+        """Make the staged weights live, with all the events of update.py; `fault` says how far it comes."""
         facts, version = self.facts, parcel.message.version
         if fault == "slow":  # somebody goes on generating, and the lease ends meanwhile
             self.world.now += LEASE_S

@@ -1,6 +1,6 @@
 """A world for protocol.py: trainers, workers, a bad network between them, and faults in the work.
 
-The trainers are session.py itself (protocol_trainer.py); the workers are states of protocol.py, driven as receiver.py
+The trainers are session.py itself (protocol_trainer.py); the workers are states of protocol.py, driven as update.py
 drives them (protocol_worker.py); the network is here. It loses messages, doubles them, says them again at any later
 time (a lost one that comes again was late), and loses answers; the work fails before, in and after its first write;
 leases pass; workers and trainers die and come back. A message goes down with the process that it was sent to. All is
@@ -231,7 +231,7 @@ class World:
         self._deliver(Parcel("faulty trainer", worker, facts, message, place), FAULTS[how], "")
 
     def _update_in_one_shot(self, worker: Worker, how: int, luck: int) -> None:
-        """Part of vLLM's sequence, that names no epoch and no version: receiver.py finds it, and a label comes last."""
+        """Part of vLLM's sequence, that names no epoch and no version: one_shot.py finds it, and a label comes last."""
         label = None
         worker = next((other for other in self.workers if other.facts.epoch == 0), worker)
         for kind in (Start, Update, Rename, Finish)[how & 3 :][: 1 + (how >> 2 & 3)]:

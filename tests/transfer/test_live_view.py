@@ -466,7 +466,7 @@ def test_a_worker_of_another_dtype_is_told_which_tensors_differ(tmp_path):
 def test_a_worker_on_another_device_is_told_which_setting_to_change(tmp_path):
     with make_transfer(QUICK, tmp_path) as transfer:
         receiver = make_receiver(transfer.endpoint, PlainModel(0))
-        receiver._device = torch.device("cuda", 0)  # as if its module were there
+        receiver._landing.device = torch.device("cuda", 0)  # as if its module were there
         with pytest.raises(ValueError, match=r"transfer\.take=view needs .* use transfer\.take=copy"):
             transfer.open(PlainModel(1).state_dict(keep_vars=True), [DirectSender(receiver, "worker 0")])
 

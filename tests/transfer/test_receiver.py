@@ -42,20 +42,21 @@ def test_an_error_while_weights_are_replaced_quarantines_until_the_next_push(tmp
     module = PlainModel(seed=0)
     with in_process(COPY, tmp_path, module, plain(1)) as (transfer, receiver):
         transfer.push(plain(1))
-        replace = receiver._write_weights
+        updates = receiver._updates
+        replace = updates._write_weights
 
         def torn():
-            receiver._staged = {"first.bias": receiver._staged["first.bias"]}
+            updates._staged = {"first.bias": updates._staged["first.bias"]}
             replace()
             raise RuntimeError("the device fell off")
 
-        receiver._write_weights = torn
+        updates._write_weights = torn
         with pytest.raises(wire.TransferError, match="finishing version 1: the device fell off"):
             transfer.push(plain(2))
         with pytest.raises(wire.Refused, match="quarantined") as caught, receiver.serving():
             pass
         assert caught.value.status == 503
-        receiver._write_weights = replace
+        updates._write_weights = replace
         transfer.push(plain(3))
         with receiver.serving():
             assert fingerprint(module.state_dict()) == fingerprint(plain(3))
@@ -173,7 +174,7 @@ def test_a_body_of_another_form_is_refused_with_422_and_changes_nothing(verb, bo
 def test_an_abandoned_stage_is_dropped_when_its_lease_ends(tmp_path, monkeypatch):
     module = PlainModel(0)
     now = [1000.0]
-    monkeypatch.setattr("transfer.worker.receiver.lease.now", lambda: now[0])
+    monkeypatch.setattr("transfer.worker.lease.now", lambda: now[0])
     with make_transfer(DISK, tmp_path) as transfer:
         receiver = make_receiver(transfer.endpoint, module)
         receiver.init_weight_transfer_engine({"init_info": good_init(module)})
@@ -188,7 +189,7 @@ def test_an_abandoned_stage_is_dropped_when_its_lease_ends(tmp_path, monkeypatch
 def test_take_view_across_devices_names_the_setting_to_change(tmp_path):
     with make_transfer(VIEW, tmp_path) as transfer:
         receiver = make_receiver(transfer.endpoint, PlainModel(0))
-        receiver._device = torch.device("cuda", 0)  # as if its module were there
+        receiver._landing.device = torch.device("cuda", 0)  # as if its module were there
         with pytest.raises(ValueError, match=r"transfer.take=view needs .* use transfer.take=copy"):
             transfer.open(plain(1), [DirectSender(receiver, "worker 0")])
 

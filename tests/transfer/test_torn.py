@@ -142,12 +142,12 @@ def test_a_message_that_comes_late_does_not_put_later_weights_under_an_earlier_l
         transfer.push(policy.state_dict())
         late = {"epoch": transfer.epoch, "version": 1, "where": {"slot": 0}, "finish": True}
         sender.stopped.set()  # the worker is stopped before it has read the message
-        receiver._verbs.acquire()
+        receiver._standing._verbs.acquire()
         step(policy)
         with pytest.raises(wire.TransferError, match="no answer in time"):
             transfer.push(policy.state_dict())
         step(policy)
-        receiver._verbs.release()
+        receiver._standing._verbs.release()
         sender.hear()
         assert receiver.phase is Phase.QUARANTINED and receiver.version is None
         with pytest.raises(wire.Refused, match="the trainer has gone on"):
@@ -160,7 +160,7 @@ def test_what_was_copied_while_the_trainer_still_waited_is_served_though_its_ans
     with live(LIVE["off"], tmp_path) as (transfer, receiver, policy, sampler, sender):
         transfer.push(policy.state_dict())
         step(policy)
-        finish = receiver._noted
+        finish = receiver._standing.noted
 
         def noted(op, *arguments):
             finish(op, *arguments)
@@ -169,7 +169,7 @@ def test_what_was_copied_while_the_trainer_still_waited_is_served_though_its_ans
                 while not sender.late:
                     time.sleep(0.001)
 
-        receiver._noted = noted
+        receiver._standing.noted = noted
         assert transfer.push(policy.state_dict()) == 1
         assert receiver.version == 1 and fingerprint(sampler.state_dict()) == fingerprint(policy.state_dict())
 
@@ -203,7 +203,7 @@ def test_leases_count_the_time_that_the_machine_sleeps(monkeypatch):
 def test_a_finish_renews_the_lease_under_which_it_copies(tmp_path):
     with live(LIVE["off"], tmp_path) as (transfer, receiver, policy, _, _):
         ends = []
-        copy, step_ = receiver._landing.copy, receiver._step
+        copy, step_ = receiver._landing.copy, receiver._standing.step
 
         def stepping(message):
             state, decision = step_(message)
@@ -212,10 +212,10 @@ def test_a_finish_renews_the_lease_under_which_it_copies(tmp_path):
             return state, decision
 
         def copying(*arguments):
-            ends.append(receiver._state.deadline)
+            ends.append(receiver._standing.state.deadline)
             return copy(*arguments)
 
-        receiver._step, receiver._landing.copy = stepping, copying
+        receiver._standing.step, receiver._landing.copy = stepping, copying
         transfer.push(policy.state_dict())
         assert len(ends) == 2 and ends[0] == ends[1]
 
@@ -293,7 +293,7 @@ def test_a_thread_that_lags_behind_its_push_gives_a_server_no_later_weights(tmp_
             transfer.push(module.state_dict())
         grow(module)  # the trainer has caught the error, and trains on
         go_on.set()
-        with receiver._alone():
+        with receiver._standing.alone():
             assert fake.paused or all(torch.equal(fake.weights[name], pushed[name]) for name in pushed)
 
 

@@ -17,12 +17,12 @@ class BenchWorker(PlainWorker):
     """
 
     def __init__(self, spec: PlainSpec) -> None:
-        self._flip_seconds = self._verb_seconds = 0.0
+        self._verb_seconds = 0.0
         super().__init__(spec)
 
     def status(self, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """As ever, and the two durations."""
-        return super().status(body) | {"flip_seconds": self._flip_seconds, "verb_seconds": self._verb_seconds}
+        return super().status(body) | {"flip_seconds": self._updates.flip_seconds, "verb_seconds": self._verb_seconds}
 
     def start_weight_update(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """As ever, timed."""
@@ -43,11 +43,6 @@ class BenchWorker(PlainWorker):
             return verb(body)
         finally:
             self._verb_seconds += time.perf_counter() - began
-
-    def _replace_weights(self) -> None:
-        began = time.perf_counter()
-        super()._replace_weights()
-        self._flip_seconds = time.perf_counter() - began
 
 
 class RayBenchWorker(BenchWorker):

@@ -1,7 +1,8 @@
 """A Receiver's two ends for weights that live in a vLLM engine: what would be done to a module is told to its ranks.
 
-The state machine, the gate and the journal stay in one process (receiver.py). Each rank, a process of its own or this
-one, has the method `rlhf_weights` (extension.py); all carry out the same message, and one that fails fails it for all.
+The state machine, the gate and the journal stay in one process (transfer/worker). Each rank, a process of its own or
+this one, has the method `rlhf_weights` (extension.py); all carry out the same message, and one that fails fails it for
+all.
 """
 
 from __future__ import annotations

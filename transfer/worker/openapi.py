@@ -1,7 +1,7 @@
 """What GET /openapi.json answers: the routes of a worker, as OpenAPI 3.1.
 
-A description only: what a worker takes is decided where its verbs are (receiver.py; the sampling verbs belong to
-whoever samples), and the tests hold the two against each other, field by field. Query parameters are the exception:
+A description only: what a worker takes of an update is decided in bodies.py, and the sampling verbs belong to
+whoever samples, and the tests hold the two against each other, field by field. Query parameters are the exception:
 app.py takes those that are listed here and no others.
 """
 
