@@ -25,7 +25,9 @@ from rlhf.models.policy import make_policy
 from rlhf.models.saving import save_model
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
-from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
+from rlhf.rollout.build import architecture_of, build_model
+from rlhf.rollout.spec import WorkerSpec
+from rlhf.rollout.worker import Worker
 from rlhf.run import run
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 3]])

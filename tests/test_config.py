@@ -10,7 +10,7 @@ from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, SCHEMAS, misplaced
 from rlhf.config import all_logprobs, needs_logprobs
-from rlhf.rollout.launch import _engine
+from rlhf.rollout.spec_of_run import _engine
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",

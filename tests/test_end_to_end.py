@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.reports.summary import PHASES
-from rlhf.rollout.launch import ray_running
+from rlhf.rollout.ray_workers import ray_running
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.tasks.tokenised import TokenisedTask

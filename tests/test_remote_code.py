@@ -15,10 +15,11 @@ from rlhf.models.reward_model import load_reward_model
 from rlhf.models.saving import export_model, save_model
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
-from rlhf.rollout.launch import worker_spec
+from rlhf.rollout.build import build_model, config_of
+from rlhf.rollout.spec import WorkerSpec
+from rlhf.rollout.spec_of_run import worker_spec
 from rlhf.rollout.vllm import manifest_of
 from rlhf.rollout.vllm_model import class_of, model_folder
-from rlhf.rollout.worker import WorkerSpec, build_model, config_of
 from rlhf.run import run
 
 RAN = "from pathlib import Path\nwith Path({ran!r}).open('a') as file:\n    file.write(__name__ + '\\n')\n"

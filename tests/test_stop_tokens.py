@@ -16,8 +16,9 @@ from rlhf.models.policy import make_policy
 from rlhf.models.stop_tokens import ended, stop_ids, text_end, turn_end
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, score_texts, scores, value_model
-from rlhf.rollout.launch import worker_spec
-from rlhf.rollout.worker import Worker, build_model
+from rlhf.rollout.build import build_model
+from rlhf.rollout.spec_of_run import worker_spec
+from rlhf.rollout.worker import Worker
 from rlhf.run import run
 from rlhf.stages.dpo import tokenised
 from rlhf.tasks import make_task, read_task

@@ -36,10 +36,12 @@ from rlhf.models.tokenizer import make_tokenizer
 from rlhf.monitor.alarms import OF_STEPS, Watch
 from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import FunctionReward, usable
+from rlhf.rollout.build import architecture_of
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.completions import Limits, parse
 from rlhf.rollout.hf import HfEngine
-from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of
+from rlhf.rollout.spec import WorkerSpec
+from rlhf.rollout.worker import Worker
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.tasks import make_task, read_task

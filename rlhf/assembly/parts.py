@@ -22,7 +22,8 @@ from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
-from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.launch import Workers
+from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
 from transfer import Transfer, make_transfer

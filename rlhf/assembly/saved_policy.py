@@ -19,7 +19,8 @@ from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import check_engine
 from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of
-from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.launch import Workers
+from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.shell.ending import RunError
 from rlhf.shell.screen import plain_console

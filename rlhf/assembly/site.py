@@ -15,7 +15,7 @@ from rlhf.checkpoint.store import Store
 from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, RunConfig
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.progress import Bars
-from rlhf.rollout.launch import JOURNALS
+from rlhf.rollout.spec_of_run import JOURNALS
 from rlhf.shell import screen
 from rlhf.shell.ending import RunError, alone, full_disk_explained
 from transfer.backends.disk import remove_versions

@@ -26,6 +26,7 @@ from rlhf.learning.forward import Batch
 from rlhf.learning.microbatches import Sizes
 
 STEP = 64  # few lengths of sequences, as kernels are prepared for each (bfloat16 on a CPU: milliseconds)
+FULL = -1  # no window: a token sees all before it
 SHARE = 0.05  # prompts are shared where that leaves out this share of all tokens: sharing costs a second attention
 
 Ints = npt.NDArray[np.int64]

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from rlhf.config.model import AUTO, ModelConfig
 from rlhf.learning.compiled_layers import decoder_layers
+from rlhf.learning.flash_attention import LARGEST_HEAD
 from rlhf.learning.forward import Batch
-from rlhf.learning.packed_attention import LARGEST_HEAD, Unsupported, window_of
+from rlhf.learning.packed_attention import Unsupported, window_of
 from rlhf.learning.passes import PADDED, Packed, Passes
 
 TOLERANCE = {torch.float32: 1e-3}  # of log-probs in a trial, as a share of their spread;

@@ -11,104 +11,29 @@ transfer=local it is the trainer itself, around the learner's own module.
 from __future__ import annotations
 
 import os
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
-from rlhf.config.algo import DpoConfig
 from rlhf.monitor.gpu import GPU_MEMORY
-from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, parts_of
-from rlhf.shell.ending import RunError
+from rlhf.rollout.ray_workers import ray_actors
+from rlhf.rollout.spec import WorkerSpec
+from rlhf.rollout.spec_of_run import specs
+from rlhf.rollout.worker import Worker
 from transfer.agreement.wire import TOKEN_VARIABLE, RemoteError
-from transfer.config import HttpSenderConfig, InFlight, LocalConfig, RaySenderConfig
-from transfer.worker.process import WorkerProcess, python_path
-from transfer.worker.ray_start import check_cpus, joined_ray, private_ray
-from transfer.worker.stacks import dumps_stacks_when_asked
+from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
+from transfer.worker.process import WorkerProcess
 
 if TYPE_CHECKING:
+    from rlhf.rollout.ray_workers import Connect
     from transfer import Sender
 
-    Connect = Callable[[], list[Sender]]  # waits until the workers are up
-
-JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
 MOST_MIB = 2**40  # that a worker may say it has of a GPU
-LEAST_ROWS = 32  # that vLLM prepares for
-MOST_ROWS = 1024  # as vLLM has it by default on large GPUs; further rows wait
-RAY_THREADS = 8  # so that `status` is answered while the actor samples
-
-
-def worker_spec(
-    policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any], base: str | None = None
-) -> WorkerSpec:
-    """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`.
-
-    `base`: from where it loads the weights below the policy's adapter.
-    """
-    import torch
-
-    from rlhf.models.adapter import spec_of
-
-    parameter = next(policy.parameters())
-    dtype = config.rollout.dtype or config.model.dtype
-    return WorkerSpec(
-        architecture=architecture_of(policy),
-        endpoint=dict(endpoint),
-        dtype=dtype.name,
-        device=parameter.device.type,
-        attention=policy.config._attn_implementation,
-        code=_code_of(policy),
-        **_engine(config),
-        threads=config.threads,
-        token=secrets.token_urlsafe(32),
-        adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
-    )
-
-
-def _code_of(policy: Any) -> str:
-    """The checkpoint whose own code the policy is made of; empty where it is transformers'."""
-    if not policy.is_remote_code():
-        return ""
-    folder = Path(policy.name_or_path)
-    return str(folder.resolve()) if folder.is_dir() else policy.name_or_path
-
-
-def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:
-    """Which engine samples, and how it is made."""
-    rollout = config.rollout
-    if not isinstance(rollout, VllmRolloutConfig):
-        return {}
-    settings: dict[str, Any] = {"max_num_seqs": min(rows_at_once(config), MOST_ROWS)}
-    batched = rollout.engine_args.get("max_num_batched_tokens")
-    if isinstance(batched, int):  # of which vLLM wants one a row at least
-        settings["max_num_seqs"] = min(settings["max_num_seqs"], batched)
-    if rollout.sleep_level:
-        settings["enable_sleep_mode"] = True
-    if rollout.in_flight is InFlight.keep:
-        settings["async_scheduling"] = False  # so that a step's tokens are those of the step before new weights
-    return {
-        "engine": "vllm",
-        "engine_args": {**settings, **rollout.engine_args},
-        "keep_prefix_cache": rollout.keep_prefix_cache,
-    }
-
-
-def rows_at_once(config: RunConfig | EvaluationConfig) -> int:
-    """Rows that a worker samples together, at most, in a step or an evaluation: vLLM prepares for no more."""
-    asked = [(config.task.held_out, config.evaluate.samples)]
-    if isinstance(config, RunConfig):
-        prompts = config.algo.prompts if isinstance(config.algo, DpoConfig) else config.prompts_per_step
-        asked.append((prompts, config.samples_per_prompt))
-    rows = [
-        min(-(-prompts // config.rollout.workers) * n, max(config.rollout.rows_per_request, n)) for prompts, n in asked
-    ]
-    return max(LEAST_ROWS, *rows)
 
 
 class Workers:
@@ -271,80 +196,3 @@ def processes(spec: WorkerSpec, config: RolloutConfig, sender: HttpSenderConfig,
             return [connected(worker, deadline) for worker in workers]
 
         yield connect
-
-
-def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
-    """What each of `count` workers is told: the same, and a journal of its own in `folder`."""
-    return [replace(spec, journal=str(folder / JOURNALS / f"worker-{index}.jsonl")) for index in range(count)]
-
-
-class RayWorker(Worker):
-    """A worker as a Ray actor: built in the actor's process."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        dumps_stacks_when_asked(spec.log)
-        super().__init__(*parts_of(spec), spec.log)
-
-
-@contextmanager
-def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig, folder: Path) -> Iterator[Connect]:
-    """Workers as Ray actors, in a private Ray unless `sender.address` names one or this process is in one already.
-
-    An actor that dies is started again, `config.restarts` times.
-    """
-    import ray
-
-    from transfer.trainer.senders.ray import RaySender
-
-    variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(spec.threads)}
-    actor_class = ray.remote(RayWorker).options(
-        num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
-    )
-    told = specs(spec, config.workers, folder) if sender.address is None else [spec] * config.workers
-    with ray_running(sender, config.workers), ExitStack() as stack:
-        actors: list[Any] = []
-        for worker_spec in told:
-            actors.append(actor_class.remote(worker_spec))
-            stack.callback(ray.kill, actors[-1])
-
-        def connected(index: int, deadline: float) -> Sender:
-            name = f"worker {index} (ray)"
-            _await_actor(name, actors[index], deadline)
-            return RaySender(actors[index], name, sender.timeout_s, sender.start_timeout_s)
-
-        def connect() -> list[Sender]:
-            deadline = time.monotonic() + sender.start_timeout_s
-            return [connected(index, deadline) for index in range(len(actors))]
-
-        yield connect
-
-
-@contextmanager
-def ray_running(sender: RaySenderConfig, workers: int) -> Iterator[None]:
-    """A Ray to run in: this process's own, or the one at `sender.address`, or a private one that ends with it."""
-    import ray
-
-    if ray.is_initialized():
-        check_cpus("the Ray that this process is in", ray.cluster_resources().get("CPU", 0), workers)
-        yield
-    elif sender.address is None:
-        with private_ray(workers):
-            yield
-    else:
-        with joined_ray(sender.address, workers, sender.start_timeout_s):
-            yield
-
-
-def _await_actor(name: str, actor: Any, deadline: float) -> None:
-    import ray
-
-    try:
-        ray.get(actor.health.remote({}), timeout=max(0.0, deadline - time.monotonic()))
-    except ray.exceptions.GetTimeoutError:
-        free, all_ = (resources().get("CPU", 0) for resources in (ray.available_resources, ray.cluster_resources))
-        raise RunError(
-            f"{name} did not come up within transfer.sender.start_timeout_s; each takes one CPU of the Ray, of whose "
-            f"{all_:g} {free:g} are free"
-        ) from None
-    except ray.exceptions.RayError as error:
-        raise RunError(f"{name} died while it started: {error}") from None

@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.rollout.build import config_of, limits_of
 from rlhf.rollout.completions import Limits
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, seed_of
+from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.stepping import Stepping
 from rlhf.rollout.vllm_model import class_of, model_folder
 from rlhf.types import FINISHED, TRUNCATED
@@ -30,8 +32,6 @@ from transfer.worker.stacks import VARIABLE as STACKS
 
 if TYPE_CHECKING:
     import torch
-
-    from rlhf.rollout.worker import WorkerSpec
 
 V2_RUNNER = ("Qwen2ForCausalLM",)  # else vLLM 0.24 gives these a runner to which each row's seed is one kernel more
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.24 to 0.32
@@ -47,8 +47,6 @@ ENVIRONMENT = {
 
 def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     """What a worker of this spec is made of; its weights are nothing until the first update."""
-    from rlhf.rollout.worker import config_of, limits_of
-
     for name, value in environment(spec).items():
         os.environ.setdefault(name, value)
     shape = config_of(spec)

@@ -15,10 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rlhf.rollout.worker import WorkerSpec
+from rlhf.rollout.spec import WorkerSpec
 
 CACHE = "rlhf/vllm-models"  # below the user's cache
 

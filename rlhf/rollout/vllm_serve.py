@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.vllm import environment
 from rlhf.rollout.vllm_model import model_folder
-from rlhf.rollout.worker import WorkerSpec
 from transfer.trainer.senders.kept_alive import KeptAlive
 from transfer.vllm.plugin import BACKEND
 from transfer.worker.serve import OF_PARENT, PR_SET_PDEATHSIG

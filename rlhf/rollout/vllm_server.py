@@ -13,9 +13,11 @@ from concurrent.futures import TimeoutError as Late
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.rollout.build import config_of, limits_of
 from rlhf.rollout.sampling import Sample, Sampling
+from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.vllm import manifest_of
-from rlhf.rollout.worker import Worker, WorkerSpec, config_of, limits_of
+from rlhf.rollout.worker import Worker
 from transfer.agreement.journal import Journal
 from transfer.agreement.wire import RemoteError
 from transfer.trainer.senders.direct import DirectSender

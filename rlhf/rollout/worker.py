@@ -10,21 +10,21 @@ learner's own module.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rlhf import __version__
-from rlhf.models.stop_tokens import stop_ids_of
 from rlhf.monitor.gpu import GPU_MEMORY, gpu_peak
 from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
+from rlhf.rollout.build import build_model, limits_of
+from rlhf.rollout.engine import Engine
+from rlhf.rollout.pause_gate import PAUSE_MODES, PauseGate
+from rlhf.rollout.spec import WorkerSpec
 from transfer import make_receiver
 from transfer.agreement import wire
 from transfer.agreement.journal import Journal
@@ -32,146 +32,10 @@ from transfer.agreement.protocol import Phase
 from transfer.agreement.wire import Refused
 
 if TYPE_CHECKING:
-    import torch
-
-    from rlhf.rollout.sampling import Sample, Sampling
     from transfer.worker.receiver import Receiver
-
-PAUSE_S = 300.0  # how long `pause` waits for running completions to end
-MAX_PAUSES = 4  # messages that wait for it at once; each keeps a thread
-PAUSE_MODES = ("abort", "wait", "keep")
 
 Body = Mapping[str, Any]
 Answer = dict[str, Any]
-
-
-@dataclass(slots=True, kw_only=True)
-class WorkerSpec:
-    """All that a worker needs to be built, as JSON; holds the token, so it travels through a pipe or a 0600 file."""
-
-    architecture: dict[str, Any]  # a transformers config; its `model_type` chooses the class
-    endpoint: dict[str, Any]  # of the transfer session that will send the weights
-    dtype: str = "float32"
-    device: str = "cpu"
-    attention: str = "sdpa"
-    code: str = ""  # the trusted checkpoint whose own code the model is made of; empty: transformers' code
-    engine: str = "hf"  # or vllm
-    engine_args: dict[str, Any] = field(default_factory=dict)  # of engine vllm (rlhf/config/rollout.py)
-    keep_prefix_cache: bool = False  # of engine vllm, across updates
-    threads: int = 1
-    token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
-    host: str = "127.0.0.1"
-    port: int = 0  # 0: a free one
-    journal: str = ""  # file in which the worker notes what it did with weights; empty: nowhere
-    adapter: dict[str, Any] | None = None  # an AdapterSpec: updates carry the adapter alone; null: all weights
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype of a worker must be float32, bfloat16 or float16 (got {self.dtype!r})")
-        if self.engine not in ("hf", "vllm"):
-            raise ValueError(f"engine of a worker must be hf or vllm (got {self.engine!r})")
-        if "model_type" not in self.architecture:
-            raise ValueError("architecture of a worker must be a transformers config with a model_type")
-
-    @property
-    def log(self) -> Path | None:
-        """The worker's log, in the folder of its run; None of a worker without one."""
-        journal = Path(self.journal)
-        return journal.parent.parent / f"{journal.stem}.log" if self.journal else None
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, raw: str | bytes) -> WorkerSpec:
-        """The inverse of `to_json`; ValueError for a key that no spec has or a value that is not allowed."""
-        try:
-            values = wire.loads(raw)
-        except Refused as error:
-            raise ValueError(f"the worker's spec: {error}") from None
-        known = {each.name for each in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"the worker's spec has unknown keys {unknown}; known: {sorted(known)}")
-        if missing := {"architecture", "endpoint"} - set(values):
-            raise ValueError(f"the worker's spec lacks {sorted(missing)}")
-        return cls(**values)
-
-
-def architecture_of(model: Any) -> dict[str, Any]:
-    """The `WorkerSpec.architecture` of a transformers model."""
-    return json.loads(model.config.to_json_string(use_diff=False))
-
-
-def _with_floats(value: Any) -> Any:
-    """A setting with the numbers that JSON does not have: transformers writes {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        if list(value) == ["__float__"]:
-            return float(value["__float__"])
-        return {name: _with_floats(each) for name, each in value.items()}
-    return [_with_floats(each) for each in value] if isinstance(value, list) else value
-
-
-def build_model(spec: WorkerSpec) -> torch.nn.Module:
-    """A model of the spec's architecture; its weights, or those of its adapter, are nothing until the first update."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    from rlhf.models.adapter import AdapterSpec, load_base
-
-    shape = config_of(spec)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as in the trainer
-    build = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
-    build["trust_remote_code"] = bool(spec.code)
-    if spec.adapter is not None:
-        based: torch.nn.Module = load_base(AdapterSpec(**spec.adapter), config=shape, **build)
-        return based.to(spec.device).requires_grad_(False)
-    with no_init_weights():  # on the CPU, where the trainer makes its model: rotary frequencies have the same bits
-        model = AutoModelForCausalLM.from_config(shape, **build)
-    model.tie_weights()
-    return model.to(spec.device).eval().requires_grad_(False)
-
-
-def config_of(spec: WorkerSpec) -> Any:
-    """The transformers config of a spec's architecture; ValueError where nobody knows it."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    settings = {name: _with_floats(value) for name, value in spec.architecture.items()}
-    model_type = settings.pop("model_type")
-    if spec.code:
-        made: Any = AutoConfig.from_pretrained(spec.code, trust_remote_code=True)
-        return type(made).from_dict(settings | {"name_or_path": spec.code})  # where the model's code is looked for
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {model_type!r} of the architecture is none that transformers knows")
-    return CONFIG_MAPPING[model_type].from_dict(settings)
-
-
-class Engine(Protocol):
-    """What samples inside a worker, with weights that may change between two tokens."""
-
-    @property
-    def sleep_levels(self) -> tuple[int, ...]:
-        """Those that `sleep` knows; 2 gives the weights away."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        turn: Callable[[], int | None],
-    ) -> list[Sample]: ...
-    def sleep(self, level: int) -> None: ...
-    def wake_up(self, tags: Sequence[str]) -> bool: ...
-
-
-def limits_of(text: Any, positions: int | None = None) -> completions.Limits:
-    """What a model with this transformers config can take, `positions` of its context at most."""
-    return completions.Limits(
-        vocabulary=text.vocab_size,
-        positions=positions or getattr(text, "max_position_embeddings", None),
-        stop_ids=stop_ids_of(text),
-    )
 
 
 class Worker:
@@ -342,61 +206,6 @@ def _around(model: Any, endpoint: Mapping[str, Any], journal: str) -> tuple[Engi
 
     receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
     return HfEngine(model), receiver, limits_of(model.config.get_text_config())
-
-
-class PauseGate:
-    """Lets completions in, or keeps new ones out while the worker is paused."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running = 0
-        self._waiting = 0  # in `pause`
-        self._mode: str | None = None
-
-    @property
-    def paused(self) -> bool:
-        """Whether new completions are refused."""
-        return self._mode is not None
-
-    def aborting(self) -> bool:
-        """Whether running completions should end early."""
-        return self._mode == "abort"
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Hold while a completion runs; Refused 503 while paused."""
-        with self._changed:
-            if self.paused:
-                raise Refused(503, "the worker is paused: resume it first")
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    def pause(self, mode: str) -> None:
-        """Close the gate and, unless `mode` is "keep", wait until nothing runs; Refused 503 after PAUSE_S seconds.
-
-        At once if MAX_PAUSES others wait for it.
-        """
-        with self._changed:
-            if mode != "keep" and self._running and self._waiting == MAX_PAUSES:
-                raise Refused(503, f"{MAX_PAUSES} messages wait already until completions have ended: no more may")
-            self._mode = mode
-            self._waiting += 1
-            try:
-                ended = mode == "keep" or self._changed.wait_for(lambda: self._running == 0, PAUSE_S)
-            finally:
-                self._waiting -= 1
-            if not ended:
-                raise Refused(503, f"paused, but {self._running} completions still run after {PAUSE_S:.0f} s")
-
-    def resume(self) -> None:
-        """Open the gate."""
-        with self._changed:
-            self._mode = None
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from rlhf.rollout.worker import WorkerSpec
+from rlhf.rollout.spec import WorkerSpec
 from transfer import IPCWeightTransferEngine, make_transfer
 from transfer.agreement import wire
 from transfer.config import IpcConfig, SenderConfig, Staging, Take, Verify

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.rollout import completions
+from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.vllm import VllmEngine
-from rlhf.rollout.worker import Worker, WorkerSpec, parts_of
+from rlhf.rollout.worker import Worker, parts_of
 from transfer.worker.serve import serve_parent
 
 

@@ -36,7 +36,8 @@ import torch  # noqa: E402
 from traffic import SESSION, VERBS, Sent, Traffic  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen3Config  # noqa: E402
 
-from rlhf.rollout.worker import Worker, WorkerSpec  # noqa: E402
+from rlhf.rollout.spec import WorkerSpec  # noqa: E402
+from rlhf.rollout.worker import Worker  # noqa: E402
 from transfer.agreement.manifest import Manifest  # noqa: E402
 from transfer.agreement.wire import ROUTES  # noqa: E402
 from transfer.backends.arena import ArenaPublisher, LivePublisher  # noqa: E402

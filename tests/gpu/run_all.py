@@ -166,7 +166,8 @@ def _pushes(folder: Path, take: str) -> str:
     from rlhf.compose import CONF, checked, register
     from rlhf.models.policy import make_policy
     from rlhf.models.tokenizer import make_tokenizer
-    from rlhf.rollout.launch import Workers, worker_spec
+    from rlhf.rollout.launch import Workers
+    from rlhf.rollout.spec_of_run import worker_spec
     from transfer import make_transfer
 
     register()

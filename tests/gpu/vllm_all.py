@@ -219,7 +219,8 @@ def _fill(model: Any, seed: int) -> None:
 
 
 def _spec(endpoint: dict[str, Any], engine_args: dict[str, Any]) -> Any:
-    from rlhf.rollout.worker import WorkerSpec, architecture_of
+    from rlhf.rollout.build import architecture_of
+    from rlhf.rollout.spec import WorkerSpec
 
     spec = WorkerSpec(architecture=architecture_of(_model()), endpoint=endpoint, engine="vllm")
     spec.dtype, spec.device = str(_dtype()).removeprefix("torch."), _device()

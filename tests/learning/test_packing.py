@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.algo import Aggregation
-from rlhf.learning import packed_attention, pass_choice
+from rlhf.learning import packed_attention, padded_attention, pass_choice
 from rlhf.learning.fitting import LADDER, fitting
 from rlhf.learning.learner import Learner
 from rlhf.learning.microbatches import Sizes, fill
-from rlhf.learning.packing import STEP, packed, shares
+from rlhf.learning.packing import FULL, STEP, packed, shares
 from rlhf.learning.pass_choice import choose_passes, random_batch, trial
 from rlhf.learning.passes import PADDED, Packed
 from tests.learning.test_learner import ALGOS, conversations, gradients, make_learner, sampled
@@ -348,7 +348,7 @@ def test_a_model_whose_backward_pass_fails_is_not_trained_that_way(monkeypatch):
     def no_gradient(*_):
         raise RuntimeError("no gradient here")
 
-    monkeypatch.setattr(packed_attention, "_by_segments_backward", no_gradient)
+    monkeypatch.setattr(padded_attention, "backward", no_gradient)
     assert trial(model_of("llama"), Packed(False)) == "RuntimeError: no gradient here"
 
 
@@ -422,7 +422,7 @@ def dense(q, k, v, owner, window: int) -> torch.Tensor:
         [[b <= a and (mine == other or (other[0] == 0 and mine[1] == other[1])) for b, other in enumerate(owner)]
          for a, mine in enumerate(owner)]
     )  # fmt: skip
-    if window != packed_attention.FULL:
+    if window != FULL:
         places = torch.arange(len(owner))
         sees &= places[:, None] - places < window
     scores = torch.einsum("qhd,khd->hqk", q, k) * 0.3
@@ -430,14 +430,12 @@ def dense(q, k, v, owner, window: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(
-    ("shared", "window"), [(True, packed_attention.FULL), (False, packed_attention.FULL), (False, 3)]
-)
+@pytest.mark.parametrize(("shared", "window"), [(True, FULL), (False, FULL), (False, 3)])
 def test_attention_and_its_gradients_equal_one_mask_over_all_tokens(seed, shared, window, monkeypatch):
     if seed % 2:
-        monkeypatch.setattr(packed_attention, "FEW", 1)
-        monkeypatch.setattr(packed_attention, "MANY", 400)
-        packed_attention._planned.cache_clear()
+        monkeypatch.setattr(padded_attention, "FEW", 1)
+        monkeypatch.setattr(padded_attention, "MANY", 400)
+        padded_attention._planned.cache_clear()
     segments, (q, k, v, gradient), owner = attention_case(seed, shared)
     who = [segments.bounds, segments.prompts, segments.groups, segments.sizes]
     found = []
@@ -449,7 +447,7 @@ def test_attention_and_its_gradients_equal_one_mask_over_all_tokens(seed, shared
         out = attend(*inputs)
         out.backward(gradient)
         found.append([out.detach(), *(each.grad for each in inputs)])
-    packed_attention._planned.cache_clear()
+    padded_attention._planned.cache_clear()
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, atol=2e-6)
 
@@ -497,9 +495,7 @@ def test_what_torch_compile_is_told_of_the_operator_is_what_it_does(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize(
-    ("shared", "window"), [(True, packed_attention.FULL), (False, packed_attention.FULL), (False, 3)]
-)
+@pytest.mark.parametrize(("shared", "window"), [(True, FULL), (False, FULL), (False, 3)])
 def test_flash_attention_equals_padded_segments_and_repeats_to_the_bit(size, shared, window):
     segments, tensors, _ = attention_case(1, shared, (14, 2), size)
     q, k, v, gradient = (each.cuda().bfloat16() for each in tensors)

@@ -18,9 +18,10 @@ from rlhf.models.recompute import enable
 from rlhf.models.saving import save_model
 from rlhf.models.value import Head, value_model
 from rlhf.preflight.agreement import agreeing_passes, check_engine
+from rlhf.rollout.build import architecture_of, build_model
 from rlhf.rollout.hf import Apart, Decoder, HfEngine, make_decoder
 from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.worker import WorkerSpec, architecture_of, build_model
+from rlhf.rollout.spec import WorkerSpec
 from tests.benchmarks.architectures import NOT_MADE, REFUSED, WRONG, judged
 from tests.benchmarks.tiny_families import FAMILIES, tiny
 

@@ -16,7 +16,8 @@ from rlhf.config import (
     VerifierRewardConfig,
 )
 from rlhf.config.algo import Advantage, AlgoConfig
-from rlhf.rollout.launch import JOURNALS, Workers, worker_spec
+from rlhf.rollout.launch import Workers
+from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.worker import Worker
 from transfer import make_transfer
 from transfer.agreement.journal import Journal

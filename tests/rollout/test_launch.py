@@ -17,7 +17,7 @@ import requests
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import Workers
-from rlhf.rollout.worker import WorkerSpec
+from rlhf.rollout.spec import WorkerSpec
 from rlhf.types import Prompt
 from transfer.agreement.wire import TOKEN_VARIABLE, RemoteError
 from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig
@@ -90,7 +90,7 @@ def test_a_worker_that_is_too_slow_to_start_is_named_with_the_key_to_change(tmp_
 PARENT = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
-    from rlhf.rollout.worker import WorkerSpec
+    from rlhf.rollout.spec import WorkerSpec
     from transfer.worker.process import WorkerProcess
 
     def main():

@@ -94,7 +94,7 @@ def test_an_address_that_takes_connections_and_says_nothing_is_one_line_by_the_d
 
 
 def joined(address, workers, timeout_s):
-    from rlhf.rollout.launch import ray_running
+    from rlhf.rollout.ray_workers import ray_running
 
     with ray_running(RaySenderConfig(address=address, start_timeout_s=timeout_s), workers):
         pass

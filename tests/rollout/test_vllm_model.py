@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.vllm import environment
 from rlhf.rollout.vllm_model import model_folder
-from rlhf.rollout.worker import WorkerSpec
 
 QWEN = {"architecture": {"model_type": "qwen3", "hidden_size": 64}, "endpoint": {"backend": "local"}}
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.rollout.worker import Worker, WorkerSpec, architecture_of, build_model
+from rlhf.rollout.build import architecture_of, build_model
+from rlhf.rollout.spec import WorkerSpec
+from rlhf.rollout.worker import Worker
 from rlhf.rollout.worker import _around as around
 from transfer import make_transfer
 from transfer.agreement.wire import ROUTES, Refused, TransferError

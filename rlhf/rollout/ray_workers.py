@@ -1,0 +1,98 @@
+"""Workers that are Ray actors, and the Ray that they run in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import RolloutConfig
+from rlhf.rollout.spec import WorkerSpec
+from rlhf.rollout.spec_of_run import specs
+from rlhf.rollout.worker import Worker, parts_of
+from rlhf.shell.ending import RunError
+from transfer.config import RaySenderConfig
+from transfer.worker.process import python_path
+from transfer.worker.ray_start import check_cpus, joined_ray, private_ray
+from transfer.worker.stacks import dumps_stacks_when_asked
+
+if TYPE_CHECKING:
+    from transfer import Sender
+
+    Connect = Callable[[], list[Sender]]  # waits until the workers are up
+
+RAY_THREADS = 8  # so that `status` is answered while the actor samples
+
+
+class RayWorker(Worker):
+    """A worker as a Ray actor: built in the actor's process."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        dumps_stacks_when_asked(spec.log)
+        super().__init__(*parts_of(spec), spec.log)
+
+
+@contextmanager
+def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig, folder: Path) -> Iterator[Connect]:
+    """Workers as Ray actors, in a private Ray unless `sender.address` names one or this process is in one already.
+
+    An actor that dies is started again, `config.restarts` times.
+    """
+    import ray
+
+    from transfer.trainer.senders.ray import RaySender
+
+    variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(spec.threads)}
+    actor_class = ray.remote(RayWorker).options(
+        num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
+    )
+    told = specs(spec, config.workers, folder) if sender.address is None else [spec] * config.workers
+    with ray_running(sender, config.workers), ExitStack() as stack:
+        actors: list[Any] = []
+        for worker_spec in told:
+            actors.append(actor_class.remote(worker_spec))
+            stack.callback(ray.kill, actors[-1])
+
+        def connected(index: int, deadline: float) -> Sender:
+            name = f"worker {index} (ray)"
+            _await_actor(name, actors[index], deadline)
+            return RaySender(actors[index], name, sender.timeout_s, sender.start_timeout_s)
+
+        def connect() -> list[Sender]:
+            deadline = time.monotonic() + sender.start_timeout_s
+            return [connected(index, deadline) for index in range(len(actors))]
+
+        yield connect
+
+
+@contextmanager
+def ray_running(sender: RaySenderConfig, workers: int) -> Iterator[None]:
+    """A Ray to run in: this process's own, or the one at `sender.address`, or a private one that ends with it."""
+    import ray
+
+    if ray.is_initialized():
+        check_cpus("the Ray that this process is in", ray.cluster_resources().get("CPU", 0), workers)
+        yield
+    elif sender.address is None:
+        with private_ray(workers):
+            yield
+    else:
+        with joined_ray(sender.address, workers, sender.start_timeout_s):
+            yield
+
+
+def _await_actor(name: str, actor: Any, deadline: float) -> None:
+    import ray
+
+    try:
+        ray.get(actor.health.remote({}), timeout=max(0.0, deadline - time.monotonic()))
+    except ray.exceptions.GetTimeoutError:
+        free, all_ = (resources().get("CPU", 0) for resources in (ray.available_resources, ray.cluster_resources))
+        raise RunError(
+            f"{name} did not come up within transfer.sender.start_timeout_s; each takes one CPU of the Ray, of whose "
+            f"{all_:g} {free:g} are free"
+        ) from None
+    except ray.exceptions.RayError as error:
+        raise RunError(f"{name} died while it started: {error}") from None

@@ -1,0 +1,91 @@
+"""What the workers of a run are told, from its configuration and its policy."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import EvaluationConfig, RunConfig, VllmRolloutConfig
+from rlhf.config.algo import DpoConfig
+from rlhf.rollout.build import architecture_of
+from rlhf.rollout.spec import WorkerSpec
+from transfer.config import InFlight
+
+JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
+LEAST_ROWS = 32  # that vLLM prepares for
+MOST_ROWS = 1024  # as vLLM has it by default on large GPUs; further rows wait
+
+
+def worker_spec(
+    policy: Any, config: RunConfig | EvaluationConfig, endpoint: Mapping[str, Any], base: str | None = None
+) -> WorkerSpec:
+    """What a worker needs to hold a copy of `policy` and to take updates from the session of `endpoint`.
+
+    `base`: from where it loads the weights below the policy's adapter.
+    """
+    import torch
+
+    from rlhf.models.adapter import spec_of
+
+    parameter = next(policy.parameters())
+    dtype = config.rollout.dtype or config.model.dtype
+    return WorkerSpec(
+        architecture=architecture_of(policy),
+        endpoint=dict(endpoint),
+        dtype=dtype.name,
+        device=parameter.device.type,
+        attention=policy.config._attn_implementation,
+        code=_code_of(policy),
+        **_engine(config),
+        threads=config.threads,
+        token=secrets.token_urlsafe(32),
+        adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
+    )
+
+
+def _code_of(policy: Any) -> str:
+    """The checkpoint whose own code the policy is made of; empty where it is transformers'."""
+    if not policy.is_remote_code():
+        return ""
+    folder = Path(policy.name_or_path)
+    return str(folder.resolve()) if folder.is_dir() else policy.name_or_path
+
+
+def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:
+    """Which engine samples, and how it is made."""
+    rollout = config.rollout
+    if not isinstance(rollout, VllmRolloutConfig):
+        return {}
+    settings: dict[str, Any] = {"max_num_seqs": min(rows_at_once(config), MOST_ROWS)}
+    batched = rollout.engine_args.get("max_num_batched_tokens")
+    if isinstance(batched, int):  # of which vLLM wants one a row at least
+        settings["max_num_seqs"] = min(settings["max_num_seqs"], batched)
+    if rollout.sleep_level:
+        settings["enable_sleep_mode"] = True
+    if rollout.in_flight is InFlight.keep:
+        settings["async_scheduling"] = False  # so that a step's tokens are those of the step before new weights
+    return {
+        "engine": "vllm",
+        "engine_args": {**settings, **rollout.engine_args},
+        "keep_prefix_cache": rollout.keep_prefix_cache,
+    }
+
+
+def rows_at_once(config: RunConfig | EvaluationConfig) -> int:
+    """Rows that a worker samples together, at most, in a step or an evaluation: vLLM prepares for no more."""
+    asked = [(config.task.held_out, config.evaluate.samples)]
+    if isinstance(config, RunConfig):
+        prompts = config.algo.prompts if isinstance(config.algo, DpoConfig) else config.prompts_per_step
+        asked.append((prompts, config.samples_per_prompt))
+    rows = [
+        min(-(-prompts // config.rollout.workers) * n, max(config.rollout.rows_per_request, n)) for prompts, n in asked
+    ]
+    return max(LEAST_ROWS, *rows)
+
+
+def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
+    """What each of `count` workers is told: the same, and a journal of its own in `folder`."""
+    return [replace(spec, journal=str(folder / JOURNALS / f"worker-{index}.jsonl")) for index in range(count)]
