@@ -20,7 +20,7 @@ from rlhf.rollout import completions
 from rlhf.rollout.worker import Worker
 from transfer.agreement import wire
 from transfer.backends.local import LocalPublisher
-from transfer.worker import app, bodies, openapi
+from transfer.worker import app, bodies, openapi, schemas
 
 PROMPT = [[3, 4], [5]]
 
@@ -236,10 +236,10 @@ def made_possible(url, headers):
 
 def spare(body):
     """Ask for fewer samples, where the number of them is allowed."""
-    for field, most, few in (("n", openapi.MAX_ROWS, 2), ("max_tokens", 2**20, 4)):
+    for field, most, few in (("n", schemas.MAX_ROWS, 2), ("max_tokens", 2**20, 4)):
         if type(body.get(field)) is int and 0 < body[field] <= most:
             body[field] = min(body[field], few)
-    if isinstance(body.get("prompt"), list) and len(body["prompt"]) <= openapi.MAX_ROWS:
+    if isinstance(body.get("prompt"), list) and len(body["prompt"]) <= schemas.MAX_ROWS:
         body["prompt"] = body["prompt"][:3]
 
 

@@ -1,7 +1,7 @@
 """What the messages of an update may hold: their fields, and what each field's value must be.
 
 Forms with an epoch belong to a session; those called ONE_SHOT are vLLM's, which have none. What the verbs do with them
-is in receiver.py; openapi.py describes the same forms for others.
+is in receiver.py; schemas.py describes the same forms for others.
 """
 
 from __future__ import annotations
