@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -56,23 +55,29 @@ def default_signals():
         signal.signal(number, handler)
 
 
-@functools.cache
-def _composed(*overrides: str):
-    from hydra import compose, initialize_config_dir
-
-    import rlhf.train  # noqa: F401 - which makes the schemas known
-    from rlhf.compose import CONF
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
 @pytest.fixture
 def compose_run():
     """`compose_run("algo=ppo", ...) -> RunConfig`."""
-    from rlhf.compose import checked
+    from composed import composed_run
 
-    return lambda *overrides: checked(_composed(*overrides))
+    return composed_run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """Runs in this process draw no `curves.png`, which takes as long as a small run's steps; what draws it."""
+    from rlhf.assembly import outcome
+
+    plain = outcome.plot_curves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "plot_curves", lambda *_: None)
+        yield plain
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch):
+    """But for those of a test with this."""
+    monkeypatch.setattr("rlhf.assembly.outcome.plot_curves", undrawn)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows(folder)]
 
 
-def test_a_run_on_sampled_pairs_says_loss_accuracy_and_margin_on_training_and_held_out_pairs(train):
+def test_a_run_on_sampled_pairs_says_loss_accuracy_and_margin_on_training_and_held_out_pairs(train, drawn):
     folder = train(*SMOKE, "steps=5")
     steps = [row for row in rows(folder) if "train/loss" in row]
     evaluations = [row for row in rows(folder) if "eval/pair_loss" in row]

@@ -206,7 +206,7 @@ def test_the_end_of_a_run_says_what_each_phase_takes_of_a_step(train, capsys):
 # --- what a run leaves ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_loads(train):
+def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_loads(train, drawn):
     from safetensors.torch import load_file
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

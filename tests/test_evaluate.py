@@ -10,25 +10,18 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composed import composed_evaluation, composed_run
 from hydra.errors import CompactHydraException
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train_cli import WITHOUT_HEAVY
 
 from rlhf.assembly.saved_policy import evaluate_policy
-from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.held_out import pass_at_k, right
 from rlhf.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ("task=sort", "task.letters=3", "task.max_length=4", "task.held_out=16")
-
-
-def composed(*overrides: str):
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return checked_evaluation(compose("evaluate", list(overrides)))
 
 
 # --- pass@k -----------------------------------------------------------------------------------------------------------
@@ -69,19 +62,15 @@ def test_an_answer_is_right_at_gold_score_1_alone_and_neither_where_there_is_non
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a finished run of a few steps that is right now and then."""
-    from rlhf.compose import checked
 
     folder = tmp_path_factory.mktemp("run")
     overrides = ["experiment=smoke", *TASK, "transfer=local", "logger=jsonl", "sft.steps=120", "steps=2", "seed=3"]
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = checked(compose("config", overrides))
-    run(config, folder, overrides)
+    run(composed_run(*overrides), folder, overrides)
     return folder
 
 
 def evaluated(trained: Path, folder: Path, *overrides: str) -> dict:
-    config = composed(f"model.path={trained}/policy", *TASK, "seed=3", *overrides)
+    config = composed_evaluation(f"model.path={trained}/policy", *TASK, "seed=3", *overrides)
     numbers = evaluate_policy(config, folder)
     assert json.loads((folder / "evaluation.json").read_text()) == numbers
     return numbers
@@ -118,7 +107,9 @@ def test_worker_processes_give_the_numbers_of_one_process(trained, tmp_path):
 
 
 def test_a_task_without_answers_is_refused(trained, tmp_path):
-    config = composed(f"model.path={trained}/policy", "task=jsonl", f"task.path={ROOT}/examples/preferences.jsonl")
+    config = composed_evaluation(
+        f"model.path={trained}/policy", "task=jsonl", f"task.path={ROOT}/examples/preferences.jsonl"
+    )
     with pytest.raises(ValueError, match=r"no held-out row of the task has an answer .* task\.path"):
         evaluate_policy(config, tmp_path)
 
@@ -173,4 +164,4 @@ def test_what_does_not_evaluate_imports_nothing_heavy(tmp_path, arguments, code,
 )
 def test_a_value_that_makes_no_sense_is_named_with_what_is_allowed(overrides, message):
     with pytest.raises(CompactHydraException, match=message):
-        composed("model.path=x", *overrides)
+        composed_evaluation("model.path=x", *overrides)

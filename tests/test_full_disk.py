@@ -57,7 +57,7 @@ def test_a_policy_that_cannot_be_written_is_one_line_and_the_one_before_stays(co
     assert (place / "run" / "policy" / "model.safetensors").read_bytes() != before
 
 
-def test_a_plot_that_finds_no_room_is_a_warning_and_the_run_is_finished(compose_run, disk, capsys):
+def test_a_plot_that_finds_no_room_is_a_warning_and_the_run_is_finished(compose_run, disk, drawn, capsys):
     place = disk(4096)
     (place / "run").mkdir()
     fill(place, 100_000)  # most of which policy/ takes

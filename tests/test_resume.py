@@ -53,7 +53,6 @@ def train(compose_run, tmp_path, monkeypatch):
             return method
 
         with monkeypatch.context() as patch:
-            patch.setattr("rlhf.assembly.outcome.plot_curves", lambda *_: None)  # takes as long as all steps
             for each in plain:
                 patch.setattr(Recorder, each, dying(each))
             if not killed_at:

@@ -21,6 +21,7 @@ import test_correction
 import test_learner
 import test_losses
 import torch
+from composed import composed_run
 from hydra.errors import CompactHydraException
 from safetensors.torch import load_file
 from test_learner import gradients, sampled
@@ -102,19 +103,12 @@ def world(compose_run, tmp_path) -> Iterator[Callable[..., World]]:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """`smoke("steps=3", ...)`: the folder of a short run, made once for all that ask for the same."""
-    from hydra import compose, initialize_config_dir
-
-    from rlhf.compose import CONF, checked, register
-
     done: dict[tuple[str, ...], Path] = {}
 
     def trained(*overrides: str) -> Path:
         if overrides not in done:
-            register()
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                config = checked(compose("config", overrides=[*SMOKE, *overrides]))
             done[overrides] = tmp_path_factory.mktemp("run")
-            run(config, done[overrides])
+            run(composed_run(*SMOKE, *overrides), done[overrides])
         return done[overrides]
 
     return trained

@@ -113,9 +113,8 @@ SHORT = ("task.held_out=3", "rollout.max_new_tokens=4", "checkpoint.every=1", "t
 
 
 @pytest.fixture
-def train(compose_run, tmp_path, monkeypatch):
+def train(compose_run, tmp_path):
     """`train("steps=2", resume=True)`: the folder of a run on `rows.jsonl`, which is written first."""
-    monkeypatch.setattr("rlhf.assembly.outcome.plot_curves", lambda *_: None)  # takes as long as all else
     path = written(tmp_path / "rows.jsonl", [{"prompt": row["prompt"], "answer": row["chosen"]} for row in ROWS])
 
     def trained(*overrides: str, resume: bool = False) -> Path:

@@ -8,12 +8,11 @@ import math
 import random
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composed import composed_run
 from hydra.errors import CompactHydraException
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.compose import CONF, checked, register
 from rlhf.monitor.alarms import EVALUATIONS, JUMP_WINDOW, OF_EVALUATIONS, OF_STEPS, QUIET, Watch
 from rlhf.monitor.metrics import zero_std
 from rlhf.run import run
@@ -54,9 +53,7 @@ def watch(compose_run):
 @pytest.fixture(scope="module")
 def default_run():
     """The default run, composed once for all examples of a property."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return checked(compose("config"))
+    return composed_run()
 
 
 def step(**changes: float) -> dict[str, float]:
