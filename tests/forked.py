@@ -8,7 +8,9 @@ Popen was given, and has a server of its own for its workers. FRESH among the va
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import importlib
 import inspect
 import json
@@ -22,7 +24,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 WORKER = "rlhf.rollout.worker"  # the only one that starts no workers
 SCRIPTS = ("run_with_fault.py",)  # of this folder
@@ -130,13 +132,36 @@ def main(server: socket.socket) -> None:
         ours.close()
         command, files = _next(theirs)
     _become(command, files)
-    _, what, module, *_ = [*command["arguments"], ""]
+    try:
+        _run(command["arguments"])
+    except SystemExit as end:
+        _end(end.code)
+    _end(None)
+
+
+def _run(arguments: list[str]) -> None:
+    _, what, module, *_ = [*arguments, ""]
     if what == "-m":
         sys.modules.pop(module, None)  # it is __main__ now
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(HERE.parent))
         runpy.run_path(what, run_name="__main__")
+
+
+def _end(code: object) -> NoReturn:
+    """End as Python ends, but for taking all modules apart: in a copy of a process, longer than to import them."""
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = 120
+    os._exit(code or 0)
 
 
 def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -191,4 +216,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what is forked; this ends with its client
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else the first collection of what is forked copies all of this
     main(socket.socket(fileno=int(sys.argv[1])))
