@@ -24,7 +24,15 @@ from rlhf.tasks import make_task, read_task
 from rlhf.train import NOWHERE, for_check
 from transfer import make_transfer
 
-SMALL = ("experiment=smoke", "transfer=local", "sft.steps=3", "steps=3", "task.held_out=8", "task.max_length=3")
+SMALL = (
+    "experiment=smoke",
+    "transfer=local",
+    "sft.steps=3",
+    "steps=3",
+    "task.held_out=8",
+    "task.prompts=64",
+    "task.max_length=3",
+)
 REWARDS = """\
 def broken(prompts, completions, **columns):
     raise LookupError("no such grade")

@@ -27,7 +27,8 @@ AGGREGATIONS = {
     Aggregation.seq_mean_token_sum_norm: "sum / (rows x max_new_tokens)",
 }
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
-SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "sft.steps=2", "steps=1", "task.held_out=8")
+TASK = ("task.held_out=8", "task.prompts=64")
+SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "sft.steps=2", "steps=1", *TASK)
 
 
 def table(first: str) -> list[list[str]]:

@@ -19,7 +19,7 @@ from rlhf.run import run
 from rlhf.shell.ending import RunError
 
 SMALL = ("experiment=smoke", "model=micro", "transfer=local", "sft.steps=1", "prompts_per_step=2", "steps=1")
-SHORT = ("task.held_out=4", "rollout.max_new_tokens=4", "logger=[console]")
+SHORT = ("task.held_out=4", "task.prompts=64", "rollout.max_new_tokens=4", "logger=[console]")
 
 
 @pytest.fixture

@@ -345,7 +345,7 @@ def test_what_an_asynchronous_function_has_not_answered_by_its_deadline_has_no_r
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 SMOKE = ("experiment=smoke", "model=micro", "steps=2", "sft.steps=5", "logger=[jsonl,console]", "transfer=local")
-SHORT = ("evaluate_every=2", "task.held_out=16")
+SHORT = ("evaluate_every=2", "task.held_out=16", "task.prompts=64")
 
 
 def test_a_run_goes_on_where_rewards_are_nan_counts_them_and_says_an_alarm(compose_run, tmp_path, capsys):

@@ -26,7 +26,8 @@ from rlhf.run import run
 from rlhf.shell.ending import RunError, alone
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", "task.held_out=16", "sft.steps=10", "prompts_per_step=4")
+TASK = ("task.held_out=16", "task.prompts=256")
+SMALL = ("experiment=smoke", "logger=jsonl", "transfer=local", *TASK, "sft.steps=10", "prompts_per_step=4")
 MEASURED = ("seconds/", "transfer/", "tokens_per_second")  # how long things took, and what messages weighed
 OWN = ("state.json", "rows.jsonl", "config.json", "adapter/adapter_config.json")  # hold such numbers, or the folder
 

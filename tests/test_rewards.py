@@ -36,7 +36,8 @@ from rlhf.stages.reward_model import margins, pair_scores, train_reward_model
 from rlhf.types import Pair, Prompt, RewardReport
 from transfer.agreement.journal import Journal
 
-SMOKE = ("experiment=smoke", "steps=3", "sft.steps=20", "logger=jsonl", "transfer=local", "evaluate_every=3")
+SMALL = ("experiment=smoke", "task.prompts=256", "sft.steps=20", "logger=jsonl", "transfer=local")
+SMOKE = (*SMALL, "steps=3", "evaluate_every=3")
 PROMPTS = [Prompt(f"{n}?", (n,), {"answer": n}) for n in range(6)]
 ANSWERS = ["", "a", "bb", "ccc", "dddd", "eeeee"]
 

@@ -210,7 +210,7 @@ def test_a_server_that_is_not_there_is_noticed_before_a_worker_is_started_or_any
         ["reward=sum", f"reward.parts={{mine: {{kind: http, url: '{url}', retries: 0}}}}"],
     ):
         key = "reward.parts.mine.url" if reward[0] == "reward=sum" else "reward.url"
-        config = compose_run("experiment=smoke", *reward)
+        config = compose_run("experiment=smoke", "task.prompts=64", *reward)
         with pytest.raises(RunError, match=rf"^{key}={url} refused the connection 1 time\(s\): look whether it runs"):
             run(config, tmp_path / "run")
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]

@@ -85,8 +85,9 @@ def test_letters_that_a_terminal_cannot_show_are_escaped(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_whose_pipe_is_closed_trains_to_its_end(tmp_path):
-    small = "experiment=smoke model=micro transfer=local sft.steps=2 task.held_out=8 steps=2 logger=[console,jsonl]"
-    done = shell(tmp_path, f"$PY -W ignore -m rlhf.train {small} hydra.run.dir=run 2>&1 | head -1")
+    small = "experiment=smoke model=micro transfer=local sft.steps=2 task.held_out=8 task.prompts=64 steps=2"
+    command = f"$PY -W ignore -m rlhf.train {small} logger=[console,jsonl] hydra.run.dir=run"
+    done = shell(tmp_path, f"{command} 2>&1 | head -1")
     assert codes(tmp_path) == [0, 0] and done.stdout.startswith("sort: 2 steps x 8 prompts")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
     assert "next: python -m rlhf.report" in (tmp_path / "run" / "screen.txt").read_text()
@@ -115,7 +116,9 @@ def _opens_text(call: ast.Call) -> bool:
 def test_a_run_in_a_folder_with_an_umlaut_is_resumed_in_any_locale(tmp_path):
     folder = tmp_path / "grüße"
     folder.mkdir()
-    small = "experiment=smoke model=micro transfer=local sft.steps=2 task.held_out=8 logger=[console,jsonl]"
+    small = (
+        "experiment=smoke model=micro transfer=local sft.steps=2 task.held_out=8 task.prompts=64 logger=[console,jsonl]"
+    )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     shell(folder, f"$PY -W ignore -m rlhf.train {small} steps=1 hydra.run.dir=run")
     assert codes(folder) == [0]

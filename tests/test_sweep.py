@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-TINY = ("experiment=smoke", "transfer=local", "logger=jsonl", "sft.steps=2", "task.held_out=8", "evaluate_every=1")
+TINY = (
+    "experiment=smoke",
+    "transfer=local",
+    "logger=jsonl",
+    "sft.steps=2",
+    "task.held_out=8",
+    "task.prompts=64",
+    "evaluate_every=1",
+)
 REWARDS = """
 import os, signal
 from pathlib import Path

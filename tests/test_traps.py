@@ -53,7 +53,8 @@ from transfer.memory.digest import digest_of
 from transfer.trainer.senders.direct import DirectSender
 
 CPU = torch.device("cpu")
-SMOKE = ("experiment=smoke", "sft.steps=20", "task.held_out=16", "prompts_per_step=4", "transfer=local", "logger=jsonl")
+SMALL = ("experiment=smoke", "sft.steps=20", "task.prompts=256", "task.held_out=16")
+SMOKE = (*SMALL, "prompts_per_step=4", "transfer=local", "logger=jsonl")
 NO_STEP = "optim.lr=1e-30"  # a rate that changes no bit of a weight
 make_learner = test_learner.make_learner
 

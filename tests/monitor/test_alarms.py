@@ -242,7 +242,15 @@ def indifferent(tmp_path, monkeypatch):
         "def one(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    small = ("experiment=smoke", "steps=3", "sft.steps=4", "task.held_out=16", "transfer=local", "algo.kl_coef=0")
+    small = (
+        "experiment=smoke",
+        "steps=3",
+        "sft.steps=4",
+        "task.held_out=16",
+        "task.prompts=64",
+        "transfer=local",
+        "algo.kl_coef=0",
+    )
     return (*small, "reward=function", "reward.function=indifferent:one", "logger=[console,jsonl]")
 
 

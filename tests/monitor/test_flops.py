@@ -154,7 +154,15 @@ def test_a_run_is_measured_by_what_its_algorithm_computes(compose_run, monkeypat
 @pytest.mark.parametrize("algo", ["algo=grpo", "algo=dpo algo.prompts=32 prompts_per_step=4"])
 def test_a_run_on_a_device_that_is_known_logs_its_mfu(compose_run, tmp_path, monkeypatch, algo):
     monkeypatch.setattr("rlhf.monitor.flops._peak", lambda policy: 1e12)
-    small = ("experiment=smoke", "logger=jsonl", "transfer=local", "sft.steps=2", "steps=2", "task.held_out=8")
+    small = (
+        "experiment=smoke",
+        "logger=jsonl",
+        "transfer=local",
+        "sft.steps=2",
+        "steps=2",
+        "task.held_out=8",
+        "task.prompts=64",
+    )
     summary = run(compose_run(*small, *algo.split()), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = [row["train/mfu"] for row in rows if "seconds/step" in row]

@@ -111,7 +111,15 @@ def test_what_a_worker_s_engine_has_started_is_asked_and_no_process_that_would_e
 
 
 def test_chosen_steps_are_traced_and_memory_is_in_the_summary(compose_run, tmp_path):
-    small = ("experiment=smoke", "transfer=local", "logger=jsonl", "sft.steps=2", "steps=3", "task.held_out=8")
+    small = (
+        "experiment=smoke",
+        "transfer=local",
+        "logger=jsonl",
+        "sft.steps=2",
+        "steps=3",
+        "task.held_out=8",
+        "task.prompts=64",
+    )
     summary = run(compose_run(*small, "profile.steps=[2]"), tmp_path)
     (trace,) = (tmp_path / "profile").iterdir()
     told = json.loads(gzip.decompress(trace.read_bytes()))

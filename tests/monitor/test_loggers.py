@@ -14,7 +14,7 @@ import pytest
 from rlhf.monitor.loggers import SERVICES, Background, Guarded, JsonlLogger, check_loggers, described, make_loggers
 from rlhf.monitor.metrics import SHOWN
 
-SMALL = ("experiment=smoke", "transfer=local", "sft.steps=2", "steps=2", "task.held_out=8")
+SMALL = ("experiment=smoke", "transfer=local", "sft.steps=2", "steps=2", "task.held_out=8", "task.prompts=64")
 
 
 class Keeps:

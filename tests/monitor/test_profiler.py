@@ -15,7 +15,7 @@ from rlhf.monitor.traces import Trace, Traces, compress, profiler
 from rlhf.run import run
 from transfer.agreement.wire import Refused, RemoteError
 
-SMALL = ("experiment=smoke", "logger=jsonl", "sft.steps=2", "steps=3", "task.held_out=8")
+SMALL = ("experiment=smoke", "logger=jsonl", "sft.steps=2", "steps=3", "task.held_out=8", "task.prompts=64")
 TIMES = ("seconds", "tokens_per_second", "transfer/seconds", "transfer/write_seconds")
 
 
