@@ -187,20 +187,8 @@ def test_trap_07_tokens_that_the_policy_did_not_sample_change_no_advantage_of_th
     test_advantages.test_masked_tokens_inserted_anywhere_leave_the_advantages_of_real_tokens_unchanged()
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dapo", "dr_grpo", "ppo"])
-def test_trap_08_gradients_are_the_same_for_any_micro_batches_and_any_order_of_rows(make_learner, algo):
-    rollouts, rewards = sampled(), [float(b % 3) for b in range(12)]
-    whole = gradients(make_learner(f"algo={algo}"), rollouts, list(rewards))
-    order = [2, 0, 1]  # of prompts, and backwards within each
-    rows = [4 * p + j for p in order for j in reversed(range(4))]
-    shuffled = replace(
-        rollouts, prompts=[rollouts.prompts[p] for p in order], completions=[rollouts.completions[b] for b in rows]
-    )
-    for tokens in (1, 25, 16384):
-        learner = make_learner(f"algo={algo}", f"tokens_per_microbatch={tokens}")
-        split = gradients(learner, shuffled, [rewards[b] for b in rows])
-        assert (split - whole).abs().max() < 2e-6 * whole.abs().max(), tokens
-    assert whole.abs().max() > 1e-3
+def test_trap_08_gradients_are_the_same_for_any_micro_batches_and_any_order_of_rows(make_learner):
+    test_learner.test_gradients_are_the_same_for_any_split_into_micro_batches_and_any_order(make_learner, "algo=dapo")
 
 
 def test_trap_09_whitening_counts_sampled_tokens_of_the_whole_batch_and_no_padding():

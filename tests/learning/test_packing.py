@@ -129,9 +129,11 @@ AGGREGATIONS = [f"algo=grpo algo.aggregation={aggregation.value}" for aggregatio
     "algo", [*(f"algo={name}" for name in ALGOS), *AGGREGATIONS, "algo=grpo algo.entropy_coef=0.1"]
 )
 def test_gradients_of_every_algorithm_are_those_of_padded_rows_for_any_split(make_learner, algo):
-    padded = gradients(make_learner(*algo.split()), conversations(), list(REWARDS))
-    for tokens in (1, 20, 10000):
-        learner = as_packed(make_learner(*algo.split(), f"tokens_per_microbatch={tokens}"))
+    learner = make_learner(*algo.split())
+    padded = gradients(learner, conversations(), list(REWARDS))
+    as_packed(learner)
+    for tokens in (1, 20, 10000) if algo in ("algo=grpo", "algo=ppo") else (20,):
+        learner.config.tokens_per_microbatch = tokens
         ours = gradients(learner, conversations(), list(REWARDS))
         assert float((ours - padded).norm()) <= 1e-5 * float(padded.norm()), tokens
 
