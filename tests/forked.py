@@ -1,9 +1,10 @@
 """Processes of the tests, forked from one that has imported torch and transformers: importing these takes longer than
 most of what a test does with a process.
 
-After `use()`, subprocess.Popen starts `python -m MODULE`, for the modules below, by a server that forks itself; it is
-started when it is first needed. What it makes is the caller's own child, with the pipes, variables and folder that
-Popen was given, and has a server of its own for its workers. FRESH among the variables has a process import all itself.
+After `use()`, subprocess.Popen starts `python -m MODULE`, for the modules below, and `python -c` with code that imports
+torch, by a server that forks itself; it is started when it is first needed. What it makes is the caller's own child,
+with the pipes, variables and folder that Popen was given, and has a server of its own for its workers. FRESH among the
+variables has a process import all itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -26,9 +28,10 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-WORKER = "rlhf.rollout.worker"  # the only one that starts no workers
-SCRIPTS = ("run_with_fault.py",)  # of this folder
-MODULES = ("rlhf.train", "rlhf.resume", "rlhf.evaluate", WORKER)
+WORKERS = {"rlhf.rollout.worker", "transfer.worker.plain_worker"}  # they start none
+MODULES = {"rlhf.train", "rlhf.resume", "rlhf.evaluate", *WORKERS}
+SCRIPTS = ("run_with_fault.py", "transfer/test_live_view.py")  # of this folder
+CODE = re.compile(r"^import [\w, ]*\btorch$", re.MULTILINE)
 LIGHT = {"--help", "-h", "--hydra-help", "--cfg"}  # what answers at once, and imports nothing heavy, is not forked
 HERE = Path(__file__).resolve()
 FRESH = "RLHF_FRESH_PROCESSES"
@@ -43,6 +46,7 @@ IMPORTED = (  # what the modules need, and their workers
         "rlhf.rollout.hf",
         "transfer.worker.serve",
         "transfer.worker.app",
+        "transfer.worker.plain_worker",
     ),
     *("transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot", "uvicorn", "httptools"),
 )
@@ -78,7 +82,15 @@ def _is_known(told: dict[str, Any]) -> bool:
     args = told["args"]
     if not isinstance(args, list) or args[0] != sys.executable:
         return False
-    known = (args[1:2] == ["-m"] and args[2] in MODULES) or args[1] in [str(HERE.with_name(name)) for name in SCRIPTS]
+    match args[1:3]:
+        case ["-m", module]:
+            known = module in MODULES
+        case ["-c", code]:
+            known = bool(CODE.search(code))
+        case [script, *_]:
+            known = script in [str(HERE.parent / name) for name in SCRIPTS]
+        case _:
+            known = False
     return known and not LIGHT & set(args) and told["preexec_fn"] is None and not told["pass_fds"]
 
 
@@ -121,7 +133,7 @@ def use(server: socket.socket | None = None) -> None:
 def main(server: socket.socket) -> None:
     """Fork for each command; goes on, in the forked process, as `python -m MODULE`."""
     command, files = _next(server)
-    while WORKER not in command["arguments"]:
+    while not WORKERS & set(command["arguments"][:3]):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork():
             theirs.close()
@@ -144,8 +156,10 @@ def _run(arguments: list[str]) -> None:
     if what == "-m":
         sys.modules.pop(module, None)  # it is __main__ now
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        exec(compile(module, "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
-        sys.path.insert(0, str(HERE.parent))
+        sys.path.insert(0, str(Path(what).parent))
         runpy.run_path(what, run_name="__main__")
 
 
@@ -198,7 +212,8 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
     os.environ.update(command["variables"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     setproctitle.setproctitle(" ".join(command["arguments"]))
-    sys.argv = command["arguments"][2 if command["arguments"][1] == "-m" else 1 :]
+    _, what, *rest = command["arguments"]
+    sys.argv = {"-m": rest, "-c": [what, *rest[1:]]}.get(what, [what, *rest])
     tempfile.tempdir = None  # it is where TMPDIR says
     sys.path[:0] = [command["folder"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
