@@ -4,7 +4,7 @@ most of what a test does with a process.
 After `use()`, subprocess.Popen starts `python -m MODULE`, for the modules below, and `python -c` with code that imports
 torch, by a server that forks itself; it is started when it is first needed. What it makes is the caller's own child,
 with the pipes, variables and folder that Popen was given, and has a server of its own for its workers. FRESH among the
-variables has a process import all itself.
+variables has a process import all itself; with LIGHT, it is forked from one that cannot import what is heavy.
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ WORKERS = {"rlhf.rollout.worker", "transfer.worker.plain_worker"}  # they start 
 MODULES = {"rlhf.train", "rlhf.resume", "rlhf.evaluate", *WORKERS}
 SCRIPTS = ("run_with_fault.py", "transfer/test_live_view.py")  # of this folder
 CODE = re.compile(r"^import [\w, ]*\btorch$", re.MULTILINE)
-LIGHT = {"--help", "-h", "--hydra-help", "--cfg"}  # what answers at once, and imports nothing heavy, is not forked
 HERE = Path(__file__).resolve()
-FRESH = "RLHF_FRESH_PROCESSES"
+FRESH, LIGHT = "RLHF_FRESH_PROCESSES", "RLHF_LIGHT_PROCESS"
 PARAMETERS = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]  # type: ignore[attr-defined]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+IMPORTED_LIGHT = (
+    "rlhf.train",
+    "rlhf.resume",
+    "rlhf.evaluate",
+    "rlhf.compose",
+    "hydra._internal.utils",
+    "hydra.compose",
+)
 IMPORTED = (  # what the modules need, and their workers
     *(
         "rlhf.run",
@@ -53,7 +60,7 @@ IMPORTED = (  # what the modules need, and their workers
 LONGEST = 2**20  # bytes of a command
 
 _lock = threading.Lock()
-_server: socket.socket | None = None
+_servers: dict[bool, socket.socket] = {}  # by whether all that they fork is light
 
 
 class Forked(subprocess.Popen):  # type: ignore[type-arg]
@@ -72,7 +79,7 @@ class Forked(subprocess.Popen):  # type: ignore[type-arg]
             "session": told["start_new_session"],
         }
         ends = [told[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        self.pid = _asked(command, [own if end == -1 else end for own, end in enumerate(ends)])
+        self.pid = _asked(command, LIGHT in variables, [own if end == -1 else end for own, end in enumerate(ends)])
         self._child_created = True
         pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(told[name] for name in pipes))  # type: ignore[attr-defined]
@@ -91,14 +98,15 @@ def _is_known(told: dict[str, Any]) -> bool:
             known = script in [str(HERE.parent / name) for name in SCRIPTS]
         case _:
             known = False
-    return known and not LIGHT & set(args) and told["preexec_fn"] is None and not told["pass_fds"]
+    return known and told["preexec_fn"] is None and not told["pass_fds"]
 
 
-def _asked(command: dict[str, Any], files: list[int]) -> int:
+def _asked(command: dict[str, Any], light: bool, files: list[int]) -> int:
     """The id of a new child of this process, with these files as its 0, 1 and 2."""
-    global _server
     with _lock:
-        _server = server = _server or _started()
+        if light not in _servers:
+            _servers[light] = _started(light)
+        server = _servers[light]
         _adopt(True)  # what loses its parent meanwhile becomes our child
         try:
             socket.send_fds(server, [json.dumps(command).encode()], files)
@@ -112,18 +120,24 @@ def _adopt(on: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def _started() -> socket.socket:
+def _started(light: bool) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        command = [sys.executable, HERE.name, str(theirs.fileno())]  # shorter than those that take its place
+        command = [
+            sys.executable,
+            HERE.name,
+            str(theirs.fileno()),
+            *(["light"] if light else []),
+        ]  # short: others go here
         subprocess.Popen(command, cwd=HERE.parent, pass_fds=[theirs.fileno()])
     return ours
 
 
-def use(server: socket.socket | None = None) -> None:
+def use(server: socket.socket | None = None, light: bool = False) -> None:
     """From now on Popen asks a server: this one, or one of its own."""
-    global _server
-    _server = server
+    _servers.clear()
+    if server is not None:
+        _servers[light] = server
     subprocess.Popen = Forked  # type: ignore[misc]
 
 
@@ -137,7 +151,7 @@ def main(server: socket.socket) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork():
             theirs.close()
-            use(ours)
+            use(ours, LIGHT in command["variables"])
             break
         for descriptor in files:  # this is the server of that process
             os.close(descriptor)
@@ -223,13 +237,16 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    import light
     import setproctitle
 
     setproctitle.getproctitle()  # looks where its own stands while the environment is as it was
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path[0] = str(HERE.parents[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what is forked; this ends with its client
-    for name in IMPORTED:
+    if "light" in sys.argv:
+        light.refuse()
+    for name in IMPORTED_LIGHT if "light" in sys.argv else IMPORTED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # else the first collection of what is forked copies all of this

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import LIGHT
 from hydra import compose, initialize_config_dir
 
 from rlhf.compose import checked_evaluation
@@ -186,7 +187,7 @@ def test_the_choice_that_the_docs_add_composes(tmp_path, rlhf_train):
     (text,) = blocks(ROOT / "docs" / "configuration.md", "yaml")
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "small.yaml").write_text(text)
-    done = rlhf_train("--config-dir", "mine", "model=small", "--cfg", "job")
+    done = rlhf_train("--config-dir", "mine", "model=small", "--cfg", "job", env={LIGHT: "1"})
     model = yaml.safe_load(done.stdout)["model"]
     assert (model["layers"], model["hidden"], model["heads"], model["architecture"]) == (3, 96, 6, "qwen3")
 

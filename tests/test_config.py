@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import LIGHT
 from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, SCHEMAS, misplaced
@@ -114,7 +115,7 @@ def test_every_folder_of_files_is_a_group_that_the_code_knows():
     ],
 )
 def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, screen):
-    done = rlhf_train(*arguments.split())
+    done = rlhf_train(*arguments.split(), env={LIGHT: "1"})
     assert done.returncode == 1
     for words in screen:
         assert words in done.stderr

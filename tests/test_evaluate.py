@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from composed import composed_evaluation, composed_run
+from forked import LIGHT
 from hydra.errors import CompactHydraException
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train_cli import WITHOUT_HEAVY
 
 from rlhf.assembly.saved_policy import evaluate_policy
 from rlhf.held_out import pass_at_k, right
@@ -146,9 +146,8 @@ def test_during_a_run_held_out_prompts_have_pass_at_k_and_the_first_sample_is_th
     ],
 )
 def test_what_does_not_evaluate_imports_nothing_heavy(tmp_path, arguments, code, screen):
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_HEAVY)
     command = [sys.executable, "-m", "rlhf.evaluate", *arguments.split()]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), LIGHT: "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, screen in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
     assert "Traceback" not in done.stderr

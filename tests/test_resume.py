@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import LIGHT
 from omegaconf import OmegaConf
 
 from rlhf import resume
@@ -313,9 +314,8 @@ def test_a_mistake_answers_at_once_and_changes_nothing(started, tmp_path, argume
     tmp_path.mkdir()
     folder = folder.rename(tmp_path / "run")
     before = (folder / ".hydra" / "overrides.yaml").read_text()
-    script = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('rlhf.resume', run_name='__main__')"
-    command = [sys.executable, "-c", script, *arguments.split()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rlhf.resume", *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), LIGHT: "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
     )

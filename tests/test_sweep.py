@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from forked import LIGHT
 from omegaconf import OmegaConf
 
 TINY = (
@@ -57,8 +58,9 @@ def sweep(rlhf_train, tmp_path):
     """`sweep("seed=0,1")` runs one into `sweep/` of the test's folder: what it printed, and the folder."""
     (tmp_path / "mine.py").write_text(REWARDS)
 
-    def run(*overrides: str, timeout: float = 100):
-        done = rlhf_train(*overrides, "hydra.sweep.dir=sweep", timeout=timeout, start_new_session=True)
+    def run(*overrides: str, timeout: float = 100, **options):
+        options = {"timeout": timeout, "start_new_session": True} | options
+        done = rlhf_train(*overrides, "hydra.sweep.dir=sweep", **options)
         return done, tmp_path / "sweep"
 
     return run
@@ -104,7 +106,7 @@ def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
     ],
 )
 def test_a_slip_of_the_pen_in_one_of_a_sweep_s_values_is_refused_before_the_first_job(sweep, wrong, said):
-    done, folder = sweep("-m", "experiment=smoke", *wrong.split())
+    done, folder = sweep("-m", "experiment=smoke", *wrong.split(), env={LIGHT: "1"})
     assert done.returncode == 1 and re.search(said, done.stderr) and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == "" and not list(folder.glob("*/"))
 

@@ -11,36 +11,33 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import FRESH
+from forked import FRESH, LIGHT
 
 from rlhf.tasks.json_lines import check_readable
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "starlette", "numpy", "requests")
-WITHOUT_HEAVY = f"""\
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name in {HEAVY!r}:
-            raise AssertionError("imported " + name)
-
-sys.meta_path.insert(0, Refuse())
-"""
+WITHOUT_HEAVY = {LIGHT: "1"}
 
 
 @pytest.fixture
-def without_heavy(tmp_path):
-    """Environment of a Python in which importing a heavy package fails."""
+def fresh(tmp_path):
+    """Variables of a process that imports all itself, and cannot import what is heavy."""
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(WITHOUT_HEAVY)
-    return {"PYTHONPATH": f"{folder}:{ROOT}", FRESH: "1"}
+    (folder / "sitecustomize.py").write_text("from light import refuse\nrefuse()\n")
+    return {"PYTHONPATH": f"{folder}:{ROOT}:{ROOT / 'tests'}", FRESH: "1"}
 
 
-def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
-    done = rlhf_train("experiment=smoke", env=without_heavy)
-    assert done.returncode == 1 and "AssertionError: imported torch" in done.stderr
+def test_the_refusal_of_heavy_imports_works(rlhf_train, fresh):
+    for variables in (fresh, WITHOUT_HEAVY):
+        done = rlhf_train("experiment=smoke", env=variables)
+        assert done.returncode == 1 and "AssertionError: imported torch" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("steps=3 stepz=4", 1)])
+def test_what_does_not_train_imports_nothing_heavy_from_the_start(rlhf_train, fresh, arguments, code):
+    done = rlhf_train(*arguments.split(), env=fresh)
+    assert done.returncode == code and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -65,14 +62,14 @@ def test_the_refusal_of_heavy_imports_works(rlhf_train, without_heavy):
         ("mode=check -m seed=0,1", 1, "mode=check looks at one run: leave out -m"),
     ],
 )
-def test_what_does_not_train_imports_nothing_heavy(rlhf_train, without_heavy, arguments, code, screen):
-    done = rlhf_train(*arguments.split(), env=without_heavy)
+def test_what_does_not_train_imports_nothing_heavy(rlhf_train, arguments, code, screen):
+    done = rlhf_train(*arguments.split(), env=WITHOUT_HEAVY)
     assert (done.returncode, screen in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_the_printed_run_is_the_one_that_the_overrides_compose(rlhf_train):
-    done = rlhf_train("--cfg", "job", "task=reverse", "transfer=disk", "transfer.keep=5", "seed=7")
+    done = rlhf_train("--cfg", "job", "task=reverse", "transfer=disk", "transfer.keep=5", "seed=7", env=WITHOUT_HEAVY)
     run = yaml.safe_load(done.stdout)
     assert {"path", "keep", "verify", "sender"} < set(run["transfer"]) and run["transfer"]["keep"] == 5
     assert run["seed"] == 7 and run["algo"]["name"] == "grpo"
@@ -110,10 +107,10 @@ def test_an_installed_wheel_brings_its_dials_along(rlhf_train, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "train mode=check", "evaluate model.path=."])
-def test_a_data_file_that_is_not_there_is_answered_before_anything_heavy_is_imported(command, without_heavy, tmp_path):
+def test_a_data_file_that_is_not_there_is_answered_before_anything_heavy_is_imported(command, tmp_path):
     module, *others = command.split()
     line = [sys.executable, "-m", f"rlhf.{module}", *others, "task=jsonl", "task.path=nowhere.jsonl"]
-    environment = os.environ | without_heavy
+    environment = os.environ | WITHOUT_HEAVY | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"task.path: cannot read nowhere.jsonl from {tmp_path}: No such file or directory\n" in done.stderr
