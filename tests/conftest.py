@@ -14,18 +14,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import forked
-import hypothesis
 import pytest
-import torch
 from history import check
 
-# On a busy machine, or at its first run, drawing an example takes long; pytest's own timeout ends what hangs.
-hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("suite")
-torch.set_num_threads(1)
 if forked.FRESH not in os.environ and find_spec("setproctitle"):
     forked.use()
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """What tests need from their import on; a process that only hands tests out needs none of it."""
+    if session.config.getoption("tx", None) and not hasattr(session.config, "workerinput"):
+        return
+    import hypothesis
+    import torch
+
+    # On a busy machine, or at its first run, drawing an example takes long; pytest's own timeout ends what hangs.
+    patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+    hypothesis.settings.register_profile("suite", **patient)
+    hypothesis.settings.load_profile("suite")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
