@@ -1,6 +1,5 @@
 import contextlib
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import psutil
 import pytest
 import torch
 from test_session import opened
-from worker_process import Float8Model, OddModel, PlainModel, fingerprint, in_process, on_gpu, plain
+from worker_process import CONTEXT, Float8Model, OddModel, PlainModel, fingerprint, in_process, on_gpu, plain
 
 from transfer import make_receiver, make_transfer
 from transfer.agreement import wire
@@ -302,9 +301,7 @@ def test_a_worker_goes_on_serving_when_its_trainer_is_killed_and_obeys_the_next_
         with WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), tmp_path / "log") as worker:
             url = f"http://127.0.0.1:{worker.port(time.monotonic() + 60)}"
             with closing(HttpSender(url, spec.token, "worker 0", TIMEOUT_S)) as sender:
-                trainer = multiprocessing.get_context("spawn").Process(
-                    target=train_until_killed, args=(url, spec.token, str(tmp_path))
-                )
+                trainer = CONTEXT.Process(target=train_until_killed, args=(url, spec.token, str(tmp_path)))
                 trainer.start()
                 trainer.join(60)
                 assert trainer.exitcode == -signal.SIGKILL

@@ -1,10 +1,8 @@
-"""The one-shot API between real processes: over HTTP, over Ray, and on GPUs where there are some."""
+"""The one-shot API between real processes, over HTTP and on GPUs where there are some; test_ray_actors.py: over Ray."""
 
 import json
-import multiprocessing
 import os
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
@@ -13,8 +11,8 @@ import pytest
 import requests
 import torch
 from one_shot import DEADLINE_S, Loaded, digest, digests, pickled, receive, weights
+from worker_process import CONTEXT
 
-import transfer
 from transfer import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 from transfer.engine import ipc
 from transfer.engine.handles import Exporter
@@ -72,9 +70,8 @@ def serve(port, device=None):
 
 @contextmanager
 def worker_process(device=None):
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, device), daemon=True)
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=serve, args=(there, device), daemon=True)
     process.start()
     try:
         assert here.poll(DEADLINE_S)
@@ -211,81 +208,6 @@ def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(monkeypatch):
         finally:
             stop.set()
     assert memfds() == 0
-
-
-# --- transports: Ray --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def actors():
-    """Two live actors with vLLM's `update_weights`."""
-    ray = pytest.importorskip("ray")
-    folders = [str(Path(__file__).parent), str(Path(transfer.__file__).parent.parent)]
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}},
-    )
-    try:
-        yield [ray.remote(num_cpus=0)(Actor).remote() for _ in range(2)]
-    finally:
-        ray.shutdown()
-
-
-class Actor:
-    """A Ray actor with the method that a trainer calls."""
-
-    def __init__(self):
-        self.loaded = Loaded()
-
-    def update_weights(self, request):
-        assert list(request) == ["update_info"]
-        if request["update_info"]["names"] == ["slow"]:
-            time.sleep(5)
-        receive(request["update_info"], self.loaded.load_weights)
-
-    def told(self):
-        return digests(self.loaded.weights), memfds()
-
-
-def told(actor):
-    import ray
-
-    return ray.get(actor.told.remote(), timeout=DEADLINE_S)
-
-
-@pytest.mark.slow
-def test_a_ray_actor_receives_weights_exactly(actors):
-    sent = weights()
-    send(sent, mode="ray", llm_handle=actors[0])
-    assert told(actors[0]) == (digests(sent), 0)
-
-
-@pytest.mark.slow
-def test_a_list_of_ray_actors_receives_the_same_weights(actors):
-    sent = weights()
-    send(sent, mode="ray", llm_handle=actors)
-    assert [told(actor) for actor in actors] == [(digests(sent), 0)] * 2
-
-
-def test_what_a_ray_actor_raises_reaches_the_trainer_after_all_have_answered(actors, monkeypatch):
-    add = Exporter.add
-
-    def for_the_second_only(self, name, tensor, receivers):
-        return [{"GPU-elsewhere": ()}, *add(self, name, tensor, receivers)[1:]]
-
-    monkeypatch.setattr(ipc.Exporter, "add", for_the_second_only)
-    sent = {"only one": torch.randn(3)}
-    with pytest.raises(ValueError, match="'only one': IPC handle not found for GPU UUID"):
-        send(sent, mode="ray", llm_handle=actors)
-    assert told(actors[1])[0]["only one"] == digest(sent["only one"])
-
-
-def test_a_ray_actor_that_does_not_answer_is_given_up_at_the_deadline(actors, monkeypatch):
-    monkeypatch.setattr(ipc, "TIMEOUT_S", 0.2)
-    with pytest.raises(TimeoutError, match=r"llm_handle \[0\] of 1 did not answer within 0.2 s"):
-        send({"slow": torch.ones(1)}, mode="ray", llm_handle=actors[0])
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------

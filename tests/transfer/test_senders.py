@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import threading
 import time
@@ -7,7 +6,6 @@ from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 from worker_process import PlainModel, fingerprint
 
 from transfer import make_receiver, make_transfer
@@ -16,7 +14,6 @@ from transfer.config import DiskConfig, IpcConfig, SenderConfig
 from transfer.trainer.senders.direct import DirectSender
 from transfer.trainer.senders.http import HttpSender
 from transfer.trainer.senders.kept_alive import KeptAlive
-from transfer.trainer.senders.ray import RaySender
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -325,104 +322,3 @@ def test_an_answer_that_drips_in_ends_with_the_deadline():
         with pytest.raises(wire.RemoteError, match=r"no answer within 0\.3 s"):
             sender.call("status", {}, 0.3)
         assert time.monotonic() - began < 10
-
-
-# --- ray --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ray():
-    ray = pytest.importorskip("ray")
-    here = os.path.dirname(__file__)
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.getcwd()])}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    yield ray
-    ray.shutdown()
-
-
-class Actor:
-    """A worker as a Ray actor."""
-
-    def __init__(self, endpoint=None):
-        torch.set_num_threads(1)
-        if endpoint is not None:
-            self.module = PlainModel(seed=99)
-            self.receiver = make_receiver(endpoint, self.module)
-
-    def health(self, body):
-        return {"seen": body}
-
-    def peek(self):
-        return fingerprint(self.module.state_dict())
-
-    def start_weight_update(self, body):
-        return self.receiver.start_weight_update(body)
-
-    def update_weights(self, body):
-        return self.receiver.update_weights(body)
-
-    def finish_weight_update(self, body):
-        return self.receiver.finish_weight_update(body)
-
-    def abort_weight_update(self, body):
-        return self.receiver.abort_weight_update(body)
-
-    def init_weight_transfer_engine(self, body):
-        return self.receiver.init_weight_transfer_engine(body)
-
-    def status(self, body):
-        return self.receiver.status(body)
-
-    def pause(self, body):
-        raise wire.Refused(409, "not now")
-
-    def resume(self, body):
-        raise KeyError("a bug")
-
-    def is_paused(self, body):
-        threading.Event().wait(60)
-
-    def version(self, body):
-        return wire.Binary(b"\0\xff", wire.COLUMNS_TYPE)
-
-    def completions(self, body):
-        os._exit(9)
-
-
-def test_a_ray_actor_answers_and_its_refusals_keep_their_status(ray):
-    actor = ray.remote(Actor).options(num_cpus=0).remote()
-    sender = RaySender(actor, "worker 3", 60.0)
-    assert sender.call("health", {"a": 1}) == {"seen": {"a": 1}}
-    assert sender.call("version", {}) == {wire.BODY: b"\0\xff"}
-    with pytest.raises(wire.RemoteError, match=r"worker 3: pause: not now \(status 409\)"):
-        sender.call("pause", {})
-    with pytest.raises(wire.RemoteError, match=r"KeyError: 'a bug' \(status 500\)"):
-        sender.call("resume", {})
-    with pytest.raises(wire.RemoteError, match=r"no answer within 0\.2 s") as caught:
-        sender.call("is_paused", {}, timeout_s=0.2)
-    assert caught.value.status == 0
-    ray.kill(actor)
-
-
-def test_a_ray_actor_that_dies_is_an_error_with_status_0(ray):
-    sender = RaySender(ray.remote(Actor).options(num_cpus=0).remote(), "worker 3", 60.0)
-    sender.call("health", {})
-    with pytest.raises(wire.RemoteError, match="the actor is gone") as caught:
-        sender.call("completions", {})
-    assert caught.value.status == 0
-
-
-def test_updates_through_ray_arrive_in_shared_memory(ray, tmp_path):
-    with make_transfer(IpcConfig(sender=SenderConfig()), tmp_path) as transfer:
-        actors = [ray.remote(Actor).options(num_cpus=0).remote(dict(transfer.endpoint)) for _ in range(2)]
-        senders = [RaySender(actor, f"worker {i}", 60.0) for i, actor in enumerate(actors)]
-        transfer.open(PlainModel(1).state_dict(), senders)
-        for version in range(3):
-            assert transfer.push(PlainModel(version).state_dict()) == version
-            expected = fingerprint(PlainModel(version).state_dict())
-            assert ray.get([actor.peek.remote() for actor in actors]) == [expected, expected]
-        with pytest.raises(wire.RemoteError, match="epoch 2 is not initialised here") as caught:
-            senders[0].call("start_weight_update", {"epoch": 2, "version": 9})
-        assert caught.value.status == 409
-        for actor in actors:
-            ray.kill(actor)
