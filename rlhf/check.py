@@ -29,7 +29,7 @@ from rlhf.config.algo import AlgoConfig
 from rlhf.models.adapter import add_adapter, sent_weights
 from rlhf.models.saving import saved_dtype
 from rlhf.monitor.heartbeat import Pulse
-from rlhf.monitor.loggers import SERVICES
+from rlhf.monitor.loggers import is_service
 from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
 from rlhf.reports.run_folder import is_run
@@ -86,7 +86,7 @@ def one_step(config: RunConfig) -> RunConfig:
     if isinstance(short.algo, AlgoConfig):
         short.algo.critic_warmup_steps = 0  # the policy is to learn, too
         short.algo.dynamic_sampling = 0  # all groups may be alike yet
-    short.logger = {name: logger for name, logger in config.logger.items() if type(logger) not in SERVICES}
+    short.logger = {name: logger for name, logger in config.logger.items() if not is_service(logger)}
     return short
 
 

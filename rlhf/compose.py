@@ -6,35 +6,18 @@ pick it up, and `checked` turns what was composed into plain dataclasses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import (
-    REWARD_PARTS,
-    AdamWConfig,
-    ArithmeticTaskConfig,
-    ConsoleLoggerConfig,
-    EvaluationConfig,
-    GuessTaskConfig,
-    HfModelConfig,
-    HfRolloutConfig,
-    JsonlLoggerConfig,
-    JsonlTaskConfig,
-    MlflowLoggerConfig,
-    ReasoningGymTaskConfig,
-    ReverseTaskConfig,
-    RunConfig,
-    SortTaskConfig,
-    SumRewardConfig,
-    TensorboardLoggerConfig,
-    TinyModelConfig,
-    TrackioLoggerConfig,
-    VllmRolloutConfig,
-    WandbLoggerConfig,
-)
+from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunConfig, TinyModelConfig, VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig, DpoConfig
-from rlhf.shell.search_path import of_command
+from rlhf.plugins.found import use, warn
+from rlhf.plugins.hydra_choices import register_parts
+from rlhf.plugins.registry import KINDS, loaded, names
+from rlhf.plugins.wanted import PLUGINS, wanted
+from rlhf.shell.search_path import Where, of_command
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,
@@ -51,20 +34,10 @@ CONF = next(
     if folder.is_dir()
 )  # inside the package in a wheel, beside it in a checkout
 
-SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {
-        "sort": SortTaskConfig,
-        "reverse": ReverseTaskConfig,
-        "arithmetic": ArithmeticTaskConfig,
-        "guess": GuessTaskConfig,
-        "jsonl": JsonlTaskConfig,
-        "reasoning_gym": ReasoningGymTaskConfig,
-    },
+FIXED: dict[str, dict[str, type]] = {  # choices beside the parts of rlhf/plugins
     "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
     "rollout": {"hf": HfRolloutConfig, "vllm": VllmRolloutConfig},
-    "reward": {**REWARD_PARTS, "sum": SumRewardConfig},
     "algo": {"base": AlgoConfig, "dpo": DpoConfig},
-    "optim": {"adamw": AdamWConfig},
     "transfer": {
         "ipc": IpcConfig,
         "gloo": CollectiveConfig,
@@ -74,35 +47,61 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "local": LocalConfig,
     },
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
-    "logger": {
-        "console": ConsoleLoggerConfig,
-        "jsonl": JsonlLoggerConfig,
-        "tensorboard": TensorboardLoggerConfig,
-        "wandb": WandbLoggerConfig,
-        "mlflow": MlflowLoggerConfig,
-        "trackio": TrackioLoggerConfig,
-    },
 }
+CONF_ONLY = Where()
+
+
+def schemas() -> dict[str, dict[str, type]]:
+    """The dataclass of each choice of each group; of an installed package's, if it has been chosen."""
+    found = {group: dict(choices) for group, choices in FIXED.items()}
+    for part in loaded():
+        if part.config is not None:
+            found.setdefault(KINDS[part.kind].group, {})[part.name] = part.config
+    return found
+
+
+def others() -> dict[str, list[str]]:
+    """The choices of each group, and the names that dials of an algorithm take, beside those of `conf/` and FIXED."""
+    found: dict[str, list[str]] = {}
+    ours = {(part.kind, part.name) for part in loaded() if part.ours}
+    for kind, told in KINDS.items():
+        more = [name for name in names(kind) if (kind, name) not in ours]
+        if told.dial:
+            found[told.dial] = names(kind)
+            more = [name for name in more if any(p.config for p in loaded() if (p.kind, p.name) == (kind, name))]
+        found.setdefault(told.group, []).extend(more)
+    return {group: more for group, more in found.items() if more}
 
 
 def choice(part: Any) -> str:
     """The name by which a group's choice is chosen: `ipc` of an IpcConfig; "in-process" of no sender at all."""
     if isinstance(part, CollectiveConfig):
         return part.library.value
-    names = (name for choices in SCHEMAS.values() for name, schema in choices.items() if type(part) is schema)
-    return next(names, "in-process")
+    found = (name for choices in schemas().values() for name, schema in choices.items() if type(part) is schema)
+    return next(found, "in-process")
 
 
 def register() -> None:
-    """Make every schema known to Hydra, under `schema/<group>/<choice>`."""
+    """Make every choice known to Hydra: `schema/<group>/<choice>`, and, if it is not ours, as the choice itself."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
     store.store(group="schema", name="evaluation", node=EvaluationConfig)
-    for group, choices in SCHEMAS.items():
+    for group, choices in FIXED.items():
         for name, schema in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    register_parts()
+
+
+def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
+    """Import the modules that a command line's `plugins=[...]` names, or its experiments, and make their parts known.
+
+    PartError says which is wrong, and what to change.
+    """
+    use(wanted(overrides, where))
+    warn()
+    register()
 
 
 def checked(config: Any) -> RunConfig:
@@ -125,12 +124,13 @@ def _plain(config: Any) -> Any:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
+        use(OmegaConf.select(config, PLUGINS) or [])
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         raise CompactHydraException(f"{error.full_key} has no value: add {error.full_key}=...") from None
     except (OmegaConfBaseException, AttributeError, ValueError) as error:  # slots: an unknown key is an AttributeError
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        raise CompactHydraException(str(cause)) from None
+        wrapped = isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, ValueError)
+        raise CompactHydraException(str(error.__cause__ if wrapped else error)) from None
 
 
 def unknown_choices(overrides: list[str]) -> list[str]:
@@ -143,7 +143,7 @@ def unknown_choices(overrides: list[str]) -> list[str]:
 
     if any("searchpath" in each or each.startswith(("--config-dir", "-cd")) for each in overrides):
         return []
-    lines = []
+    lines, more = [], others()
     for override in overrides:
         group = override.partition("=")[0].lstrip("+").partition("@")[0]
         if not {",", "["} & set(override) or not (CONF / group).is_dir():
@@ -152,7 +152,7 @@ def unknown_choices(overrides: list[str]) -> list[str]:
             (parsed,) = OverridesParser.create().parse_overrides([override])
         except HydraException:
             continue
-        there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        there = sorted([*(path.stem for path in (CONF / group).glob("*.yaml")), *more.get(group, ())])
         if unknown := [name for name in _choices_of(parsed) if name not in (*there, "null")]:
             lines.append(f"{override}: there is no {group}={' or '.join(unknown)}; choose from {', '.join(there)}")
     return lines
@@ -170,11 +170,11 @@ def _choices_of(override: Any) -> list[str]:
 def misplaced(overrides: list[str]) -> list[str]:
     """For `group.key=...` overrides whose key only other choices of that group have: one line each that says so."""
     hints = []
-    chosen = _chosen(overrides)
+    chosen, known = _chosen(overrides), schemas()
     for override in overrides:
         path, _, key = override.partition("=")[0].lstrip("+~").rpartition(".")
         group = path.replace(".", "/")
-        owners = [name for name, schema in SCHEMAS.get(group, {}).items() if key in _keys(schema)]
+        owners = [name for name, schema in known.get(group, {}).items() if key in _keys(schema)]
         if owners and group in chosen and key not in _keys(chosen[group]):
             kind = group.rpartition("/")[2]
             owners = [file for name in owners for file in _files(group, name)]
@@ -186,7 +186,7 @@ def misplaced(overrides: list[str]) -> list[str]:
 
 def _files(group: str, schema: str) -> list[str]:
     """The choices by which a schema is had: its namesake, or all that build on it."""
-    if (CONF / group / f"{schema}.yaml").exists():
+    if (CONF / group / f"{schema}.yaml").exists() or schema in others().get(group, ()):
         return [schema]
     files = sorted((CONF / group).glob("*.yaml"))
     return [file.stem for file in files if f"/schema/{group}/{schema}@" in file.read_text(encoding="utf-8")]
@@ -199,14 +199,15 @@ def _chosen(overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     where, words = of_command(overrides)
-    choices = [o for o in words if o.partition("=")[0] in {*SCHEMAS, "experiment"} and "," not in o]
+    groups = schemas()
+    choices = [o for o in words if o.partition("=")[0] in {*groups, "experiment"} and "," not in o]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = where.compose("config", choices)
     except Exception:  # the mistake is in a choice itself, and Hydra has said so already
         return {}
-    nodes = {group: OmegaConf.select(config, group.replace("/", ".")) for group in SCHEMAS}
+    nodes = {group: OmegaConf.select(config, group.replace("/", ".")) for group in groups}
     return {group: OmegaConf.get_type(node) for group, node in nodes.items() if node is not None}
 
 

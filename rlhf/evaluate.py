@@ -17,7 +17,7 @@ from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
 from rlhf.shell.screen import outlast
 from rlhf.tasks.json_lines import check_readable
-from rlhf.train import print_help
+from rlhf.train import prepare_command, print_help
 from transfer.agreement.shown import printable
 
 register()
@@ -59,6 +59,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(sys.argv[1:], "evaluate", HELP)
         return
+    prepare_command(sys.argv[1:])
     terminate_as_interrupt()
     try:
         _job()

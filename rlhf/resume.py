@@ -14,7 +14,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.compose import CONF, checked, register
+from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.shell.ending import EXPLAINED, alone, full_disk_explained
 from rlhf.shell.screen import outlast
@@ -153,7 +153,7 @@ def _compose(overrides: Sequence[str], where: Where = NOWHERE) -> tuple[Any, dic
     from hydra import initialize_config_dir
     from omegaconf import open_dict
 
-    register()
+    prepare(overrides, where)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = where.compose("config", overrides, return_hydra_config=True)
     choices = config.hydra.runtime.choices

@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rlhf.config import Objective, RunConfig
+from rlhf.plugins.found import use
 from rlhf.reports.leaderboard import write_tables
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import objective_of, read_summary, write_summary
@@ -76,6 +77,7 @@ def _child(config: RunConfig, folder: Path, overrides: list[str], go_on: bool) -
     from rlhf.run import run
 
     try:
+        use(config.plugins)
         run(config, folder, overrides, resume=go_on and _begun(folder, config))
     except EXPLAINED as error:
         _note_failure(folder, overrides, str(error))

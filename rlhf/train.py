@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
-from rlhf.compose import CONF, checked, misplaced, register, unknown_choices
+from rlhf.compose import CONF, checked, misplaced, others, prepare, register, unknown_choices
 from rlhf.config import Mode
+from rlhf.plugins import PartError
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import of_command
@@ -44,7 +45,7 @@ Afterwards (each has a --help of its own; RUN_DIR is the folder that a run names
 
 python -m transfer.doctor says what works on this machine, and --hydra-help lists Hydra's own flags.
 
-Choices (group=choice):
+Choices (group=choice, and what algo.loss and algo.advantage may name):
 {choices}
 
 The dials of the composed run (key=value; what each means is in rlhf/config/ and transfer/config.py):
@@ -104,11 +105,21 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(sys.argv[1:])
         return
+    prepare_command(sys.argv[1:])
     if unknown := unknown_choices(sys.argv[1:]):
         sys.exit("\n".join(unknown))
     sys.argv[1:] = for_check(sys.argv[1:])
     with as_command(sys.argv[1:]):
         _job()
+
+
+def prepare_command(arguments: list[str]) -> None:
+    """Let the parts be known that a command line names; SystemExit with what is wrong with them."""
+    where, overrides = of_command(arguments)
+    try:
+        prepare(overrides, where)
+    except PartError as error:
+        sys.exit(printable(str(error)))
 
 
 @contextmanager
@@ -139,19 +150,24 @@ def print_help(arguments: list[str], name: str = "config", text: str = HELP) -> 
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
+    prepare_command(arguments)
     where, overrides = of_command(arguments)
     choices: dict[str, list[str]] = {}
     for path in sorted(
         path.relative_to(place) for place in (CONF, *where.folders()) for path in place.glob("*/**/*.yaml")
     ):
         choices.setdefault(path.parent.as_posix(), []).append(path.stem)
+    for group, more in others().items():
+        choices.setdefault(group, []).extend(name for name in more if name not in choices.get(group, ()))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             composed = where.compose(name, overrides)
         except HydraException as error:
             sys.exit(str(error))
     shown = [
-        group for group in choices if group.partition("/")[0] in composed or (name, group) == ("config", "experiment")
+        group
+        for group in sorted(choices)
+        if group.partition("/")[0].partition(".")[0] in composed or (name, group) == ("config", "experiment")
     ]
     lines = [f"  {group:<16} {' '.join(choices[group])}" for group in shown]
     print(text.format(choices="\n".join(lines), dials=OmegaConf.to_yaml(composed)))

@@ -9,7 +9,7 @@ import yaml
 from forked import LIGHT
 from hydra.errors import CompactHydraException
 
-from rlhf.compose import CONF, SCHEMAS, misplaced
+from rlhf.compose import CONF, misplaced, schemas
 from rlhf.config import all_logprobs, needs_logprobs
 from rlhf.rollout.spec_of_run import _engine
 
@@ -27,6 +27,9 @@ WITH = {choice: (needed,) for choice, needed in NEEDS.items()} | {  # what it do
     "rollout=vllm": ("transfer.take=copy",),
     "transfer=handles": ("rollout=vllm", "transfer.sender.url=[http://127.0.0.1:8000]"),
 }
+
+
+SCHEMAS = {group: choices for group, choices in schemas().items() if group != "task/environment"}  # all are others'
 
 
 def files(group: str) -> list[Path]:

@@ -17,6 +17,7 @@ from rlhf.models.tokenizer import make_tokenizer
 from rlhf.monitor.loggers import check_loggers
 from rlhf.preflight.agreement import agreeing_passes
 from rlhf.preflight.lengths import check_lengths
+from rlhf.preflight.parts import check_parts
 from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.rewards import given_rewards
 from rlhf.tasks import make_task, read_task
@@ -42,6 +43,7 @@ def gathered(site: Site) -> Matter:
     """Task, policy and rewards as they are given, checked against each other."""
     config = site.config
     check_loggers(config.logger)
+    check_parts(config)
     if config.model.lora.rank:
         check_peft()
     raw = read_task(config.task, config.seed)

@@ -12,7 +12,7 @@ from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import save_policy
 from rlhf.assembly.site import Site
 from rlhf.config import VllmRolloutConfig
-from rlhf.config.algo import Advantage, AlgoConfig, DpoConfig
+from rlhf.config.algo import AlgoConfig, DpoConfig
 from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import announce, choose_passes
@@ -70,7 +70,7 @@ def _by_rl(site: Site, matter: Matter, parts: Parts, algo: AlgoConfig, passes: P
     learner = Learner(
         policy,
         reference=_reference(policy) if algo.kl_coef > 0 else None,
-        critic=value_model(policy, Head.token) if algo.advantage is Advantage.gae else None,
+        critic=value_model(policy, Head.token) if algo.has_critic else None,
         config=config,
         passes=passes,
     )

@@ -20,7 +20,6 @@ from rlhf.config.logger import (
 from rlhf.config.model import Device, HfModelConfig, LoraConfig, ModelConfig, Precision, TinyModelConfig
 from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
-    REWARD_PARTS,
     FunctionRewardConfig,
     HttpRewardConfig,
     ModelRewardConfig,
@@ -44,6 +43,7 @@ from rlhf.config.run import (
 )
 from rlhf.config.task import (
     ArithmeticTaskConfig,
+    EnvironmentConfig,
     GuessTaskConfig,
     JsonlTaskConfig,
     ReasoningGymTaskConfig,
@@ -54,13 +54,13 @@ from rlhf.config.task import (
 )
 
 __all__ = [
-    "REWARD_PARTS",
     "AdamWConfig",
     "AlarmsConfig",
     "ArithmeticTaskConfig",
     "CheckpointConfig",
     "ConsoleLoggerConfig",
     "Device",
+    "EnvironmentConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "FunctionRewardConfig",

@@ -9,28 +9,10 @@ import enum
 from dataclasses import dataclass
 
 from rlhf.config.rules import at_least, in_range
+from rlhf.plugins.registry import COMPARES, CRITIC, find
 from transfer.config import positive
 
-
-class Advantage(enum.Enum):
-    """Rewards -> advantages (advantages.py)."""
-
-    group_norm = "group_norm"  # GRPO
-    group_mean = "group_mean"  # Dr.GRPO
-    leave_one_out = "leave_one_out"  # RLOO
-    reinforce_pp = "reinforce_pp"  # REINFORCE++
-    reinforce_pp_baseline = "reinforce_pp_baseline"  # REINFORCE++ with the group's mean as baseline
-    gae = "gae"  # PPO, with a critic
-
-
-class PolicyLoss(enum.Enum):
-    """Advantages -> loss of the policy (losses.py)."""
-
-    clip = "clip"  # PPO's clipped surrogate
-    gspo = "gspo"  # the same with one ratio a row
-    cispo = "cispo"  # the clipped ratio as a weight of -A log pi
-    sapo = "sapo"  # the ratio through a sigmoid, a gate that closes softly
-    reinforce = "reinforce"  # -A log pi
+UNBOUND = ("cispo", "sapo", "reinforce")  # losses without a bound for bad tokens
 
 
 class Aggregation(enum.Enum):
@@ -101,10 +83,10 @@ class DpoConfig(TrainingConfig):
 
 @dataclass(slots=True, kw_only=True)
 class AlgoConfig(TrainingConfig):
-    """One algorithm of RL."""
+    """One algorithm of RL; its advantage and its loss are named (rlhf/plugins/builtin.py has ours)."""
 
-    advantage: Advantage
-    loss: PolicyLoss = PolicyLoss.clip
+    advantage: str  # rewards -> advantages
+    loss: str = "clip"  # advantages -> loss of the policy
     aggregation: Aggregation = Aggregation.token_mean
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -133,6 +115,7 @@ class AlgoConfig(TrainingConfig):
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_named()
         for key in ("clip_high", "kl_coef", "entropy_coef", "critic_warmup_steps", "overlong_buffer"):
             at_least(f"algo.{key}", getattr(self, key), 0)
         for key in ("gamma", "lam", "clip_low"):
@@ -153,7 +136,17 @@ class AlgoConfig(TrainingConfig):
     @property
     def group_based(self) -> bool:
         """Whether the advantage compares samples of one prompt, so that one sample alone teaches nothing."""
-        return self.advantage not in (Advantage.reinforce_pp, Advantage.gae)
+        return COMPARES in find("advantage", self.advantage).traits
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantage needs a critic's values."""
+        return CRITIC in find("advantage", self.advantage).traits
+
+    def _check_named(self) -> None:
+        for part in (find("advantage", self.advantage), find("loss", self.loss)):
+            if part.config is not None and not isinstance(self, part.config):
+                raise ValueError(f"{part.chosen} has dials of its own: choose algo={part.name} (got algo={self.name})")
 
     def _check_kl(self) -> None:
         at_least("algo.ref_every", self.ref_every, 0)
@@ -174,8 +167,8 @@ class AlgoConfig(TrainingConfig):
     def _check_ratio(self) -> None:
         if self.clip_dual is not None and self.clip_dual <= 1:
             raise ValueError(f"algo.clip_dual must be greater than 1, or null (got {self.clip_dual})")
-        if self.clip_dual is not None and self.loss not in (PolicyLoss.clip, PolicyLoss.gspo):
-            raise ValueError(f"algo.clip_dual bounds clip and gspo: with algo.loss={self.loss.value} it must be null")
+        if self.clip_dual is not None and self.loss in UNBOUND:
+            raise ValueError(f"algo.clip_dual bounds clip and gspo: with algo.loss={self.loss} it must be null")
         if not 0 <= self.correction_low <= 1 <= self.correction_high:
             raise ValueError(
                 "algo.correction_low must be at most 1, and algo.correction_high at least 1 "

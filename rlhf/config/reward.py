@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from rlhf.config.model import AUTO
 from rlhf.config.rules import at_least, in_range, named_as_part
+from rlhf.plugins.registry import find, names
 from transfer.agreement.shown import shown
 from transfer.config import positive
 
@@ -115,14 +116,6 @@ class HttpRewardConfig(RewardConfig):
             raise ValueError("reward.token_variable must be the name of an environment variable, not the token itself")
 
 
-REWARD_PARTS: dict[str, type[RewardConfig]] = {
-    "verifier": VerifierRewardConfig,
-    "model": ModelRewardConfig,
-    "function": FunctionRewardConfig,
-    "http": HttpRewardConfig,
-}
-
-
 @dataclass(slots=True, kw_only=True)
 class SumRewardConfig(RewardConfig):
     """Several rewards, weighted: `parts={right: {kind: verifier}, short: {kind: http, url: "...", weight: 0.1}}`.
@@ -175,8 +168,9 @@ def _part(name: Any, given: Any) -> RewardPart:
         raise ValueError(f"reward.parts.{name} must be like {{kind: verifier, weight: 1.0}} (got {shown(given)})")
     values = dict(given)
     kind, weight = values.pop("kind", None), values.pop("weight", 1.0)
-    if not isinstance(kind, str) or kind not in REWARD_PARTS:
-        raise ValueError(f"reward.parts.{name}.kind must be one of {', '.join(REWARD_PARTS)} (got {shown(kind)})")
+    kinds = [each for each in names("reward") if each != "sum"]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"reward.parts.{name}.kind must be one of {', '.join(kinds)} (got {shown(kind)})")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"reward.parts.{name}.weight must be a finite number (got {shown(weight)})")
     with named_as_part(name):
@@ -188,7 +182,8 @@ def _typed(kind: str, values: dict[str, Any]) -> RewardConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    schema = REWARD_PARTS[kind]
+    schema = find("reward", kind).config
+    assert schema is not None
     keys = [key.name for key in fields(schema) if key.name != "max_failed"]
     if unknown := [key for key in values if key not in keys]:
         raise ValueError(f"reward.{unknown[0]} is no key of {kind}, which has {', '.join(['weight', *keys])}")

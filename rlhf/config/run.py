@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from rlhf.config.alarms import AlarmsConfig
-from rlhf.config.algo import Advantage, AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
+from rlhf.config.algo import AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import AUTO, Device, ModelConfig
@@ -124,6 +124,7 @@ class RunConfig:
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mode: Mode = Mode.train
+    plugins: list[str] = field(default_factory=list)  # modules that register parts of your own, package.module each
     seed: int = 0
     steps: int = 60
     prompts_per_step: int = 32
@@ -205,7 +206,7 @@ class RunConfig:
                 f"{algo.name} compares samples of one prompt: samples_per_prompt must be at least 2 "
                 f"(got {self.samples_per_prompt})"
             )
-        if algo.advantage is Advantage.gae and algo.critic_warmup_steps >= self.steps:
+        if algo.has_critic and algo.critic_warmup_steps >= self.steps:
             raise ValueError(
                 f"the policy would never learn: algo.critic_warmup_steps must be less than steps "
                 f"(got {algo.critic_warmup_steps} and {self.steps})"
@@ -320,6 +321,7 @@ class EvaluationConfig:
     rollout: RolloutConfig
     transfer: TransferConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    plugins: list[str] = field(default_factory=list)  # modules that register parts of your own, package.module each
     seed: int = 0  # with the seed of the policy's run, the held-out prompts are those that it never trained on
     threads: int = 1  # torch threads a process; another number changes the last bits of floats
 

@@ -11,10 +11,21 @@ from transfer.agreement.shown import shown
 
 
 @dataclass(slots=True, kw_only=True)
+class EnvironmentConfig:
+    """What answers the policy, so that a row is a conversation."""
+
+    turns: int = 3  # answers of the policy, at most
+
+    def __post_init__(self) -> None:
+        at_least("task.environment.turns", self.turns, 1)
+
+
+@dataclass(slots=True, kw_only=True)
 class TaskConfig:
     """Prompts and a gold score; procedural tasks draw their prompts from `seed`, files are read once."""
 
     held_out: int = 128  # prompts kept for evaluation, never trained on
+    environment: EnvironmentConfig | None = None  # null: one answer a prompt, or the task's own conversation
 
     def __post_init__(self) -> None:
         at_least("task.held_out", self.held_out, 1)
@@ -22,7 +33,7 @@ class TaskConfig:
     @property
     def most_answers(self) -> int:
         """Answers of one row, at most."""
-        return 1
+        return 1 if self.environment is None else self.environment.turns
 
     @property
     def leaves_out_overlong(self) -> bool:
@@ -91,6 +102,8 @@ class GuessTaskConfig(TaskConfig):
         in_range("task.min_range", self.min_range, 2, self.letters)
         in_range("task.max_range", self.max_range, self.min_range, self.letters)
         at_least("task.turns", self.turns, 1)
+        if self.environment is not None:
+            raise ValueError("task=guess is a conversation already: leave out task/environment")
 
     @property
     def most_answers(self) -> int:

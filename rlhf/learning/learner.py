@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
-from rlhf.config.algo import Advantage, AlgoConfig, KlIn, Truncated
+from rlhf.config.algo import AlgoConfig, KlIn, Truncated
 from rlhf.learning import advantages as adv
 from rlhf.learning import losses
 from rlhf.learning.correction import effective_share
+from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.forward import Batch, collate
 from rlhf.learning.kl_control import KlController
 from rlhf.learning.microbatches import Sizes
@@ -32,12 +33,6 @@ from rlhf.models.adapter import sent_weights
 from rlhf.shell.ending import RunError
 from rlhf.types import Rollouts
 
-GROUPS = {
-    Advantage.group_norm: adv.group_norm,
-    Advantage.group_mean: adv.group_mean,
-    Advantage.leave_one_out: adv.leave_one_out,
-    Advantage.reinforce_pp_baseline: adv.group_mean,
-}
 MEASURED = ("mismatch", "w", "w_squared")  # of tokens whose rows have the workers' log-probs
 MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run stops
 
@@ -180,20 +175,8 @@ class Learner:
         if self.algo.kl_in is KlIn.reward and batch.ref_BT is not None:
             estimator = losses.KL[self.algo.kl_estimator.value if self.algo.kl_estimator else "k1"]
             penalty_BT = losses.counted(self.kl.coefficient * estimator(self._old(batch), batch.ref_BT), mask_BT)
-        if self.algo.group_based:
-            penalised_B = rewards_B - penalty_BT.sum(dim=1)
-            compared = GROUPS[self.algo.advantage](penalised_B.view(len(batch.prompts), -1))
-            batch.advantages_BT = compared.flatten().nan_to_num()[:, None] * mask_BT
-            if self.algo.advantage is Advantage.reinforce_pp_baseline:
-                batch.advantages_BT = adv.whiten(batch.advantages_BT, mask_BT)
-            return
-        rho_BT = adv.token_rewards(rewards_B.nan_to_num(), penalty_BT, mask_BT)
-        if self.algo.advantage is Advantage.gae:
-            assert batch.values_BT is not None
-            raw_BT, batch.returns_BT = adv.gae(rho_BT, batch.values_BT, mask_BT, self.algo.gamma, self.algo.lam)
-        else:
-            raw_BT = adv.reward_to_go(rho_BT, mask_BT, self.algo.gamma)
-        batch.advantages_BT = adv.whiten(raw_BT, mask_BT)
+        signal = Signal(rewards_B, penalty_BT, mask_BT, len(batch.prompts), batch.values_BT)
+        batch.advantages_BT, batch.returns_BT = estimate(self.algo, signal)
 
     def _update(self, batch: Batch, rows: list[int]) -> dict[str, float]:
         """One optimiser step on these rows, gradients accumulated over micro-batches; the same for any split."""

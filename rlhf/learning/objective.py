@@ -8,27 +8,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.config.algo import AlgoConfig, Correction, PolicyLoss
+from rlhf.config.algo import AlgoConfig, Correction
 from rlhf.learning import correction, losses
+from rlhf.plugins.registry import find
+
+Losses = tuple[Tensor, Tensor]  # of each token [B, T], and log of the ratio that is clipped [B, T]
 
 
 def policy_loss(
     algo: AlgoConfig, logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Losses:
     """The loss that `algo.loss` names, and log of the ratio that it clips."""
-    delta_BT = losses.log_ratio(logprobs_BT, old_BT)
-    match algo.loss:
-        case PolicyLoss.clip | PolicyLoss.gspo:
-            if algo.loss is PolicyLoss.gspo:
-                delta_BT = losses.sequence_log_ratio(logprobs_BT, old_BT, mask_BT)
-            loss_BT = losses.clipped_surrogate(delta_BT, advantages_BT, algo.clip_low, algo.clip_high, algo.clip_dual)
-        case PolicyLoss.cispo:
-            loss_BT = losses.cispo(delta_BT, logprobs_BT, advantages_BT, algo.clip_low, algo.clip_high)
-        case PolicyLoss.sapo:
-            loss_BT = losses.sapo(delta_BT, advantages_BT, algo.tau_positive, algo.tau_negative)
-        case PolicyLoss.reinforce:
-            loss_BT = losses.reinforce(logprobs_BT, advantages_BT)
+    make = find("loss", algo.loss).maker()
+    loss_BT, delta_BT = make(algo, logprobs_BT, old_BT, advantages_BT, mask_BT)
     return loss_BT, delta_BT.detach()
+
+
+def clip(algo: AlgoConfig, logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor) -> Losses:
+    """PPO's clipped surrogate."""
+    return _surrogate(algo, losses.log_ratio(logprobs_BT, old_BT), advantages_BT)
+
+
+def gspo(algo: AlgoConfig, logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor) -> Losses:
+    """The same with one ratio a row."""
+    return _surrogate(algo, losses.sequence_log_ratio(logprobs_BT, old_BT, mask_BT), advantages_BT)
+
+
+def _surrogate(algo: AlgoConfig, delta_BT: Tensor, advantages_BT: Tensor) -> Losses:
+    bounds = algo.clip_low, algo.clip_high, algo.clip_dual
+    return losses.clipped_surrogate(delta_BT, advantages_BT, *bounds), delta_BT
+
+
+def cispo(algo: AlgoConfig, logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor) -> Losses:
+    """The clipped ratio as a weight of -A log pi."""
+    delta_BT = losses.log_ratio(logprobs_BT, old_BT)
+    return losses.cispo(delta_BT, logprobs_BT, advantages_BT, algo.clip_low, algo.clip_high), delta_BT
+
+
+def sapo(algo: AlgoConfig, logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor) -> Losses:
+    """The ratio through a sigmoid."""
+    delta_BT = losses.log_ratio(logprobs_BT, old_BT)
+    return losses.sapo(delta_BT, advantages_BT, algo.tau_positive, algo.tau_negative), delta_BT
+
+
+def reinforce(algo: AlgoConfig, logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor) -> Losses:
+    """-A log pi."""
+    return losses.reinforce(logprobs_BT, advantages_BT), losses.log_ratio(logprobs_BT, old_BT)
 
 
 def correction_weights(algo: AlgoConfig, old_BT: Tensor, worker_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from rlhf.config import AdamWConfig, OptimConfig
+from rlhf.plugins.registry import made
+
+Named = list[tuple[str, Tensor]]  # parameters by the names that a checkpoint calls their state by
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The optimiser that `config` names, over all parameters of `model` that learn, or over fp32 masters of them."""
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
     masters: Sequence[Tensor] = [_master(p) for p in parameters] if config.master_weights else parameters
-    named = list(zip(names, masters, strict=True))  # a checkpoint calls its state by them
-    match config:
-        case AdamWConfig():
-            betas = (config.beta1, config.beta2)
-            optimizer = torch.optim.AdamW(
-                named, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-            )
-        case _:
-            raise AssertionError(config)
+    named: Named = list(zip(names, masters, strict=True))
+    optimizer: torch.optim.Optimizer = made(config, named, lr)
     _connect([(p, m) for p, m in zip(parameters, masters, strict=True) if p is not m], optimizer)
     return optimizer
+
+
+def adamw(config: AdamWConfig, named: Named, lr: float) -> torch.optim.Optimizer:
+    """Decoupled weight decay."""
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(named, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config.algo import Advantage, AlgoConfig
+from rlhf.config.algo import AlgoConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -204,7 +204,7 @@ class Meter:
             return None
         if not isinstance(config.algo, AlgoConfig):
             return cls(shape=shape, peak=peak)
-        critic = config.algo.advantage is Advantage.gae
+        critic = config.algo.has_critic
         return cls(
             shape=shape,
             peak=peak,

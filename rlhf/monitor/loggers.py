@@ -24,7 +24,6 @@ from typing import Any
 
 from rlhf.compose import choice
 from rlhf.config import (
-    ConsoleLoggerConfig,
     JsonlLoggerConfig,
     LoggerConfig,
     MlflowLoggerConfig,
@@ -33,12 +32,12 @@ from rlhf.config import (
     TrackioLoggerConfig,
     WandbLoggerConfig,
 )
+from rlhf.plugins.registry import SERVICE, part_of
 from rlhf.reports.run_folder import flat
 from rlhf.types import Logger
 from transfer.agreement.shown import one_line
 
 CLOSE_S = 30.0  # how long a service has at the end of a run to take what it has not taken yet
-SERVICES = {WandbLoggerConfig: "wandb", MlflowLoggerConfig: "mlflow", TrackioLoggerConfig: "trackio"}
 KNOWN_AS = "services"  # folder of a run: a file a service, by which name it knows the run
 
 
@@ -60,6 +59,16 @@ class Named:
         writing.write_text(f"{name}\n", encoding="utf-8")
         writing.replace(self.path)
         return name
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What loggers are made of, beside their own dials."""
+
+    run: RunConfig
+    folder: Path
+    begin: int | None  # the step at which a run goes on; None: a new one
+    named: Named  # at a service
 
 
 class JsonlLogger:
@@ -109,18 +118,18 @@ class WandbLogger:
     Of a run that goes on it drops the rows that it has already.
     """
 
-    def __init__(self, config: WandbLoggerConfig, run: RunConfig, folder: Path, named: Named) -> None:
+    def __init__(self, config: WandbLoggerConfig, given: Given) -> None:
         import wandb
 
         self.run = wandb.init(
-            id=named.name() or named.keep(secrets.token_hex(4)),
+            id=given.named.name() or given.named.keep(secrets.token_hex(4)),
             resume="allow",
             project=config.project,
             entity=config.entity,
             mode=config.mode.value,
-            dir=str(folder),
-            name=folder.name,
-            config=described(run),
+            dir=str(given.folder),
+            name=given.folder.name,
+            config=described(given.run),
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -136,15 +145,16 @@ class MlflowLogger:
     Of a run that goes on it has what was logged after the checkpoint twice, with the same steps.
     """
 
-    def __init__(self, config: MlflowLoggerConfig, run: RunConfig, folder: Path, named: Named) -> None:
+    def __init__(self, config: MlflowLoggerConfig, given: Given) -> None:
         import mlflow
         from mlflow.entities import Metric, Param, RunTag
 
         self.metric = Metric
+        folder, named = given.folder, given.named
         uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
         self.client = mlflow.MlflowClient(uri)
         self.id = self._known(named.name()) or named.keep(self._created(config.experiment, folder.name))
-        params = {key: str(value) for key, value in flat(described(run)).items()}
+        params = {key: str(value) for key, value in flat(described(given.run)).items()}
         before = self.client.get_run(self.id).data.params  # which MLflow does not change
         new = [Param(key, value) for key, value in params.items() if key not in before]
         others = {key: value for key, value in params.items() if before.get(key, value) != value}
@@ -185,16 +195,17 @@ class TrackioLogger:
     Of a run that goes on it has what was logged after the checkpoint twice, with the same steps.
     """
 
-    def __init__(self, config: TrackioLoggerConfig, run: RunConfig, folder: Path, named: Named) -> None:
+    def __init__(self, config: TrackioLoggerConfig, given: Given) -> None:
         import trackio
 
+        folder, named = given.folder, given.named
         self.run = trackio.init(
             project=config.project,
             name=named.name()
             or named.keep(f"{folder.name}-{secrets.token_hex(2)}"),  # it finds runs by their name alone
             resume="allow",
             space_id=config.space,
-            config=described(run),
+            config=described(given.run),
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -269,15 +280,36 @@ class Background:
             )
 
 
-def check_loggers(configs: Mapping[str, LoggerConfig]) -> None:
+def jsonl(config: JsonlLoggerConfig, given: Given) -> Logger:
+    """A file."""
+    return JsonlLogger(given.folder)
+
+
+def tensorboard(config: TensorboardLoggerConfig, given: Given) -> Logger:
+    """Files."""
+    return TensorboardLogger(given.folder, given.begin)
+
+
+def is_service(config: LoggerConfig) -> bool:
+    """Whether it works in a thread of its own, and is told of runs that somebody else may see."""
+    return SERVICE in part_of(config).traits
+
+
+def check_package(config: LoggerConfig) -> None:
     """Raise ValueError, naming the extra, where a service's package is not installed."""
+    package = choice(config)
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"logger={package} needs the package {package}: pip install 'rlhf-transfer[{package}]', "
+            f"or leave {package} out of logger=[...]"
+        )
+
+
+def check_loggers(configs: Mapping[str, LoggerConfig]) -> None:
+    """Raise ValueError where a logger cannot be had."""
     for config in configs.values():
-        package = SERVICES.get(type(config))
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"logger={package} needs the package {package}: pip install 'rlhf-transfer[{package}]', "
-                f"or leave {package} out of logger=[...]"
-            )
+        if check := part_of(config).checker():
+            check(config)
 
 
 def make_loggers(run: RunConfig, folder: Path, begin: int | None = None) -> list[Logger]:
@@ -285,25 +317,14 @@ def make_loggers(run: RunConfig, folder: Path, begin: int | None = None) -> list
 
     The console is none: it is the run's bars and table (progress.py, summary.py).
     """
-    configs = [config for config in run.logger.values() if not isinstance(config, ConsoleLoggerConfig)]
-    return [_make(config, run, folder, begin) for config in configs]
+    return [_make(config, run, folder, begin) for config in run.logger.values() if part_of(config).make is not None]
 
 
 def _make(config: LoggerConfig, run: RunConfig, folder: Path, begin: int | None) -> Logger:
-    name = choice(config)
-    named = Named(folder / KNOWN_AS / name, goes_on=begin is not None)
-    match config:
-        case JsonlLoggerConfig():
-            return Guarded(name, lambda: JsonlLogger(folder))
-        case TensorboardLoggerConfig():
-            return Guarded(name, lambda: TensorboardLogger(folder, begin))
-        case WandbLoggerConfig():
-            return Background(name, lambda: WandbLogger(config, run, folder, named))
-        case MlflowLoggerConfig():
-            return Background(name, lambda: MlflowLogger(config, run, folder, named))
-        case TrackioLoggerConfig():
-            return Background(name, lambda: TrackioLogger(config, run, folder, named))
-    raise AssertionError(config)
+    part = part_of(config)
+    given = Given(run, folder, begin, Named(folder / KNOWN_AS / part.name, goes_on=begin is not None))
+    kind = Background if is_service(config) else Guarded
+    return kind(part.name, lambda: part.maker()(config, given))
 
 
 def described(run: RunConfig) -> dict[str, Any]:

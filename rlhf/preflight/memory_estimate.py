@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config import ModelRewardConfig, RunConfig, VllmRolloutConfig
-from rlhf.config.algo import Advantage, AlgoConfig
+from rlhf.config.algo import AlgoConfig
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, LocalConfig, Staging, Take
 
 FLOAT32 = 4  # bytes
@@ -78,7 +78,7 @@ def averages(config: RunConfig, sizes: Sizes) -> int:
 
 def critic(config: RunConfig, sizes: Sizes) -> Parts:
     """A critic with an optimiser of its own, where the algorithm has one."""
-    if not isinstance(config.algo, AlgoConfig) or config.algo.advantage is not Advantage.gae:
+    if not isinstance(config.algo, AlgoConfig) or not config.algo.has_critic:
         return {}
     model, masters = value_head(sizes, bias=True), config.optim.master_weights
     return {

@@ -18,7 +18,7 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
-from rlhf.monitor.loggers import SERVICES
+from rlhf.monitor.loggers import is_service
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_pairs
 from rlhf.types import Task
@@ -97,7 +97,7 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What a run writes into its folder, and what each is."""
     yield ".hydra/", "the configuration and the overrides, which a resume needs"
     yield from (_OF_LOGGERS[type(logger)] for logger in config.logger.values() if type(logger) in _OF_LOGGERS)
-    if any(isinstance(logger, tuple(SERVICES)) for logger in config.logger.values()):
+    if any(map(is_service, config.logger.values())):
         yield "services/", "by which name each service knows the run, for a resume"
     if not isinstance(config.algo, DpoConfig):
         yield "samples.jsonl", "prompts, answers, rewards"

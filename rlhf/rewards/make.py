@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 from rlhf.config import (
@@ -16,6 +17,7 @@ from rlhf.config import (
 )
 from rlhf.config.rules import named_as_part
 from rlhf.models.reward_model import load_reward_model, trained_by_a_run
+from rlhf.plugins.registry import made, part_of
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.model import ModelReward
@@ -26,28 +28,53 @@ from rlhf.rewards.weighted_sum import WeightedSum
 from rlhf.types import Reward, Task
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What rewards are made of, beside their own dials."""
+
+    task: Task
+    model: ModelConfig  # the policy's
+    moment: datetime | None = None  # what chat templates are told that ask for the date; None: today
+
+
 def check_reward(config: RewardConfig, task: Task) -> None:
     """Raise ValueError where a reward and the task's data do not fit, RunError where a reward's server is not there."""
-    has_gold = any(task.score(prompt, "") is not None for prompt in task.train)
     for name, part in config.weighted().items():
         with named_as_part(name):
-            _check(part.reward, task, has_gold)
+            chosen = part_of(part.reward)
+            chosen.maker()  # is there
+            if check := chosen.checker():
+                check(part.reward, task)
 
 
-def _check(config: RewardConfig, task: Task, has_gold: bool) -> None:
-    match config:
-        case VerifierRewardConfig() if not has_gold:
-            raise ValueError("reward=verifier needs answers to compare with, and no row has one: choose another reward")
-        case ModelRewardConfig(path=None) if not (task.preferences or has_gold):
-            raise ValueError(
-                "reward=model needs chosen/rejected rows, or answers by which sampled pairs can be judged, and the "
-                "task has neither: give reward.path, or choose another reward"
-            )
-        case FunctionRewardConfig():
-            answers = [answer for _, answer in task.demonstrations[:1] if isinstance(answer, str)]
-            _function(config).check(task.train, *answers)
-        case HttpRewardConfig():
-            HttpReward(config).check()
+def check_verifier(config: VerifierRewardConfig, task: Task) -> None:
+    """Answers to compare with."""
+    if not _has_gold(task):
+        raise ValueError("reward=verifier needs answers to compare with, and no row has one: choose another reward")
+
+
+def check_model(config: ModelRewardConfig, task: Task) -> None:
+    """Something to train it on, if it is to be trained."""
+    if config.path is None and not (task.preferences or _has_gold(task)):
+        raise ValueError(
+            "reward=model needs chosen/rejected rows, or answers by which sampled pairs can be judged, and the "
+            "task has neither: give reward.path, or choose another reward"
+        )
+
+
+def check_function(config: FunctionRewardConfig, task: Task) -> None:
+    """A trial of the function."""
+    answers = [answer for _, answer in task.demonstrations[:1] if isinstance(answer, str)]
+    _function(config).check(task.train, *answers)
+
+
+def check_http(config: HttpRewardConfig, task: Task) -> None:
+    """A server that answers."""
+    HttpReward(config).check()
+
+
+def _has_gold(task: Task) -> bool:
+    return any(task.score(prompt, "") is not None for prompt in task.train)
 
 
 def given_rewards(
@@ -57,26 +84,31 @@ def given_rewards(
 
     Chat templates that ask for the date are told that of `moment`; None: today's.
     """
-    given = {}
+    rewards: dict[str, Reward | None] = {}
     for name, part in config.weighted().items():
         with named_as_part(name):
-            given[name] = _given(part.reward, task, model, moment)
-    return given
+            rewards[name] = made(part.reward, Given(task, model, moment))
+    return rewards
 
 
-def _given(config: RewardConfig, task: Task, model: ModelConfig, moment: datetime | None) -> Reward | None:
-    match config:
-        case VerifierRewardConfig():
-            return VerifierReward(task)
-        case FunctionRewardConfig():
-            return _function(config)
-        case HttpRewardConfig():
-            return HttpReward(config)
-        case ModelRewardConfig(path=str()):
-            return _loaded(config, task, model, moment)
-        case ModelRewardConfig():
-            return None
-    raise AssertionError(config)
+def verifier(config: VerifierRewardConfig, given: Given) -> Reward:
+    """The task's own score."""
+    return VerifierReward(given.task)
+
+
+def function(config: FunctionRewardConfig, given: Given) -> Reward:
+    """The user's function."""
+    return _function(config)
+
+
+def http(config: HttpRewardConfig, given: Given) -> Reward:
+    """The user's server."""
+    return HttpReward(config)
+
+
+def reward_model(config: ModelRewardConfig, given: Given) -> Reward | None:
+    """The reward model of `reward.path`; None: the run trains one."""
+    return None if config.path is None else _loaded(config, given.task, given.model, given.moment)
 
 
 def _function(config: FunctionRewardConfig) -> FunctionReward:

@@ -6,15 +6,10 @@ In two steps, because the tiny model's tokenizer is made from the task's own cha
 
 from __future__ import annotations
 
-from rlhf.config import (
-    ArithmeticTaskConfig,
-    GuessTaskConfig,
-    JsonlTaskConfig,
-    ReasoningGymTaskConfig,
-    ReverseTaskConfig,
-    SortTaskConfig,
-    TaskConfig,
-)
+from dataclasses import replace
+
+from rlhf.config import TaskConfig
+from rlhf.plugins.registry import made, part_of
 from rlhf.tasks.raw import RawTask, Replies, Row
 from rlhf.tasks.tokenised import make_task
 
@@ -23,25 +18,14 @@ __all__ = ["RawTask", "Replies", "Row", "make_task", "read_task"]
 
 def read_task(config: TaskConfig, seed: int) -> RawTask:
     """The task's texts, the same for the same seed; ValueError if they cannot be had."""
-    match config:
-        case SortTaskConfig() | ReverseTaskConfig():
-            from rlhf.tasks.procedural import sequence_task
-
-            return sequence_task(config, seed)
-        case ArithmeticTaskConfig():
-            from rlhf.tasks.procedural import arithmetic_task
-
-            return arithmetic_task(config, seed)
-        case GuessTaskConfig():
-            from rlhf.tasks.guess import guess_task
-
-            return guess_task(config, seed)
-        case ReasoningGymTaskConfig():
-            from rlhf.tasks.reasoning_gym import reasoning_gym_task
-
-            return reasoning_gym_task(config, seed)
-        case JsonlTaskConfig():
-            from rlhf.tasks.jsonl import jsonl_task
-
-            return jsonl_task(config, seed)
-    raise AssertionError(f"no task is made from {type(config).__name__}")
+    raw = made(config, seed)
+    if not isinstance(raw, RawTask):
+        raise ValueError(f"{part_of(config).chosen}: its maker must return a RawTask (got {type(raw).__name__})")
+    if config.environment is None:
+        return raw
+    replies, chosen = made(config.environment), part_of(config.environment).chosen
+    if not isinstance(replies, Replies):
+        raise ValueError(f"{chosen}: its maker must return Replies (got {type(replies).__name__})")
+    if raw.replies is not None:
+        raise ValueError(f"{part_of(config).chosen} is a conversation already: leave out {chosen}")
+    return replace(raw, replies=replace(replies, turns=config.environment.turns))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.config.algo import Advantage, AlgoConfig, Correction
+from rlhf.config.algo import AlgoConfig, Correction
 from rlhf.learning import correction
 from rlhf.learning.objective import correction_weights
 
@@ -38,14 +38,14 @@ def test_padding_changes_no_weight():
     padded = [torch.cat([each, torch.full((1, 2), 9.0 * sign)], 1) for each, sign in ((TRAINER, 1), (WORKER, -1))]
     mask = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]])
     for kind in Correction:
-        algo = AlgoConfig(name="x", advantage=Advantage.group_norm, correction=kind)
+        algo = AlgoConfig(name="x", advantage="group_norm", correction=kind)
         alone, together = correction_weights(algo, TRAINER, WORKER, ALL), correction_weights(algo, *padded, mask)
         assert torch.allclose(alone, together[:, : alone.shape[1]], atol=1e-6)
 
 
 def test_where_both_agree_every_correction_is_one_and_all_samples_count():
     for kind in Correction:
-        algo = AlgoConfig(name="x", advantage=Advantage.group_norm, correction=kind)
+        algo = AlgoConfig(name="x", advantage="group_norm", correction=kind)
         assert torch.equal(correction_weights(algo, TRAINER, TRAINER, ALL).expand(1, 3), ALL)
     assert correction.effective_share(1.0, 1.0) == 1.0
 

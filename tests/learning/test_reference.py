@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.checkpoint.state import write_tensors
-from rlhf.config.algo import Advantage, AlgoConfig
+from rlhf.config.algo import AlgoConfig
 from rlhf.learning.reference import refresh
 
 
@@ -20,7 +20,7 @@ def pair():
 
 
 def algo(**dials):
-    return AlgoConfig(name="x", advantage=Advantage.group_norm, **dials)
+    return AlgoConfig(name="x", advantage="group_norm", **dials)
 
 
 def state(module):

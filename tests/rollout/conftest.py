@@ -15,7 +15,7 @@ from rlhf.config import (
     TinyModelConfig,
     VerifierRewardConfig,
 )
-from rlhf.config.algo import Advantage, AlgoConfig
+from rlhf.config.algo import AlgoConfig
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.worker import Worker
@@ -76,7 +76,7 @@ def run_config(transfer, workers=1):
         model=TinyModelConfig(),
         rollout=HfRolloutConfig(workers=workers, max_new_tokens=10),
         reward=VerifierRewardConfig(),
-        algo=AlgoConfig(name="grpo", advantage=Advantage.group_norm),
+        algo=AlgoConfig(name="grpo", advantage="group_norm"),
         optim=AdamWConfig(),
         transfer=transfer,
     )

@@ -1,0 +1,96 @@
+"""How a part is registered: a decorator a kind, around what makes the part.
+
+    @task("mine", MineConfig)
+    def mine(config: MineConfig, seed: int) -> RawTask: ...
+
+In place of a decorated function, `make="package.module:function"` names one that is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rlhf.plugins import registry
+from rlhf.plugins.registry import Maker, Part
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def task(name: str, config: type, *, make: str | None = None) -> Callable[[F], F]:
+    """`task=NAME`: (config, seed) -> RawTask (rlhf/tasks/raw.py), the same for the same seed."""
+    return _registered(Part("task", name, config, make))
+
+
+def environment(name: str, config: type, *, make: str | None = None) -> Callable[[F], F]:
+    """`task/environment=NAME`: (config) -> Replies (rlhf/tasks/raw.py), which answer the policy in a conversation."""
+    return _registered(Part("environment", name, config, make))
+
+
+def reward(name: str, config: type, *, make: str | None = None, check: Maker | None = None) -> Callable[[F], F]:
+    """`reward=NAME`, or a part of reward=sum: (config, given) -> (prompts, answers) -> numbers or None.
+
+    `given.task` is the task (rlhf/rewards/make.py). `check(config, task)` raises ValueError where the two do not fit.
+    """
+    return _registered(Part("reward", name, config, make, check))
+
+
+def loss(name: str, config: type | None = None, *, make: str | None = None) -> Callable[[F], F]:
+    """`algo.loss=NAME`: (algo, logprobs_BT, old_BT, advantages_BT, mask_BT) -> (loss_BT, log_ratio_BT).
+
+    With a dataclass, which builds on AlgoConfig, `algo=NAME` is a choice with its dials.
+    """
+    return _registered(Part("loss", name, config, make))
+
+
+def advantage(
+    name: str,
+    config: type | None = None,
+    *,
+    make: str | None = None,
+    compares: bool = True,
+    tokens: bool = False,
+    critic: bool = False,
+) -> Callable[[F], F]:
+    """`algo.advantage=NAME`: (algo, rewards_Pn) -> advantages_Pn; a reward of NaN is none.
+
+    `compares`: one sample of a prompt alone teaches nothing. `tokens`: (algo, signal) -> (advantages_BT, returns_BT or
+    None) instead (rlhf/learning/estimates.py); with `critic` there are a critic's values, and it learns the returns.
+    """
+    told = {registry.COMPARES: compares, registry.TOKENS: tokens, registry.CRITIC: critic}
+    return _registered(Part("advantage", name, config, make, traits=_those(told)))
+
+
+def optimizer(name: str, config: type, *, make: str | None = None) -> Callable[[F], F]:
+    """`optim=NAME`: (config, named parameters, lr) -> torch.optim.Optimizer over them."""
+    return _registered(Part("optimizer", name, config, make))
+
+
+def logger(name: str, config: type, *, make: str | None = None, service: bool = False) -> Callable[[F], F]:
+    """`logger=[..., NAME]`: (config, given) -> an object with log(step, metrics) and close().
+
+    `given` has run, folder, ... (rlhf/monitor/loggers.py). A `service` works in a thread of its own.
+    """
+    return _registered(Part("logger", name, config, make, traits=_those({registry.SERVICE: service})))
+
+
+def _those(told: dict[str, bool]) -> frozenset[str]:
+    return frozenset(name for name, holds in told.items() if holds)
+
+
+def _registered(part: Part) -> Callable[[F], F]:
+    """Register a part whose maker is named, or one whose maker is decorated."""
+    if part.make is not None:
+        registry.register(_by(part, part.config.__module__ if part.config else str(part.make).partition(":")[0]))
+        return lambda function: function
+
+    def decorate(function: F) -> F:
+        where = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
+        registry.register(_by(part, where, function))
+        return function
+
+    return decorate
+
+
+def _by(part: Part, where: str, make: Maker | None = None) -> Part:
+    return Part(part.kind, part.name, part.config, make or part.make, part.check, part.traits, where)
