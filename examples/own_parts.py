@@ -1,8 +1,4 @@
-"""Parts of your own in one file: plugins=[examples.own_parts] task=count reward=short algo.loss=asymmetric ...
-
-    python -m rlhf.train experiment=smoke plugins=[examples.own_parts] task=count reward=short reward.longest=3 \\
-        algo.loss=asymmetric algo.advantage=best_half optim=sgd optim.lr=0.01 "logger=[console,jsonl,best]"
-    python -m rlhf.train experiment=smoke plugins=[examples.own_parts] task=count task/environment=try_again
+"""Parts of your own, one of each kind: plugins=[examples.own_parts] task=count reward=short ... (README.md has a line)
 
 What is heavy is imported inside of the makers, so that `--help` and mistakes are answered at once.
 """

@@ -15,7 +15,7 @@ from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunCon
 from rlhf.config.algo import AlgoConfig, DpoConfig
 from rlhf.plugins.found import use, warn
 from rlhf.plugins.hydra_choices import register_parts
-from rlhf.plugins.registry import KINDS, loaded, names
+from rlhf.plugins.registry import KINDS, PartError, loaded, names
 from rlhf.plugins.wanted import PLUGINS, wanted
 from rlhf.shell.search_path import Where, of_command
 from transfer.config import (
@@ -101,6 +101,10 @@ def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
     """
     use(wanted(overrides, where))
     warn()
+    for part in loaded():
+        group = KINDS[part.kind].group
+        if not part.ours and part.config is not None and (CONF / group / f"{part.name}.yaml").is_file():
+            raise PartError(f"{part.where} registers {group}={part.name}, which conf/ has: give it another name")
     register()
 
 

@@ -34,6 +34,7 @@ RLHF: sample, score, learn, hand the new weights over; repeat.
   python -m rlhf.train algo=rloo task=reverse           swap parts (group=choice); key=value changes one dial
   python -m rlhf.train mode=check algo=ppo              before a run: validate, estimate memory, make one step
   python -m rlhf.train -m transfer=ipc,disk seed=0,1    a sweep: every combination, one table
+  python -m rlhf.train plugins=[my_parts] task=mine     parts of your own, from my_parts.py (docs/configuration.md)
   python -m rlhf.train --cfg job                        print the composed run and stop
 
 Afterwards (each has a --help of its own; RUN_DIR is the folder that a run names at its end):

@@ -8,6 +8,7 @@ In place of a decorated function, `make="package.module:function"` names one tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -81,7 +82,8 @@ def _those(told: dict[str, bool]) -> frozenset[str]:
 def _registered(part: Part) -> Callable[[F], F]:
     """Register a part whose maker is named, or one whose maker is decorated."""
     if part.make is not None:
-        registry.register(_by(part, part.config.__module__ if part.config else str(part.make).partition(":")[0]))
+        module = sys._getframe(2).f_globals["__name__"]  # that calls `task`, `loss`, ...
+        registry.register(_by(part, f"{module}:{str(part.make).rpartition(':')[2]}"))
         return lambda function: function
 
     def decorate(function: F) -> F:

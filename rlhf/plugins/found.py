@@ -71,8 +71,9 @@ def use(modules: Sequence[str]) -> None:
             raise PartError(f"{said} registers nothing: decorate what it makes, as in docs/configuration.md")
 
 
+@functools.cache
 def warn() -> None:
-    """Say on stderr which packages offer parts by names that are taken."""
+    """Say on stderr, once, which packages offer parts by names that are taken."""
     for part in loaded():
         for each in _entry_points().get((part.kind, part.name), ()) if part.ours else ():
             print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -161,8 +162,9 @@ def part_of(config: Any) -> Part:
     if found is None:  # it has come from another process, and its package is not loaded in this one
         for kind in KINDS:
             for name in _offered(kind):
-                if found is None and (kind, name) not in _parts:
-                    find(kind, name)
+                if found is None:
+                    with suppress(PartError):  # of another package
+                        find(kind, name)
                     found = _by_config(type(config))
     assert found is not None, type(config)
     return found

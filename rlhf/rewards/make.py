@@ -21,6 +21,7 @@ from rlhf.plugins.registry import made, part_of
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.model import ModelReward
+from rlhf.rewards.own import looked_at
 from rlhf.rewards.pretrained import PretrainedReward
 from rlhf.rewards.rendering import OwnTemplate
 from rlhf.rewards.verifier import VerifierReward
@@ -87,7 +88,8 @@ def given_rewards(
     rewards: dict[str, Reward | None] = {}
     for name, part in config.weighted().items():
         with named_as_part(name):
-            rewards[name] = made(part.reward, Given(task, model, moment))
+            reward, chosen = made(part.reward, Given(task, model, moment)), part_of(part.reward)
+            rewards[name] = reward if chosen.ours else looked_at(chosen, reward, task)
     return rewards
 
 

@@ -1,0 +1,36 @@
+"""A reward that somebody else's part has made: what it returns is looked at as a user's function's is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf.plugins.registry import Part, PartError, told
+from rlhf.rewards.failures import as_rewards
+from rlhf.rewards.samples import Rewards
+from rlhf.types import Prompt, Reward, RewardReport, Task
+
+
+class OwnReward:
+    """Numbers of any kind become rewards; NaN and infinity are none, and counted. ValueError of whatever else."""
+
+    def __init__(self, chosen: str, function: Any) -> None:
+        self.chosen, self.function = chosen, function
+        self.report = RewardReport()
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
+        self.report = RewardReport()
+        return as_rewards(self.chosen, self.function(prompts, answers), len(answers), self.report)
+
+
+def looked_at(part: Part, made: Any, task: Task) -> Reward:
+    """The reward, if it rewards one row; one with a report of its own stays as it is. PartError says what is wrong."""
+    if not callable(made):
+        kind = type(made).__name__
+        raise PartError(f"{part.chosen}: its maker must return a function of prompts and answers (got {kind})")
+    reward: Reward = made if hasattr(made, "report") else OwnReward(part.chosen, made)
+    try:
+        reward(task.train[:1], [""] * len(task.train[:1]))
+    except Exception as error:  # whatever the part raises
+        raise PartError(f"{part.chosen} ({part.where}) fails on a trial of one row: {told(error)}") from error
+    return reward
