@@ -14,6 +14,7 @@ from transfer.trainer.fencing import Fence
 from transfer.trainer.publication import Publication
 from transfer.trainer.takeover import Takeover
 from transfer.trainer.two_phase_commit import TwoPhaseCommit
+from transfer.trainer.version_order import VersionOrder
 from transfer.trainer.withdrawal import Withdrawal
 
 WORLDS = 400
@@ -390,6 +391,16 @@ def a_withdrawal_without_an_answer_counts(genuine, withdrawal, members, version)
     genuine(withdrawal, members, version)
     withdrawal.viewers.clear()
     return {}
+
+
+@in_place_of("use_up", VersionOrder)
+def the_number_of_an_update_that_failed_is_given_again(genuine, versions, version):
+    pass
+
+
+@in_place_of("learn", VersionOrder)
+def what_an_earlier_trainer_has_finished_is_not_asked_for(genuine, versions, members):
+    pass
 
 
 @in_place_of("take_back", Publication)

@@ -123,14 +123,14 @@ def raise_for(phase: str, failures: Failures) -> None:
         raise wire.TransferError(f"{phase} failed: {reasons}") from next(iter(failures.values()))
 
 
-def _threads(workers: int) -> ThreadPoolExecutor:
-    """One a worker, and one for the trainer's own part; none is started before it has something to do."""
-    return ThreadPoolExecutor(workers + 1, thread_name_prefix="transfer")
-
-
 def is_remote(member: Member) -> bool:
     """Whether a message to this worker takes time, and its sender returns by the deadline."""
     return getattr(member.sender, "remote", False)
+
+
+def _threads(workers: int) -> ThreadPoolExecutor:
+    """One a worker, and one for the trainer's own part; none is started before it has something to do."""
+    return ThreadPoolExecutor(workers + 1, thread_name_prefix="transfer")
 
 
 def _talked(
