@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 WORKERS = {"rlhf.rollout.worker", "transfer.worker.plain_worker"}  # they start none
 MODULES = {"rlhf.train", "rlhf.resume", "rlhf.evaluate", *WORKERS}
-SCRIPTS = ("run_with_fault.py", "transfer/test_live_view.py")  # of this folder
+SCRIPTS = ("run_with_fault.py", "fuzz/target.py", "transfer/test_live_view.py")  # of this folder
 CODE = re.compile(r"^import [\w, ]*\btorch$", re.MULTILINE)
 HERE = Path(__file__).resolve()
 FRESH, LIGHT = "RLHF_FRESH_PROCESSES", "RLHF_LIGHT_PROCESS"

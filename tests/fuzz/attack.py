@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import http.client
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -27,8 +26,6 @@ from transfer.worker.openapi import document  # noqa: E402
 
 WARM = 2000  # messages before memory and descriptors are counted
 MAX_GROWTH = 64 * 2**20  # bytes
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # or glibc raises it, and large messages, which the target makes for
-# itself, leave holes in its heap that look like growth
 MAX_DESCRIPTORS = 2
 DEADLINE_S = 20.0  # one request over HTTP
 MALFORMED = {400}  # uvicorn's, when the bytes are no HTTP
@@ -96,10 +93,10 @@ class Target:
 @contextmanager
 def running() -> Iterator[Target]:
     """A target process, which ends with the context."""
-    command, environment = [sys.executable, str(HERE / "target.py")], os.environ | ALLOCATOR
+    command = [sys.executable, str(HERE / "target.py")]
     with (
         tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
     ):
         try:
             yield Target(process, folder)

@@ -57,6 +57,9 @@ STOP = 5  # violations
 MAX_MEMORY = 48 * 2**20, 40  # bytes that a message may take while it is answered, and so many more for each of its own
 MAY_BE_REFUSED = ("completions", "init_weight_transfer_engine", "withdraw_weights", "start_profile", "stop_profile")
 VOCABULARY = 12
+M_MMAP_THRESHOLD = -3  # malloc.h
+MMAP_THRESHOLD = 2**17  # or glibc raises it, and large messages, which this process makes for itself, leave holes in
+# its heap that look like growth
 WAYS = {
     "arena view": IpcConfig(sender=SenderConfig()),
     "arena copy": IpcConfig(sender=SenderConfig(), take=Take.copy),
@@ -441,6 +444,7 @@ def _answers() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
     torch.set_num_threads(1)
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
