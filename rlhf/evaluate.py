@@ -17,7 +17,7 @@ from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
 from rlhf.shell.screen import outlast
 from rlhf.tasks.json_lines import check_readable
-from rlhf.train import prepare_command, print_help
+from rlhf.train import answered, prepare_command
 from transfer.agreement.shown import printable
 
 register()
@@ -56,8 +56,7 @@ def _job(config: Any) -> None:
 def main() -> None:
     """`python -m rlhf.evaluate`."""
     outlast()
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print_help(sys.argv[1:], "evaluate", HELP)
+    if answered(sys.argv[1:], "evaluate", HELP):
         return
     prepare_command(sys.argv[1:])
     terminate_as_interrupt()

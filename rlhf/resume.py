@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf import __version__
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.shell.ending import EXPLAINED, alone, full_disk_explained
@@ -44,6 +45,9 @@ def main() -> None:
     from rlhf.train import as_command
 
     outlast()
+    if "--version" in sys.argv[1:]:  # Hydra would say its own
+        print(f"rlhf {__version__}")
+        return
     asked = bool({"--help", "-h"} & set(sys.argv[1:]))
     where, words = (Where(), []) if asked else of_command(sys.argv[1:])
     if not words or ("=" in words[0] and not Path(words[0]).is_dir()):

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
+from rlhf import __version__
 from rlhf.compose import CONF, checked, misplaced, others, prepare, register, unknown_choices
 from rlhf.config import Mode
 from rlhf.plugins import PartError
@@ -103,8 +104,7 @@ def for_check(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `rlhf-train`, and `python -m rlhf.train`."""
     outlast()
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print_help(sys.argv[1:])
+    if answered(sys.argv[1:]):
         return
     prepare_command(sys.argv[1:])
     if unknown := unknown_choices(sys.argv[1:]):
@@ -144,6 +144,17 @@ def as_command(overrides: list[str]) -> Iterator[None]:
 
 def _say_stopped(how: str) -> None:
     print(f"{how}: workers and shared memory are released", file=sys.stderr)
+
+
+def answered(arguments: list[str], name: str = "config", text: str = HELP) -> bool:
+    """Whether help or the version was asked for, and has been printed; Hydra's own of both are of Hydra."""
+    if {"--help", "-h"} & set(arguments):
+        print_help(arguments, name, text)
+    elif "--version" in arguments:
+        print(f"rlhf {__version__}")
+    else:
+        return False
+    return True
 
 
 def print_help(arguments: list[str], name: str = "config", text: str = HELP) -> None:

@@ -83,10 +83,11 @@ def test_a_users_mistake_that_only_the_run_can_find_is_one_clear_line(rlhf_train
     assert "Traceback" not in done.stderr
 
 
-def test_the_console_script_is_a_function_that_exists():
+def test_the_console_scripts_are_functions_that_exist():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, _, name = scripts["rlhf-train"].partition(":")
-    assert callable(getattr(import_module(module), name))
+    assert scripts.keys() == {"rlhf", "rlhf-train"}
+    for module, _, name in (target.partition(":") for target in scripts.values()):
+        assert callable(getattr(import_module(module), name))
 
 
 @pytest.mark.slow
