@@ -149,7 +149,9 @@ OF_REWARD_MODEL = ("reward=model", "reward.steps=2", "reward.prompts=64")
     ],
     ids=["a critic and a reward model", "a moving reference in bfloat16", "a moving reference"],
 )
-def test_a_run_writes_the_files_that_were_told_and_checkpoints_as_large_as_was_told(compose_run, tmp_path, overrides):
+def test_a_run_writes_the_files_that_were_told_and_checkpoints_as_large_as_was_told(
+    compose_run, drawn, tmp_path, overrides
+):
     config = compose_run(*SMALL, "steps=1", *overrides)
     run(config, tmp_path / "run")
     assert {name.rstrip("/") for name, _ in files(config)} - {".hydra"} == {
