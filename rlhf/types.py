@@ -180,10 +180,3 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt; temperature 0 is greedy; the numbers depend on the seed, not on the workers."""
-
-
-class Logger(Protocol):
-    """Where metrics go; several at once."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.compose import choice
 from rlhf.config import (
@@ -34,11 +34,17 @@ from rlhf.config import (
 )
 from rlhf.plugins.registry import SERVICE, part_of
 from rlhf.reports.run_folder import flat
-from rlhf.types import Logger
 from transfer.agreement.shown import one_line
 
 CLOSE_S = 30.0  # how long a service has at the end of a run to take what it has not taken yet
 KNOWN_AS = "services"  # folder of a run: a file a service, by which name it knows the run
+
+
+class Logger(Protocol):
+    """Where metrics go; several at once."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

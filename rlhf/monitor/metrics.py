@@ -13,10 +13,11 @@ from typing import Any
 from rlhf.config import RunConfig, VerifierRewardConfig
 from rlhf.monitor.alarms import OF_EVALUATIONS, OF_STEPS, Watch
 from rlhf.monitor.flops import Meter, Row
+from rlhf.monitor.loggers import Logger
 from rlhf.monitor.profiler import Profiler
 from rlhf.monitor.progress import Stage
 from rlhf.shell.ending import RunError
-from rlhf.types import TRUNCATED, Logger, RewardReport, Rollouts, Task
+from rlhf.types import TRUNCATED, RewardReport, Rollouts, Task
 from transfer import Transfer
 from transfer.agreement.journal import Journal
 
