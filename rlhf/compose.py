@@ -15,7 +15,8 @@ from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunCon
 from rlhf.config.algo import AlgoConfig, DpoConfig
 from rlhf.plugins.found import use, warn
 from rlhf.plugins.hydra_choices import register_parts
-from rlhf.plugins.registry import KINDS, PartError, loaded, names
+from rlhf.plugins.part import KINDS, PartError
+from rlhf.plugins.registry import loaded, names
 from rlhf.plugins.wanted import PLUGINS, wanted
 from rlhf.shell.search_path import Where, of_command
 from transfer.config import (

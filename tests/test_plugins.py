@@ -23,8 +23,9 @@ from rlhf.compose import CONF, checked, misplaced, prepare, unknown_choices
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.optimizer import make_optimizer
 from rlhf.models.tokenizer import make_tokenizer
-from rlhf.plugins import PartError, found, registry
+from rlhf.plugins import PartError, found, offers, registry
 from rlhf.plugins.hydra_choices import Later
+from rlhf.plugins.part import KINDS
 from rlhf.preflight.parts import check_parts
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import read_summary
@@ -83,7 +84,7 @@ def parts(monkeypatch, tmp_path):
     modules = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    found._entry_points.cache_clear()
+    offers.offers.cache_clear()
     found.warn.cache_clear()
     invalidate_caches()
     yield tmp_path
@@ -92,7 +93,7 @@ def parts(monkeypatch, tmp_path):
     for group, name in list(_choices(repo)):
         if (id(group), name) not in choices:
             del group[name]
-    found._entry_points.cache_clear()
+    offers.offers.cache_clear()
     for name in set(sys.modules) - modules:
         if name.partition(".")[0] in ("mine", "acme", "broken", "other", "examples"):
             del sys.modules[name]
@@ -125,12 +126,12 @@ def installed(folder: Path, package: str, source: str, **offered: str) -> None:
     (folder / f"{package}-1.dist-info" / "entry_points.txt").write_text("\n".join(groups))
     sys.path.insert(0, str(folder))
     invalidate_caches()
-    found._entry_points.cache_clear()
+    offers.offers.cache_clear()
 
 
 def test_every_maker_and_check_of_ours_is_a_function_that_is_there():
     ours = [part for part in registry.loaded() if part.ours]
-    assert {part.kind for part in ours} == set(registry.KINDS) - {"environment"}
+    assert {part.kind for part in ours} == set(KINDS) - {"environment"}
     for part in ours:
         assert part.make is None or callable(part.maker())
         assert part.checker() is None or callable(part.checker())

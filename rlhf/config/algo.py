@@ -9,7 +9,8 @@ import enum
 from dataclasses import dataclass
 
 from rlhf.config.rules import at_least, in_range
-from rlhf.plugins.registry import COMPARES, CRITIC, find
+from rlhf.plugins.part import COMPARES, CRITIC
+from rlhf.plugins.registry import find
 from transfer.config import positive
 
 UNBOUND = ("cispo", "sapo", "reinforce")  # losses without a bound for bad tokens

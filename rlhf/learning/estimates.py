@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlhf.config.algo import AlgoConfig
 from rlhf.learning import advantages as adv
-from rlhf.plugins.registry import TOKENS, find
+from rlhf.plugins.part import TOKENS
+from rlhf.plugins.registry import find
 
 
 @dataclass(frozen=True, slots=True)

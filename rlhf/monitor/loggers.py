@@ -32,7 +32,8 @@ from rlhf.config import (
     TrackioLoggerConfig,
     WandbLoggerConfig,
 )
-from rlhf.plugins.registry import SERVICE, part_of
+from rlhf.plugins.part import SERVICE
+from rlhf.plugins.registry import part_of
 from rlhf.reports.run_folder import flat
 from transfer.agreement.shown import one_line
 

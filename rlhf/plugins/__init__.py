@@ -4,6 +4,6 @@ Registering, finding and naming parts is here; no part itself, and nothing that 
 """
 
 from rlhf.plugins.decorators import advantage, environment, logger, loss, optimizer, reward, task
-from rlhf.plugins.registry import PartError
+from rlhf.plugins.part import PartError
 
 __all__ = ["PartError", "advantage", "environment", "logger", "loss", "optimizer", "reward", "task"]

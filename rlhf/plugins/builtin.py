@@ -22,7 +22,8 @@ from rlhf.config import (
     VerifierRewardConfig,
     WandbLoggerConfig,
 )
-from rlhf.plugins.registry import COMPARES, CRITIC, SERVICE, TOKENS, Part, register
+from rlhf.plugins.part import COMPARES, CRITIC, SERVICE, TOKENS, Part
+from rlhf.plugins.registry import register
 
 TASKS, REWARDS, LOGGERS = "rlhf.tasks", "rlhf.rewards.make", "rlhf.monitor.loggers"
 OBJECTIVE, ESTIMATES = "rlhf.learning.objective", "rlhf.learning.estimates"

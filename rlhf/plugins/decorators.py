@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rlhf.plugins import registry
-from rlhf.plugins.registry import Maker, Part
+from rlhf.plugins.part import COMPARES, CRITIC, SERVICE, TOKENS, Maker, Part
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +58,7 @@ def advantage(
     `compares`: one sample of a prompt alone teaches nothing. `tokens`: (algo, signal) -> (advantages_BT, returns_BT or
     None) instead (rlhf/learning/estimates.py); with `critic` there are a critic's values, and it learns the returns.
     """
-    told = {registry.COMPARES: compares, registry.TOKENS: tokens, registry.CRITIC: critic}
+    told = {COMPARES: compares, TOKENS: tokens, CRITIC: critic}
     return _registered(Part("advantage", name, config, make, traits=_those(told)))
 
 
@@ -72,7 +72,7 @@ def logger(name: str, config: type, *, make: str | None = None, service: bool = 
 
     `given` has run, folder, ... (rlhf/monitor/loggers.py). A `service` works in a thread of its own.
     """
-    return _registered(Part("logger", name, config, make, traits=_those({registry.SERVICE: service})))
+    return _registered(Part("logger", name, config, make, traits=_those({SERVICE: service})))
 
 
 def _those(told: dict[str, bool]) -> frozenset[str]:

@@ -1,7 +1,4 @@
-"""Parts of installed packages, by their entry points, and of modules that a run's `plugins` names.
-
-A package's module is imported when one of its parts is chosen: one that is broken costs only the runs that use it.
-"""
+"""Parts of modules that a run's `plugins` names; and what is said of installed packages whose parts are left out."""
 
 from __future__ import annotations
 
@@ -9,45 +6,11 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 
-from rlhf.plugins.registry import KINDS, Part, PartError, find_loaded, loaded, told
-
-Offers = Mapping[tuple[str, str], Sequence[metadata.EntryPoint]]
-
-
-def offered(kind: str) -> list[str]:
-    """The names of the installed packages' parts."""
-    return [name for of_kind, name in _entry_points() if of_kind == kind]
-
-
-def owner(part: Part) -> str | None:
-    """The package that offers a part of this name, if it is not the one that registers it."""
-    others = _entry_points().get((part.kind, part.name), ())
-    mine = part.where.partition(":")[0].partition(".")[0]
-    return next((_package(each) for each in others if each.module.partition(".")[0] != mine), None)
-
-
-def load(kind: str, name: str) -> Part:
-    """Import the package's module that registers this part; PartError names the package and what is wrong with it."""
-    offers = _entry_points()[kind, name]
-    chosen = KINDS[kind].chosen(name)
-    if len(offers) > 1:
-        packages = " and ".join(sorted(_package(each) for each in offers))
-        raise PartError(f"{chosen} is registered by {packages}: uninstall one, or have one of them rename it")
-    (offer,) = offers
-    said = f"{chosen}: the entry point {offer.value} of {_package(offer)}"
-    try:
-        offer.load()
-    except PartError as error:
-        raise PartError(f"{said} is refused: {error}") from None
-    except Exception as error:  # whatever the module raises
-        raise PartError(f"{said} cannot be imported: {told(error)}") from error
-    part = find_loaded(kind, name)
-    if part is None:
-        raise PartError(f'{said} registers no such part: decorate its maker with @{kind}("{name}", ...)')
-    return part
+from rlhf.plugins.offers import offers, package_of
+from rlhf.plugins.part import PartError, told
+from rlhf.plugins.registry import loaded
 
 
 def use(modules: Sequence[str]) -> None:
@@ -75,24 +38,9 @@ def use(modules: Sequence[str]) -> None:
 def warn() -> None:
     """Say on stderr, once, which packages offer parts by names that are taken."""
     for part in loaded():
-        for each in _entry_points().get((part.kind, part.name), ()) if part.ours else ():
+        for each in offers().get((part.kind, part.name), ()) if part.ours else ():
             print(
-                f"warning: {part.chosen} of {_package(each)} is left out, as there is one already: its entry point "
+                f"warning: {part.chosen} of {package_of(each)} is left out, as there is one already: its entry point "
                 f"{each.value} needs another name",
                 file=sys.stderr,
             )
-
-
-def _package(offer: metadata.EntryPoint) -> str:
-    return f"the package {offer.dist.name}" if offer.dist is not None else offer.module
-
-
-@functools.cache
-def _entry_points() -> Offers:
-    """What installed packages offer, looked up once."""
-    every = metadata.entry_points()
-    found: dict[tuple[str, str], list[metadata.EntryPoint]] = {}
-    for kind, each in KINDS.items():
-        for offer in every.select(group=each.entry_points):
-            found.setdefault((kind, offer.name), []).append(offer)
-    return found

@@ -12,7 +12,8 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.plugins.registry import KINDS, Part, PartError, find, find_loaded, imported, names, told
+from rlhf.plugins.part import KINDS, Part, PartError, imported, told
+from rlhf.plugins.registry import find, find_loaded, names
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlhf.plugins.registry import PartError
+from rlhf.plugins.part import PartError
 from rlhf.shell.search_path import Where
 from transfer.agreement.shown import shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.plugins.registry import Part, PartError, told
+from rlhf.plugins.part import Part, PartError, told
 from rlhf.rewards.failures import as_rewards
 from rlhf.rewards.samples import Rewards
 from rlhf.types import Prompt, Reward, RewardReport, Task
