@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
@@ -200,14 +201,19 @@ def started(tmp_path):
 
     def noted(*overrides: str) -> Path:
         (tmp_path / ".hydra").mkdir()
-        config, choices = resume._compose(overrides)
-        hydra = {"hydra": {"runtime": {"choices": choices | {"experiment": "smoke", "hydra/launcher": "basic"}}}}
-        told = {"config": config, "hydra": hydra, "overrides": list(overrides)}
-        for name, node in told.items():
-            (tmp_path / ".hydra" / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
+        for name, text in _notes(*overrides).items():
+            (tmp_path / ".hydra" / f"{name}.yaml").write_text(text)
         return tmp_path
 
     return noted
+
+
+@functools.cache
+def _notes(*overrides: str) -> dict[str, str]:
+    config, choices = resume._compose(overrides)
+    hydra = {"hydra": {"runtime": {"choices": choices | {"experiment": "smoke", "hydra/launcher": "basic"}}}}
+    told = {"config": config, "hydra": hydra, "overrides": list(overrides)}
+    return {name: OmegaConf.to_yaml(OmegaConf.create(node)) for name, node in told.items()}
 
 
 def rewritten(folder: Path, file: str, change) -> None:
