@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sizes import SEEDS
 
 from rlhf.reports.summary import PHASES
 from rlhf.rollout.ray_workers import ray_running
@@ -235,8 +236,7 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
     assert tokenizer.decode(ids[0]) == samples(folder)[0]["prompt"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_default_run_learns(train, seed):
     summary = json.loads((train(f"seed={seed}", "logger=jsonl") / "summary.json").read_text())
     assert summary["gold_end"] >= summary["gold_start"] + 0.15

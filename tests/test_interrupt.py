@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
+from living import living_in, processes_in
 from run_with_fault import PHASES
 from shared_memory import left_in_shared_memory
 
@@ -89,18 +89,6 @@ def harmed(ended):
     )
 
 
-def living_in(folder: Path) -> list[str]:
-    """The command lines of all live processes in this folder, where a run and all that it starts are."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:  # it has just ended
-            continue
-    return found
-
-
 def assert_nothing_is_left(ended: Ended) -> None:
     left = [name for name in ended.temporary if name != "ray"]  # Ray keeps the logs of its sessions
     assert (ended.survivors, ended.shared_memory, left) == ([], set(), [])
@@ -115,9 +103,8 @@ def test_what_a_process_of_a_run_has_started_is_found(tmp_path):
         found = living_in(tmp_path)
         process.kill()
     assert "sleep 60" in found and living_in(tmp_path) == ["sleep 60"]
-    for survivor in psutil.process_iter(["cmdline"]):
-        if survivor.info["cmdline"] == ["sleep", "60"]:
-            survivor.kill()
+    for survivor in processes_in(tmp_path):
+        survivor.kill()
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from sizes import SEEDS
 
 from rlhf.monitor.metrics import Recorder
 from rlhf.reports.summary import series
 from rlhf.run import run
 
-SEEDS = (0, 1, 2)
 MOST_SAMPLES = 1.5  # PPO's, in GRPO's
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from forked import LIGHT
 from omegaconf import OmegaConf
+from sizes import in_ci, in_full
 
 from rlhf import resume
 from rlhf import train as train_cli
@@ -164,15 +165,13 @@ def stopped(commands: Commands, pid: int, signum: int, rows: int, delay: float) 
 RUN = (*SMALL, "steps=12", "evaluate_every=4", "checkpoint.every=3")
 KILL, STOPS = [signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGINT: 130}
-MATRIX = [("grpo", "http", 3 * KILL), ("grpo", "ray", KILL), ("ppo", "http", STOPS), ("ppo", "ray", KILL)]
-if os.environ.get("RLHF_ALL_KILLS"):  # every combination, as was measured once
-    MATRIX = [(algo, sender, n * KILL) for algo in ("grpo", "ppo") for sender in ("http", "ray") for n in (1, 3)]
+FEW = [("grpo", "http", 3 * KILL), ("grpo", "ray", KILL), ("ppo", "http", STOPS)]
+ALL = [(algo, sender, n * KILL) for algo in ("grpo", "ppo") for sender in ("http", "ray") for n in (1, 3)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("algo", "sender", "signals"), MATRIX)
-def test_after_signals_at_random_moments_a_resumed_run_is_the_uninterrupted_one(train, commands, algo, sender, signals):
+@pytest.mark.parametrize("harm", [*map(in_ci, FEW), *map(in_full, ALL)])
+def test_after_signals_at_random_moments_a_resumed_run_is_the_uninterrupted_one(train, commands, harm):
+    algo, sender, signals = harm
     choice = (*RUN, f"algo={algo}", *(["algo.critic_warmup_steps=1"] if algo == "ppo" else ["algo.kl_target=0.01"]))
     whole = state(train(*choice, name="whole"))
     draw = random.Random()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from sizes import in_ci, in_full
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = {  # what is planted: what of it may be seen first
@@ -22,6 +23,8 @@ FOUND = {  # what is planted: what of it may be seen first
     "leaks-shared-memory": {"left in /dev/shm"},
     "forgets-to-withdraw": {"torn or mislabelled"},
 }
+LONGEST_S = 1800
+FEW_STOPS = ("10", "--round", "2", "--over", "http", "--case", "copy off")
 FOUND_BY_STOPS = {"trusts-the-trainer": {"torn or mislabelled"}}
 
 
@@ -46,12 +49,10 @@ def test_a_few_kills_tear_nothing():
     assert len(zeros(output)) == 9 and not any(zeros(output).values())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(630)
-def test_hundreds_of_kills_tear_nothing():
-    """As `python -m tests.faults --kills 1000`, which takes 6 to 9 minutes."""
-    code, output = faults("--kills", "300", limit_s=600)
-    assert code == 0 and output.startswith("300 of 300 kills")
+@pytest.mark.parametrize("size", [in_ci(("64", "--round", "5")), in_full(("1000",), LONGEST_S + 60)])
+def test_kills_in_every_way_that_weights_travel_tear_nothing(size):
+    code, output = faults("--kills", *size, limit_s=LONGEST_S)
+    assert code == 0 and output.startswith(f"{int(size[0]):,} of {int(size[0]):,} kills")
     assert len(zeros(output)) == 9 and not any(zeros(output).values())
 
 
@@ -65,12 +66,10 @@ def test_a_planted_fault_is_found_within_a_few_kills(planted):
     assert any(zeros(output).values())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(130)
-def test_a_few_stops_tear_nothing():
-    """As `python -m tests.faults --stops 500`, which takes about 10 minutes."""
-    code, output = faults("--stops", "15", "--round", "3", "--over", "http", "--case", "copy off", limit_s=100)
-    assert code == 0 and output.startswith("15 of 15 stops")
+@pytest.mark.parametrize("size", [in_ci(FEW_STOPS), in_full(("500",), LONGEST_S + 60)])
+def test_stops_tear_nothing(size):
+    code, output = faults("--stops", *size, limit_s=LONGEST_S)
+    assert code == 0 and output.startswith(f"{size[0]} of {size[0]} stops")
     assert len(zeros(output)) == 9 and not any(zeros(output).values())
 
 

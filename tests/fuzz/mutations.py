@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import os
 import pickle
 import pickletools
 import random
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urlencode
 
-MARK = "/tmp/pwned-by-the-fuzz"  # what the hostile pickles would leave behind
+MARK = os.environ.setdefault("FUZZ_MARK", f"/tmp/pwned-by-the-fuzz-{os.getpid()}")  # what hostile pickles would leave
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, 2, 3, 5, -1, 0.5, 1.0, -0.0, 1e-320, 1e308),

@@ -1,6 +1,5 @@
 """Runs with a real Ray that cannot be had: one line by the deadline, exit code 1, and nothing is left."""
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -8,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from living import living_in
 
 from rlhf.shell.ending import RunError
 from transfer.agreement.wire import TransferError
@@ -17,17 +16,6 @@ from transfer.config import IpcConfig, RaySenderConfig
 from transfer.worker.ray_start import SHORT_PATH, _folder, _holding, set_environment, sweep
 
 SOURCE = Path(__file__).resolve().parents[2]
-
-
-def rays():
-    """Processes of Ray, by name."""
-    names = ("raylet", "gcs_server", "ray::")
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.name().startswith(names) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 @pytest.fixture
@@ -42,12 +30,14 @@ def short():
 
 
 @pytest.fixture
-def nothing_left():
-    before = rays()
+def nothing_left(tmp_path, monkeypatch):
+    """Of what is started here, where no other test starts anything."""
+    monkeypatch.chdir(tmp_path)
     yield
-    new = [process for process in rays() if process not in before]
-    _, alive = psutil.wait_procs(new, timeout=20)
-    assert alive == []
+    deadline = time.monotonic() + 20
+    while living_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert living_in(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from chat_checkpoint import chat_checkpoint, write_conversations
+from living import living_in
 
 from transfer.worker.process import python_path
 
@@ -38,8 +39,8 @@ def environment():
 
 def started(folder, *overrides):
     command = [PYTHON, "-m", "rlhf.train", *TRAIN, f"hydra.run.dir={folder}", *overrides]
-    log = folder.with_suffix(".log").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
+    with folder.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=folder.parent)
 
 
 def trained(folder, *overrides):
@@ -119,7 +120,6 @@ def test_vllm_serve_is_started_trained_through_its_own_routes_and_ended(tmp_path
     folder = tmp_path / "served"
     rows = trained(folder, *LEARNS, "rollout.serve=true")
     check_run(rows)
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert "vllm.entrypoints" not in running and "VLLM::" not in running, "nothing of the server is left"
+    assert living_in(tmp_path) == [], "nothing of the server is left"
     log = (folder / "worker-0.log").read_text()
     assert "POST /update_weights" in log and "POST /finish_weight_update" in log

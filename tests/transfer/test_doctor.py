@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from shared_memory import left_in_shared_memory
 
 from transfer.doctor import catalog, child, gpus, host, installed, load, runner, sessions, table
 from transfer.doctor.__main__ import NO_TIME
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "DOCTOR_TEST_MARK"
 DOCTOR = [sys.executable, "-m", "transfer.doctor"]
 DEADLINE_S = 100.0
+GONE_S = 5.0
 PATIENT = ("--deadline", "80")  # the machine may be busy with other tests
 Space = namedtuple("Space", "f_blocks f_bavail f_frsize")
 
@@ -46,7 +48,7 @@ def leaving_nothing():
             time.sleep(0.05)
         assert not left, [process.cmdline() for process in left]
         assert not os.listdir(folder)
-    new = set(os.listdir("/dev/shm")) - shared
+    new = left_in_shared_memory(shared, GONE_S)
     assert not [name for name in new if name.startswith(("doctor", "plasma", "cuda.shm.")) and not is_anothers(name)]
 
 
@@ -449,7 +451,7 @@ def test_what_gpu_sharing_leaves_in_dev_shm_goes_with_the_process(tmp_path):
     )
     before = set(os.listdir("/dev/shm"))
     found(tmp_path, check("leaves", "subprocess:run", arguments={"args": [sys.executable, "-c", script]}))
-    left = set(os.listdir("/dev/shm")) - before
+    left = left_in_shared_memory(before, GONE_S)
     assert not [name for name in left if name.startswith(("torch_", "cuda.shm."))]
 
 
