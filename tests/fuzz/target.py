@@ -53,7 +53,7 @@ from transfer.worker.openapi import document  # noqa: E402
 
 TOKEN = "f" * 64
 LIFE = 400  # messages to one worker; then another, so that both of update_weights' forms are met in every state
-STOP = 5  # violations
+STOP = 5  # violations; where one is planted, the first is enough, and each may take seconds
 MAX_MEMORY = 48 * 2**20, 40  # bytes that a message may take while it is answered, and so many more for each of its own
 MAY_BE_REFUSED = ("completions", "init_weight_transfer_engine", "withdraw_weights", "start_profile", "stop_profile")
 VOCABULARY = 12
@@ -139,6 +139,7 @@ class Target:
 
     def __init__(self, seed: int, way: str, folder: Path) -> None:
         self.seed = seed
+        self.stop = STOP
         self.stack = ExitStack()
         self.folder = folder
         self.weights = [tiny(n).state_dict() for n in (1, 2, 3)]
@@ -291,7 +292,7 @@ class Target:
             if self.audit.seen:
                 self.violation(sent, f"audit events {self.audit.seen[:5]}")
                 self.audit.seen.clear()
-            if len(self.violations) >= STOP:
+            if len(self.violations) >= self.stop:
                 return
 
     def violation(self, sent: Sent, what: str) -> None:
@@ -458,6 +459,7 @@ def main() -> None:
                 asyncio.run(target.warm())
                 with target.audit.off():
                     holes.plant(job["hole"])
+                    target.stop = 1 if job["hole"] else STOP
                 answer = {"port": port, "token": TOKEN, "material": target.material}
             case "fuzz":
                 asyncio.run(target.fuzz(job["count"]))
