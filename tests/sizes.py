@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -21,3 +22,8 @@ def in_ci(value: Any) -> Any:
 def in_full(value: Any, limit_s: int = LIMIT_S) -> Any:
     """A value of a parameter with which the test has its full size, and so many seconds."""
     return pytest.param(value, marks=[pytest.mark.soak, pytest.mark.timeout(limit_s)])
+
+
+def sized(values: Iterable[Any], less: Container[Any]) -> list[Any]:
+    """Values of a parameter of which CI does without some; `pytest -m soak` takes these."""
+    return [in_full(value) if value in less else in_ci(value) for value in values]

@@ -15,6 +15,7 @@ import pytest
 from living import living_in, processes_in
 from run_with_fault import PHASES
 from shared_memory import left_in_shared_memory
+from sizes import sized
 
 from transfer.worker.ray_start import sweep
 
@@ -26,9 +27,30 @@ DEADLINES = ("transfer.sender.timeout_s=10", "rollout.timeout_s=20")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 LIVE_VIEW = "ipc transfer.staging=live transfer.take=view"
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+VICTIMS = {"SIGINT": "group", "SIGTERM": "trainer", "SIGKILL": "trainer"}
 RESUMABLE = {phase: 75 for phase in list(PHASES)[list(PHASES).index("sampling") :]}  # of SIGTERM, once there is a state
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_signals")]
+pytestmark = pytest.mark.usefixtures("default_signals")
+
+STOPS = [(phase, signum) for signum in VICTIMS for phase in PHASES]
+LIKE_OTHERS = [
+    *((phase, "SIGTERM") for phase in ("warm-up", "pairs", "learning", "withdrawing")),
+    *((phase, "SIGKILL") for phase in ("warm-up", "pairs", "reward model", "learning", "withdrawing", "finishing")),
+]
+STOPS_OF_RAY = [
+    *(("sampling", "SIGINT"), ("warm-up", "SIGINT"), ("warm-up", "SIGTERM")),
+    *(("sampling", "SIGKILL"), ("finishing", "SIGINT"), ("finishing", "SIGTERM")),
+]
+UNHEALED = [
+    *((phase, "http") for phase in ("starting workers", "sampling", "staging", "finishing")),
+    *((phase, "ray") for phase in ("sampling", "staging", "starting workers", "finishing")),
+]
+HEALED = [
+    *((phase, "disk", "http") for phase in ("finishing", "sampling")),
+    *((phase, "ipc", "http") for phase in ("pairs", "sampling", "staging", "finishing")),
+    *((phase, LIVE_VIEW, "http") for phase in ("sampling", "withdrawing", "learning", "finishing")),
+    *((phase, "ipc", "ray") for phase in ("staging", "pairs")),
+]
 
 
 @dataclass
@@ -94,6 +116,7 @@ def assert_nothing_is_left(ended: Ended) -> None:
     assert (ended.survivors, ended.shared_memory, left) == ([], set(), [])
 
 
+@pytest.mark.slow
 def test_what_a_process_of_a_run_has_started_is_found(tmp_path):
     command = "import subprocess, sys; subprocess.run(['sleep', '60'], start_new_session=True)"
     with subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path) as process:
@@ -107,30 +130,19 @@ def test_what_a_process_of_a_run_has_started_is_found(tmp_path):
         survivor.kill()
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(
-    ("victim", "signum"), [("group", "SIGINT"), ("trainer", "SIGTERM"), ("trainer", "SIGKILL")], ids=EXIT_CODES.keys()
-)
-def test_a_run_that_is_stopped_leaves_nothing(harmed, phase, victim, signum):
-    ended = harmed(phase, victim, signum)
+@pytest.mark.parametrize("moment", sized(STOPS, less=LIKE_OTHERS), ids=" ".join)
+def test_a_run_that_is_stopped_leaves_nothing(harmed, moment):
+    phase, signum = moment
+    ended = harmed(phase, VICTIMS[signum], signum)
     assert_nothing_is_left(ended)
     assert ended.code == (RESUMABLE.get(phase, 143) if signum == "SIGTERM" else EXIT_CODES[signum])
     assert "Traceback" not in ended.errors
 
 
-@pytest.mark.parametrize(
-    ("phase", "victim", "signum"),
-    [
-        ("warm-up", "group", "SIGINT"),
-        ("warm-up", "trainer", "SIGTERM"),
-        ("sampling", "group", "SIGINT"),
-        ("sampling", "trainer", "SIGKILL"),
-        ("finishing", "group", "SIGINT"),
-        ("finishing", "trainer", "SIGTERM"),
-    ],
-)
-def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, temporary, phase, victim, signum):
-    ended = harmed(phase, victim, signum, "transfer/sender=ray")
+@pytest.mark.parametrize("moment", sized(STOPS_OF_RAY, less=STOPS_OF_RAY[1:3]), ids=" ".join)
+def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, temporary, moment):
+    phase, signum = moment
+    ended = harmed(phase, VICTIMS[signum], signum, "transfer/sender=ray")
     if signum == "SIGKILL":  # Ray's agents tell its dead server for a minute that it is dead, and then end
         ended.survivors = [each for each in ended.survivors if not each.startswith(AGENTS)]
         assert len(ended.temporary) == 1
@@ -141,17 +153,16 @@ def test_a_run_with_ray_that_is_stopped_leaves_nothing(harmed, temporary, phase,
     assert "Traceback" not in ended.errors
 
 
-@pytest.mark.parametrize("sender", ["http", "ray"])
-@pytest.mark.parametrize("phase", ["starting workers", "sampling", "staging", "finishing"])
-def test_without_restarts_a_worker_that_is_killed_is_named_in_the_one_line_that_the_run_ends_with(
-    harmed, phase, sender
-):
+@pytest.mark.parametrize("moment", sized(UNHEALED, less=UNHEALED[-2:]), ids=" ".join)
+def test_without_restarts_a_worker_that_is_killed_is_named_in_the_one_line_that_the_run_ends_with(harmed, moment):
+    phase, sender = moment
     ended = harmed(phase, "worker", "SIGKILL", f"transfer/sender={sender}", "rollout.restarts=0")
     assert ended.code == 1
     assert "worker 0" in ended.errors and "Traceback" not in ended.errors
     assert_nothing_is_left(ended)
 
 
+@pytest.mark.slow
 def test_without_restarts_a_worker_that_may_still_serve_the_trainers_own_memory_ends_the_run_and_is_named(harmed):
     ended = harmed("withdrawing", "worker", "SIGKILL", *f"transfer={LIVE_VIEW}".split(), "rollout.restarts=0")
     assert ended.code == 1
@@ -159,20 +170,12 @@ def test_without_restarts_a_worker_that_may_still_serve_the_trainers_own_memory_
     assert_nothing_is_left(ended)
 
 
-@pytest.mark.parametrize(
-    ("phase", "way"),
-    [
-        *((phase, ("ipc", "http")) for phase in ("pairs", "sampling", "staging", "finishing")),
-        *((phase, ("disk", "http")) for phase in ("sampling", "finishing")),
-        *((phase, ("ipc", "ray")) for phase in ("pairs", "staging")),
-        *((phase, (LIVE_VIEW, "http")) for phase in ("sampling", "withdrawing", "learning", "finishing")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
-)
+@pytest.mark.parametrize("moment", sized(HEALED, less=HEALED[:1] + HEALED[-1:]), ids=" ".join)
 def test_a_worker_that_is_killed_is_started_again_and_the_run_has_the_numbers_of_one_undisturbed(
-    harmed, undisturbed, tmp_path, phase, way
+    harmed, undisturbed, tmp_path, moment
 ):
-    choice = (*f"transfer={way[0]}".split(), f"transfer/sender={way[1]}")
+    phase, backend, sender = moment
+    choice = (*f"transfer={backend}".split(), f"transfer/sender={sender}")
     disturbed = harmed(phase, "worker", "SIGKILL", *choice)
     assert disturbed.code == 0, disturbed.errors
     assert "warning: worker 0" in disturbed.output and "was started again" in disturbed.output
@@ -196,6 +199,7 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key.startswith(kept)} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_the_run_at_the_deadline_and_is_gone(harmed):
     ended = harmed("sampling", "worker", "SIGSTOP", "rollout.timeout_s=2")
     assert ended.code == 1
@@ -220,6 +224,7 @@ def kills(prompts, completions, **columns):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "signum"), [("interrupts", "SIGINT"), ("terminates", "SIGTERM"), ("kills", "SIGKILL")]
 )

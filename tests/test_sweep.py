@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from forked import LIGHT
 from omegaconf import OmegaConf
+from sizes import in_ci, in_full
 
 TINY = (
     "experiment=smoke",
@@ -178,13 +179,11 @@ def test_a_finished_job_is_not_written_over_by_another_sweep_and_more_seeds_may_
     assert [row["status"] for row in table(folder)] == ["finished"] * 3
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "overrides",
     [
-        "-m transfer=ipc,disk transfer/sender=http,ray experiment=smoke steps=2",
-        "experiment=compare_transfers steps=2",
+        in_ci("-m transfer=ipc,disk transfer/sender=http,ray experiment=smoke steps=2"),
+        in_full("experiment=compare_transfers steps=2"),  # of which a fast test above composes the jobs
     ],
 )
 def test_backends_and_senders_are_compared_side_by_side(sweep, overrides):

@@ -13,7 +13,7 @@ from living import living_in
 from rlhf.shell.ending import RunError
 from transfer.agreement.wire import TransferError
 from transfer.config import IpcConfig, RaySenderConfig
-from transfer.worker.ray_start import SHORT_PATH, _folder, _holding, set_environment, sweep
+from transfer.worker.ray_start import SHORT_PATH, _folder, _holding, private_ray, set_environment, sweep
 
 SOURCE = Path(__file__).resolve().parents[2]
 
@@ -92,7 +92,8 @@ def joined(address, workers, timeout_s):
 
 @pytest.mark.slow
 def test_a_ray_with_too_few_cpus_or_with_none_free_is_one_line_by_the_deadline(launch, nothing_left):
-    set_environment()  # both have one token, which this process may have had since an earlier Ray
+    with private_ray(1):
+        pass  # after which this process and those that it starts have one token, whatever ran before
     head = subprocess.Popen([sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with head:
         sender = RaySenderConfig(address=head.stdout.readline().strip(), start_timeout_s=30.0)

@@ -138,22 +138,15 @@ def test_the_tables_and_the_progress_are_readable():
 
 
 @pytest.mark.slow
-def test_every_backend_works_here_without_ray_and_the_choice_says_how(compose_run):
-    code, checks, choice = doctor("--quick")
+def test_every_backend_works_here_over_http_and_over_ray_and_the_choice_says_how(compose_run):
+    code, checks, choice = doctor()
     assert code == 0 and choice["moves"]
     assert statuses(checks, "Python", "packages", "torch", "memfd", "descriptors between processes") == {OK}
     assert statuses(checks, "memory by /proc/<pid>/fd", "tensors by torch's files", "loopback HTTP", "local") == {OK}
     assert statuses(checks, *CPU_HTTP) == {OK}, [checks[name]["seen"] for name in CPU_HTTP]
     assert all(0 < checks[name]["data"]["ms"] < 5000 for name in CPU_HTTP)
-    assert statuses(checks, *CPU_RAY) == {SKIP}
-    assert compose_run(*choice["overrides"]).transfer
-
-
-@pytest.mark.slow
-def test_ray_is_started_and_every_backend_works_over_it():
-    code, checks, _ = doctor()
-    assert code == 0
     assert statuses(checks, "Ray", "Ray starts", *CPU_RAY) == {OK}, [checks[name]["seen"] for name in CPU_RAY]
+    assert compose_run(*choice["overrides"]).transfer
 
 
 @pytest.mark.slow
