@@ -3,7 +3,8 @@ most of what a test does with a process.
 
 After `use()`, subprocess.Popen starts `python -m MODULE`, for the modules below, and `python -c` with code that imports
 torch, by a server that forks itself; it is started when it is first needed. What it makes is the caller's own child,
-with the pipes, variables and folder that Popen was given, and has a server of its own for its workers. FRESH among the
+with the pipes, variables and folder that Popen was given, and has a server of its own for its workers, and for what it
+starts by multiprocessing's `spawn`. FRESH among the
 variables has a process import all itself; with LIGHT, it is forked from one that cannot import what is heavy.
 """
 
@@ -15,6 +16,7 @@ import gc
 import importlib
 import inspect
 import json
+import multiprocessing.util
 import os
 import re
 import runpy
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,7 +61,9 @@ IMPORTED = (  # what the modules need, and their workers
     *("transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot", "uvicorn", "httptools"),
 )
 LONGEST = 2**20  # bytes of a command
+MOST_FILES = 3 + 5  # that a process is given
 
+_plainly_spawned = multiprocessing.util.spawnv_passfds
 _lock = threading.Lock()
 _servers: dict[bool, socket.socket] = {}  # by whether all that they fork is light
 
@@ -102,7 +107,7 @@ def _is_known(told: dict[str, Any]) -> bool:
 
 
 def _asked(command: dict[str, Any], light: bool, files: list[int]) -> int:
-    """The id of a new child of this process, with these files as its 0, 1 and 2."""
+    """The id of a new child of this process, with these files as its 0, 1, 2 and wherever there is room."""
     with _lock:
         if light not in _servers:
             _servers[light] = _started(light)
@@ -113,6 +118,14 @@ def _asked(command: dict[str, Any], light: bool, files: list[int]) -> int:
             return int(server.recv(100))
         finally:
             _adopt(False)
+
+
+def _spawned(path: str, args: list[str], files: Sequence[int]) -> int:
+    """multiprocessing.util.spawnv_passfds, for processes of the start method `spawn`."""
+    if FRESH in os.environ or LIGHT in os.environ or args[1] != "-c" or "spawn_main" not in args[2]:
+        return _plainly_spawned(path, args, files)
+    command = {"arguments": args, "variables": dict(os.environ), "folder": os.getcwd(), "session": False}
+    return _asked(command | {"passed": list(files)}, False, [0, 1, 2, *files])
 
 
 def _adopt(on: bool) -> None:
@@ -152,6 +165,7 @@ def main(server: socket.socket) -> None:
         if os.fork():
             theirs.close()
             use(ours, LIGHT in command["variables"])
+            multiprocessing.util.spawnv_passfds = _spawned
             break
         for descriptor in files:  # this is the server of that process
             os.close(descriptor)
@@ -195,7 +209,7 @@ def _end(code: object) -> NoReturn:
 def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """In a new process, what it is told; the process that calls ends when its client does."""
     while True:
-        message, files, _, _ = socket.recv_fds(server, LONGEST, 3)
+        message, files, _, _ = socket.recv_fds(server, LONGEST, MOST_FILES)
         if not message:
             os._exit(0)
         between = os.fork()
@@ -218,9 +232,12 @@ def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 def _become(command: dict[str, Any], files: list[int]) -> None:
     """This process is now as if it had been started like that."""
-    for descriptor, file in enumerate(files):
+    for descriptor, file in enumerate(files[:3]):
         os.dup2(file, descriptor)
         os.close(file)
+    there = dict(zip(map(str, command.get("passed", [])), map(str, files[3:]), strict=True))
+    if there:  # code that names files by their numbers
+        command["arguments"][2] = re.sub(r"(?<==)\d+", lambda number: there[number[0]], command["arguments"][2])
     os.chdir(command["folder"])
     os.environ.clear()
     os.environ.update(command["variables"])
