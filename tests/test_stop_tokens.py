@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from chat_checkpoint import EOS, GENERATION, IDS, TURN, chat_checkpoint, tokenizer_of, write_conversations
-from test_evaluate import composed
+from composed import composed_evaluation
 
 from rlhf.assembly.saved_policy import evaluate_policy
 from rlhf.config import Device, HfModelConfig, JsonlTaskConfig, TinyModelConfig
@@ -123,7 +123,7 @@ def test_a_run_of_a_chat_model_stops_where_its_turns_end_and_its_saved_policy_st
 def test_an_evaluation_of_the_saved_policy_stops_where_the_run_did(compose_run, tmp_path, talk):
     run(compose_run(*talk), tmp_path / "run")
     task = [override for override in talk if override.startswith(("task", "rollout", "transfer"))]
-    numbers = evaluate_policy(composed(f"model.path={tmp_path}/run/policy", *task), tmp_path / "evaluated")
+    numbers = evaluate_policy(composed_evaluation(f"model.path={tmp_path}/run/policy", *task), tmp_path / "evaluated")
     assert numbers["truncated"] < 0.1 and numbers["tokens_per_answer"] < 2
 
 
