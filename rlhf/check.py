@@ -30,11 +30,12 @@ from rlhf.models.adapter import add_adapter, sent_weights
 from rlhf.models.saving import saved_dtype
 from rlhf.monitor.heartbeat import Pulse
 from rlhf.monitor.loggers import is_service
+from rlhf.preflight.before_torch import Seen
 from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
-from rlhf.rewards import ModelReward
+from rlhf.rewards.model import ModelReward
 from rlhf.shell.ending import EXPLAINED, RunError, check_free
 from rlhf.shell.screen import plain_console
 from rlhf.types import Pair, Task
@@ -50,10 +51,11 @@ BESIDE = ".rlhf-check-"  # begins the name of the folder in which the step is ma
 STALE_S = 3600.0  # older ones are removed, if their checks are gone
 
 
-def check_run(config: RunConfig, folder: Path, told: str = "") -> None:
+def check_run(config: RunConfig, folder: Path, told: str = "", seen: Seen | None = None) -> None:
     """Print what a run into `folder` (in messages: `told`) will do, need and write, and what one step of it took.
 
-    Raises what the run would raise; an error that does not explain itself becomes a RunError of one line.
+    `seen`: what was looked at already. Raises what the run would raise; an error that does not explain itself becomes a
+    RunError of one line.
     """
     config = copy.deepcopy(config)
     config.logger.setdefault("console", ConsoleLoggerConfig())
@@ -61,7 +63,7 @@ def check_run(config: RunConfig, folder: Path, told: str = "") -> None:
         check_free(folder)
         site = opened(config, _beside(folder, stack), stack)
         stack.enter_context(_in_one_line(site.bars.pulse))
-        matter = gathered(site)
+        matter = gathered(site, seen)
         _tell(config, matter, folder, told or str(folder), site.bars.console)
         site.config = one_step(config)
         _divert(site.config, stack)

@@ -14,9 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
 from rlhf.compose import CONF, checked_evaluation, register
+from rlhf.preflight.before_torch import look
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
 from rlhf.shell.screen import outlast
-from rlhf.tasks.json_lines import check_readable
 from rlhf.train import answered, prepare_command
 from transfer.agreement.shown import printable
 
@@ -45,10 +45,10 @@ def _job(config: Any) -> None:
     evaluation = checked_evaluation(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        check_readable(evaluation)
+        seen = look(evaluation)
         from rlhf.assembly.saved_policy import evaluate_policy
 
-        evaluate_policy(evaluation, folder)
+        evaluate_policy(evaluation, folder, seen)
     except EXPLAINED as error:
         raise CompactHydraException(printable(str(error))) from error
 

@@ -17,10 +17,10 @@ from typing import Any
 from rlhf import __version__
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
-from rlhf.shell.ending import EXPLAINED, alone, full_disk_explained
+from rlhf.preflight.before_torch import look
+from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import Where, note, noted, of_command
-from rlhf.tasks.json_lines import check_readable
 from transfer.agreement.shown import printable
 
 HELP = """\
@@ -61,10 +61,11 @@ def main() -> None:
                 if finished(folder, replayed):
                     print(f"finished already: {folder}")
                     return
-                check_readable(config)
+                _check_goes_on(folder, config)
+                seen = look(config)
                 from rlhf.run import run
 
-                run(config, folder, replayed, resume=True)
+                run(config, folder, replayed, resume=True, seen=seen)
         except (HydraException, *EXPLAINED) as error:
             print(printable(_with_cause(error)), file=sys.stderr)
             sys.exit(1)
@@ -144,6 +145,14 @@ def finished(folder: Path, overrides: Sequence[str]) -> bool:
 
     summary = read_summary(folder)
     return summary.get("status") == "finished" and summary.get("overrides") == list(overrides)
+
+
+def _check_goes_on(folder: Path, config: RunConfig) -> None:
+    """RunError if another process trains there, or if even the oldest checkpoint is beyond the run's last step."""
+    check_free(folder)
+    steps = [int(name) for name in _saved(folder) if name.isdigit()]
+    if steps and min(steps) > config.steps:
+        raise RunError(f"step {max(steps)} is done already: steps must be at least that (got {config.steps})")
 
 
 def _hydra(folder: Path) -> Path:

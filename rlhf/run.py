@@ -12,20 +12,23 @@ from rlhf.assembly.parts import built
 from rlhf.assembly.site import begin, opened
 from rlhf.assembly.trainer import train_policy
 from rlhf.config import RunConfig
+from rlhf.preflight.before_torch import Seen
 from rlhf.shell.ending import full_disk_explained
 
 
-def run(config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: bool = False) -> dict[str, float]:
+def run(
+    config: RunConfig, folder: Path, overrides: Sequence[str] = (), resume: bool = False, seen: Seen | None = None
+) -> dict[str, float]:
     """Train as configured; writes metrics, samples, curves and the policy into `folder`, returns the summary.
 
-    `resume`: go on from the folder's newest checkpoint; where there is none yet, begin. Whatever was opened is closed
-    before the report.
+    `resume`: go on from the folder's newest checkpoint; where there is none yet, begin. `seen`: what was looked at
+    already (preflight/before_torch.py). Whatever was opened is closed before the report.
     """
     with full_disk_explained(folder):
         with ExitStack() as stack:
             site = opened(config, folder, stack)
             begin(site, resume, stack)
-            matter = gathered(site)
+            matter = gathered(site, seen)
             parts = built(site, matter, stack)
             train_policy(site, matter, parts)
         return reported(site, parts.record.rows, parts.keeper.seconds(), overrides)

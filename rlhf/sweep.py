@@ -17,6 +17,7 @@ from hydra.types import RunMode
 
 from rlhf.config import Objective, RunConfig
 from rlhf.plugins.found import use
+from rlhf.preflight.before_torch import look
 from rlhf.reports.leaderboard import write_tables
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import objective_of, read_summary, write_summary
@@ -74,11 +75,12 @@ def _child(config: RunConfig, folder: Path, overrides: list[str], go_on: bool) -
     terminate_as_interrupt()
     outlast()
     end_with_parent()
-    from rlhf.run import run
-
     try:
         use(config.plugins)
-        run(config, folder, overrides, resume=go_on and _begun(folder, config))
+        seen = look(config)
+        from rlhf.run import run
+
+        run(config, folder, overrides, resume=go_on and _begun(folder, config), seen=seen)
     except EXPLAINED as error:
         _note_failure(folder, overrides, str(error))
         sys.exit(1)

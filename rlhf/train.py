@@ -17,10 +17,10 @@ from rlhf import __version__
 from rlhf.compose import CONF, checked, misplaced, others, prepare, register, unknown_choices
 from rlhf.config import Mode
 from rlhf.plugins import PartError
+from rlhf.preflight.before_torch import look
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import of_command
-from rlhf.tasks.json_lines import check_readable
 from transfer.agreement.shown import printable
 
 register()
@@ -62,21 +62,20 @@ def _job(config: Any) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if HydraConfig.get().mode is not RunMode.MULTIRUN:  # a sweep notes which of its jobs fail
-            check_readable(run_config)
-        if run_config.mode is Mode.check:
-            from rlhf.check import check_run
-
-            check_run(run_config, *_checked_folder(folder))
-            return None
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             from rlhf.sweep import run_job
 
             with full_disk_explained(folder):
                 return run_job(run_config, folder, overrides, Path(HydraConfig.get().sweep.dir))
+        seen = look(run_config)
+        if run_config.mode is Mode.check:
+            from rlhf.check import check_run
+
+            check_run(run_config, *_checked_folder(folder), seen)
+            return None
         from rlhf.run import run
 
-        run(run_config, folder, overrides)
+        run(run_config, folder, overrides, seen=seen)
     except EXPLAINED as error:
         raise CompactHydraException(printable(str(error))) from error
     return None

@@ -146,6 +146,20 @@ class Task(Protocol):
         """The task's own (gold) reward in [0, 1] of the (last) answer; None where the data holds no reference."""
 
 
+class Amounts(Protocol):
+    """What a task's texts tell already, before there is a tokenizer: how many rows of each kind, and whether scored."""
+
+    @property
+    def train(self) -> Sequence[Any]: ...
+    @property
+    def demonstrations(self) -> Sequence[Any]: ...
+    @property
+    def preferences(self) -> Sequence[Any]: ...
+
+    def score(self, prompt: Any, answer: str, /) -> float | None:
+        """The gold reward of an answer to one of `train`; None where the data holds no reference."""
+
+
 class Tokenizer(Protocol):
     """What the harness needs of a transformers tokenizer."""
 

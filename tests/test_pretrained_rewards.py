@@ -17,7 +17,8 @@ from rlhf.config import Device, JsonlTaskConfig, ModelRewardConfig, TinyModelCon
 from rlhf.models.reward_model import load_reward_model
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import score_texts
-from rlhf.rewards import ModelReward, given_rewards
+from rlhf.rewards import given_rewards
+from rlhf.rewards.model import ModelReward
 from rlhf.run import run
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt, Task

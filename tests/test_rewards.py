@@ -29,7 +29,8 @@ from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.progress import Bars
-from rlhf.rewards import FunctionReward, ModelReward, WeightedSum, combine, usable
+from rlhf.rewards import FunctionReward, WeightedSum, combine, usable
+from rlhf.rewards.model import ModelReward
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.stages.reward_model import margins, pair_scores, train_reward_model

@@ -13,8 +13,6 @@ import pytest
 import yaml
 from forked import FRESH, LIGHT
 
-from rlhf.tasks.json_lines import check_readable
-
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_HEAVY = {LIGHT: "1"}
 
@@ -75,7 +73,7 @@ def test_the_printed_run_is_the_one_that_the_overrides_compose(rlhf_train):
     assert run["seed"] == 7 and run["algo"]["name"] == "grpo"
 
 
-def test_a_users_mistake_that_only_the_run_can_find_is_one_clear_line(rlhf_train):
+def test_a_users_mistake_that_no_configuration_shows_is_one_clear_line(rlhf_train):
     done = rlhf_train("reward=function", "reward.function=nothing:f", "model=micro")
     assert done.returncode == 1
     message = "reward.function=nothing:f cannot be imported, from the current folder or the Python path: "
@@ -109,14 +107,10 @@ def test_an_installed_wheel_brings_its_dials_along(rlhf_train, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "train mode=check", "evaluate model.path=."])
 def test_a_data_file_that_is_not_there_is_answered_before_anything_heavy_is_imported(command, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     module, *others = command.split()
     line = [sys.executable, "-m", f"rlhf.{module}", *others, "task=jsonl", "task.path=nowhere.jsonl"]
     environment = os.environ | WITHOUT_HEAVY | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"task.path: cannot read nowhere.jsonl from {tmp_path}: No such file or directory\n" in done.stderr
-
-
-def test_a_data_file_that_is_a_pipe_is_not_opened_before_it_is_read(compose_run, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    check_readable(compose_run("task=jsonl", f"task.path={tmp_path / 'pipe'}"))

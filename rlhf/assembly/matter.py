@@ -11,16 +11,15 @@ from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
 from rlhf.config import HfModelConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
-from rlhf.models.adapter import check_peft
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
-from rlhf.monitor.loggers import check_loggers
 from rlhf.preflight.agreement import agreeing_passes
+from rlhf.preflight.before_torch import Seen, look
 from rlhf.preflight.lengths import check_lengths
 from rlhf.preflight.parts import check_parts
 from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.rewards import given_rewards
-from rlhf.tasks import make_task, read_task
+from rlhf.tasks import make_task
 from rlhf.types import Reward, Task
 
 if TYPE_CHECKING:
@@ -39,14 +38,11 @@ class Matter:
     padded: Passes = PADDED  # the way to compute padded rows that is right for the policy
 
 
-def gathered(site: Site) -> Matter:
-    """Task, policy and rewards as they are given, checked against each other."""
+def gathered(site: Site, seen: Seen | None = None) -> Matter:
+    """Task, policy and rewards as they are given, checked against each other; `seen`: what was looked at already."""
     config = site.config
-    check_loggers(config.logger)
     check_parts(config)
-    if config.model.lora.rank:
-        check_peft()
-    raw = read_task(config.task, config.seed)
+    raw = (seen or look(config)).take()
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
     moment = datetime.fromisoformat(began) if began else datetime.now()

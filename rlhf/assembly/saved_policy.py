@@ -17,6 +17,7 @@ from rlhf.held_out import measure
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import check_engine
+from rlhf.preflight.before_torch import Seen, look
 from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -24,25 +25,24 @@ from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.shell.ending import RunError
 from rlhf.shell.screen import plain_console
-from rlhf.tasks import make_task, read_task
+from rlhf.tasks import make_task
 from rlhf.types import TRUNCATED, Sampler, Task
 from transfer import make_transfer
 from transfer.agreement.journal import Journal
 
 
-def evaluate_policy(config: EvaluationConfig, folder: Path) -> dict[str, Any]:
+def evaluate_policy(config: EvaluationConfig, folder: Path, seen: Seen | None = None) -> dict[str, Any]:
     """Evaluate as configured, print the table, write `evaluation.json` into `folder`; its numbers.
 
+    `seen`: what was looked at already.
     Raises ValueError where the task holds no answers to score against, or prompts do not fit the model.
     """
     start = time.monotonic()
     torch.set_num_threads(config.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    raw = read_task(config.task, config.seed)
+    raw = (seen or look(config)).take()
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     task = make_task(raw, tokenizer)
-    if all(task.score(prompt, "") is None for prompt in task.held_out):
-        raise ValueError("no held-out row of the task has an answer to compare with: choose another task or task.path")
     policy = make_policy(config.model, tokenizer, config.seed)
     if isinstance(config.model, HfModelConfig) and not isinstance(config.rollout, VllmRolloutConfig):
         check_engine(policy)

@@ -13,7 +13,7 @@ from rlhf.checkpoint.whole import whole
 from rlhf.config import ModelRewardConfig
 from rlhf.models.saving import export_model
 from rlhf.models.value import Head, value_model
-from rlhf.rewards import ModelReward
+from rlhf.rewards.model import ModelReward
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.types import Sampler
 

@@ -7,7 +7,6 @@ without its adapter the policy is its own reference. peft is imported where an a
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,12 +39,6 @@ class AdapterSpec:
     target: list[str]
     base: str  # a folder or a hub name, as `from_pretrained` takes it
     digest: str = ""  # of the base's weights in the worker's dtype; empty: nobody compares
-
-
-def check_peft() -> None:
-    """Raise ValueError, naming the extra, where peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("model.lora.rank needs the package peft: pip install 'rlhf-transfer[lora]', or set it to 0")
 
 
 def add_adapter(model: PreTrainedModel, rank: int, alpha: float, target: list[str], seed: int = 0) -> None:

@@ -16,6 +16,7 @@ from transfer.agreement.shown import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CONFIG = "config.json"  # what each model's folder has
 HUB_TIMEOUT_S = 10.0
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name of a warning
 
@@ -64,6 +65,22 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
+def check_folder(path: str, failure: str) -> None:
+    """ValueError where a path, which cannot be a hub's name, is no folder; of a folder, where no model is in it."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{failure} from the folder {path}: it has no {CONFIG}{_below(path, folder)}")
+    elif folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
+        raise ValueError(f"{failure}: there is no folder {path} (seen from {Path.cwd()})")
+
+
+def _below(path: str, folder: Path) -> str:
+    """Which folders in it have a model, of a run's folder, say; nothing if none has."""
+    there = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
+    return f", but {' and '.join(f'{path}/{name}' for name in there)} has" if there else ""
+
+
 def from_pretrained(auto: Any, path: str, failure: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """`auto.from_pretrained`, with a ValueError for whatever is wrong with a folder or a hub name.
 
@@ -71,9 +88,8 @@ def from_pretrained(auto: Any, path: str, failure: str, trust_remote_code: bool 
     terminal, and run it.
     """
     _hide_bars()
+    check_folder(path, failure)
     folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".")):
-        raise ValueError(f"{failure}: there is no folder {path} (seen from {Path.cwd()})")
     local = folder.is_dir() or not _hub_answers(path)
     where = f"the folder {path}" if folder.is_dir() else f"the Hugging Face hub as {path!r}, which is no folder here"
     options |= {"local_files_only": local, "trust_remote_code": trust_remote_code}

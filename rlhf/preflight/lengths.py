@@ -11,7 +11,7 @@ from rlhf.config import EvaluationConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.learning.pass_choice import context_of
 from rlhf.models.stop_tokens import ended
-from rlhf.preflight.plan import check_amounts
+from rlhf.preflight.plan import check_rows
 from rlhf.preflight.rotary import change_of, check_rotary
 from rlhf.tasks.json_lines import some
 from rlhf.types import Pair, Prompt, Task, Tokenizer
@@ -84,7 +84,7 @@ def _checked(config: RunConfig | EvaluationConfig, task: Task, tokenizer: Tokeni
             notes.append(_dropped(config, long, "or choose another algo or reward"))
             task.preferences = long.fitting
         if notes:
-            check_amounts(config, task)
+            check_rows(config, task)
     if not task.train or not task.held_out:
         raise ValueError(f"no prompt is left to train on, or none to hold out: {'; '.join(notes)}")
     return notes + cut

@@ -14,13 +14,13 @@ from rlhf.config import (
     ModelRewardConfig,
     RunConfig,
     TensorboardLoggerConfig,
-    VerifierRewardConfig,
     WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
 from rlhf.monitor.loggers import is_service
+from rlhf.preflight.amounts import check_amounts, judged_by_amounts
 from rlhf.rewards import check_reward
-from rlhf.stages.dpo import check_pairs
+from rlhf.stages.dpo import check_count
 from rlhf.types import Task
 from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig, RaySenderConfig
 
@@ -138,21 +138,13 @@ _OF_LOGGERS: dict[type[LoggerConfig], tuple[str, str]] = {
 
 def check_data(config: RunConfig, task: Task) -> None:
     """Raise ValueError or RunError, before anything is trained, where configuration, data and reward do not fit."""
-    on_pairs = isinstance(config.algo, DpoConfig)
-    check_amounts(config, task)
-    if not (on_pairs and isinstance(config.reward, VerifierRewardConfig)):  # shown there where there is a gold score
+    check_rows(config, task)
+    if not judged_by_amounts(config):
         check_reward(config.reward, task)
 
 
-def check_amounts(config: RunConfig, task: Task) -> None:
-    """Raise ValueError where the task has too few rows of a kind that the run learns from."""
-    if config.sft.steps and not task.demonstrations:
-        raise ValueError("this task's data have no demonstrations to warm up on: set sft.steps=0")
-    on_pairs = isinstance(config.algo, DpoConfig)
-    if on_pairs:
-        check_pairs(config, task)
-    prompts = len(task.train)
-    if not on_pairs and config.prompts_per_step > prompts:
-        raise ValueError(
-            f"prompts_per_step must be at most the task's {prompts} training prompts (got {config.prompts_per_step})"
-        )
+def check_rows(config: RunConfig, task: Task) -> None:
+    """Raise ValueError where too few rows of a kind are left to learn from."""
+    check_amounts(config, task)
+    if isinstance(config.algo, DpoConfig):
+        check_count(config, config.algo, task)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.tasks.raw import Row
 from rlhf.types import Prompt
 
 
-def names(prompts: Sequence[Prompt]) -> list[str]:
-    """The columns that any of these prompts has, sorted."""
+def names(prompts: Sequence[Prompt | Row]) -> list[str]:
+    """The columns that any of these prompts, or rows, has, sorted."""
     return sorted({key for prompt in prompts for key in prompt.columns})
 
 

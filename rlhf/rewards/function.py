@@ -54,7 +54,14 @@ class FunctionReward:
 
         Exceptions of that trial cost samples, as later ones do, and are not told yet.
         """
-        there = names(prompts)
+        self.check_columns(names(prompts))
+        trial = Samples(prompts[:1], [answer], [list(prompts[0].ids)])
+        self.begin(trial)()
+        if self.report.errors and self.messages == AUTO and prompts[0].messages:
+            self._try_otherwise(trial, self.report.error)
+
+    def check_columns(self, there: Sequence[str]) -> None:
+        """ValueError if the function does not take a task's columns."""
         try:
             self.form.check(self.function, there)
         except TypeError as error:
@@ -62,10 +69,6 @@ class FunctionReward:
                 f"reward.function={self.name} is called as {self.form.shown}, and the task's columns "
                 f"are {', '.join(there) or 'none'}: {error}; change its arguments, or rename the column in the file"
             ) from None
-        trial = Samples(prompts[:1], [answer], [list(prompts[0].ids)])
-        self.begin(trial)()
-        if self.report.errors and self.messages == AUTO and prompts[0].messages:
-            self._try_otherwise(trial, self.report.error)
 
     def _try_otherwise(self, trial: Samples, error: str) -> None:
         """ValueError if the function raises on what it is given of conversations, and not on their other form."""

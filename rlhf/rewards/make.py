@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from rlhf.config import (
     FunctionRewardConfig,
@@ -20,13 +21,13 @@ from rlhf.models.reward_model import load_reward_model, trained_by_a_run
 from rlhf.plugins.registry import made, part_of
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
-from rlhf.rewards.model import ModelReward
 from rlhf.rewards.own import looked_at
-from rlhf.rewards.pretrained import PretrainedReward
-from rlhf.rewards.rendering import OwnTemplate
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
-from rlhf.types import Reward, Task
+from rlhf.types import Amounts, Reward, Task
+
+if TYPE_CHECKING:
+    from rlhf.rewards.model import ModelReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,13 @@ def check_reward(config: RewardConfig, task: Task) -> None:
                 check(part.reward, task)
 
 
-def check_verifier(config: VerifierRewardConfig, task: Task) -> None:
+def check_verifier(config: VerifierRewardConfig, task: Amounts) -> None:
     """Answers to compare with."""
     if not _has_gold(task):
         raise ValueError("reward=verifier needs answers to compare with, and no row has one: choose another reward")
 
 
-def check_model(config: ModelRewardConfig, task: Task) -> None:
+def check_model(config: ModelRewardConfig, task: Amounts) -> None:
     """Something to train it on, if it is to be trained."""
     if config.path is None and not (task.preferences or _has_gold(task)):
         raise ValueError(
@@ -69,12 +70,12 @@ def check_function(config: FunctionRewardConfig, task: Task) -> None:
     _function(config).check(task.train, *answers)
 
 
-def check_http(config: HttpRewardConfig, task: Task) -> None:
+def check_http(config: HttpRewardConfig, task: Amounts) -> None:
     """A server that answers."""
     HttpReward(config).check()
 
 
-def _has_gold(task: Task) -> bool:
+def _has_gold(task: Amounts) -> bool:
     return any(task.score(prompt, "") is not None for prompt in task.train)
 
 
@@ -119,6 +120,10 @@ def _function(config: FunctionRewardConfig) -> FunctionReward:
 
 def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig, moment: datetime | None) -> ModelReward:
     """The reward model of `reward.path`; ValueError where it does not fit the task's prompts."""
+    from rlhf.rewards.model import ModelReward
+    from rlhf.rewards.pretrained import PretrainedReward
+    from rlhf.rewards.rendering import OwnTemplate
+
     assert config.path is not None
     model, tokenizer = load_reward_model(config.path, policy, config.trust_remote_code)
     template = OwnTemplate.of(tokenizer, config.chat_template, moment)

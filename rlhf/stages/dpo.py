@@ -76,22 +76,10 @@ def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def check_pairs(config: RunConfig, task: Task) -> None:
-    """Raise ValueError where neither the task's data nor samples can give pairs, or the data too few."""
-    assert isinstance(config.algo, DpoConfig)
+def check_count(config: RunConfig, algo: DpoConfig, task: Task) -> None:
+    """Raise ValueError where the task's own pairs, if it has any, are too few."""
     if task.preferences:
-        _check_count(split(task.preferences, config.algo.held_out, config.seed + SEED_OFFSET)[0], config)
-        return
-    if all(task.score(prompt, "") is None for prompt in task.train):
-        raise ValueError(
-            f"algo={config.algo.name} needs chosen/rejected rows, or answers by which sampled pairs can be judged, and "
-            "the task has neither: choose another task, or another algo"
-        )
-    if config.samples_per_prompt < 2:
-        raise ValueError(
-            f"algo={config.algo.name} makes pairs of one prompt's samples: samples_per_prompt must be at least 2 "
-            f"(got {config.samples_per_prompt})"
-        )
+        _check_count(split(task.preferences, algo.held_out, config.seed + SEED_OFFSET)[0], config)
 
 
 def preference_pairs(parts: Parts, config: RunConfig, algo: DpoConfig) -> tuple[list[Pair], list[Pair]]:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import JsonlTaskConfig
 from transfer.agreement.shown import shown
 
 SHOWN = 10  # bad lines in one error message
@@ -25,16 +24,6 @@ MAGIC = {  # first bytes of files that are no text
     b"\xfe\xff": "UTF-16",
 }
 TABLES = {".csv": "a CSV file", ".tsv": "a TSV file"}
-
-
-def check_readable(config: Any) -> None:
-    """ValueError if a run or an evaluation names a file that cannot be read; light, to be asked before all else."""
-    if not isinstance(config.task, JsonlTaskConfig):
-        return
-    with _told(config.task.path):
-        path = Path(config.task.path).expanduser()
-        if not path.is_fifo():  # which can be opened once
-            path.open("rb").close()
 
 
 @contextmanager

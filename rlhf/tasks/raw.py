@@ -92,6 +92,21 @@ class RawTask:
     def _rows(self) -> list[Row]:
         return [*self.train, *self.held_out]
 
+    @property
+    def demonstrations(self) -> list[Answer]:
+        """Answers to learn from, of the rows that are trained on."""
+        first = [row.demonstration for row in self.train if row.demonstration is not None]
+        return first + [answer for row in self.train for _, answer in row.turns]
+
+    @property
+    def preferences(self) -> list[tuple[Answer, Answer]]:
+        """Pairs of answers, (better, worse), of the rows that are trained on."""
+        return [row.preference for row in self.train if row.preference is not None]
+
+    def score(self, row: Row, answer: str) -> float | None:
+        """The gold reward in [0, 1], or None where the data hold no reference."""
+        return self.gold(row.columns, answer)
+
     def tags(self) -> list[str]:
         """What messages are marked with, sorted: roles, and keys of messages and of what their template is given."""
         return sorted({tag for row in self._rows for tag in row.tags()})
