@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
+from rlhf.reports.plots import pyplot
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -48,6 +49,8 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     if awaited := workers.awaited():
         site.bars.say(awaited)
     with site.bars.waiting("workers"):
+        with suppress(OSError):  # a full disk is told where something is drawn
+            pyplot()  # the curves in the end need it, and now there is nothing else to do
         senders = workers.senders()
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
