@@ -29,7 +29,7 @@ def fresh(tmp_path):
 def test_the_refusal_of_heavy_imports_works(rlhf_train, fresh):
     for variables in (fresh, WITHOUT_HEAVY):
         done = rlhf_train("experiment=smoke", env=variables)
-        assert done.returncode == 1 and "AssertionError: imported torch" in done.stderr
+        assert done.returncode == 1 and "AssertionError: imported " in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("steps=3 stepz=4", 1)])
