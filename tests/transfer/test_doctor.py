@@ -69,6 +69,14 @@ def marked(mark):
     return found
 
 
+def command(process):
+    """Its words; none of one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def doctor(*arguments, before=()):
     """Run the doctor, behind the command `before`: its exit code, its results by name, and its choice."""
     with leaving_nothing() as environment:
@@ -156,7 +164,7 @@ def test_a_doctor_that_is_stopped_takes_its_workers_along(number, code):
         process = subprocess.Popen([*DOCTOR, "--quick"], env=environment, cwd="/", stderr=subprocess.DEVNULL)
         try:
             end = time.monotonic() + 40
-            while not any("transfer.worker.plain_worker" in p.cmdline() for p in marked(environment[MARK])):
+            while not any("transfer.worker.plain_worker" in command(p) for p in marked(environment[MARK])):
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.1)
             process.send_signal(number)
