@@ -95,3 +95,15 @@ def leads_somewhere(page: Path, link: str) -> bool:
         return target.exists()
     headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
     return heading in {re.sub(r"[^a-z0-9 -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_every_file_that_a_page_names_is_there(page):
+    named = re.findall(r"`((?:rlhf|transfer|tests|examples)/[\w./]+(?:\.\w+|/))`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_picture_of_the_house_has_every_folder():
+    picture = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    folders = {path.parent.name for package in ("rlhf", "transfer") for path in (ROOT / package).glob("*/__init__.py")}
+    assert folders == {name for name in re.findall(r"\b(\w+)/", picture)} - {"rlhf", "transfer", "conf"}
