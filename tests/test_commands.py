@@ -119,6 +119,7 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
     f"{COMPARE}--shapes qwen2.5-7b --steps 2 --prompts 16 --json outputs/7b.json": TRL_GPU,
     f"{COMPARE}--parts ours --ours 'small=tokens_per_microbatch=8192,optim.master_weights=false'": TRL_GPU,
     f"{COMPARE}--dry": "tests/benchmarks/test_compare_trl_gpu.py",
+    "python -m rlhf.train plugins=[my_parts] task=count task.most=5": "tests/test_plugins.py",
     "pip install hydra-optuna-sweeper hydra-joblib-launcher": PACKAGE,
     "pip install vllm": VLLM,
     "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --logprobs-mode processed_logprobs "
@@ -162,7 +163,7 @@ def test_every_command_of_the_docs_is_run_or_composed_and_none_is_left_over_here
 def test_a_block_of_another_kind_does_not_hide_commands():
     for page in PAGES:
         fences = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
-        assert set(fences) <= {"bash", "python", "yaml", ""} and fences[1::2] == [""] * (len(fences) // 2), page.name
+        assert set(fences) <= {"bash", "python", "toml", "yaml", ""} and fences[1::2] == [""] * (len(fences) // 2), page.name
 
 
 def overrides_of(command: str) -> list[str]:
