@@ -308,7 +308,7 @@ def test_another_default_choice_is_refused_by_its_group_even_if_all_keys_are_the
     [
         (".", 1, ". is no folder of a run: it has no .hydra/overrides.yaml"),
         ("run steps=0", 1, "steps must be at least 1 (got 0)"),
-        ("run steps=2", 1, "step 7 is done already: steps must be at least that (got 2)"),
+        ("run steps=2", 1, "step 6 is done already: steps must be at least that (got 2)"),
         ("run task=jsonl task.path=nowhere", 1, "task.path: cannot read nowhere from "),
         ("run stepz=4", 1, "Could not override 'stepz'"),
         ("run transfer.slots=4 transfer=disk", 1, "that key belongs to the ipc transfer"),
@@ -320,7 +320,7 @@ def test_a_mistake_answers_at_once_and_changes_nothing(started, tmp_path, argume
     folder = started("experiment=smoke").rename(tmp_path.parent / f"{tmp_path.name}-run")
     tmp_path.mkdir()
     folder = folder.rename(tmp_path / "run")
-    (folder / "checkpoints" / "00000007").mkdir(parents=True)
+    (folder / "checkpoints" / "00000006").mkdir(parents=True)
     before = (folder / ".hydra" / "overrides.yaml").read_text()
     command = [sys.executable, "-m", "rlhf.resume", *arguments.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), LIGHT: "1"}
