@@ -163,7 +163,9 @@ def test_every_command_of_the_docs_is_run_or_composed_and_none_is_left_over_here
 def test_a_block_of_another_kind_does_not_hide_commands():
     for page in PAGES:
         fences = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
-        assert set(fences) <= {"bash", "python", "toml", "yaml", ""} and fences[1::2] == [""] * (len(fences) // 2), page.name
+        assert set(fences) <= {"bash", "python", "toml", "yaml", ""} and fences[1::2] == [""] * (len(fences) // 2), (
+            page.name
+        )
 
 
 def overrides_of(command: str) -> list[str]:

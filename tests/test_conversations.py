@@ -19,15 +19,7 @@ from transfer import make_transfer
 from transfer.config import LocalConfig
 from transfer.trainer.senders.direct import DirectSender
 
-SMOKE = (
-    "experiment=guess",
-    "model=micro",
-    "steps=3",
-    "sft.steps=20",
-    "prompts_per_step=8",
-    "task.held_out=16",
-    "task.prompts=64",
-)
+SMOKE = ("experiment=guess", "model=micro", "steps=3", "sft.steps=20", "prompts_per_step=8", "task.held_out=16")
 
 
 @pytest.fixture

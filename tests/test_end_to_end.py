@@ -21,8 +21,8 @@ from rlhf.tasks.tokenised import TokenisedTask
 from transfer.config import RaySenderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = ("experiment=smoke", "steps=3", "logger=jsonl", "task.held_out=32", "sft.steps=4", "prompts_per_step=4")
-SMOKE = (*FILE, "task.prompts=256")
+PLAIN = ("experiment=smoke", "steps=3", "logger=jsonl", "task.held_out=32", "sft.steps=4", "prompts_per_step=4")
+SMOKE = (*PLAIN, "task.prompts=256")
 ALGORITHMS = sorted(  # of RL
     path.stem for path in (ROOT / "conf" / "algo").glob("*.yaml") if "/schema/algo/base@" in path.read_text()
 )
@@ -155,7 +155,7 @@ def test_the_numbers_do_not_depend_on_how_many_workers_there_are_or_how_they_tak
 def test_an_adapter_travels_alone_and_gives_the_same_numbers_by_every_way(train, request, way, sender):
     if sender == "ray":
         request.getfixturevalue("ray_for_all")
-    lora = (*SMOKE, "model.lora.rank=4", "optim.lr=0.01", "transfer.verify_every=1")
+    lora = (*PLAIN, "model.lora.rank=4", "optim.lr=0.01", "transfer.verify_every=1")
     reference = train(*lora, "transfer=local", "transfer.verify=off", name="local")
     folder = train(*lora, *way.split(), f"transfer/sender={sender}")
     assert numbers(folder) == numbers(reference) and samples(folder) == samples(reference)
@@ -261,14 +261,14 @@ def test_preferences_from_a_file_train_a_reward_model_that_is_then_optimised(tra
 
 def test_answers_from_a_file_are_scored_by_exact_match(train, monkeypatch):
     monkeypatch.chdir(ROOT)
-    folder = train(*FILE, "task=jsonl", "task.path=examples/answers.jsonl", "transfer=local")
+    folder = train(*PLAIN, "task=jsonl", "task.path=examples/answers.jsonl", "transfer=local")
     assert all(row["reward"] == row["gold"] in (0.0, 1.0) for row in samples(folder))
 
 
 def test_conversations_from_a_file_are_rewarded_by_a_users_function(train, monkeypatch):
     monkeypatch.chdir(ROOT)
     reward = ("reward=function", "reward.function=examples.reward_functions:brevity")
-    folder = train(*FILE, *reward, "task=jsonl", "task.path=examples/conversations.jsonl", "transfer=local")
+    folder = train(*PLAIN, *reward, "task=jsonl", "task.path=examples/conversations.jsonl", "transfer=local")
     assert all("<|user|>" in row["prompt"] and 0 <= row["reward"] <= 1 for row in samples(folder))
 
 
@@ -313,7 +313,7 @@ def test_a_column_with_the_name_of_an_argument_is_found_before_anything_starts(t
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
 
 
-FROM_FILE = (*FILE, "transfer=local", "reward=function", "task=jsonl", "task.held_out=8")
+FROM_FILE = (*PLAIN, "transfer=local", "reward=function", "task=jsonl", "task.held_out=8")
 
 
 def write_rows(path: Path, **columns) -> None:

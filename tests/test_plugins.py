@@ -81,7 +81,8 @@ def parts(monkeypatch, tmp_path):
     """An empty working folder, and the parts as they were before the test."""
     before, repo = dict(registry._parts), ConfigStore.instance().repo
     choices = {(id(group), name) for group, name in _choices(repo)}
-    modules = set(sys.modules)
+    for name in _of_tests():
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     offers.offers.cache_clear()
@@ -94,9 +95,13 @@ def parts(monkeypatch, tmp_path):
         if (id(group), name) not in choices:
             del group[name]
     offers.offers.cache_clear()
-    for name in set(sys.modules) - modules:
-        if name.partition(".")[0] in ("mine", "acme", "broken", "other", "examples"):
-            del sys.modules[name]
+    for name in _of_tests():
+        del sys.modules[name]
+
+
+def _of_tests():
+    """The modules that are imported by names that tests give theirs."""
+    return [name for name in sys.modules if name.partition(".")[0] in ("mine", "acme", "broken", "other", "examples")]
 
 
 def _choices(group):
