@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,9 +123,15 @@ def _asked(command: dict[str, Any], light: bool, files: list[int]) -> int:
 
 def _spawned(path: str, args: list[str], files: Sequence[int]) -> int:
     """multiprocessing.util.spawnv_passfds, for processes of the start method `spawn`."""
-    if FRESH in os.environ or LIGHT in os.environ or args[1] != "-c" or "spawn_main" not in args[2]:
+    code = args[args.index("-c") :] if "-c" in args else ["", ""]
+    if {FRESH, LIGHT} & set(os.environ) or "spawn_main" not in code[1]:
         return _plainly_spawned(path, args, files)
-    command = {"arguments": args, "variables": dict(os.environ), "folder": os.getcwd(), "session": False}
+    command = {
+        "arguments": [os.fsdecode(path), *code],
+        "variables": dict(os.environ),
+        "folder": os.getcwd(),
+        "session": False,
+    }
     return _asked(command | {"passed": list(files)}, False, [0, 1, 2, *files])
 
 
@@ -236,7 +243,8 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
         os.dup2(file, descriptor)
         os.close(file)
     there = dict(zip(map(str, command.get("passed", [])), map(str, files[3:]), strict=True))
-    if there:  # code that names files by their numbers
+    if there:  # code that names files by their numbers, and imports what is `__main__` in its parent
+        warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning, "runpy")
         command["arguments"][2] = re.sub(r"(?<==)\d+", lambda number: there[number[0]], command["arguments"][2])
     os.chdir(command["folder"])
     os.environ.clear()
