@@ -34,7 +34,7 @@ TRAPPED_S = 0.3  # deadline for a step of the protocol to come
 SETTLED_S = 5.0  # deadline for what a kill has cut to be closed on the other side, too
 LATE_S = 1.0  # for messages that are still on their way when the trainer is gone
 SPARE = 3  # descriptors by which two moments of a process may differ
-SAMPLES = 3  # of them, at the begin and at the end, are compared by their least
+SAMPLES = 3  # of them, the first and the last, are compared by their least
 SOCKET = "\0transfer-"
 MOMENTS = {"intend": "kills while a version is written", "publish": "kills while workers take a version"}
 
@@ -249,7 +249,16 @@ class Stage:
     def _sample(self) -> None:
         for pid in [self._pid(), *map(self._workers.pid, range(self.case.workers))]:
             self._remember(pid)
-            self._descriptors[pid].append(self._seen[pid].num_fds())
+            self._watch(pid, self._descriptors[pid])
+
+    def _watch(self, pid: int, counts: list[int]) -> None:
+        """Broken, if the process has ever more descriptors, and does not close them soon."""
+        process = self._seen[pid]
+        counts.append(process.num_fds())
+        most = min(counts[:SAMPLES]) + SPARE
+        if len(counts) >= 2 * SAMPLES and min(counts[-SAMPLES:]) > most:
+            _settled(lambda: process.num_fds() <= most, lambda: f"process {pid} has ever more descriptors: {counts}")
+            counts[-1] = process.num_fds()
 
     def _remember(self, pid: int) -> None:
         self._seen.setdefault(pid, psutil.Process(pid))
@@ -257,12 +266,7 @@ class Stage:
     def _check_survivors(self) -> None:
         for pid in map(self._workers.pid, range(self.case.workers)):
             _settled(lambda pid=pid: _mappings(pid) <= 1, lambda pid=pid: f"{_mappings(pid)} arenas are mapped")
-        for pid, counts in self._descriptors.items():
-            if len(counts) >= 2 * SAMPLES:
-                growth = min(counts[-SAMPLES:]) - min(counts[:SAMPLES])
-                self.counts["processes watched"] += 1
-                if growth > SPARE:
-                    raise Broken("descriptors", f"process {pid} has ever more descriptors: {counts}")
+        self.counts["processes watched"] += sum(len(counts) >= 2 * SAMPLES for counts in self._descriptors.values())
 
 
 def _settled(holds: Callable[[], bool], wrong: Callable[[], str]) -> None:
