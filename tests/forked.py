@@ -249,6 +249,7 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
     os.chdir(command["folder"])
     os.environ.clear()
     os.environ.update(command["variables"])
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     setproctitle.setproctitle(" ".join(command["arguments"]))
     _, what, *rest = command["arguments"]

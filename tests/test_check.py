@@ -271,7 +271,7 @@ def test_the_command_checks_says_so_and_leaves_nothing(rlhf_train, tmp_path):
 
 def test_the_command_ends_with_one_line_and_an_exit_code_where_the_step_fails(rlhf_train, tmp_path):
     path = {
-        "PYTHONPATH": f"{tmp_path / 'python'}:{Path(__file__).resolve().parents[2]}",
+        "PYTHONPATH": f"{tmp_path / 'python'}:{Path(__file__).resolve().parents[1]}",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = rlhf_train(*SMALL, "mode=check", "reward=function", "reward.function=broken_reward:broken", env=path)

@@ -1,6 +1,7 @@
 """Moves the weights of a policy from its trainer to its samplers, between gradient steps.
 
-Two planes: a *backend* moves bytes (`ipc`, `gloo`, `nccl`, `disk`, `local`), a *sender* tells a worker what to do
+Two planes: a *backend* moves bytes (`ipc`, `gloo`, `nccl`, `disk`, `handles`,
+`local`), a *sender* tells a worker what to do
 (`http`, `ray`).
 
     with make_transfer(config, folder) as transfer:      # the backend's sending half, before any worker exists
@@ -9,7 +10,7 @@ Two planes: a *backend* moves bytes (`ipc`, `gloo`, `nccl`, `disk`, `local`), a 
         version = transfer.push(module.state_dict())     # between gradient steps: version 0, 1, 2, ...
         transfer.withdraw()                              # before the next step changes them
 
-In the worker, `make_receiver(endpoint, module)` is the other half (receiver.py).
+In the worker, `make_receiver(endpoint, module)` is the other half (worker/receiver.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The schema of a run: every dial, its default and its rules; imports no torch, so that mistakes answer at once.
 
-A file a group of conf/, but for transfer, whose schema is transfer/config.py.
+A file a group of conf/, but for transfer, whose schema is transfer/config.py; run.py is the whole, rules.py what the
+rules share. Nothing here is made or run.
 Rules inside one group live in that class's `__post_init__`, rules across groups in `RunConfig.__post_init__`. A
-message says what was given, what is allowed and which key to change. compose.py makes the choices known to Hydra.
+message says what was given, what is allowed and which key to change. rlhf/compose.py and rlhf/plugins make the
+choices known to Hydra.
 """
 
 from rlhf.config.alarms import AlarmsConfig

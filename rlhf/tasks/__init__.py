@@ -1,7 +1,7 @@
 """Prompts and how an answer is scored.
 
 In two steps, because the tiny model's tokenizer is made from the task's own characters: `read_task` gives texts
-(raw.py), and `make_task` renders and tokenises them (tokenised.py).
+(raw.py), and `make_task` renders and tokenises them (tokenised.py). No policy and no worker is known here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""What trainer and worker hold each other to: messages, versions and epochs, the manifest, the journal.
+"""What trainer and worker hold each other to: messages and their routes, versions, manifest, journal.
 
-Standard library, and torch for the dtypes of the manifest. No sockets, no processes, no memory: here it is decided,
-elsewhere it is done.
+shown.py prints what others sent.
+
+Standard library, and torch for the dtypes of the manifest. No sockets, no processes, no shared memory: here it is
+decided, elsewhere it is done.
 """
