@@ -16,7 +16,7 @@ from rlhf.config.algo import AlgoConfig, DpoConfig
 from rlhf.plugins.found import use, warn
 from rlhf.plugins.hydra_choices import register_parts
 from rlhf.plugins.part import KINDS, PartError
-from rlhf.plugins.registry import loaded, names
+from rlhf.plugins.registry import find_loaded, loaded, names
 from rlhf.plugins.wanted import PLUGINS, wanted
 from rlhf.shell.search_path import Where, of_command
 from transfer.config import (
@@ -69,7 +69,7 @@ def others() -> dict[str, list[str]]:
         more = [name for name in names(kind) if (kind, name) not in ours]
         if told.dial:
             found[told.dial] = names(kind)
-            more = [name for name in more if any(p.config for p in loaded() if (p.kind, p.name) == (kind, name))]
+            more = [name for name in more if (part := find_loaded(kind, name)) is None or part.config is not None]
         found.setdefault(told.group, []).extend(more)
     return {group: more for group, more in found.items() if more}
 
@@ -89,10 +89,10 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
     store.store(group="schema", name="evaluation", node=EvaluationConfig)
-    for group, choices in FIXED.items():
+    register_parts()
+    for group, choices in FIXED.items():  # last, so that no part of that name takes their place
         for name, schema in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
-    register_parts()
 
 
 def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
@@ -100,11 +100,12 @@ def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
 
     PartError says which is wrong, and what to change.
     """
-    use(wanted(overrides, where))
+    use(wanted(overrides, [CONF, *where.folders()]))
     warn()
     for part in loaded():
         group = KINDS[part.kind].group
-        if not part.ours and part.config is not None and (CONF / group / f"{part.name}.yaml").is_file():
+        taken = (CONF / group / f"{part.name}.yaml").is_file() or part.name in FIXED.get(group, {})
+        if not part.ours and part.config is not None and taken:
             raise PartError(f"{part.where} registers {group}={part.name}, which conf/ has: give it another name")
     register()
 

@@ -1,6 +1,6 @@
 """The command line that evaluates a saved policy alone; imports nothing heavy before the configuration is checked.
 
-What it does is in saved_policy.py, and what is measured, there and during a run, in held_out.py.
+What it does is in assembly/saved_policy.py, and what is measured, there and during a run, in held_out.py.
 """
 
 from __future__ import annotations

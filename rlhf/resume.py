@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.checkpoint.resumable import resumable
+from rlhf.checkpoint.store import FOLDER, Store
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.preflight.before_torch import look
@@ -62,7 +64,8 @@ def main() -> None:
                     print(f"finished already: {folder}")
                     return
                 _check_goes_on(folder, config)
-                seen = look(config)
+                with resumable(Store(folder / FOLDER)):
+                    seen = look(config)
                 from rlhf.run import run
 
                 run(config, folder, replayed, resume=True, seen=seen)

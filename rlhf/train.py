@@ -62,7 +62,7 @@ def _job(config: Any) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if HydraConfig.get().mode is RunMode.MULTIRUN and run_config.mode is not Mode.check:
             from rlhf.sweep import run_job
 
             with full_disk_explained(folder):

@@ -270,6 +270,14 @@ def test_plugins_must_be_a_list_of_modules(parts, given):
             "optim=mine",
             "keeps row_var, col_var, which is no tensor of its weight's shape",
         ),
+        (
+            CONFIG.replace("Task", "Optim") + '@optimizer("mine", Mine)\ndef f(config, named, lr):\n'
+            "    import torch\n    class Counting(torch.optim.SGD):\n        def step(self, closure=None):\n"
+            "            self.param_groups[0]['k'] = self.param_groups[0].get('k', 0) + 1\n"
+            "    return Counting(named, lr=lr)",
+            "optim=mine",
+            "changes its param_groups as it steps",
+        ),
     ],
 )
 def test_a_part_that_makes_something_else_is_told_before_anything_is_trained(parts, source, chosen, message):
@@ -307,6 +315,49 @@ def test_a_reward_that_rewards_nothing_is_told(parts, made, message):
 def test_a_reward_s_nan_leaves_the_sample_out_and_is_counted(parts):
     kept = OwnReward("reward=mine", lambda prompts, answers: torch.tensor([0.5, float("nan")]))
     assert kept([Prompt("a", (1,))] * 2, ["b", "c"]) == [0.5, None] and kept.report.counts == {"not_finite": 1}
+
+
+def test_samples_for_which_a_reward_raises_have_none_and_are_counted(parts):
+    halved = OwnReward("reward=mine", lambda prompts, answers: [1 / len(answer) for answer in answers])
+    assert halved([Prompt("a", (1,))] * 3, ["bb", "", "c"]) == [0.5, None, 1.0]
+    assert (halved.report.errors, halved.report.error) == (1, "reward=mine raised ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("1 / 0", r"task=mine \(mine:make\) cannot be made: ZeroDivisionError: division by zero"),
+        ("RawTask([], [ROW], GOLD)", r"must have rows in train, each a Row of rlhf\.tasks \(got none\)"),
+        ("RawTask([ROW], ['a'], GOLD)", r"must have rows in held_out, each a Row of rlhf\.tasks \(got str\)"),
+        ("RawTask([ROW], [ROW], GOLD, Replies(3, None, '', ''))", "says most_answers=1, and its conversations have 3"),
+    ],
+)
+def test_a_task_whose_maker_fails_or_whose_rows_are_none_is_told_in_one_line(parts, made, message):
+    imports = (
+        "from rlhf.tasks import RawTask, Replies, Row\nROW, GOLD = Row('a?', {}, None), lambda columns, answer: 1.0\n"
+    )
+    mine = f'{CONFIG}@task("mine", Mine)\ndef make(config, seed):\n    return {made}\n'
+    (parts / "mine.py").write_text(HEAD + imports + mine)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_task(composed("plugins=[mine]", "task=mine").task, 0)
+    assert "\n" not in str(raised.value)
+
+
+def test_whoever_decorates_a_function_registers_it_wherever_it_is_from(parts):
+    (parts / "mine.py").write_text(f"{HEAD}import json\n{CONFIG}task('mine', Mine)(json.loads)\n")
+    assert composed("plugins=[mine]", "task=mine").task.size == 1
+
+
+def test_a_part_never_takes_the_place_of_a_choice_of_ours_that_has_no_file(parts):
+    (parts / "mine.py").write_text(HEAD + OWN_ALGO.replace('"mine"', '"base"'))
+    with pytest.raises(PartError, match="mine:f registers algo=base, which conf/ has: give it another name"):
+        composed("plugins=[mine]", "algo=grpo")
+
+
+def test_algorithms_of_packages_are_swept_before_they_are_loaded(parts):
+    installed(parts / "site", "acme", HEAD + OWN_ALGO, losses="mine = acme:f")
+    prepare([])
+    assert not unknown_choices(["algo=grpo,mine"])
 
 
 def test_a_loss_with_dials_of_its_own_is_an_algorithm(parts):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf.checkpoint.keeper import FOLDER, Saved, resumable
+from rlhf.checkpoint.keeper import FOLDER, Saved
+from rlhf.checkpoint.resumable import resumable
 from rlhf.checkpoint.store import Store
 from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, RunConfig
 from rlhf.monitor.heartbeat import Heartbeat

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,15 +31,15 @@ from rlhf.checkpoint.state import (
     write_lines,
     write_tensors,
 )
+from rlhf.checkpoint.store import FOLDER as FOLDER
 from rlhf.checkpoint.store import Best, Store, flush, read_json
-from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED, unbroken
+from rlhf.shell.ending import EXPLAINED, unbroken
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig
     from rlhf.monitor.metrics import Recorder
     from transfer import Transfer
 
-FOLDER = "checkpoints"  # of a run
 SAMPLES, METRICS = "samples.jsonl", "metrics.jsonl"  # beside it
 STATE, ROWS, CONFIG = "state.json", "rows.jsonl", "config.json"
 TOLD: dict[str, tuple[type, ...]] = {  # of STATE
@@ -50,24 +48,6 @@ TOLD: dict[str, tuple[type, ...]] = {  # of STATE
     "seconds": (int, float),
 }
 SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says which is best
-
-
-@contextmanager
-def resumable(store: Store) -> Iterator[None]:
-    """Where a signal or an explained error ends a run in this block, say how it goes on; signals' codes become 75.
-
-    That of Ctrl-C stays: who has typed it knows whether the run is to go on.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
-        if not store.steps():
-            raise
-        go_on = f"python -m rlhf.resume {shlex.quote(str(store.folder.parent))}"
-        print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
-        if isinstance(end, SystemExit) and end.code in STOPPED:
-            raise SystemExit(RESUMABLE) from None
-        raise
 
 
 @dataclass(frozen=True, slots=True)

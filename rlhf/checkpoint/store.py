@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FOLDER = "checkpoints"  # of a run
 MANIFEST = "manifest.json"
 BEST = "best.json"
 WRITING, REMOVING = ".writing-", ".removing-"

@@ -186,13 +186,13 @@ class RunConfig:
         if isinstance(self.algo, DpoConfig):
             raise ValueError(
                 f"{self.algo.name} compares two answers to one prompt, and this task is a conversation of up to "
-                f"{self.task.most_answers} answers: set task.turns=1, or choose another algo"
+                f"{self.task.most_answers} answers: set {self.task.turns_key}=1, or choose another algo"
             )
         for part in self.reward.weighted().values():
             if isinstance(part.reward, ModelRewardConfig):
                 raise ValueError(
                     "a reward model reads a prompt and one answer, and this task is a conversation of up to "
-                    f"{self.task.most_answers} answers: choose reward=verifier, or set task.turns=1"
+                    f"{self.task.most_answers} answers: choose reward=verifier, or set {self.task.turns_key}=1"
                 )
 
     def _check_algorithm(self, algo: AlgoConfig) -> None:

@@ -31,6 +31,11 @@ class TaskConfig:
         at_least("task.held_out", self.held_out, 1)
 
     @property
+    def turns_key(self) -> str:
+        """By which `most_answers` is changed."""
+        return "task.turns" if self.environment is None else "task.environment.turns"
+
+    @property
     def most_answers(self) -> int:
         """Answers of one row, at most."""
         return 1 if self.environment is None else self.environment.turns

@@ -87,7 +87,8 @@ def _registered(part: Part) -> Callable[[F], F]:
         return lambda function: function
 
     def decorate(function: F) -> F:
-        where = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
+        module = sys._getframe(1).f_globals["__name__"]  # that decorates; the function may be another's
+        where = f"{module}:{getattr(function, '__qualname__', type(function).__name__)}"
         registry.register(_by(part, where, function))
         return function
 

@@ -25,7 +25,7 @@ def use(modules: Sequence[str]) -> None:
             importlib.import_module(module)
         except PartError:
             raise
-        except Exception as error:  # whatever the module raises
+        except (Exception, SystemExit) as error:  # whatever the module raises
             raise PartError(
                 f"{said} cannot be imported, from the current folder or the Python path: {told(error)}"
             ) from error

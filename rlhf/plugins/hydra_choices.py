@@ -10,7 +10,6 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.plugins.part import KINDS, Part, PartError, imported, told
 from rlhf.plugins.registry import find, find_loaded, names
@@ -75,7 +74,7 @@ def _of_dials(kinds: list[str], name: str) -> DictConfig:
 def _structured(part: Part) -> DictConfig:
     try:
         return OmegaConf.structured(part.config)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except Exception as error:  # also of annotations that cannot be looked up
         raise PartError(
             f"{part.chosen}: its dataclass of {part.where} is none of a configuration: {told(error)}"
         ) from None

@@ -96,7 +96,11 @@ class Part:
 
 def told(error: BaseException) -> str:
     """An exception of others' code in one line."""
-    return f"{type(error).__name__}: {one_line(str(error), 300)}"
+    try:
+        text = str(error)
+    except Exception:  # its own __str__ is broken
+        text = "without words"
+    return f"{type(error).__name__}: {one_line(text, 300)}"
 
 
 @functools.cache

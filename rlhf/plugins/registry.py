@@ -94,8 +94,16 @@ def loaded() -> list[Part]:
 
 
 def made(config: Any, *arguments: Any) -> Any:
-    """What the part makes that this configuration chooses."""
-    return part_of(config).maker()(config, *arguments)
+    """What the part makes that this configuration chooses; PartError, in one line, where another's maker fails."""
+    part = part_of(config)
+    if part.ours:
+        return part.maker()(config, *arguments)
+    try:
+        return part.maker()(config, *arguments)
+    except PartError:
+        raise
+    except Exception as error:  # whatever the maker raises
+        raise PartError(f"{part.chosen} ({part.where}) cannot be made: {told(error)}") from error
 
 
 def _by_config(config: type) -> Part | None:
@@ -124,7 +132,7 @@ def _load(kind: str, name: str) -> Part:
         offer.load()
     except PartError as error:
         raise PartError(f"{said} is refused: {error}") from None
-    except Exception as error:  # whatever the module raises
+    except (Exception, SystemExit) as error:  # whatever the module raises
         raise PartError(f"{said} cannot be imported: {told(error)}") from error
     part = find_loaded(kind, name)
     if part is None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf.plugins.part import PartError
-from rlhf.shell.search_path import Where
 from transfer.agreement.shown import shown
 
 PLUGINS = "plugins"  # the key
 
 
-def wanted(overrides: Sequence[str], where: Where) -> list[str]:
-    """The modules of every `plugins` that a run may have: those of all jobs of a sweep, and of its experiments."""
+def wanted(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """The modules of every `plugins` that a run may have: those of all jobs of a sweep, and of its experiments.
+
+    `folders`: where files of choices are looked for.
+    """
     modules: dict[str, None] = {}
     for override in overrides:
         key, _, given = override.partition("=")
         if key.lstrip("+") == PLUGINS:
             modules |= dict.fromkeys(module for value in _values(override) for module in _modules(value))
         elif key == "experiment":
-            modules |= dict.fromkeys(module for name in given.split(",") for module in _of_experiment(name, where))
+            modules |= dict.fromkeys(module for name in given.split(",") for module in _of_experiment(name, folders))
     return list(modules)
 
 
@@ -45,17 +48,17 @@ def _modules(value: Any) -> list[str]:
     return [str(getattr(each, "text", each)) for each in value]
 
 
-def _of_experiment(name: str, where: Where) -> list[str]:
-    """What an experiment's file of the user's says of `plugins`."""
+def _of_experiment(name: str, folders: Sequence[Path]) -> list[str]:
+    """What an experiment's file says of `plugins`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    files = [folder / "experiment" / f"{name}.yaml" for folder in where.folders()]
+    files = [folder / "experiment" / f"{name}.yaml" for folder in folders]
     for file in files:
         try:
             told: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
-        except (OmegaConfBaseException, YAMLError):  # which Hydra says
+        except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError):  # which Hydra says
             continue
         if isinstance(told, dict) and PLUGINS in told:
             return _modules(told[PLUGINS])

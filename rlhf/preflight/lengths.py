@@ -109,7 +109,7 @@ def _prompts(config: RunConfig | EvaluationConfig, task: Task, limit: int) -> li
     rows = f"; too long are {long.listed()}; task.overlong=drop leaves them out" if where else ""
     if later:
         raise ValueError(
-            f"{named} and {config.task.most_answers} answers (task.turns) of up to {new} tokens "
+            f"{named} and {config.task.most_answers} answers ({config.task.turns_key}) of up to {new} tokens "
             f"(rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one of "
             f"them, or {LONGER}{rows}"
         )

@@ -72,19 +72,26 @@ def _optimizer(part: Part, config: Any) -> str | None:
     if any("param_names" not in group for group in optimizer.param_groups):
         return "must give its optimiser the named parameters as they are: checkpoints call its state by their names"
     weight.grad = torch.ones_like(weight)
+    before = _dials(optimizer)
     optimizer.step()
+    if _dials(optimizer) != before:
+        return "changes its param_groups as it steps: no checkpoint holds that, so keep it in the state"
     held = {key: value for state in optimizer.state_dict()["state"].values() for key, value in state.items()}
     like = {"step": torch.zeros(())}
     unlike = [key for key, value in held.items() if not _is_like(value, like.get(key, weight))]
     return (
-        f"keeps {', '.join(unlike)}, which is no tensor of its weight's shape: no checkpoint holds that"
+        f"keeps {', '.join(unlike)}, which is no tensor of its weight's shape and dtype: no checkpoint holds that"
         if unlike
         else None
     )
 
 
+def _dials(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    return [{key: repr(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
 def _is_like(value: Any, like: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == like.shape
+    return isinstance(value, Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype)
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.plugins.part import Part, PartError, told
@@ -12,7 +12,10 @@ from rlhf.types import Prompt, Reward, RewardReport, Task
 
 
 class OwnReward:
-    """Numbers of any kind become rewards; NaN and infinity are none, and counted. ValueError of whatever else."""
+    """Numbers of any kind become rewards; NaN and infinity are none, and counted. ValueError of whatever else.
+
+    Samples for which it raises have none, and are counted, too.
+    """
 
     def __init__(self, chosen: str, function: Any) -> None:
         self.chosen, self.function = chosen, function
@@ -20,7 +23,26 @@ class OwnReward:
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
         self.report = RewardReport()
+        return [reward for given in self._asked(prompts, answers) for reward in given]
+
+    def tried(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
+        """The same, which raises whatever the part raises."""
         return as_rewards(self.chosen, self.function(prompts, answers), len(answers), self.report)
+
+    def _asked(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Iterator[Rewards]:
+        """All at once; one by one, where that raises."""
+        try:
+            given = self.function(prompts, answers)
+        except Exception as error:  # whatever the part raises
+            if len(answers) > 1:
+                for prompt, answer in zip(prompts, answers, strict=True):
+                    yield from self._asked([prompt], [answer])
+                return
+            self.report.errors = (self.report.errors or 0) + 1
+            self.report.error = f"{self.chosen} raised {told(error)}"
+            yield [None]
+            return
+        yield as_rewards(self.chosen, given, len(answers), self.report)
 
 
 def looked_at(part: Part, made: Any, task: Task) -> Reward:
@@ -28,9 +50,10 @@ def looked_at(part: Part, made: Any, task: Task) -> Reward:
     if not callable(made):
         kind = type(made).__name__
         raise PartError(f"{part.chosen}: its maker must return a function of prompts and answers (got {kind})")
-    reward: Reward = made if hasattr(made, "report") else OwnReward(part.chosen, made)
+    own = None if hasattr(made, "report") else OwnReward(part.chosen, made)
+    trial: Reward = made if own is None else own.tried
     try:
-        reward(task.train[:1], [""] * len(task.train[:1]))
+        trial(task.train[:1], [""] * len(task.train[:1]))
     except Exception as error:  # whatever the part raises
         raise PartError(f"{part.chosen} ({part.where}) fails on a trial of one row: {told(error)}") from error
-    return reward
+    return made if own is None else own

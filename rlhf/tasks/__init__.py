@@ -21,6 +21,8 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
     raw = made(config, seed)
     if not isinstance(raw, RawTask):
         raise ValueError(f"{part_of(config).chosen}: its maker must return a RawTask (got {type(raw).__name__})")
+    if not part_of(config).ours:
+        _check_rows(config, raw)
     if config.environment is None:
         return raw
     replies, chosen = made(config.environment), part_of(config.environment).chosen
@@ -29,3 +31,19 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
     if raw.replies is not None:
         raise ValueError(f"{part_of(config).chosen} is a conversation already: leave out {chosen}")
     return replace(raw, replies=replace(replies, turns=config.environment.turns))
+
+
+def _check_rows(config: TaskConfig, raw: RawTask) -> None:
+    """ValueError where another's task has no rows, rows of another kind, or more answers a row than it says."""
+    chosen = part_of(config).chosen
+    for name, rows in (("train", raw.train), ("held_out", raw.held_out)):
+        other = next((row for row in rows if not isinstance(row, Row)), None)
+        if other is not None or not rows:
+            got = "none" if other is None else type(other).__name__
+            raise ValueError(f"{chosen}: its RawTask must have rows in {name}, each a Row of rlhf.tasks (got {got})")
+    turns = 1 if raw.replies is None else raw.replies.turns
+    if config.environment is None and turns != config.most_answers:
+        raise ValueError(
+            f"{chosen}: its dataclass says most_answers={config.most_answers}, and its conversations have {turns}: let "
+            "them be one, or leave out RawTask.replies and choose a task/environment"
+        )

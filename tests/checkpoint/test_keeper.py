@@ -17,7 +17,8 @@ from nth_fault import Nth, failing, no_space
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved, resumable
+from rlhf.checkpoint.keeper import FOLDER, Keeper, Saved
+from rlhf.checkpoint.resumable import resumable
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
 from rlhf.checkpoint.store import Store
 from rlhf.learning.learner import Learner

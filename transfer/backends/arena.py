@@ -256,9 +256,9 @@ class ArenaIntake:
         region: regions.Region
         mark: Mark | None = None
         if "handle" in where:
-            region = regions.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes, device)
             if marks and self.in_place:
-                mark = _mark_of_gpu(where.get("mark", self._socket))
+                mark = _mark_of_gpu(where.get("mark"))
+            region = regions.PeerCudaRegion(where.get("device", ""), where["handle"], nbytes, device)
         else:
             region = on_host = receive_region(self._socket, nbytes + marks)
             mark = Mark(on_host) if marks else None
@@ -308,10 +308,12 @@ WHERE: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _mark_of_gpu(socket: str) -> Mark:
+def _mark_of_gpu(socket: str | None) -> Mark:
+    if socket is None:
+        raise ValueError("where.mark is missing, without which live weights on a GPU cannot be copied")
     try:
         return Mark(receive_region(socket, MARK_BYTES))
-    except OSError as error:
+    except ConnectionRefusedError as error:
         raise ValueError(
             f"transfer.staging=live with take=copy needs a worker in the trainer's network namespace ({error}): "
             "share it, or use transfer.staging=arena"

@@ -81,8 +81,8 @@ GPU_CHECKS = (
         "gpus:cuda_ipc",
         deadline_s=25,
         needs=(TORCH, DEVICES),
-        do="transfer=ipc needs it on a GPU: run both processes in one pid and ipc namespace, without MIG and in "
-        "compute mode Default; else use transfer=disk",
+        do="transfer=ipc needs it on a GPU: run both processes in one pid and ipc namespace (for staging=live "
+        "take=copy one network namespace, too), without MIG and in compute mode Default; else use transfer=disk",
     ),
 )
 

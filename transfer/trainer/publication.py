@@ -48,8 +48,9 @@ class Publication:
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]:
         """Make room for such weights; what a worker must know to take them."""
+        self._written = {}  # also if there is no room: what held them may be gone
         where = self._publisher.prepare(manifest, weights)
-        self._manifest, self._written = manifest, {}
+        self._manifest = manifest
         return where
 
     def write(self, weights: Weights, version: int, epoch: int, served: Collection[int], with_digest: bool) -> Written:

@@ -1,0 +1,29 @@
+"""How a run that has a checkpoint ends before it is done: whoever started it learns that it can go on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlhf.checkpoint.store import Store
+from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED
+
+
+@contextmanager
+def resumable(store: Store) -> Iterator[None]:
+    """Where a signal or an explained error ends a run in this block, say how it goes on; signals' codes become 75.
+
+    That of Ctrl-C stays: who has typed it knows whether the run is to go on.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
+        if not store.steps():
+            raise
+        go_on = f"python -m rlhf.resume {shlex.quote(str(store.folder.parent))}"
+        print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
+        if isinstance(end, SystemExit) and end.code in STOPPED:
+            raise SystemExit(RESUMABLE) from None
+        raise
