@@ -1,5 +1,6 @@
 """The one-shot API between real processes, over HTTP and on GPUs where there are some; test_ray_actors.py: over Ray."""
 
+import gc
 import json
 import os
 import threading
@@ -224,6 +225,7 @@ def test_weights_on_a_gpu_reach_a_process_on_it_and_on_a_peer_over_http(device):
     with worker_process(device) as url:
         model = weights("cuda:0")
         torch.cuda.synchronize()
+        gc.collect()  # what other tests have left is freed now, and not meanwhile
         used = torch.cuda.memory_allocated()
         for _ in range(30):
             model["plain"] += 1
