@@ -83,7 +83,7 @@ class Actor:
 
 
 def test_a_ray_actor_answers_its_refusals_keep_their_status_and_its_death_is_an_error_with_status_0(ray):
-    sender = RaySender(ray.remote(Actor).options(num_cpus=0).remote(), "worker 3", 60.0)
+    sender = RaySender(ray.remote(Actor).options(num_cpus=0, max_concurrency=2).remote(), "worker 3", 60.0)
     assert sender.call("health", {"a": 1}) == {"seen": {"a": 1}}
     assert sender.call("version", {}) == {wire.BODY: b"\0\xff"}
     with pytest.raises(wire.RemoteError, match=r"worker 3: pause: not now \(status 409\)"):
