@@ -41,7 +41,8 @@ class Trainer:
         self.name = name
         self.rounds = 0
         self.works = False  # the last round
-        self.replaced = False  # a worker has said that it is another's, and this one has not opened again
+        self.replaced = False  # a worker has refused it as another's, and this one has not opened again
+        self.told = False  # the same, or a worker's status has said so
         self.says_it_at_once = world.says_it_at_once
         self._world = world
         self._publisher = Publisher(world, name)
@@ -60,10 +61,15 @@ class Trainer:
 
     @property
     def gives_up(self) -> bool:
-        """Whether workers obey a later trainer, or one that was faster to take the same epoch."""
+        """Whether workers obey a later trainer, or one that was faster to take the same epoch, or have told so."""
         ours = self._session.epoch
+        must(self.told or not self._session._fence.replaced, "a trainer gives up, and no worker has told it why")
         taken = {(worker.facts.epoch, worker.facts.trainer) for worker in self._world.workers}
-        return self.replaced or any(epoch >= ours and who != self._session._fence.trainer for epoch, who in taken)
+        return (
+            self.replaced
+            or self._session._fence.replaced
+            or any(epoch >= ours and who != self._session._fence.trainer for epoch, who in taken)
+        )
 
     def speak(self, which: int, fate: int, fault: int) -> None:
         """Say the next thing to one of the workers that it is talking to."""
@@ -99,7 +105,9 @@ class Trainer:
 
     def _say(self, worker: Worker, verb: str, body: Mapping[str, Any], fate: int, fault: int) -> Answer | int:
         if verb == "status":
-            return self._world.ask(self, worker, fate)
+            answer = self._world.ask(self, worker, fate)
+            self.told |= not isinstance(answer, int) and self._session._fence.is_anothers(answer)
+            return answer
         if verb == "start_weight_update" and "where" in body:
             return self._say_at_once(worker, body, fate, fault)
         message = message_of(verb, body)
@@ -110,7 +118,7 @@ class Trainer:
             del self._last[worker]
         if isinstance(message, Init) and answer == 409:
             must(worker.facts.trainer != self._session._fence.trainer, "a trainer was refused by its own worker")
-            self.replaced = True
+            self.replaced = self.told = True
         return answer
 
     def _say_at_once(self, worker: Worker, body: Mapping[str, Any], fate: int, fault: int) -> Answer | int:
@@ -153,7 +161,7 @@ class Trainer:
             coins = self._world.coins
             try:
                 if not opened or (coins & 1 and not self.works):
-                    self.replaced = False
+                    self.replaced = self.told = False
                     self._session.open({}, lines)
                     opened = True
                 if coins & 2:

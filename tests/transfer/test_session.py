@@ -643,6 +643,23 @@ def test_a_trainer_that_is_replaced_between_its_question_and_its_claim_takes_no_
         assert new.push(plain(2)) == 0 and receiver.version == 0
 
 
+def test_a_worker_that_dies_after_its_trainer_was_replaced_is_not_taken_back_by_that_one(tmp_path, without_locks):
+    config = DiskConfig(sender=SENDER, path=str(tmp_path))
+    with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:
+        receiver = make_receiver(old.endpoint, PlainModel(seed=9))
+        sender = DirectSender(receiver, "worker 0")
+        old.open(plain(0), [sender])
+        old.push(plain(0))
+        new.open(plain(0), [sender])
+        with pytest.raises(wire.TransferError):
+            old.push(plain(1))
+        with pytest.raises(wire.TransferError, match="another trainer has taken over"):
+            old.push(plain(1))
+        receiver.__init__(make_intake(old.endpoint), Landing.of(PlainModel(seed=9)), Journal())  # started again
+        assert old._recovery.rejoined(old._fleet.members) == []  # as a withdrawal that has failed asks
+        assert receiver.phase is Phase.EMPTY and sender.call("status", {})["epoch"] == 0
+
+
 def test_a_trainer_that_was_replaced_takes_no_worker_back_unless_it_opens_again(tmp_path, without_locks):
     config = DiskConfig(sender=SENDER, path=str(tmp_path))
     with make_transfer(config, tmp_path) as old, make_transfer(config, tmp_path) as new:

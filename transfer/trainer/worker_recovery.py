@@ -45,7 +45,7 @@ class WorkerRecovery:
 
     def rejoined(self, members: Sequence[Member]) -> list[Member]:
         """Those that were started again meanwhile, or are now, and have agreed on the weights."""
-        if not members:
+        if not members or self._fence.replaced:  # a worker that was started again is the other trainer's to take
             return []
         status, silent = self._fleet.ask(self._fleet.members, "status", {}, CLEAN_UP_S)
         if any(self._fence.is_anothers(answer) for answer in status.values()):
