@@ -1,5 +1,6 @@
 """Hostile connections to a real worker process, from another process: the trainer's next push gets in."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -23,6 +24,7 @@ from transfer.agreement.manifest import Manifest
 from transfer.config import HttpSenderConfig, IpcConfig
 from transfer.trainer.senders.http import HttpSender
 from transfer.worker import bounded_http, door, process, serve
+from transfer.worker.bearer import Bearer
 from transfer.worker.plain_worker import PlainSpec
 from transfer.worker.repeats import PERIOD_S, Repeats
 
@@ -320,6 +322,44 @@ def test_where_strangers_are_as_many_as_may_be_the_longest_silent_makes_room():
         assert b"200" in first.recv(4096)
         stack.enter_context(contextlib.closing(connect()))
         assert ended(asks, 20) and not ended(first, 0.1) and not ended(third, 0.1) and not ended(trainer, 0.1)
+
+
+class Stranger:
+    """A connection whose bytes nobody reads."""
+
+    def __init__(self, unread):
+        self.unread, self.dropped = lambda: unread, False
+
+    def drop(self):
+        self.dropped = True
+
+
+def test_who_has_sent_what_is_not_read_yet_is_spared_once():
+    async def make_room_three_times():
+        at_the_door, sent, silent = door.Door(Bearer(""), 2), Stranger(True), Stranger(False)
+        at_the_door.came(sent, 0.0)
+        at_the_door.came(silent, 0.0)
+        dropped = []
+        for _ in range(3):
+            await at_the_door._make_room(1.0)
+            dropped.append((sent.dropped, silent.dropped))
+        return dropped
+
+    assert asyncio.run(make_room_three_times()) == [(False, False), (False, True), (True, True)]
+
+
+def test_a_connection_is_kept_where_a_process_has_more_than_1024_descriptors():
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, limit[1]), limit[1]))
+    try:
+        with served("") as (host, port), contextlib.ExitStack() as stack:
+            for _ in range(1100):
+                stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+            sender = stack.enter_context(contextlib.closing(HttpSender(f"http://{host}:{port}", None, "worker", 30.0)))
+            for _ in range(2):
+                assert sender.call("health", {}) == {"status": "ok"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_a_line_that_comes_again_is_counted(caplog):

@@ -1,7 +1,9 @@
 import json
 import socket
+import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -314,6 +316,50 @@ def test_an_answer_that_breaks_off_is_an_error_and_nothing_is_sent_again(said):
             sender.call("status", {})
         assert caught.value.status == 0
         assert sender.call("status", {}) == {"a": 1}
+
+
+@contextmanager
+def ending_after_one_answer(ends):
+    """A sender to a server that ends its first connection at the second message, with a reset or not, and what came."""
+    seen = []
+
+    def serve():
+        for first in (True, False):
+            connection, _ = listener.accept()
+            with connection:
+                for answers in range(2):
+                    seen.append(connection.recv(65536).split()[1].decode())
+                    if first and answers:
+                        if ends == "reset":
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        break
+                    connection.sendall(PLAIN)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(10)
+        served = pool.submit(serve)
+        with closing(HttpSender(f"http://127.0.0.1:{listener.getsockname()[1]}", None, "worker 0", 20.0)) as sender:
+            yield sender, seen
+        served.result(20)
+
+
+@pytest.mark.parametrize("ends", ["reset", "closed"])
+def test_a_message_that_meets_the_end_of_a_kept_connection_is_sent_once_more_over_a_new_one(ends):
+    with ending_after_one_answer(ends) as (sender, seen):
+        for verb in ("status", "start_weight_update", "status"):
+            assert sender.call(verb, {}) == {"a": 1}
+        assert seen == ["/status", "/start_weight_update", "/start_weight_update", "/status"]
+
+
+@pytest.mark.parametrize("ends", ["reset", "closed"])
+def test_completions_and_stock_updates_are_never_sent_twice(ends):
+    for verb in ("completions", "update_weights"):
+        with ending_after_one_answer(ends) as (sender, seen):
+            sender.call("status", {})
+            with pytest.raises(wire.RemoteError, match=r"the connection to http.* broke"):
+                sender.call(verb, {})
+            assert sender.call("status", {}) == sender.call("status", {}) == {"a": 1}
+        assert seen == ["/status", wire.ROUTES[verb][1], "/status", "/status"]
 
 
 def test_an_answer_that_drips_in_ends_with_the_deadline():

@@ -13,6 +13,7 @@ the worker's state, 413 body too large, 422 the message is not of the verb's for
 from __future__ import annotations
 
 import json
+import select
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,13 @@ def loads(raw: bytes | bytearray | str, limit: int = MAX_CONTROL_BYTES) -> dict[
     if not isinstance(value, dict):
         raise Refused(422, f"the body must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def readable(fileno: int) -> bool:
+    """Whether a socket, or its end, can be read without waiting; any number of descriptors will do, unlike `select`."""
+    waiting = select.poll()
+    waiting.register(fileno, select.POLLIN)
+    return bool(waiting.poll(0))
 
 
 def only(body: dict[str, Any], known: dict[str, Callable[[Any], bool]], where: str = "body") -> None:

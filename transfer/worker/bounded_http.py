@@ -16,6 +16,7 @@ from typing import Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from transfer.agreement.wire import readable
 from transfer.worker.door import Door
 
 MAX_HEAD_BYTES = 64 * 1024  # of one request's line and headers, give or take one PIECE
@@ -91,6 +92,10 @@ class BoundedHttp(HttpToolsProtocol):
         if self._busy() or (self._known and self._part is Part.none):
             return False
         return now - self._since > HEAD_S
+
+    def unread(self) -> bool:
+        """Whether the client has sent something, or gone, that this worker has not come to read."""
+        return not self.transport.is_closing() and readable(self.transport.get_extra_info("socket").fileno())
 
     def drop(self) -> None:
         """End the connection at once."""

@@ -35,6 +35,7 @@ class Connection(Protocol):
     """An HTTP connection, as the door sees it."""
 
     def overdue(self, now: float) -> bool: ...
+    def unread(self) -> bool: ...
     def drop(self) -> None: ...
 
 
@@ -45,6 +46,7 @@ class Door:
         self.bearer = bearer
         self._most = most_strangers() if most is None else most
         self._strangers: dict[Connection, float] = {}  # and since when it is connected; the longest silent is first
+        self._spared: set[Connection] = set()  # since it was last answered
 
     def came(self, connection: Connection, now: float) -> None:
         """Somebody has connected."""
@@ -56,10 +58,12 @@ class Door:
 
     def answered(self, connection: Connection, now: float) -> None:
         """It is silent from now on."""
+        self._spared.discard(connection)
         self._strangers[connection] = self._strangers.pop(connection, now)
 
     def left(self, connection: Connection) -> None:
         """Its connection is gone."""
+        self._spared.discard(connection)
         self._strangers.pop(connection, None)
 
     async def let_in(self, listener: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
@@ -90,6 +94,11 @@ class Door:
         first = next(iter(self._strangers), None)
         if first is None or now - self._strangers[first] < MOMENT_S:
             await asyncio.sleep(MOMENT_S)
+            return
+        if first not in self._spared and first.unread():
+            self._spared.add(first)
+            self._strangers[first] = self._strangers.pop(first)
+            await asyncio.sleep(0)  # in which it is read
             return
         self._end(first, "a client without the token was disconnected, to make room for another")
         await asyncio.sleep(PACE_S)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from transfer.agreement import wire
 from transfer.trainer import answers
-from transfer.trainer.senders.kept_alive import KeptAlive, NotConnected
+from transfer.trainer.senders.kept_alive import Answer, KeptAlive, NotConnected, Unanswered
 
+REPEATABLE = {verb for verb, (method, _) in wire.ROUTES.items() if method == "GET"} | {
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "finish_weight_update",
+    "abort_weight_update",
+    "withdraw_weights",
+}  # what a worker does once, however often it is told
 Relaunch = Callable[[], str | None]  # starts a dead worker again and gives its URL; None if it lives, or cannot be
 
 
@@ -35,15 +43,9 @@ class HttpSender:
 
     def call(self, verb: str, body: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """The worker's answer; RemoteError with the worker's own message, status 0 if none came in time."""
-        method, path = wire.ROUTES[verb]
         deadline = self._timeout_s if timeout_s is None else timeout_s
-        payload = json.dumps(body, separators=(",", ":")).encode() if method == "POST" else b""
-        if method == "GET" and body:
-            path += "?" + urlencode(body)
         try:
-            answer = self._server.request(
-                method, self._prefix + path, self._headers, payload, deadline, answers.most_bytes(body)
-            )
+            answer = self._asked(verb, body, time.monotonic() + deadline)
         except NotConnected as error:
             raise wire.RemoteError(self.name, verb, 0, f"no connection to {self._url}: {error}") from None
         except TimeoutError:
@@ -55,6 +57,20 @@ class HttpSender:
         if answer.content_type == wire.COLUMNS_TYPE:
             return answers.checked(self.name, verb, wire.handed_on(answer.body))
         return answers.checked(self.name, verb, answers.parsed(self.name, verb, answer.body))
+
+    def _asked(self, verb: str, body: Mapping[str, Any], ends: float) -> Answer:
+        """The answer over a connection of earlier messages or, where the worker has just ended that, a new one."""
+        method, path = wire.ROUTES[verb]
+        payload = json.dumps(body, separators=(",", ":")).encode() if method == "POST" else b""
+        if method == "GET" and body:
+            path += "?" + urlencode(body)
+        request = method, self._prefix + path, self._headers, payload
+        try:
+            return self._server.request(*request, ends - time.monotonic(), answers.most_bytes(body))
+        except Unanswered:
+            if verb not in REPEATABLE:
+                raise
+            return self._server.request(*request, ends - time.monotonic(), answers.most_bytes(body))
 
     def restart(self) -> bool:
         """Start a worker anew that has died, if this sender was told how: it may then be at another address."""

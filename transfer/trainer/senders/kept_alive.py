@@ -1,13 +1,12 @@
 """HTTP/1.1 over connections that stay open: one write a request, and an answer parsed by llhttp as it comes.
 
 After a pause in which a processor has slept, every line of Python costs five times as much: a general client takes half
-a millisecond longer for a message than this one. Nothing is repeated, no redirect followed, no proxy asked.
+a millisecond longer for a message than this one. Nothing is repeated here, no redirect followed, no proxy asked.
 """
 
 from __future__ import annotations
 
 import math
-import select
 import socket
 import ssl
 import time
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from transfer.agreement import wire
+
 CHUNK = 2**16  # bytes read at a time
 SHORT = 2**16  # bytes of a body that goes with its head in one write
 MAX_HEAD = 2**16  # bytes of an answer's head, or of all that is no body
@@ -25,6 +26,10 @@ MAX_BODY = 8 * 2**20  # bytes of an answer's body, where nobody says otherwise
 
 class NotConnected(OSError):
     """There is no connection to the server, so that it has seen nothing."""
+
+
+class Unanswered(ConnectionError):
+    """A connection that had been used before broke before a byte of the answer came: the server may have ended it."""
 
 
 class Answer(NamedTuple):
@@ -61,9 +66,9 @@ class KeptAlive:
         deadline = time.monotonic() + timeout_s
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{headers}"
         head += f"Content-Length: {len(body)}\r\n\r\n" if method == "POST" else "\r\n"
-        connection = self._connection(deadline)
+        connection, used = self._connection(deadline)
+        reading = _Reading(most)
         try:
-            reading = _Reading(most)
             if len(body) <= SHORT:
                 connection.sendall(head.encode("latin-1") + body)
             else:
@@ -76,6 +81,12 @@ class KeptAlive:
         except httptools.HttpParserError as error:
             connection.close()
             raise ConnectionError(f"the answer is not HTTP: {error}") from None
+        except ConnectionError as error:
+            connection.close()
+            if used and not reading.begun:
+                self.close()  # the others have been idle for longer
+                raise Unanswered(str(error)) from None
+            raise
         except BaseException:
             connection.close()
             raise
@@ -90,17 +101,17 @@ class KeptAlive:
         while self._idle:
             self._idle.pop()[0].close()
 
-    def _connection(self, deadline: float) -> socket.socket:
-        """One that is open and on which nothing is under way, with the time that is left as its deadline."""
+    def _connection(self, deadline: float) -> tuple[socket.socket, bool]:
+        """One on which nothing is under way, with the time that is left as its deadline, and whether it was used."""
         while self._idle:
             try:
                 connection, since = self._idle.pop()
             except IndexError:
                 break  # another thread was faster
             rested = time.monotonic() - since > self._idle_s
-            if not rested and not select.select([connection], [], [], 0)[0]:
+            if not rested and not wire.readable(connection.fileno()):
                 connection.settimeout(_left(deadline))
-                return connection
+                return connection, True
             connection.close()  # the server has ended it, may be about to, or says what nobody has asked
         try:
             connection = socket.create_connection(self._address, _left(deadline))
@@ -110,7 +121,7 @@ class KeptAlive:
         except OSError as error:
             raise NotConnected(str(error)) from error
         connection.settimeout(_left(deadline))
-        return connection
+        return connection, False
 
 
 class _Reading:
@@ -128,6 +139,11 @@ class _Reading:
         self._in_body = False
         self.complete = False
         self.keeps = False  # the connection may be used again
+
+    @property
+    def begun(self) -> bool:
+        """Whether any byte of the answer has come."""
+        return self._fed > 0
 
     def feed(self, data: bytes) -> None:
         """Bytes from the server; b"" is its end."""
