@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunConfig, TinyModelConfig, VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig, DpoConfig
+from rlhf.config.trainer import ReplicasConfig, TrainerConfig
 from rlhf.plugins.found import use, warn
 from rlhf.plugins.hydra_choices import register_parts
 from rlhf.plugins.part import KINDS, PartError
@@ -47,6 +48,7 @@ FIXED: dict[str, dict[str, type]] = {  # choices beside the parts of rlhf/plugin
         "handles": HandlesConfig,
         "local": LocalConfig,
     },
+    "trainer": {"one": TrainerConfig, "replicas": ReplicasConfig},
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
 }
 CONF_ONLY = Where()

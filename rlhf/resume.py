@@ -20,6 +20,7 @@ from rlhf.checkpoint.store import FOLDER, Store
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.preflight.before_torch import look
+from rlhf.ranks.beside import started_by_torchrun
 from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import Where, note, noted, of_command
@@ -49,6 +50,8 @@ def main() -> None:
     outlast()
     if "--version" in sys.argv[1:]:  # Hydra would say its own
         print(f"rlhf {__version__}")
+        return
+    if started_by_torchrun():
         return
     asked = bool({"--help", "-h"} & set(sys.argv[1:]))
     where, words = (Where(), []) if asked else of_command(sys.argv[1:])

@@ -18,6 +18,7 @@ from rlhf.compose import CONF, checked, misplaced, others, prepare, register, un
 from rlhf.config import Mode
 from rlhf.plugins import PartError
 from rlhf.preflight.before_torch import look
+from rlhf.ranks.beside import started_by_torchrun
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import of_command
@@ -103,7 +104,7 @@ def for_check(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `rlhf-train`, and `python -m rlhf.train`."""
     outlast()
-    if answered(sys.argv[1:]):
+    if answered(sys.argv[1:]) or started_by_torchrun():
         return
     prepare_command(sys.argv[1:])
     if unknown := unknown_choices(sys.argv[1:]):

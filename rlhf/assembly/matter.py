@@ -45,7 +45,7 @@ def gathered(site: Site, seen: Seen | None = None) -> Matter:
     raw = (seen or look(config)).take()
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
-    moment = datetime.fromisoformat(began) if began else datetime.now()
+    moment = datetime.fromisoformat(site.ranks.told(began or datetime.now().isoformat()))
     task = make_task(raw, tokenizer, moment)
     rows = _rows(site, task, tokenizer)
     check_data(config, task)
@@ -53,7 +53,7 @@ def gathered(site: Site, seen: Seen | None = None) -> Matter:
     notes = check_lengths(config, task, policy, tokenizer)
     padded = _padded(site, policy)
     check_passes(policy, config.model, padded)
-    rewards = given_rewards(config.reward, task, config.model, moment)
+    rewards = given_rewards(config.reward, task, config.model, moment) if site.ranks.first else {}
     site.bars.say(in_one_line(config, policy))
     for note in (*task.notes, *notes):
         site.bars.say(note)

@@ -31,7 +31,7 @@ def base_of(config: RunConfig, folder: Path) -> str | None:
 
 def put_adapter_on(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site, base: str) -> str:
     """Write the base where it is not yet, and let an adapter learn from now on; the base's digest."""
-    if base == str(site.folder.resolve() / BASE) and site.saved is None:
+    if base == str(site.folder.resolve() / BASE) and site.saved is None and site.ranks.first:
         with whole(Path(base)) as writing:
             save_model(policy, tokenizer, writing)
     lora = site.config.model.lora

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import save_policy
 from rlhf.assembly.site import Site
+from rlhf.checkpoint.state import random_state, restore_random
 from rlhf.config import VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig, DpoConfig
 from rlhf.learning.fitting import fits, fitting_tokens
@@ -30,13 +31,22 @@ TOKENS = "tokens_per_microbatch"  # a checkpoint's note
 
 def train_policy(site: Site, matter: Matter, parts: Parts) -> None:
     """Train as the algorithm does, save what was asked for meanwhile, and write the policy."""
+    _draw_alike(site)
     training = _trainer(site, matter, parts)
     gc.collect()
     gc.freeze()  # what lives as long as the run needs no further looking at: collections in a step are short
     with parts.keeper:
         training()
-        save_policy(matter.policy, matter.tokenizer, site)
+        if site.ranks.first:
+            save_policy(matter.policy, matter.tokenizer, site)
     site.heart.look()  # while there are workers
+
+
+def _draw_alike(site: Site) -> None:
+    """Let the random generators of all ranks be where those of the first are."""
+    state = site.ranks.told(random_state())
+    if not site.ranks.first:
+        restore_random(state)
 
 
 def _trainer(site: Site, matter: Matter, parts: Parts) -> Callable[[], None]:
@@ -54,13 +64,17 @@ def _on_pairs(site: Site, matter: Matter, parts: Parts, algo: DpoConfig, passes:
     config = site.config
     if site.saved is None:
         with site.bars.waiting("pairs"):
-            training, held_out = preference_pairs(parts, config, algo)
+            training, held_out = site.ranks.heard(
+                lambda: preference_pairs(parts, config, algo),
+                lambda pairs: as_json(*pairs),
+                lambda told: from_json(told, parts.task),
+            )
     else:
         training, held_out = from_json(site.saved.told["notes"]["pairs"], parts.task)
     site.notes["pairs"] = len(training)
     parts.keeper.notes["pairs"] = as_json(training, held_out)
     announce(passes, config.microbatch_tokens, None, site.bars.say)
-    learner = DpoLearner(matter.policy, matter.tokenizer, training, held_out, config, passes)
+    learner = DpoLearner(matter.policy, matter.tokenizer, (training, held_out), config, passes, site.ranks)
     return partial(train_on_pairs, parts, learner, config)
 
 
@@ -73,6 +87,7 @@ def _by_rl(site: Site, matter: Matter, parts: Parts, algo: AlgoConfig, passes: P
         critic=value_model(policy, Head.token) if algo.has_critic else None,
         config=config,
         passes=passes,
+        ranks=site.ranks,
     )
     _fit(site, parts, learner)
     announce(passes, config.microbatch_tokens, learner.fitting_tokens, site.bars.say)
@@ -90,7 +105,7 @@ def _fit(site: Site, parts: Parts, learner: Learner) -> None:
     known = site.saved.told["notes"].get(TOKENS) if site.saved else None
     if known is None:
         with site.bars.waiting("learner"):
-            known = fitting_tokens(learner)
+            known = min(site.ranks.gathered(fitting_tokens(learner)))
     learner.fitting_tokens = parts.keeper.notes[TOKENS] = known
 
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.held_out import evaluated
 from rlhf.learning.batches import batches
 from rlhf.learning.forward import Batch
+from rlhf.learning.gradient_sums import add_gradients, add_rows
 from rlhf.learning.learner import MAX_SKIPPED
 from rlhf.learning.losses import dpo
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
@@ -33,6 +33,7 @@ from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.models.stop_tokens import ended
 from rlhf.monitor.flops import Row
+from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.shell.ending import RunError
 from rlhf.stages.reward_model import pairs_from, split
 from rlhf.types import TRUNCATED, Pair, Task, Tokenizer
@@ -48,7 +49,7 @@ def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig) -> None
     done = keeper.begin(learner, version)
     for step, rows in islice(enumerate(order, start=1), done, None):
         if (step - 1) % config.evaluate_every == 0:
-            keeper.judge(_evaluate(parts, learner, config, step - 1))
+            keeper.judge(_evaluate(parts, learner, step - 1))
         parts.transfer.withdraw()  # what no evaluation has withdrawn: the first push of a run that goes on
         with keeper.changing():
             with record.time("learn"):
@@ -60,14 +61,14 @@ def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig) -> None
                     parts.probe(version)
             record.learned(step, learned, learner.lengths(rows))
             keeper.reached(step, version)
-    keeper.judge(_evaluate(parts, learner, config, config.steps))
+    keeper.judge(_evaluate(parts, learner, config.steps))
 
 
-def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -> dict[str, float]:
+def _evaluate(parts: Parts, learner: DpoLearner, step: int) -> dict[str, float]:
     """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
     with parts.record.time("evaluate"):
         pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
-        metrics = evaluated(parts.task, parts.sampler, parts.reward, config)
+        metrics = parts.measure()
         parts.transfer.withdraw()
     parts.record.evaluation(step, metrics | pairs)
     return metrics | pairs
@@ -201,26 +202,26 @@ def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference], passes:
 
 
 class DpoLearner:
-    """Takes gradient steps on a policy; its reference is the policy that it is given."""
+    """Takes gradient steps on a policy, whose reference is what it is given; `pairs` to train on, and held-out ones."""
 
     def __init__(
         self,
         policy: PreTrainedModel,
         tokenizer: Tokenizer,
-        training: Sequence[Pair],
-        held_out: Sequence[Pair],
+        pairs: tuple[Sequence[Pair], Sequence[Pair]],
         config: RunConfig,
         passes: Passes = PADDED,
+        ranks: Ranks = ALONE,
     ) -> None:
         assert isinstance(config.algo, DpoConfig)
         self.passes = passes
         self.policy = policy.eval()
+        self.ranks = ranks
         self.config = config
         self.beta = config.algo.beta
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         context = context_of(policy)
-        self.training = self._with_reference(tokenised(training, tokenizer, context))
-        self.held_out = self._with_reference(tokenised(held_out, tokenizer, context))
+        self.training, self.held_out = (self._with_reference(tokenised(each, tokenizer, context)) for each in pairs)
         self.steps = 0
         self.skipped = 0
 
@@ -275,7 +276,7 @@ class DpoLearner:
     def _over(self, pairs: Preferences, rows: Sequence[int], gradients: bool) -> dict[str, float]:
         """Means over the pairs, and the gradients of their mean loss; both the same for any split into parts."""
         totals: dict[str, float] = {}
-        for part in self._parts(pairs.rows, rows):
+        for part in self.ranks.share(list(self._parts(pairs.rows, rows))):
             logprobs_N2 = answer_logprobs(self.policy, [pairs.rows[row] for row in part], self.passes)
             ratio_N2 = logprobs_N2 - pairs.ref_N2[part]
             loss_N = dpo(ratio_N2[:, 0], ratio_N2[:, 1], self.beta)
@@ -292,16 +293,18 @@ class DpoLearner:
             }
             for name, value_N in numbers.items():
                 totals[name] = totals.get(name, 0.0) + float(value_N.sum()) / len(rows)
-        return totals
+        if gradients:
+            add_gradients([self.optimizer], self.ranks)
+        return self.ranks.sums(totals)
 
     @torch.no_grad()
     def _with_reference(self, rows: list[Preference]) -> Preferences:
-        parts = self._parts(rows, sorted(range(len(rows)), key=lambda row: rows[row].length))
+        parts = list(self._parts(rows, sorted(range(len(rows)), key=lambda row: rows[row].length)))
         device = next(self.policy.parameters()).device
         ref_N2 = torch.zeros(len(rows), 2, device=device)
-        for part in parts:
+        for part in self.ranks.share(parts):
             ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part], self.passes)
-        return Preferences(rows, ref_N2)
+        return Preferences(rows, add_rows(ref_N2, self.ranks))
 
     def _parts(self, pairs: Sequence[Preference], rows: Sequence[int]) -> Iterator[list[int]]:
         """Split rows, in order, so that each part has at most `tokens_per_microbatch` tokens, or one pair."""

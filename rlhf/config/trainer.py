@@ -1,0 +1,31 @@
+"""On how many processes the trainer runs, and what each of them holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config.model import AUTO
+from rlhf.config.rules import at_least
+from transfer.agreement.shown import shown
+from transfer.config import positive
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig:
+    """The trainer as one process: on one GPU, or on the CPU."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReplicasConfig(TrainerConfig):
+    """Data parallelism: every rank has whole models and computes its share of a step; gradients are summed once."""
+
+    ranks: Any = AUTO  # processes; auto: as many as torchrun has started, else one a GPU that is there
+    timeout_s: float = 600.0  # for another rank to come to where this one is
+
+    def __post_init__(self) -> None:
+        if self.ranks != AUTO:
+            if not isinstance(self.ranks, int) or isinstance(self.ranks, bool):
+                raise ValueError(f"trainer.ranks must be auto or a whole number (got {shown(self.ranks)})")
+            at_least("trainer.ranks", self.ranks, 1)
+        positive("trainer.timeout_s", self.timeout_s)
