@@ -44,11 +44,7 @@ if TYPE_CHECKING:
 
 
 def make_transfer(
-    config: TransferConfig,
-    folder: Path,
-    in_flight: InFlight = InFlight.wait,
-    journal: Journal | None = None,
-    ranks: Any = None,
+    config: TransferConfig, folder: Path, in_flight: InFlight = InFlight.wait, journal: Journal | None = None
 ) -> Transfer:
     """The session for a configuration.
 
@@ -58,10 +54,6 @@ def make_transfer(
     from transfer.backends.make import make_publisher
     from transfer.trainer.session import Session
 
-    if ranks is not None and ranks.count > 1:
-        from transfer.tmp_told import ToldTransfer
-
-        return ToldTransfer(Session(make_publisher(config, folder), config, in_flight, journal or Journal()), ranks)
     return Session(make_publisher(config, folder), config, in_flight, journal or Journal())
 
 
