@@ -49,12 +49,22 @@ def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> 
             star, host = join(place.invitation, place.number), place.invitation.host
         ranks = Joined(place, star, host, config.trainer.timeout_s)
         try:
-            with _process_group(ranks, device):
+            with _process_group(ranks, device), _told_at_once(ranks):
                 yield ranks
         except BaseException as error:
             ranks.close(error)
             raise
         ranks.close()
+
+
+@contextmanager
+def _told_at_once(ranks: Joined) -> Iterator[None]:
+    """What ends this rank ends the others before the process group is taken down, which may take long."""
+    try:
+        yield
+    except BaseException as error:
+        ranks.close(error)
+        raise
 
 
 def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, stack: ExitStack) -> tuple[Star, str]:

@@ -85,11 +85,14 @@ class Joined(Ranks):
     def __init__(self, place: Place, star: Star, host: str, timeout_s: float) -> None:
         self.number, self.count = place.number, place.count
         self.host, self.timeout_s = host, timeout_s  # of the first rank; for another rank to come to where this one is
-        self._star = star
+        self._star, self._closed = star, False
         self.watch = Watch(star, place.number)
 
     def close(self, error: BaseException | None = None) -> None:
         """Part once all have come here; after an error at once, and who still waits for this rank ends, too."""
+        if self._closed:
+            return
+        self._closed = True
         if self.first:
             with suppress(RunError, OSError, EOFError):
                 if error is None:

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft  # noqa: F401 - before processes are forked that need it, and what optimisers import
 import torch
+import torch._dynamo
 
 from rlhf.ranks.meeting import _process_group
 from rlhf.ranks.place import Place
-from rlhf.ranks.ranks import Joined, Ranks
+from rlhf.ranks.ranks import Joined
 from rlhf.ranks.star import Meeting, join
 
 FORK = multiprocessing.get_context("fork")
@@ -103,12 +105,7 @@ def _serve(place: Place, meeting: Meeting, pipe: Any, others: list[Any], timeout
                 said = "gives", work(ranks, *arguments)
             except BaseException as error:
                 failed, said = error, ("raises", f"{type(error).__name__}: {error}")
+            if failed is not None:
+                ranks.close(failed)
             pipe.send(said)
-    if failed is not None:
-        ranks.close(failed)
     os._exit(0)
-
-
-def number(ranks: Ranks) -> int:
-    """For `Pool.call`."""
-    return ranks.number

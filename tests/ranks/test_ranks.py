@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import Pool, pool
-from hypothesis import given
+from hypothesis import given, settings
 
 from rlhf.learning.gradient_sums import add_rows
 from rlhf.ranks.ranks import ALONE, Ranks
@@ -60,6 +60,7 @@ def _summed(ranks: Ranks, numbers: list[dict[str, float]]) -> list[tuple[str, fl
     return list(ranks.sums(numbers[ranks.number]).items())
 
 
+@settings(max_examples=25)
 @given(st.data())
 def test_sums_are_those_of_one_process_that_adds_in_the_order_of_the_ranks(three, data):
     names = st.dictionaries(st.sampled_from("abc"), st.floats(-1e9, 1e9), max_size=3)
