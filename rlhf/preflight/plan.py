@@ -17,8 +17,11 @@ from rlhf.config import (
     WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
+from rlhf.config.model import AUTO
+from rlhf.config.trainer import ReplicasConfig, TrainerConfig
 from rlhf.monitor.loggers import is_service
 from rlhf.preflight.amounts import check_amounts, judged_by_amounts
+from rlhf.ranks.place import by_torchrun
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_count
 from rlhf.types import Task
@@ -123,9 +126,17 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield from ((f"worker-{index}.log", "what the worker printed") for index in range(config.rollout.workers))
     if isinstance(sender, RaySenderConfig) and sender.address is None:
         yield from ((f"worker-{index}.log", "its stacks, if it is asked") for index in range(config.rollout.workers))
+    yield from _of_ranks(config.trainer)
     yield "status.json", "where the run is, every second"
     yield "summary.json", "the numbers of the table at its end"
     yield "curves.png", "rewards, KL and the time of a step"
+
+
+def _of_ranks(trainer: TrainerConfig) -> Iterator[tuple[str, str]]:
+    """Logs of ranks beside the first, but where torchrun has started them."""
+    if isinstance(trainer, ReplicasConfig) and by_torchrun() is None:
+        numbers = ["N"] if trainer.ranks == AUTO else range(1, trainer.ranks)
+        yield from ((f"rank-{number}.log", "what another rank of the trainer printed") for number in numbers)
 
 
 _OF_LOGGERS: dict[type[LoggerConfig], tuple[str, str]] = {
