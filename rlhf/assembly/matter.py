@@ -11,6 +11,7 @@ from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
 from rlhf.config import HfModelConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
+from rlhf.learning.spread import Whole
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import agreeing_passes
@@ -36,6 +37,10 @@ class Matter:
     rewards: dict[str, Reward | None]  # by part; None: the run trains it
     rows: dict[str, Any] = field(default_factory=dict)  # what the task's rows are, for checkpoints
     padded: Passes = PADDED  # the way to compute padded rows that is right for the policy
+    spread: Whole = field(default_factory=Whole)  # how models lie over the trainer's ranks
+    passes: Passes = PADDED  # the way in which the policy learns
+    reference: PreTrainedModel | None = None
+    critic: PreTrainedModel | None = None
 
 
 def gathered(site: Site, seen: Seen | None = None) -> Matter:

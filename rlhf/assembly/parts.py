@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Any
 
+from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import base_of, put_adapter_on, write_policy
 from rlhf.assembly.site import Site
@@ -53,6 +54,7 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     workers = _workers(site, matter, transfer, base, stack) if ranks.first else None
     if base is None:  # workers start meanwhile
         warm_up(site, matter, base)
+    lay_out(site, matter)
     senders = _senders(site, workers) if workers is not None else []
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
@@ -62,7 +64,7 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
     own = conversing(client, task.environment)
     sampler = ToldSampler(ranks, own)
-    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded)
+    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
     trained = train_rewards(site, matter, own) if ranks.first else State()
     record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)

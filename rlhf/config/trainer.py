@@ -17,8 +17,8 @@ class TrainerConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class ReplicasConfig(TrainerConfig):
-    """Data parallelism: every rank has whole models and computes its share of a step; gradients are summed once."""
+class RanksConfig(TrainerConfig):
+    """Several ranks, each with its share of a step's micro-batches; gradients are summed once an update."""
 
     ranks: Any = AUTO  # processes; auto: as many as torchrun has started, else one a GPU that is there
     timeout_s: float = 600.0  # for another rank to come to where this one is
@@ -29,3 +29,13 @@ class ReplicasConfig(TrainerConfig):
                 raise ValueError(f"trainer.ranks must be auto or a whole number (got {shown(self.ranks)})")
             at_least("trainer.ranks", self.ranks, 1)
         positive("trainer.timeout_s", self.timeout_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class ReplicasConfig(RanksConfig):
+    """Every rank has whole models, moments of the optimiser included."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardedConfig(RanksConfig):
+    """Every rank has its rows of every weight, gradient and moment (FSDP2); weights are whole while it computes."""
