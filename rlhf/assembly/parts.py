@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
-from rlhf.assembly.policy_files import base_of, put_adapter_on, write_policy
+from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
 from rlhf.assembly.site import Site
 from rlhf.assembly.trained_rewards import train_rewards
 from rlhf.assembly.warm_up import warm_up
@@ -26,6 +27,7 @@ from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.ranks.outside import ToldGather, ToldSampler
+from rlhf.ranks.ranks import ALONE
 from rlhf.reports.plots import pyplot
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
@@ -71,10 +73,17 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
     gather, measure = _judged(site, matter, own, record)
-    writes = partial(write_policy, policy, tokenizer, base)
-    store = Store(site.folder / FOLDER)
-    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes)
+    writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
+    store, by = Store(site.folder / FOLDER), ALONE
+    if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
+        writes, by = _writes_nothing, ranks
+        trained |= State(modules={POLICY: policy})
+    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
+
+
+def _writes_nothing(folder: Path) -> None:
+    pass
 
 
 def _workers(site: Site, matter: Matter, transfer: Transfer, base: str | None, stack: ExitStack) -> Workers:

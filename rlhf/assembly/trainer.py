@@ -17,6 +17,7 @@ from rlhf.learning.fitting import fits, fitting_tokens
 from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import announce
 from rlhf.loop import Parts, train
+from rlhf.models.saving import help_export
 from rlhf.stages.dpo import DpoLearner, as_json, from_json, preference_pairs, train_on_pairs
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def train_policy(site: Site, matter: Matter, parts: Parts) -> None:
         training()
         if site.ranks.first:
             save_policy(matter.policy, matter.tokenizer, site)
+        elif matter.spread.sharded:
+            help_export(matter.policy)
     site.heart.look()  # while there are workers
 
 

@@ -67,7 +67,8 @@ class Sharded(Whole):
         if half != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         tied = _tied(model)
-        for part in (*decoder_layers(model), model):
+        parts: list[Any] = [*decoder_layers(model), model]
+        for part in parts:
             fully_shard(part, mesh=self._mesh, reshard_after_forward=False, mp_policy=policy)
         if half != torch.float32:
             model.float()
@@ -116,7 +117,7 @@ class Sharded(Whole):
 class _InOrder(ReduceScatter):
     """A sum in the order of ranks, whatever their number: gloo's own depends on it."""
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
