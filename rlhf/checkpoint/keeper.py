@@ -48,6 +48,7 @@ TOLD: dict[str, tuple[type, ...]] = {  # of STATE
     **dict.fromkeys(("attributes", "random", "notes"), (dict,)),
     "seconds": (int, float),
 }
+POLICY = "policy"  # a folder, or the name of what ranks have written
 SAVE = "save"  # what other ranks are asked to do
 SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says which is best
 
@@ -142,7 +143,10 @@ class Keeper:
             self.reached(0, version)
             return 0
         told = self.saved.told
-        load_state(self._state(), self.saved.path, told["attributes"], trainee.policy.device)
+        state = self._state()
+        if (self.saved.path / POLICY).is_dir():  # whose weights the policy has already
+            state.modules.pop(POLICY, None)
+        load_state(state, self.saved.path, told["attributes"], trainee.policy.device)
         restore_random(told["random"])
         self._kept = told["step"]
         self._note(told["step"], version)
@@ -241,7 +245,7 @@ class Keeper:
         assert self._trainee is not None
         files = dict(self._state().files())
         try:
-            for name, tensors in {"policy": weights_of(self._trainee.policy), **files}.items():
+            for name, tensors in {POLICY: weights_of(self._trainee.policy), **files}.items():
                 check_finite(name, tensors)
             self._write_policy(folder)
             return True, self._write_files(folder, files)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from rlhf.config import RunConfig
 from rlhf.config.model import Device
-from rlhf.config.trainer import RanksConfig
 from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import ALONE, Joined, Ranks
 from rlhf.ranks.spec import spec_of
@@ -38,7 +37,6 @@ def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> 
     if place.count == 1:
         yield ALONE
         return
-    assert isinstance(config.trainer, RanksConfig)
     device = _device(config, place)
     with ExitStack() as stack:
         if place.invitation is None:
