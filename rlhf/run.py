@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rlhf.assembly.matter import gathered
-from rlhf.assembly.outcome import reported
+from rlhf.assembly.outcome import ready_to_draw, reported
 from rlhf.assembly.parts import built
 from rlhf.assembly.site import begin, opened
 from rlhf.assembly.trainer import train_policy
@@ -29,6 +29,6 @@ def run(
             site = opened(config, folder, stack)
             begin(site, resume, stack)
             matter = gathered(site, seen)
-            parts = built(site, matter, stack)
+            parts = built(site, matter, stack, meanwhile=ready_to_draw)
             train_policy(site, matter, parts)
         return reported(site, parts.record.rows, parts.keeper.seconds(), overrides)

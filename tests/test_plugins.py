@@ -343,6 +343,19 @@ def test_a_task_whose_maker_fails_or_whose_rows_are_none_is_told_in_one_line(par
     assert "\n" not in str(raised.value)
 
 
+def test_a_reply_that_raises_says_whose_it_is(parts):
+    (parts / "mine.py").write_text(
+        f"{HEAD}from rlhf.config import EnvironmentConfig\nfrom rlhf.plugins import environment\n"
+        "from rlhf.tasks import Replies\n"
+        + CONFIG.replace("Task", "Environment").replace("    size: int = 1\n", "    turns: int = 2\n")
+        + '@environment("mine", Mine)\ndef f(config): return Replies(2, lambda columns, said: said[7], "?", "?")\n'
+    )
+    raw = read_task(composed("plugins=[mine]", "task/environment=mine", "reward=verifier").task, 0)
+    said = r"^task/environment=mine \(mine:f\): its reply fails on \['no'\]: IndexError: list index out of range$"
+    with pytest.raises(PartError, match=said):
+        raw.replies.reply({}, ["no"])
+
+
 def test_whoever_decorates_a_function_registers_it_wherever_it_is_from(parts):
     (parts / "mine.py").write_text(f"{HEAD}import json\n{CONFIG}task('mine', Mine)(json.loads)\n")
     assert composed("plugins=[mine]", "task=mine").task.size == 1

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from rlhf.plugins.offers import offers, package_of
-from rlhf.plugins.part import PartError, told
+from rlhf.plugins.part import PartError
 from rlhf.plugins.registry import loaded
+from transfer.agreement.shown import told
 
 
 def use(modules: Sequence[str]) -> None:

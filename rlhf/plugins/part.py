@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from transfer.agreement.shown import one_line
+from transfer.agreement.shown import told
 
 OURS = "rlhf"  # the package whose parts are always there
 TOKENS = "tokens"  # an advantage of each token, from Signal; else of each answer, from the rewards of groups
@@ -92,15 +92,6 @@ class Part:
         if not callable(function):
             raise PartError(f"{self.chosen}: its {what} {named} is no function")
         return function
-
-
-def told(error: BaseException) -> str:
-    """An exception of others' code in one line."""
-    try:
-        text = str(error)
-    except Exception:  # its own __str__ is broken
-        text = "without words"
-    return f"{type(error).__name__}: {one_line(text, 300)}"
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from rlhf.plugins.offers import offered, offers, owner, package_of
-from rlhf.plugins.part import KINDS, Part, PartError, imported, told
-from transfer.agreement.shown import shown
+from rlhf.plugins.part import KINDS, Part, PartError, imported
+from transfer.agreement.shown import shown, told
 
 _parts: dict[tuple[str, str], Part] = {}
 

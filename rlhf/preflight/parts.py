@@ -12,8 +12,9 @@ from rlhf.config import RunConfig
 from rlhf.config.algo import AlgoConfig
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.objective import policy_loss
-from rlhf.plugins.part import Part, PartError, told
+from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import find, part_of
+from transfer.agreement.shown import told
 
 P, N, T = 2, 2, 3  # prompts, samples a prompt, tokens
 
