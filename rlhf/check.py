@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.assembly.matter import Matter, gathered
+from rlhf.assembly.matter import Matter, gathered, tried
 from rlhf.assembly.parts import built
 from rlhf.assembly.site import opened
 from rlhf.assembly.trainer import train_policy
@@ -61,7 +61,7 @@ def check_run(config: RunConfig, folder: Path, told: str = "", seen: Seen | None
         check_free(folder)
         site = opened(config, _beside(folder, stack), stack)
         stack.enter_context(explained(lambda: f"the check failed ({site.bars.pulse.stage})"))
-        matter = gathered(site, seen)
+        matter = gathered(site, tried(config, seen))
         _tell(config, matter, folder, told or str(folder), site.bars.console)
         site.config = one_step(config)
         _divert(site.config, stack)

@@ -19,7 +19,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException, HydraException
 
-from rlhf.compose import CONF, checked, misplaced, prepare, unknown_choices
+from rlhf.compose import CONF, checked, misplaced, prepare, register, unknown_choices
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.optimizer import make_optimizer
 from rlhf.models.tokenizer import make_tokenizer
@@ -27,10 +27,12 @@ from rlhf.plugins import PartError, found, offers, registry
 from rlhf.plugins.hydra_choices import Later
 from rlhf.plugins.part import KINDS
 from rlhf.preflight.parts import check_parts
+from rlhf.preflight.plan import files
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import read_summary
 from rlhf.rewards import check_reward, given_rewards
 from rlhf.rewards.own import OwnReward
+from rlhf.run import run
 from rlhf.shell.search_path import of_command
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt
@@ -79,6 +81,7 @@ def f(algo, logprobs, old, advantages, mask):
 @pytest.fixture
 def parts(monkeypatch, tmp_path):
     """An empty working folder, and the parts as they were before the test."""
+    register()  # what is there in any case
     before, repo = dict(registry._parts), ConfigStore.instance().repo
     choices = {(id(group), name) for group, name in _choices(repo)}
     for name in _of_tests():
@@ -284,6 +287,48 @@ def test_a_part_that_makes_something_else_is_told_before_anything_is_trained(par
     (parts / "mine.py").write_text(HEAD + source)
     with pytest.raises(PartError, match=message):
         check_parts(composed("plugins=[mine]", chosen))
+
+
+REWARD = CONFIG.replace("Task", "Reward")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("source", "chosen", "message"),
+    [
+        ('@loss("mine")\ndef f(*_): 1 / 0', "algo.loss=mine", "fails on a trial of 4 rows: ZeroDivisionError"),
+        (f'{REWARD}reward("mine", Mine, make="nowhere:f")', "reward=mine", "its maker nowhere:f cannot be imported"),
+        ("", "task=jsonl task.path=none_such.jsonl", r"task\.path: cannot read none_such\.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_told_before_room_is_made_for_a_run(parts, source, chosen, message, resume):
+    (parts / "mine.py").write_text(HEAD + source)
+    kept = {
+        "metrics.jsonl": '{"step": 1}\n',
+        "samples.jsonl": "",
+        "journal/trainer.jsonl": "",
+        "summary.json": '{"status": "failed"}',
+    }
+    for name, text in kept.items():
+        (parts / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (parts / "run" / name).write_text(text)
+    config = composed("plugins=[mine]" if source else "plugins=[]", "experiment=smoke", *chosen.split())
+    with pytest.raises(ValueError, match=message):
+        run(config, parts / "run", resume=resume)
+    there = {str(path.relative_to(parts / "run")) for path in (parts / "run").rglob("*") if path.is_file()}
+    assert there - {"status.json"} == kept.keys()
+    assert all((parts / "run" / name).read_text() == text for name, text in kept.items())
+
+
+def test_what_a_logger_says_that_it_writes_is_listed(parts):
+    sys.path.append(str(ROOT))
+    config = composed("plugins=[examples.own_parts]", "logger=[console,jsonl,best]")
+    assert dict(files(config))["best.txt"] == "the highest value of a metric"
+    imports = "from rlhf.config import LoggerConfig\nfrom rlhf.plugins import logger\n"
+    own = CONFIG.replace("Task", "Logger") + "@logger('mine', Mine, writes=['a.txt'])\ndef f(config, given): ..."
+    (parts / "mine.py").write_text(HEAD + imports + own)
+    with pytest.raises(PartError, match=r"mine:f registers logger=mine: writes must be like .* \(got \['a\.txt'\]\)"):
+        prepare(["plugins=[mine]"])
 
 
 def test_a_task_that_makes_no_task_is_told(parts):

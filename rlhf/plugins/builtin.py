@@ -29,6 +29,9 @@ TASKS, REWARDS, LOGGERS = "rlhf.tasks", "rlhf.rewards.make", "rlhf.monitor.logge
 OBJECTIVE, ESTIMATES = "rlhf.learning.objective", "rlhf.learning.estimates"
 GROUPS, SERVICES = frozenset({COMPARES}), frozenset({SERVICE})
 PACKAGE = f"{LOGGERS}:check_package"
+EVENTS = {"tensorboard/": "the same as TensorBoard's events"}
+OF_WANDB = {"wandb/": "the same as Weights & Biases keeps it"}
+OF_MLFLOW = {"mlflow.db": "the same for MLflow, where it has no other store"}
 
 PARTS = (
     Part("task", "sort", SortTaskConfig, f"{TASKS}.procedural:sequence_task"),
@@ -57,10 +60,12 @@ PARTS = (
     Part("advantage", "gae", make=f"{ESTIMATES}:gae", traits=frozenset({TOKENS, CRITIC})),  # PPO
     Part("optimizer", "adamw", AdamWConfig, "rlhf.learning.optimizer:adamw"),
     Part("logger", "console", ConsoleLoggerConfig),  # the run's bars and table
-    Part("logger", "jsonl", JsonlLoggerConfig, f"{LOGGERS}:jsonl"),
-    Part("logger", "tensorboard", TensorboardLoggerConfig, f"{LOGGERS}:tensorboard"),
-    Part("logger", "wandb", WandbLoggerConfig, f"{LOGGERS}:WandbLogger", PACKAGE, SERVICES),
-    Part("logger", "mlflow", MlflowLoggerConfig, f"{LOGGERS}:MlflowLogger", PACKAGE, SERVICES),
+    Part(
+        "logger", "jsonl", JsonlLoggerConfig, f"{LOGGERS}:jsonl", writes={"metrics.jsonl": "every number of every step"}
+    ),
+    Part("logger", "tensorboard", TensorboardLoggerConfig, f"{LOGGERS}:tensorboard", writes=EVENTS),
+    Part("logger", "wandb", WandbLoggerConfig, f"{LOGGERS}:WandbLogger", PACKAGE, SERVICES, writes=OF_WANDB),
+    Part("logger", "mlflow", MlflowLoggerConfig, f"{LOGGERS}:MlflowLogger", PACKAGE, SERVICES, writes=OF_MLFLOW),
     Part("logger", "trackio", TrackioLoggerConfig, f"{LOGGERS}:TrackioLogger", PACKAGE, SERVICES),
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -65,6 +65,7 @@ class Part:
     check: Maker | str | None = None  # asked before anything is trained
     traits: frozenset[str] = frozenset()
     where: str = OURS  # who registers it
+    writes: Mapping[str, str] = field(default_factory=dict, hash=False)  # of a logger: files, with what each is
 
     @property
     def chosen(self) -> str:

@@ -41,6 +41,9 @@ def _check_made(part: Part) -> None:
     kind, said = KINDS[part.kind], f"{part.where} registers {part.chosen}"
     if not part.name.isidentifier():
         raise PartError(f"{said}: a name must be letters, digits and _ (got {shown(part.name)})")
+    writes: Any = part.writes
+    if not (isinstance(writes, Mapping) and all(isinstance(each, str) for pair in writes.items() for each in pair)):
+        raise PartError(f'{said}: writes must be like {{"best.txt": "what it is"}} (got {shown(writes)})')
     if part.config is None and not kind.dial:
         raise PartError(f"{said} without a dataclass: give it one that builds on {kind.base.replace(':', '.')}")
     if part.config is None:
