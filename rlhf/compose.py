@@ -18,6 +18,7 @@ from rlhf.plugins.hydra_choices import register_parts
 from rlhf.plugins.part import KINDS, PartError
 from rlhf.plugins.registry import find_loaded, loaded, names
 from rlhf.plugins.wanted import PLUGINS, wanted
+from rlhf.shell.own_modules import look_in
 from rlhf.shell.search_path import Where, of_command
 from transfer.config import (
     CollectiveConfig,
@@ -100,6 +101,7 @@ def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
 
     PartError says which is wrong, and what to change.
     """
+    look_in(where.started)
     use(wanted(overrides, [CONF, *where.folders()]))
     warn()
     for part in loaded():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,14 @@ def main() -> None:
         _job()
 
 
-def prepare_command(arguments: list[str]) -> None:
-    """Let the parts be known that a command line names; SystemExit with what is wrong with them."""
+def prepare_command(arguments: list[str], started: Sequence[str] = ()) -> None:
+    """Let the parts be known that a command line names; SystemExit with what is wrong with them.
+
+    `started`: folders that may have its modules, too.
+    """
     where, overrides = of_command(arguments)
     try:
-        prepare(overrides, where)
+        prepare(overrides, replace(where, started=list(started)))
     except PartError as error:
         sys.exit(printable(str(error)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,8 +19,11 @@ from forked import FRESH
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException, HydraException
+from omegaconf import OmegaConf
 
+from rlhf import resume
 from rlhf.compose import CONF, checked, misplaced, prepare, register, unknown_choices
+from rlhf.evaluate import runs_of
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.optimizer import make_optimizer
 from rlhf.models.tokenizer import make_tokenizer
@@ -33,7 +37,7 @@ from rlhf.reports.summary import read_summary
 from rlhf.rewards import check_reward, given_rewards
 from rlhf.rewards.own import OwnReward
 from rlhf.run import run
-from rlhf.shell.search_path import of_command
+from rlhf.shell.search_path import of_command, started_in
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt
 
@@ -483,6 +487,83 @@ def test_help_lists_parts_of_one_s_own_and_imports_nothing_heavy(rlhf_train, tmp
     assert "  most: 9\n" in done.stdout
 
 
+# --- from another folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(parts):
+    """A run's folder, as Hydra has noted it, that was started in `there/` with `there/mine.py`; we are in `here/`."""
+    there, here, hydra = parts / "there", parts / "here", parts / "run" / ".hydra"
+    for folder in (there, here, hydra):
+        folder.mkdir(parents=True)
+    (there / "mine.py").write_text(f'{HEAD}{CONFIG}@task("mine", Mine){MAKER}')
+    os.chdir(there)
+    overrides = ["plugins=[mine]", "task=mine"]
+    config, choices = resume._compose(overrides)
+    told = {"hydra": {"runtime": {"choices": choices, "cwd": str(there), "config_sources": []}}}
+    for name, node in {"config": config, "hydra": told, "overrides": overrides}.items():
+        (hydra / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
+    os.chdir(here)
+    forgotten()
+    sys.path[:] = [each for each in sys.path if each != str(there)]
+    return parts / "run"
+
+
+def forgotten():
+    """As in a new process."""
+    for name in _of_tests():
+        del sys.modules[name]
+    for key in [key for key, part in registry._parts.items() if part.where.startswith("mine")]:
+        del registry._parts[key]
+    invalidate_caches()
+
+
+def test_a_resume_finds_modules_where_the_run_was_started(begun, capsys):
+    config, _ = resume.composed(begun, [])
+    assert sys.modules["mine"].__file__ == str(begun.parent / "there" / "mine.py") and config.task.size == 1
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_resume_takes_a_module_of_the_current_folder_first_and_says_so(begun, capsys):
+    (begun.parent / "here" / "mine.py").write_text((begun.parent / "there" / "mine.py").read_text())
+    resume.composed(begun, [])
+    here, there = (str(begun.parent / folder / "mine.py") for folder in ("here", "there"))
+    assert sys.modules["mine"].__file__ == here
+    assert capsys.readouterr().err == f"warning: mine is {here}, not {there}, where the run was started\n"
+
+
+def test_a_module_that_a_resume_has_added_is_found_by_the_next_one(begun):
+    (begun.parent / "here" / "other.py").write_text(f'{HEAD}\n@loss("other"){MAKER}')
+    resume.composed(begun, ["plugins=[mine,other]"])
+    forgotten()
+    sys.path[:] = [each for each in sys.path if not each.startswith(str(begun.parent))]
+    os.chdir(begun)
+    assert resume.composed(begun, [])[0].plugins == ["mine", "other"]
+
+
+def test_a_folder_that_is_gone_is_named_where_its_module_is_not_found(begun):
+    shutil.rmtree(begun.parent / "there")
+    said = (
+        rf"^plugins: mine cannot be imported, .* \({begun.parent}/there, which is no folder any more\): start this in"
+    )
+    with pytest.raises(PartError, match=said) as raised:
+        resume.composed(begun, [])
+    assert "\n" not in str(raised.value) and "ModuleNotFoundError" in str(raised.value)
+
+
+def test_an_evaluation_looks_where_the_run_of_its_policy_was_started(tmp_path):
+    for name in ("a run", "b"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / "policy").mkdir()
+        (tmp_path / name / ".hydra" / "hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: /started/{name}}}}}")
+    (tmp_path / "c").mkdir()
+    named = f"model.path='{tmp_path}/a run/policy',{tmp_path}/b/checkpoints/1/policy,{tmp_path}/c,gpt2"
+    found = [each for hydra in runs_of(["task=sort", named]) for each in started_in(hydra)]
+    assert found == ["/started/a run", "/started/b"]
+    (tmp_path / "b" / ".hydra" / "hydra.yaml").write_text("[")
+    assert started_in(tmp_path / "b" / ".hydra" / "hydra.yaml") == []
+
+
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 
@@ -554,3 +635,30 @@ def test_sweeps_and_checks_take_parts_of_a_file_in_the_working_folder(tmp_path):
     python("train", "-m", *SMALL, *named, *sweep, folder=tmp_path, variables=variables)
     jobs = [tmp_path / "sweep" / number for number in ("0", "1")]
     assert [(is_run(job), read_summary(job)["status"]) for job in jobs] == [(True, "finished")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_with_modules_of_its_own_is_resumed_evaluated_and_reported_from_elsewhere(tmp_path):
+    there, here, run = tmp_path / "there", tmp_path / "here", tmp_path / "run"
+    there.mkdir()
+    here.mkdir()
+    (there / "mine.py").write_text(EXAMPLE.read_text())
+    (there / "graded.py").write_text(
+        "def length(prompts, completions, **columns): return [len(c) for c in completions]"
+    )
+    named, variables = ("plugins=[mine]", "task=count"), {"PYTHONPATH": str(ROOT), FRESH: "1"}
+    own = (*named, "algo.loss=asymmetric", "optim=sgd", "reward=function", "reward.function=graded:length")
+    python("train", *SMALL, *own, "steps=1", f"hydra.run.dir={run}", folder=there, variables=variables)
+    python("resume", str(run), "steps=2", folder=here, variables=variables)
+    assert len(steps_in(run)) == 2
+    small = ("evaluate.samples=1", "evaluate.k=[1]")
+    python("evaluate", f"model.path={run / 'policy'}", *named, *small, folder=here, variables=variables)
+    python("report", str(run), folder=here, variables=variables)
+    assert (run / "report.html").is_file()
+    there.rename(tmp_path / "gone")
+    command = [sys.executable, "-m", "rlhf.resume", str(run), "steps=3"]
+    options = {"cwd": here, "env": os.environ | variables, "capture_output": True, "text": True, "timeout": 110}
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 1 and f"({there}, which is no folder any more; {here})" in done.stderr
+    assert "Traceback" not in done.stderr
