@@ -99,17 +99,20 @@ def register() -> None:
 def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
     """Import the modules that a command line's `plugins=[...]` names, or its experiments, and make their parts known.
 
+    Where the jobs of a sweep have different ones, a name may be another part in each (plugins/in_sweeps.py).
+
     PartError says which is wrong, and what to change.
     """
     look_in(where.started)
-    use(wanted(overrides, [CONF, *where.folders()]))
-    warn()
-    for part in loaded():
-        group = KINDS[part.kind].group
-        taken = (CONF / group / f"{part.name}.yaml").is_file() or part.name in FIXED.get(group, {})
-        if not part.ours and part.config is not None and taken:
-            raise PartError(f"{part.where} registers {group}={part.name}, which conf/ has: give it another name")
-    register()
+    for modules in wanted(overrides, [CONF, *where.folders()]):
+        use(modules)
+        warn()
+        for part in loaded():
+            group = KINDS[part.kind].group
+            taken = (CONF / group / f"{part.name}.yaml").is_file() or part.name in FIXED.get(group, {})
+            if not part.ours and part.config is not None and taken:
+                raise PartError(f"{part.where} registers {group}={part.name}, which conf/ has: give it another name")
+        register()
 
 
 def checked(config: Any) -> RunConfig:

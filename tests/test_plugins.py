@@ -17,9 +17,14 @@ import torch
 import yaml
 from forked import FRESH
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, HydraException
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
 
 from rlhf import resume
 from rlhf.compose import CONF, checked, misplaced, prepare, register, unknown_choices
@@ -30,6 +35,7 @@ from rlhf.models.tokenizer import make_tokenizer
 from rlhf.plugins import PartError, found, offers, registry
 from rlhf.plugins.hydra_choices import Later
 from rlhf.plugins.part import KINDS
+from rlhf.plugins.wanted import wanted
 from rlhf.preflight.parts import check_parts
 from rlhf.preflight.plan import files
 from rlhf.reports.run_folder import is_run
@@ -487,6 +493,74 @@ def test_help_lists_parts_of_one_s_own_and_imports_nothing_heavy(rlhf_train, tmp
     assert "  most: 9\n" in done.stdout
 
 
+# --- in a sweep -------------------------------------------------------------------------------------------------------
+
+
+def two_modules(folder):
+    """`mine` and `other`, both with a task=mine, whose dials and algorithms are not the same."""
+    (folder / "mine.py").write_text(f'{HEAD}{CONFIG}@task("mine", Mine){MAKER}{OWN_ALGO.replace("Mine", "Algo")}')
+    (folder / "other.py").write_text(f'{HEAD}{CONFIG.replace("size", "number")}@task("mine", Mine){MAKER}')
+
+
+def jobs(*overrides):
+    """The runs of a sweep, as its launcher composes them."""
+    prepare(overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        master = GlobalHydra.instance().config_loader().load_configuration("config", list(overrides), RunMode.MULTIRUN)
+        Callbacks(master).on_multirun_start(config=master, config_name="config")
+        (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(overrides)), None)
+        loader = GlobalHydra.instance().config_loader()
+        for job in batch:
+            config = loader.load_sweep_config(master, list(job))
+            with open_dict(config):
+                del config["hydra"]
+            yield checked(config)
+
+
+def test_modules_of_different_jobs_of_a_sweep_may_have_parts_of_the_same_name(parts):
+    two_modules(parts)
+    found = [(type(job.task).__module__, job.seed) for job in jobs("plugins=[mine],[other]", "task=mine", "seed=0,1")]
+    assert found == [("mine", 0), ("mine", 1), ("other", 0), ("other", 1)]
+
+
+def test_each_job_of_such_a_sweep_has_the_dials_of_its_own_part(parts):
+    two_modules(parts)
+    own, others = jobs("plugins=[other],[mine]", "task=mine")
+    assert (own.task.number, others.task.size) == (1, 1) and not hasattr(others.task, "number")
+    with pytest.raises(HydraException, match=r"Could not override 'task\.number'"):
+        list(jobs("plugins=[other],[mine]", "task=mine", "task.number=3,4"))
+
+
+def test_modules_of_experiments_that_are_swept_may_have_parts_of_the_same_name(parts):
+    two_modules(parts)
+    where = ("plugins=[]", "experiment=one,two")
+    for name, module in (("one", "mine"), ("two", "other")):
+        (parts / "experiment").mkdir(exist_ok=True)
+        (parts / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\nplugins: [{module}]\n")
+    assert wanted(where[1:], [CONF, parts]) == [["mine"], ["other"]]
+    assert wanted(["plugins=[a],[b,c]", *where[1:]], [parts]) == [
+        *(["a", "mine"], ["a", "other"]),
+        *(["b", "c", "mine"], ["b", "c", "other"]),
+    ]
+    assert wanted(["plugins=[a]", "plugins=[b]"], []) == [["b"]] and wanted([], []) == [[]]
+
+
+def test_a_module_that_others_of_a_sweep_import_is_there_for_each(parts):
+    two_modules(parts)
+    (parts / "mine.py").write_text((parts / "mine.py").read_text() + "\nimport acme\n")
+    (parts / "acme.py").write_text(f'{HEAD}\n@loss("third"){MAKER}')
+    found = [job.algo.loss for job in jobs("plugins=[mine],[acme],[acme,other]", "algo.loss=third")]
+    assert found == ["third"] * 3
+
+
+def test_two_modules_of_one_run_with_parts_of_the_same_name_are_refused(parts):
+    two_modules(parts)
+    for _ in range(2):  # also when both are imported
+        with pytest.raises(PartError, match="other:make registers task=mine, which mine:make has: give it another"):
+            prepare(["plugins=[mine,other]"])
+        prepare(["plugins=[other]"])
+
+
 # --- from another folder ----------------------------------------------------------------------------------------------
 
 
@@ -635,6 +709,24 @@ def test_sweeps_and_checks_take_parts_of_a_file_in_the_working_folder(tmp_path):
     python("train", "-m", *SMALL, *named, *sweep, folder=tmp_path, variables=variables)
     jobs = [tmp_path / "sweep" / number for number in ("0", "1")]
     assert [(is_run(job), read_summary(job)["status"]) for job in jobs] == [(True, "finished")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_sweep_compares_two_modules_with_parts_of_the_same_names(tmp_path):
+    for name, most in (("mine", 5), ("other", 7)):
+        source = EXAMPLE.read_text()
+        assert "most: int = 9" in source
+        (tmp_path / f"{name}.py").write_text(source.replace("most: int = 9", f"most: int = {most}"))
+    sweep = ("plugins=[mine],[other]", "task=count", "reward=verifier", "algo.loss=asymmetric", "transfer=local")
+    said = {"folder": tmp_path, "variables": {"PYTHONPATH": str(ROOT), FRESH: "1"}}
+    python("train", "-m", *SMALL, *sweep, "steps=1", f"hydra.sweep.dir={tmp_path / 'sweep'}", **said)
+    most = {}
+    for job in (tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"):
+        assert read_summary(job)["status"] == "finished", read_summary(job)
+        config = yaml.safe_load((job / ".hydra" / "config.yaml").read_text())
+        most[config["plugins"][0]] = config["task"]["most"]
+    assert most == {"mine": 5, "other": 7}
 
 
 @pytest.mark.slow
