@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,6 @@ from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
-from rlhf.reports.plots import pyplot
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -32,8 +32,11 @@ from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
 
 
-def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
-    """The parts, with the warmed-up policy's first version live in every worker; processes end with the stack."""
+def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], None] = lambda: None) -> Parts:
+    """The parts, with the warmed-up policy's first version live in every worker; processes end with the stack.
+
+    `meanwhile` is done while workers start, when there is nothing else to do.
+    """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
     transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
@@ -49,8 +52,7 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     if awaited := workers.awaited():
         site.bars.say(awaited)
     with site.bars.waiting("workers"):
-        with suppress(OSError):  # a full disk is told where something is drawn
-            pyplot()  # the curves in the end need it, and now there is nothing else to do
+        meanwhile()
         senders = workers.senders()
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)

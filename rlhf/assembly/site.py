@@ -33,6 +33,7 @@ class Site:
     began: float
     notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
     saved: Saved | None = None  # the checkpoint that the run goes on from
+    resumable: bool = False  # whether what stops the run says how it goes on
 
 
 def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
@@ -50,16 +51,26 @@ def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
     return Site(config, folder, bars, heart, began)
 
 
-def begin(site: Site, resume: bool, stack: ExitStack) -> None:
-    """Let the run write into its folder: behind its newest checkpoint if it is to `resume`, else over what is there.
-
-    What stops it from now on, until the stack ends, says how it goes on.
-    """
+def go_on(site: Site, stack: ExitStack) -> None:
+    """Let the run go on from its newest checkpoint; nothing is written yet."""
     screen.into(site.folder)
-    site.saved = found(site) if resume else None
+    site.saved = found(site)
+    _say_how_it_goes_on(site, stack)
+
+
+def begin(site: Site, stack: ExitStack) -> None:
+    """Let the run write into its folder: behind the checkpoint that it goes on from, else over what is there."""
+    screen.into(site.folder)
     make_room(site)
-    stack.enter_context(resumable(Store(site.folder / FOLDER)))
-    stack.enter_context(full_disk_explained(site.folder))  # inside, for `resumable` to see what is explained
+    _say_how_it_goes_on(site, stack)
+
+
+def _say_how_it_goes_on(site: Site, stack: ExitStack) -> None:
+    """From now on, until the stack ends, what stops the run does so."""
+    if not site.resumable:
+        stack.enter_context(resumable(Store(site.folder / FOLDER)))
+        stack.enter_context(full_disk_explained(site.folder))  # inside, for `resumable` to see what is explained
+        site.resumable = True
 
 
 def found(site: Site) -> Saved | None:
