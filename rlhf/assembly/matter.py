@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
-from rlhf.config import HfModelConfig, VllmRolloutConfig
+from rlhf.config import HfModelConfig, RunConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.spread import Whole
@@ -43,11 +43,16 @@ class Matter:
     critic: PreTrainedModel | None = None
 
 
-def gathered(site: Site, seen: Seen | None = None) -> Matter:
-    """Task, policy and rewards as they are given, checked against each other; `seen`: what was looked at already."""
-    config = site.config
+def tried(config: RunConfig, seen: Seen | None = None) -> Seen:
+    """Others' parts, and what can be looked at without a model, if it is not `seen` yet; ValueError if it is wrong."""
     check_parts(config)
-    raw = (seen or look(config)).take()
+    return seen or look(config)
+
+
+def gathered(site: Site, seen: Seen | None = None) -> Matter:
+    """Task, policy and rewards as they are given, checked against each other; `seen`: what was tried already."""
+    config = site.config
+    raw = (seen or tried(config)).take()
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
     moment = datetime.fromisoformat(site.ranks.told(began or datetime.now().isoformat()))

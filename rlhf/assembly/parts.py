@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.ranks.outside import ToldGather, ToldSampler
 from rlhf.ranks.ranks import ALONE
-from rlhf.reports.plots import pyplot
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -41,8 +40,11 @@ from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
 
 
-def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
-    """The parts, with the warmed-up policy's first version live in every worker; processes end with the stack."""
+def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], None] = lambda: None) -> Parts:
+    """The parts, with the warmed-up policy's first version live in every worker; processes end with the stack.
+
+    `meanwhile` is done while workers start, when there is nothing else to do.
+    """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
     ranks = site.ranks
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl" if ranks.first else None)))
@@ -57,7 +59,7 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     if base is None:  # workers start meanwhile
         warm_up(site, matter, base)
     lay_out(site, matter)
-    senders = _senders(site, workers) if workers is not None else []
+    senders = _senders(site, workers, meanwhile) if workers is not None else []
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
@@ -92,13 +94,12 @@ def _workers(site: Site, matter: Matter, transfer: Transfer, base: str | None, s
     return stack.enter_context(Workers(spec, site.config, site.folder, matter.policy))
 
 
-def _senders(site: Site, workers: Workers) -> list[Sender]:
+def _senders(site: Site, workers: Workers, meanwhile: Callable[[], None]) -> list[Sender]:
     """One a worker, once all are up."""
     if awaited := workers.awaited():
         site.bars.say(awaited)
     with site.bars.waiting("workers"):
-        with suppress(OSError):  # a full disk is told where something is drawn
-            pyplot()  # the curves in the end need it, and now there is nothing else to do
+        meanwhile()
         return workers.senders()
 
 

@@ -16,7 +16,7 @@ from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
-from rlhf.config.trainer import OneConfig, ShardedConfig, TrainerConfig
+from rlhf.config.trainer import ShardedConfig, TrainerConfig
 from transfer.agreement.shown import shown
 from transfer.config import (
     NO_KEEP,
@@ -120,7 +120,7 @@ class RunConfig:
     algo: TrainingConfig
     optim: OptimConfig
     transfer: TransferConfig
-    trainer: TrainerConfig = field(default_factory=OneConfig)
+    trainer: TrainerConfig
     logger: dict[str, LoggerConfig] = field(default_factory=dict)
     sft: SftConfig = field(default_factory=SftConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
