@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.site import Site
+from rlhf.config import ModelRewardConfig
 from rlhf.config.algo import AlgoConfig
 from rlhf.config.trainer import ShardedConfig
 from rlhf.learning.pass_choice import choose_passes
@@ -26,6 +27,9 @@ def lay_out(site: Site, matter: Matter) -> None:
     if isinstance(algo, AlgoConfig):
         matter.reference = _reference(policy) if algo.kl_coef > 0 else None
         matter.critic = value_model(policy, Head.token) if algo.has_critic else None
+    for name, part in site.config.reward.weighted().items():
+        if site.ranks.first and isinstance(part.reward, ModelRewardConfig) and matter.rewards[name] is None:
+            matter.untrained[name] = value_model(policy, Head.sequence)  # trained and asked by the first rank
     for model in {id(each): each for each in (policy, matter.reference, matter.critic) if each is not None}.values():
         matter.spread.lay(model)
 

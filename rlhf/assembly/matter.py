@@ -41,6 +41,7 @@ class Matter:
     passes: Passes = PADDED  # the way in which the policy learns
     reference: PreTrainedModel | None = None
     critic: PreTrainedModel | None = None
+    untrained: dict[str, PreTrainedModel] = field(default_factory=dict)  # reward models, by part of the reward
 
 
 def tried(config: RunConfig, seen: Seen | None = None) -> Seen:

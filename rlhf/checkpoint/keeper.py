@@ -131,7 +131,8 @@ class Keeper:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Save what there is, where a signal or an explained error ends the run."""
         explained = isinstance(error, (KeyboardInterrupt, SystemExit, *EXPLAINED))
-        if explained and self.config.checkpoint.every and self._mark is not None and self._mark.step != self._kept:
+        missing = self._mark is not None and self._mark.step != self._kept
+        if explained and self.config.checkpoint.every and missing and self.ranks.listening:
             self._save(self._mark)
 
     def begin(self, trainee: Trainee, version: int) -> int:
@@ -165,9 +166,14 @@ class Keeper:
         every = self.config.checkpoint.every
         if every and (step % every == 0 or step == self.config.steps):
             self._save(self._mark)
+        self.ranks.rest()
 
     def judge(self, metrics: Mapping[str, float]) -> None:
         """The state's evaluation: if it is the best so far, keep the state."""
+        self._judge(metrics)
+        self.ranks.rest()
+
+    def _judge(self, metrics: Mapping[str, float]) -> None:
         score = next((metrics[name] for name in SCORES if name in metrics), None)
         settings, mark = self.config.checkpoint, self._mark
         if not (settings.every and settings.keep_best) or score is None or not math.isfinite(score) or mark is None:

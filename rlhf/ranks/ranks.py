@@ -33,6 +33,7 @@ class Ranks:
 
     number = 0
     count = 1
+    listening = True  # whether all others will hear what the first asks for, before anything else
 
     def __init__(self) -> None:
         self._acts: dict[str, Callable[[Any], Any]] = {}
@@ -62,6 +63,9 @@ class Ranks:
     ) -> T:
         """What `call` gives or raises in the first rank, in all; the others get hear(tell(value))."""
         return call()
+
+    def rest(self) -> None:
+        """All are here, and what comes next is that the others hear from the first."""
 
     def serve(self, name: str, act: Callable[[Any], Any]) -> None:
         """What this rank does when the first asks all for `name`; JSON or columns in and out."""
@@ -141,6 +145,7 @@ class Joined(Ranks):
             with self.explained():
                 told = self._hear()
             return hear(told)
+        self.listening = True
         try:
             with self.watch.outside():
                 value = call()
@@ -148,7 +153,13 @@ class Joined(Ranks):
             raise RunError(self.watch.cause or "another rank of the trainer is gone") from None
         with self.explained():
             self._say(tell(value))
+        self.listening = False
         return value
+
+    def rest(self) -> None:
+        """All are here, and what comes next is that the others hear from the first."""
+        self.told(None)
+        self.listening = True
 
     def together(self, name: str, value: Any) -> list[Any]:
         """In the first rank alone: what all ranks' acts of this name make of the value, in their order.

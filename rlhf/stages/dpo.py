@@ -67,8 +67,8 @@ def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig) -> None
 def _evaluate(parts: Parts, learner: DpoLearner, step: int) -> dict[str, float]:
     """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
     with parts.record.time("evaluate"):
+        metrics = parts.measure()  # first: where ranks wait for the first one, a checkpoint can still be saved
         pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
-        metrics = parts.measure()
         parts.transfer.withdraw()
     parts.record.evaluation(step, metrics | pairs)
     return metrics | pairs
