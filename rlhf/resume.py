@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.beside import started_by_torchrun
 from rlhf.checkpoint.resumable import resumable
 from rlhf.checkpoint.store import FOLDER, Store
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.preflight.before_torch import look
-from rlhf.ranks.beside import started_by_torchrun
 from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
 from rlhf.shell.own_modules import look_in
 from rlhf.shell.screen import outlast

@@ -15,11 +15,11 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
 from rlhf import __version__
+from rlhf.beside import started_by_torchrun
 from rlhf.compose import CONF, checked, misplaced, others, prepare, register, unknown_choices
 from rlhf.config import Mode, RunConfig
 from rlhf.plugins import PartError
 from rlhf.preflight.before_torch import look
-from rlhf.ranks.beside import started_by_torchrun
 from rlhf.shell.ending import (
     EXPLAINED,
     INTERRUPTED,

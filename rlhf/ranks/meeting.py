@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -25,7 +26,8 @@ from transfer.worker.process import WorkerProcess
 
 START_S = 180.0  # until all ranks have come: each imports torch, on a machine that may be busy
 LOOPBACK = "127.0.0.1"
-CHILD = "rlhf.ranks.beside"  # the module that a rank beside the first runs
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+CHILD = "rlhf.beside"  # the module that a rank beside the first runs
 
 
 @contextmanager
@@ -45,12 +47,22 @@ def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> 
             star, host = join(place.invitation, place.number), place.invitation.host
         ranks = Joined(place, star, host, config.trainer.timeout_s)
         try:
-            with _process_group(ranks, device):
+            with _process_group(ranks, device), _told_at_once(ranks):
                 yield ranks
         except BaseException as error:
             ranks.close(error)
             raise
         ranks.close()
+
+
+@contextmanager
+def _told_at_once(ranks: Joined) -> Iterator[None]:
+    """What ends this rank ends the others before the process group is taken down, which may take long."""
+    try:
+        yield
+    except BaseException as error:
+        ranks.close(error)
+        raise
 
 
 def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, stack: ExitStack) -> tuple[Star, str]:
@@ -97,20 +109,42 @@ def _process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     assert isinstance(ranks, Joined)
     store: dist.TCPStore | None = None
     if ranks.first:
-        store = dist.TCPStore(ranks.host, 0, None, True, wait_for_workers=False)
+        store = _store(ranks.host)
     port = ranks.told(store.port if store is not None else None)
     if store is None:
         store = dist.TCPStore(ranks.host, port, None, False, wait_for_workers=False)
-    with ranks.explained():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=ranks.number,
-            world_size=ranks.count,
-            timeout=timedelta(seconds=ranks.timeout_s),
-            device_id=device if device.type == "cuda" else None,
-        )
+    with _interface(ranks.host):
+        with ranks.explained():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=ranks.number,
+                world_size=ranks.count,
+                timeout=timedelta(seconds=ranks.timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def _store(host: str) -> dist.TCPStore:
+    """One that listens at this address alone: it knows nobody."""
+    with socket.create_server((host, 0)) as bound:
+        port = bound.getsockname()[1]
+        return dist.TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=os.dup(bound.fileno()))
+
+
+@contextmanager
+def _interface(host: str) -> Iterator[None]:
+    """Where all ranks are on this machine, gloo listens on its loopback interface alone, if nobody chose another."""
+    there = socket.gethostbyname(host).startswith("127.") and "lo" in (name for _, name in socket.if_nameindex())
+    if not there or GLOO_INTERFACE in os.environ:
+        yield
+        return
+    os.environ[GLOO_INTERFACE] = "lo"
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        del os.environ[GLOO_INTERFACE]

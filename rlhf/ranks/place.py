@@ -8,9 +8,17 @@ from dataclasses import dataclass
 
 from rlhf.config.model import AUTO, Device, ModelConfig
 from rlhf.config.trainer import OneConfig, TrainerConfig
-from rlhf.ranks.star import Invitation
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """Where the first rank waits for the others, and the key that lets them in."""
+
+    host: str
+    port: int
+    key: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.connection as mp
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ def shown(error: BaseException) -> str:
 
 T = TypeVar("T")
 NOTICE_S = 2.0  # until it is known why a collective has broken
+LATE = re.compile(r"Timed out waiting \d+ ?ms for (?:recv|send) operation")  # gloo's words
 
 
 class Ranks:
@@ -61,7 +63,7 @@ class Ranks:
         tell: Callable[[T], Any] = lambda value: value,
         hear: Callable[[Any], T] = lambda told: told,
     ) -> T:
-        """What `call` gives or raises in the first rank, in all; the others get hear(tell(value))."""
+        """What `call` gives in the first rank, in all: the others get hear(tell(value)). An error in it ends all."""
         return call()
 
     def rest(self) -> None:
@@ -102,11 +104,14 @@ class Joined(Ranks):
         super().__init__()
         self.number, self.count = place.number, place.count
         self.host, self.timeout_s = host, timeout_s  # of the first rank; for another rank to come to where this one is
-        self._star = star
+        self._star, self._closed = star, False
         self.watch = Watch(star, place.number)
 
     def close(self, error: BaseException | None = None) -> None:
         """Part once all have come here; after an error at once, and who still waits for this rank ends, too."""
+        if self._closed:
+            return
+        self._closed = True
         if self.first:
             with suppress(RunError, OSError, EOFError):
                 if error is None:
@@ -140,7 +145,7 @@ class Joined(Ranks):
         tell: Callable[[T], Any] = lambda value: value,
         hear: Callable[[Any], T] = lambda told: told,
     ) -> T:
-        """What `call` gives or raises in the first rank, in all; the others get hear(tell(value))."""
+        """What `call` gives in the first rank, in all: the others get hear(tell(value)). An error in it ends all."""
         if not self.first:
             with self.explained():
                 told = self._hear()
@@ -179,7 +184,13 @@ class Joined(Ranks):
         except EXPLAINED:
             raise
         except (RuntimeError, OSError, EOFError) as error:
-            if (cause := self.watch.why(NOTICE_S)) is None:
+            cause = self.watch.why(NOTICE_S)
+            if cause is None and LATE.search(str(error)):
+                cause = (
+                    f"another rank of the trainer has not come to where this one is for {self.timeout_s:g} s "
+                    "(trainer.timeout_s)"
+                )
+            if cause is None:
                 raise
             raise RunError(cause) from error
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import RunConfig
-from rlhf.ranks.place import Place
-from rlhf.ranks.star import Invitation
+from rlhf.ranks.place import Invitation, Place
 
 CLASS, FIELDS, NAME = "class", "fields", "name"
 

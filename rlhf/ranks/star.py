@@ -10,27 +10,22 @@ import multiprocessing.connection as mp
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
+from queue import SimpleQueue
 
 from rlhf.ranks.frames import packed, unpacked
+from rlhf.ranks.place import Invitation
 
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds: a host that is gone says nothing
-HANDSHAKE_S = 5.0  # for a connection to show the key
-LOOK_S = 0.2
+HANDSHAKE_S = 20.0  # for a connection to show the key
+LOOK_S = 0.05
 TALK, LIFE = "talk", "life"
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """Where the first rank waits for the others, and the key that lets them in."""
-
-    host: str
-    port: int
-    key: str
+Name = tuple[str, int]  # of a connection: its kind, and the rank at its other end
 
 
 @dataclass(slots=True)
@@ -43,8 +38,7 @@ class Star:
     def shut(self) -> None:
         """Let whoever waits on any of them fail, at both ends."""
         for each in (*self.talk, *self.life):
-            with suppress(OSError), _socket_of(each) as connected:
-                connected.shutdown(socket.SHUT_RDWR)
+            _shut(each)
 
     def close(self) -> None:
         """End all connections; who waits at the other end notices."""
@@ -58,39 +52,67 @@ class Meeting:
 
     def __init__(self, host: str, key: str) -> None:
         self._socket = socket.create_server((host, 0))
+        self._socket.settimeout(LOOK_S)
         self._key = key.encode()
+        self._callers: list[tuple[float, mp.Connection]] = []  # who must have shown the key, and until when
+        self._shown: SimpleQueue[tuple[mp.Connection, Name | None]] = SimpleQueue()  # None: a stranger
         self.invitation = Invitation(host, self._socket.getsockname()[1], key)
 
     def close(self) -> None:
         """Let nobody in any more."""
         self._socket.close()
+        for _, connection in self._callers:
+            _shut(connection)
 
     def all(self, count: int, until: float, check: Callable[[], None]) -> Star:
         """The connections once `count` - 1 others have come; TimeoutError names who has not at `until`.
 
-        Meanwhile `check` is called again and again; it raises if somebody will never come.
+        Meanwhile `check` is called again and again; it raises if somebody will never come. Whoever calls has a thread
+        of their own to show the key in, so that nobody keeps others waiting.
         """
-        found: dict[tuple[str, int], mp.Connection] = {}
-        wanted = {(kind, number) for kind in (TALK, LIFE) for number in range(1, count)}
-        while missing := wanted - found.keys():
-            self._socket.settimeout(LOOK_S)
-            try:
-                accepted, _ = self._socket.accept()
-            except TimeoutError:
+        found: dict[Name, mp.Connection] = {}
+        names = [(kind, number) for kind in (TALK, LIFE) for number in range(1, count)]
+        try:
+            while missing := set(names) - found.keys():
                 check()
-                if time.monotonic() < until:
-                    continue
-                ranks = ", ".join(str(number) for number in sorted({number for _, number in missing}))
-                raise TimeoutError(f"of the trainer's {count} ranks these have not come: {ranks}") from None
-            with suppress(OSError, EOFError, ValueError, AssertionError, AuthenticationError):  # a stranger
-                connection = _connection(accepted, HANDSHAKE_S)
-                mp.deliver_challenge(connection, self._key)
-                mp.answer_challenge(connection, self._key)
-                kind, number = unpacked(connection.recv_bytes(1000))
-                if (kind, number) in missing:
-                    _patient(connection)
-                    found[kind, number] = connection
-        return Star(*([found[kind, number] for number in range(1, count)] for kind in (TALK, LIFE)))
+                if time.monotonic() > until:
+                    ranks = ", ".join(str(number) for number in sorted({number for _, number in missing}))
+                    raise TimeoutError(f"of the trainer's {count} ranks these have not come: {ranks}")
+                self._accept()
+                while not self._shown.empty():
+                    connection, name = self._shown.get()
+                    self._callers = [each for each in self._callers if each[1] is not connection]
+                    if name in missing and name not in found:
+                        found[name] = connection
+                    else:
+                        connection.close()
+        except BaseException:
+            for each in found.values():
+                each.close()
+            raise
+        ends = [found[name] for name in names]
+        return Star(ends[: count - 1], ends[count - 1 :])
+
+    def _accept(self) -> None:
+        """Wait a moment for somebody to call; end the calls of those who are late."""
+        with suppress(TimeoutError, ConnectionError):
+            accepted, _ = self._socket.accept()
+            connection = _connection(accepted, HANDSHAKE_S)
+            self._callers.append((time.monotonic() + HANDSHAKE_S, connection))
+            threading.Thread(target=self._let_in, args=(connection,), daemon=True).start()
+        for until, connection in self._callers:
+            if time.monotonic() > until:
+                _shut(connection)
+
+    def _let_in(self, connection: mp.Connection) -> None:
+        name: Name | None = None
+        with suppress(OSError, EOFError, ValueError, TypeError, struct.error, AssertionError, AuthenticationError):
+            mp.deliver_challenge(connection, self._key)
+            mp.answer_challenge(connection, self._key)
+            kind, number = unpacked(connection.recv_bytes(1000))
+            _patient(connection)
+            name = str(kind), int(number)
+        self._shown.put((connection, name))
 
 
 def join(invitation: Invitation, number: int) -> Star:
@@ -128,6 +150,12 @@ def _patient(connection: mp.Connection) -> None:
     """From now on reading waits for as long as the other end is there."""
     with _socket_of(connection) as connected:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(0))
+
+
+def _shut(connection: mp.Connection) -> None:
+    """Let whoever reads from it, at either end, fail."""
+    with suppress(OSError), _socket_of(connection) as connected:
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _socket_of(connection: mp.Connection) -> socket.socket:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -18,18 +19,34 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 START_S = 600.0  # until the first rank has looked at the configuration and the data
+RELEASE_S = 10.0  # until the others have heard that there is nothing to run
+NOTHING = ""
+
+_kept: list[dist.TCPStore] = []  # by the first rank: others read from it for as long as it is open
 
 
 def tell(specs: Sequence[str]) -> None:
     """In the first rank: what each of the others is to run, from the first of them on."""
-    store = _store(first=True)
+    _kept[:] = [_store(first=True)]
     for number, spec in enumerate(specs, start=1):
-        store.set(_key(number), spec)
+        _kept[0].set(_key(number), spec)
+
+
+def release(count: int) -> None:
+    """In the first rank, as it ends: where it has told the others nothing, they have nothing to run."""
+    if _kept:
+        return
+    with suppress(RuntimeError):  # torchrun is gone
+        tell([NOTHING] * (count - 1))
+        _kept[0].wait([_heard(number) for number in range(1, count)], timedelta(seconds=RELEASE_S))
 
 
 def heard(place: Place) -> str:
-    """In another rank: what it is to run."""
-    return _store(first=False).get(_key(place.number)).decode()
+    """In another rank: what it is to run; NOTHING if the first has ended without a run."""
+    store = _store(first=False)
+    spec = store.get(_key(place.number)).decode()
+    store.set(_heard(place.number), "")
+    return spec
 
 
 def _store(first: bool) -> dist.TCPStore:
@@ -43,3 +60,7 @@ def _store(first: bool) -> dist.TCPStore:
 
 def _key(number: int) -> str:
     return f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{number}"
+
+
+def _heard(number: int) -> str:
+    return f"{_key(number)}/heard"

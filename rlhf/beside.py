@@ -1,4 +1,4 @@
-"""`python -m rlhf.ranks.beside`: a rank beside the first; what it is to run comes as a line on stdin.
+"""`python -m rlhf.beside`: a rank beside the first; what it is to run comes as a line on stdin.
 
 It ends with the first rank, in whatever way that ends. Signals that tell all processes of a job of its end are for the
 first rank, which decides.
@@ -6,6 +6,7 @@ first rank, which decides.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -16,11 +17,12 @@ from rlhf.plugins.found import use
 from rlhf.ranks.place import by_torchrun
 from rlhf.ranks.spec import of_spec
 from rlhf.shell.ending import STOPS
-from transfer.worker.serve import die_with_parent
 
 
 def main() -> None:
     """A rank that the first one has started."""
+    from transfer.worker.serve import die_with_parent
+
     _ignore_signals()
     die_with_parent()
     os.dup2(2, 1)  # whatever is printed goes to the log
@@ -30,12 +32,18 @@ def main() -> None:
 def started_by_torchrun() -> bool:
     """Whether this process is another rank than the first of those of torchrun; then it has run, and ended."""
     place = by_torchrun()
-    if place is None or place.first:
+    if place is None or place.count == 1:
         return False
-    from rlhf.ranks.torchrun import heard
+    from rlhf.ranks.torchrun import heard, release
 
+    if place.first:
+        atexit.register(release, place.count)
+        return False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    line = heard(place)
     _ignore_signals()
-    run_beside(heard(place))
+    if line:
+        run_beside(line)
     return True
 
 
