@@ -142,7 +142,7 @@ class BestConfig(LoggerConfig):
     metric: str = "eval/gold"
 
 
-@logger("best", BestConfig)
+@logger("best", BestConfig, writes={"best.txt": "the highest value of a metric"})
 class Best:
     """A class is a maker, too."""
 

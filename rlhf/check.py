@@ -9,7 +9,7 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.assembly.matter import Matter, gathered
+from rlhf.assembly.matter import Matter, gathered, tried
 from rlhf.assembly.parts import built
 from rlhf.assembly.site import meet, opened
 from rlhf.assembly.trainer import train_policy
@@ -28,7 +28,6 @@ from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunC
 from rlhf.config.algo import AlgoConfig
 from rlhf.models.adapter import add_adapter, sent_weights
 from rlhf.models.saving import saved_dtype
-from rlhf.monitor.heartbeat import Pulse
 from rlhf.monitor.loggers import is_service
 from rlhf.preflight.before_torch import Seen
 from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
@@ -37,11 +36,10 @@ from rlhf.ranks.place import Place, place_of
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards.model import ModelReward
-from rlhf.shell.ending import EXPLAINED, RunError, check_free
+from rlhf.shell.ending import RunError, check_free, explained
 from rlhf.shell.screen import plain_console
 from rlhf.types import Pair, Task
 from transfer.agreement.manifest import Manifest
-from transfer.agreement.shown import one_line
 from transfer.config import DiskConfig
 from transfer.memory.regions import slot_bytes
 
@@ -67,8 +65,9 @@ def check_run(
         if place.first:
             check_free(folder)
         site = opened(config, _beside(folder, stack) if place.first else folder, stack, place)
-        stack.enter_context(_in_one_line(site.bars.pulse))
-        meet(site, place, False, stack)
+        stack.enter_context(explained(lambda: f"the check failed ({site.bars.pulse.stage})"))
+        seen = tried(config, seen)
+        meet(site, False, stack)
         matter = gathered(site, seen)
         if place.first:
             _tell(config, matter, folder, told or str(folder), site.bars.console)
@@ -170,19 +169,6 @@ def _divert(config: RunConfig, stack: ExitStack) -> None:
     """Let weights that go to a folder of their own go beside it."""
     if isinstance(config.transfer, DiskConfig) and config.transfer.path:
         config.transfer.path = str(_beside(Path(config.transfer.path), stack))
-
-
-@contextmanager
-def _in_one_line(pulse: Pulse) -> Iterator[None]:
-    try:
-        yield
-    except EXPLAINED:
-        raise
-    except Exception as error:
-        said = one_line(str(error), 300)
-        raise RunError(
-            f"the check failed ({pulse.stage}): {type(error).__name__}: {said} (HYDRA_FULL_ERROR=1 shows where)"
-        ) from error
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

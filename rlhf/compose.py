@@ -13,12 +13,13 @@ from typing import Any
 
 from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunConfig, TinyModelConfig, VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig, DpoConfig
-from rlhf.config.trainer import ReplicasConfig, TrainerConfig
+from rlhf.config.trainer import OneConfig, ReplicasConfig, ShardedConfig
 from rlhf.plugins.found import use, warn
 from rlhf.plugins.hydra_choices import register_parts
 from rlhf.plugins.part import KINDS, PartError
 from rlhf.plugins.registry import find_loaded, loaded, names
 from rlhf.plugins.wanted import PLUGINS, wanted
+from rlhf.shell.own_modules import look_in
 from rlhf.shell.search_path import Where, of_command
 from transfer.config import (
     CollectiveConfig,
@@ -48,7 +49,7 @@ FIXED: dict[str, dict[str, type]] = {  # choices beside the parts of rlhf/plugin
         "handles": HandlesConfig,
         "local": LocalConfig,
     },
-    "trainer": {"one": TrainerConfig, "replicas": ReplicasConfig},
+    "trainer": {"one": OneConfig, "replicas": ReplicasConfig, "sharded": ShardedConfig},
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
 }
 CONF_ONLY = Where()
@@ -100,16 +101,20 @@ def register() -> None:
 def prepare(overrides: Sequence[str], where: Where = CONF_ONLY) -> None:
     """Import the modules that a command line's `plugins=[...]` names, or its experiments, and make their parts known.
 
+    Where the jobs of a sweep have different ones, a name may be another part in each (plugins/in_sweeps.py).
+
     PartError says which is wrong, and what to change.
     """
-    use(wanted(overrides, [CONF, *where.folders()]))
-    warn()
-    for part in loaded():
-        group = KINDS[part.kind].group
-        taken = (CONF / group / f"{part.name}.yaml").is_file() or part.name in FIXED.get(group, {})
-        if not part.ours and part.config is not None and taken:
-            raise PartError(f"{part.where} registers {group}={part.name}, which conf/ has: give it another name")
-    register()
+    look_in(where.started)
+    for modules in wanted(overrides, [CONF, *where.folders()]):
+        use(modules)
+        warn()
+        for part in loaded():
+            group = KINDS[part.kind].group
+            taken = (CONF / group / f"{part.name}.yaml").is_file() or part.name in FIXED.get(group, {})
+            if not part.ours and part.config is not None and taken:
+                raise PartError(f"{part.where} registers {group}={part.name}, which conf/ has: give it another name")
+        register()
 
 
 def checked(config: Any) -> RunConfig:

@@ -6,6 +6,7 @@ What it does is in assembly/saved_policy.py, and what is measured, there and dur
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlhf.compose import CONF, checked_evaluation, register
 from rlhf.preflight.before_torch import look
 from rlhf.shell.ending import EXPLAINED, INTERRUPTED, terminate_as_interrupt
 from rlhf.shell.screen import outlast
+from rlhf.shell.search_path import started_in
 from rlhf.train import answered, prepare_command
 from transfer.agreement.shown import printable
 
@@ -53,12 +55,21 @@ def _job(config: Any) -> None:
         raise CompactHydraException(printable(str(error))) from error
 
 
+def runs_of(arguments: Sequence[str]) -> Iterator[Path]:
+    """What Hydra has noted of the runs in whose folders the policies lie that a command line names."""
+    for argument in arguments:
+        key, _, given = argument.partition("=")
+        for named in given.split(",") if key == "model.path" else ():
+            policy = Path(named.strip(" '\"")).absolute()
+            yield from [hydra for each in policy.parents if (hydra := each / ".hydra" / "hydra.yaml").is_file()][:1]
+
+
 def main() -> None:
     """`python -m rlhf.evaluate`."""
     outlast()
     if answered(sys.argv[1:], "evaluate", HELP):
         return
-    prepare_command(sys.argv[1:])
+    prepare_command(sys.argv[1:], [each for run in runs_of(sys.argv[1:]) for each in started_in(run)])
     terminate_as_interrupt()
     try:
         _job()

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.beside import started_by_torchrun
 from rlhf.checkpoint.resumable import resumable
 from rlhf.checkpoint.store import FOLDER, Store
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.preflight.before_torch import look
-from rlhf.ranks.beside import started_by_torchrun
 from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
+from rlhf.shell.own_modules import look_in
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import Where, note, noted, of_command
 from transfer.agreement.shown import printable
@@ -33,7 +34,7 @@ Go on with a run that was stopped, from its newest checkpoint that verifies (doc
   python -m rlhf.resume RUN_DIR steps=200       with other dials from here on; each is named
 
 Choices of your own (--config-dir, hydra.searchpath) are looked for where the run had them; --config-dir DIR says where
-they are now.
+they are now. Modules of your own (plugins, reward.function) are found in the folder that the run was started in, too.
 """
 MOST = 8  # keys that a message names
 NOWHERE = Where()  # but in conf/
@@ -131,6 +132,7 @@ def composed(folder: Path, overrides: Sequence[str], given: Where = NOWHERE) -> 
             f"{folder} was started with other dials than its overrides compose now: {_named(changed, before, now)}; "
             "say by overrides which you want, or go on with the conf/ and rlhf/ that it was started with"
         )
+    look_in(where.started)  # which composing something else may have changed
     run = checked(config)
     if run.mode is not Mode.train:
         raise ValueError(f"a run that was begun needs no check: leave out mode={run.mode.value}")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from rlhf.assembly.matter import gathered
-from rlhf.assembly.outcome import reported
+from rlhf.assembly.matter import gathered, tried
+from rlhf.assembly.outcome import ready_to_draw, reported
 from rlhf.assembly.parts import built
-from rlhf.assembly.site import begin, opened
+from rlhf.assembly.site import begin, go_on, meet, opened
 from rlhf.assembly.trainer import train_policy
 from rlhf.config import RunConfig
 from rlhf.preflight.before_torch import Seen
@@ -35,9 +35,13 @@ def run(
     with full_disk_explained(folder):
         with ExitStack() as stack:
             site = opened(config, folder, stack, place)
-            begin(site, resume, place, stack)
+            if resume:
+                go_on(site, stack)
+            seen = tried(config, seen)  # before anything is removed that is there
+            begin(site, stack)
+            meet(site, resume, stack)
             matter = gathered(site, seen)
-            parts = built(site, matter, stack)
+            parts = built(site, matter, stack, meanwhile=ready_to_draw)
             train_policy(site, matter, parts)
         if not place.first:
             return {}

@@ -21,7 +21,16 @@ from rlhf.preflight.before_torch import look
 from rlhf.reports.leaderboard import write_tables
 from rlhf.reports.run_folder import runs_below
 from rlhf.reports.summary import objective_of, read_summary, write_summary
-from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED, STOPS, RunError, end_with_parent, terminate_as_interrupt
+from rlhf.shell.ending import (
+    EXPLAINED,
+    RESUMABLE,
+    STOPPED,
+    STOPS,
+    RunError,
+    check_free,
+    end_with_parent,
+    terminate_as_interrupt,
+)
 from rlhf.shell.screen import outlast
 from transfer.agreement.shown import printable
 
@@ -37,6 +46,7 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], sweep: Pa
     if summary.get("status") == "finished" and summary.get("overrides") == list(overrides):
         print(f"finished already, skipped: {folder}")
         return _objective(summary, config)
+    check_free(folder)  # before what it holds is removed, and before large data are read
     go_on = summary.get("status", "interrupted") == "interrupted"  # one without a summary was killed
     (folder / "summary.json").unlink(missing_ok=True)
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
 from rlhf import __version__
+from rlhf.beside import started_by_torchrun
 from rlhf.compose import CONF, checked, misplaced, others, prepare, register, unknown_choices
-from rlhf.config import Mode
+from rlhf.config import Mode, RunConfig
 from rlhf.plugins import PartError
 from rlhf.preflight.before_torch import look
-from rlhf.ranks.beside import started_by_torchrun
-from rlhf.shell.ending import EXPLAINED, INTERRUPTED, RESUMABLE, STOPPED, full_disk_explained, terminate_as_interrupt
+from rlhf.shell.ending import (
+    EXPLAINED,
+    INTERRUPTED,
+    RESUMABLE,
+    STOPPED,
+    check_free,
+    explained,
+    full_disk_explained,
+    terminate_as_interrupt,
+)
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import of_command
 from transfer.agreement.shown import printable
@@ -68,18 +78,27 @@ def _job(config: Any) -> float | None:
 
             with full_disk_explained(folder):
                 return run_job(run_config, folder, overrides, Path(HydraConfig.get().sweep.dir))
-        seen = look(run_config)
         if run_config.mode is Mode.check:
-            from rlhf.check import check_run
-
-            check_run(run_config, *_checked_folder(folder), seen)
+            _check(run_config, *_checked_folder(folder))
             return None
+        check_free(folder)  # before large data are read
+        seen = look(run_config)
         from rlhf.run import run
 
         run(run_config, folder, overrides, seen=seen)
     except EXPLAINED as error:
         raise CompactHydraException(printable(str(error))) from error
     return None
+
+
+def _check(config: RunConfig, folder: Path, told: str) -> None:
+    """What a check of a run into `folder`, in messages `told`, can find without torch; then the rest of it."""
+    check_free(folder)
+    with explained(lambda: "the check failed (task and reward)"):
+        seen = look(config)
+    from rlhf.check import check_run
+
+    check_run(config, folder, told, seen)
 
 
 def _checked_folder(folder: Path) -> tuple[Path, str]:
@@ -114,11 +133,14 @@ def main() -> None:
         _job()
 
 
-def prepare_command(arguments: list[str]) -> None:
-    """Let the parts be known that a command line names; SystemExit with what is wrong with them."""
+def prepare_command(arguments: list[str], started: Sequence[str] = ()) -> None:
+    """Let the parts be known that a command line names; SystemExit with what is wrong with them.
+
+    `started`: folders that may have its modules, too.
+    """
     where, overrides = of_command(arguments)
     try:
-        prepare(overrides, where)
+        prepare(overrides, replace(where, started=list(started)))
     except PartError as error:
         sys.exit(printable(str(error)))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import LIGHT
 from safetensors import safe_open
 
 from rlhf.check import BESIDE, check_run, count, human, one_step, sizes_of
@@ -21,7 +24,7 @@ from rlhf.preflight.plan import arithmetic, files
 from rlhf.run import run
 from rlhf.shell.ending import RunError, alone
 from rlhf.tasks import make_task, read_task
-from rlhf.train import NOWHERE, for_check
+from rlhf.train import NOWHERE, _check, for_check
 from transfer import make_transfer
 
 SMALL = (
@@ -33,6 +36,30 @@ SMALL = (
     "task.prompts=64",
     "task.max_length=3",
 )
+ODD = """\
+from dataclasses import dataclass
+from rlhf.config import RewardConfig, TaskConfig
+from rlhf.plugins import reward, task
+from rlhf.tasks import RawTask, Row
+
+@dataclass(slots=True, kw_only=True)
+class OddTask(TaskConfig): ...
+
+@dataclass(slots=True, kw_only=True)
+class OddReward(RewardConfig): ...
+
+@task("odd", OddTask)
+def odd(config, seed):
+    rows = [Row(f"{letter}?", {"answer": letter}, demonstration=letter) for letter in "abcdefghijklmnopqrst"]
+    return RawTask(rows, rows[:2], gold=lambda columns, answer: 1 / len(answer))
+
+def no_such_grade(config, task):
+    raise KeyError("no such grade")
+
+@reward("odd", OddReward, check=no_such_grade)
+def reward_of_its_own(config, given):
+    return lambda prompts, answers: [1.0] * len(answers)
+"""
 REWARDS = """\
 def broken(prompts, completions, **columns):
     raise LookupError("no such grade")
@@ -234,6 +261,14 @@ def test_an_error_that_does_not_explain_itself_becomes_one_line(compose_run, tmp
     assert below(tmp_path) == set()
 
 
+def test_a_check_needs_nothing_that_draws(compose_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    with pytest.raises(ImportError):
+        importlib.import_module("matplotlib.pyplot")
+    check_run(compose_run(*SMALL), tmp_path / "run")
+
+
 def test_a_check_of_a_folder_with_a_run_says_so_and_leaves_it_as_it_is(compose_run, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -278,3 +313,40 @@ def test_the_command_ends_with_one_line_and_an_exit_code_where_the_step_fails(rl
     assert done.returncode == 1 and "LookupError: no such grade" in done.stderr
     assert "Traceback" not in done.stderr and "rlhf.resume" not in done.stderr
     assert below(tmp_path) == set()
+
+
+@pytest.mark.parametrize("mode", ["check", "train"])
+def test_a_folder_in_which_a_run_trains_is_told_before_any_data_are_read(rlhf_train, tmp_path, mode):
+    (tmp_path / "run").mkdir()
+    missing = ("task=jsonl", "task.path=none_such.jsonl")
+    told = ("hydra.run.dir=run", "hydra.output_subdir=null", f"mode={mode}")
+    unread = "task.path: cannot read"
+    assert unread in rlhf_train(*missing, *told, env={LIGHT: "1"}).stderr
+    with alone(tmp_path / "run"):
+        done = rlhf_train(*missing, *told, env={LIGHT: "1"})
+    assert done.returncode == 1 and re.search(r"another process trains in \S*run: end it", done.stderr), done.stderr
+    assert unread not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["check", "train"])
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("task=odd", "task=odd (odd_parts:odd): its gold function fails on '': ZeroDivisionError: division by zero"),
+        ("reward=odd", "reward=odd (odd_parts:reward_of_its_own): its check fails: KeyError: 'no such grade'"),
+    ],
+)
+def test_a_part_of_somebody_s_that_raises_oddly_is_told_in_one_line(rlhf_train, tmp_path, mode, chosen, said):
+    (tmp_path / "odd_parts.py").write_text(ODD)
+    done = rlhf_train("experiment=smoke", "plugins=[odd_parts]", "reward=verifier", chosen, f"mode={mode}")
+    assert done.returncode == 1 and said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_whatever_a_look_at_the_task_raises_is_one_line_of_the_check(compose_run, tmp_path, monkeypatch):
+    def odd(config):
+        raise LookupError("a look\nthat fails")
+
+    monkeypatch.setattr("rlhf.train.look", odd)
+    with pytest.raises(RunError, match=r"^the check failed \(task and reward\): LookupError: a look that fails "):
+        _check(compose_run(*SMALL), tmp_path / "run", "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,22 +17,33 @@ import torch
 import yaml
 from forked import FRESH
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
 
-from rlhf.compose import CONF, checked, misplaced, prepare, unknown_choices
+from rlhf import resume
+from rlhf.compose import CONF, checked, misplaced, prepare, register, unknown_choices
+from rlhf.evaluate import runs_of
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.optimizer import make_optimizer
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.plugins import PartError, found, offers, registry
 from rlhf.plugins.hydra_choices import Later
 from rlhf.plugins.part import KINDS
+from rlhf.plugins.wanted import wanted
 from rlhf.preflight.parts import check_parts
+from rlhf.preflight.plan import files
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import read_summary
 from rlhf.rewards import check_reward, given_rewards
 from rlhf.rewards.own import OwnReward
-from rlhf.shell.search_path import of_command
+from rlhf.run import run
+from rlhf.shell.search_path import of_command, started_in
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Prompt
 
@@ -79,6 +91,7 @@ def f(algo, logprobs, old, advantages, mask):
 @pytest.fixture
 def parts(monkeypatch, tmp_path):
     """An empty working folder, and the parts as they were before the test."""
+    register()  # what is there in any case
     before, repo = dict(registry._parts), ConfigStore.instance().repo
     choices = {(id(group), name) for group, name in _choices(repo)}
     for name in _of_tests():
@@ -286,6 +299,48 @@ def test_a_part_that_makes_something_else_is_told_before_anything_is_trained(par
         check_parts(composed("plugins=[mine]", chosen))
 
 
+REWARD = CONFIG.replace("Task", "Reward")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("source", "chosen", "message"),
+    [
+        ('@loss("mine")\ndef f(*_): 1 / 0', "algo.loss=mine", "fails on a trial of 4 rows: ZeroDivisionError"),
+        (f'{REWARD}reward("mine", Mine, make="nowhere:f")', "reward=mine", "its maker nowhere:f cannot be imported"),
+        ("", "task=jsonl task.path=none_such.jsonl", r"task\.path: cannot read none_such\.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_told_before_room_is_made_for_a_run(parts, source, chosen, message, resume):
+    (parts / "mine.py").write_text(HEAD + source)
+    kept = {
+        "metrics.jsonl": '{"step": 1}\n',
+        "samples.jsonl": "",
+        "journal/trainer.jsonl": "",
+        "summary.json": '{"status": "failed"}',
+    }
+    for name, text in kept.items():
+        (parts / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (parts / "run" / name).write_text(text)
+    config = composed("plugins=[mine]" if source else "plugins=[]", "experiment=smoke", *chosen.split())
+    with pytest.raises(ValueError, match=message):
+        run(config, parts / "run", resume=resume)
+    there = {str(path.relative_to(parts / "run")) for path in (parts / "run").rglob("*") if path.is_file()}
+    assert there - {"status.json"} == kept.keys()
+    assert all((parts / "run" / name).read_text() == text for name, text in kept.items())
+
+
+def test_what_a_logger_says_that_it_writes_is_listed(parts):
+    sys.path.append(str(ROOT))
+    config = composed("plugins=[examples.own_parts]", "logger=[console,jsonl,best]")
+    assert dict(files(config))["best.txt"] == "the highest value of a metric"
+    imports = "from rlhf.config import LoggerConfig\nfrom rlhf.plugins import logger\n"
+    own = CONFIG.replace("Task", "Logger") + "@logger('mine', Mine, writes=['a.txt'])\ndef f(config, given): ..."
+    (parts / "mine.py").write_text(HEAD + imports + own)
+    with pytest.raises(PartError, match=r"mine:f registers logger=mine: writes must be like .* \(got \['a\.txt'\]\)"):
+        prepare(["plugins=[mine]"])
+
+
 def test_a_task_that_makes_no_task_is_told(parts):
     (parts / "mine.py").write_text(f'{HEAD}{CONFIG}@task("mine", Mine){MAKER}')
     with pytest.raises(ValueError, match=r"^task=mine: its maker must return a RawTask \(got NoneType\)$"):
@@ -341,6 +396,19 @@ def test_a_task_whose_maker_fails_or_whose_rows_are_none_is_told_in_one_line(par
     with pytest.raises(ValueError, match=message) as raised:
         read_task(composed("plugins=[mine]", "task=mine").task, 0)
     assert "\n" not in str(raised.value)
+
+
+def test_a_reply_that_raises_says_whose_it_is(parts):
+    (parts / "mine.py").write_text(
+        f"{HEAD}from rlhf.config import EnvironmentConfig\nfrom rlhf.plugins import environment\n"
+        "from rlhf.tasks import Replies\n"
+        + CONFIG.replace("Task", "Environment").replace("    size: int = 1\n", "    turns: int = 2\n")
+        + '@environment("mine", Mine)\ndef f(config): return Replies(2, lambda columns, said: said[7], "?", "?")\n'
+    )
+    raw = read_task(composed("plugins=[mine]", "task/environment=mine", "reward=verifier").task, 0)
+    said = r"^task/environment=mine \(mine:f\): its reply fails on \['no'\]: IndexError: list index out of range$"
+    with pytest.raises(PartError, match=said):
+        raw.replies.reply({}, ["no"])
 
 
 def test_whoever_decorates_a_function_registers_it_wherever_it_is_from(parts):
@@ -425,6 +493,151 @@ def test_help_lists_parts_of_one_s_own_and_imports_nothing_heavy(rlhf_train, tmp
     assert "  most: 9\n" in done.stdout
 
 
+# --- in a sweep -------------------------------------------------------------------------------------------------------
+
+
+def two_modules(folder):
+    """`mine` and `other`, both with a task=mine, whose dials and algorithms are not the same."""
+    (folder / "mine.py").write_text(f'{HEAD}{CONFIG}@task("mine", Mine){MAKER}{OWN_ALGO.replace("Mine", "Algo")}')
+    (folder / "other.py").write_text(f'{HEAD}{CONFIG.replace("size", "number")}@task("mine", Mine){MAKER}')
+
+
+def jobs(*overrides):
+    """The runs of a sweep, as its launcher composes them."""
+    prepare(overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        master = GlobalHydra.instance().config_loader().load_configuration("config", list(overrides), RunMode.MULTIRUN)
+        Callbacks(master).on_multirun_start(config=master, config_name="config")
+        (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(overrides)), None)
+        loader = GlobalHydra.instance().config_loader()
+        for job in batch:
+            config = loader.load_sweep_config(master, list(job))
+            with open_dict(config):
+                del config["hydra"]
+            yield checked(config)
+
+
+def test_modules_of_different_jobs_of_a_sweep_may_have_parts_of_the_same_name(parts):
+    two_modules(parts)
+    found = [(type(job.task).__module__, job.seed) for job in jobs("plugins=[mine],[other]", "task=mine", "seed=0,1")]
+    assert found == [("mine", 0), ("mine", 1), ("other", 0), ("other", 1)]
+
+
+def test_each_job_of_such_a_sweep_has_the_dials_of_its_own_part(parts):
+    two_modules(parts)
+    own, others = jobs("plugins=[other],[mine]", "task=mine")
+    assert (own.task.number, others.task.size) == (1, 1) and not hasattr(others.task, "number")
+    with pytest.raises(HydraException, match=r"Could not override 'task\.number'"):
+        list(jobs("plugins=[other],[mine]", "task=mine", "task.number=3,4"))
+
+
+def test_modules_of_experiments_that_are_swept_may_have_parts_of_the_same_name(parts):
+    two_modules(parts)
+    where = ("plugins=[]", "experiment=one,two")
+    for name, module in (("one", "mine"), ("two", "other")):
+        (parts / "experiment").mkdir(exist_ok=True)
+        (parts / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\nplugins: [{module}]\n")
+    assert wanted(where[1:], [CONF, parts]) == [["mine"], ["other"]]
+    assert wanted(["plugins=[a],[b,c]", *where[1:]], [parts]) == [
+        *(["a", "mine"], ["a", "other"]),
+        *(["b", "c", "mine"], ["b", "c", "other"]),
+    ]
+    assert wanted(["plugins=[a]", "plugins=[b]"], []) == [["b"]] and wanted([], []) == [[]]
+
+
+def test_a_module_that_others_of_a_sweep_import_is_there_for_each(parts):
+    two_modules(parts)
+    (parts / "mine.py").write_text((parts / "mine.py").read_text() + "\nimport acme\n")
+    (parts / "acme.py").write_text(f'{HEAD}\n@loss("third"){MAKER}')
+    found = [job.algo.loss for job in jobs("plugins=[mine],[acme],[acme,other]", "algo.loss=third")]
+    assert found == ["third"] * 3
+
+
+def test_two_modules_of_one_run_with_parts_of_the_same_name_are_refused(parts):
+    two_modules(parts)
+    for _ in range(2):  # also when both are imported
+        with pytest.raises(PartError, match="other:make registers task=mine, which mine:make has: give it another"):
+            prepare(["plugins=[mine,other]"])
+        prepare(["plugins=[other]"])
+
+
+# --- from another folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(parts):
+    """A run's folder, as Hydra has noted it, that was started in `there/` with `there/mine.py`; we are in `here/`."""
+    there, here, hydra = parts / "there", parts / "here", parts / "run" / ".hydra"
+    for folder in (there, here, hydra):
+        folder.mkdir(parents=True)
+    (there / "mine.py").write_text(f'{HEAD}{CONFIG}@task("mine", Mine){MAKER}')
+    os.chdir(there)
+    overrides = ["plugins=[mine]", "task=mine"]
+    config, choices = resume._compose(overrides)
+    told = {"hydra": {"runtime": {"choices": choices, "cwd": str(there), "config_sources": []}}}
+    for name, node in {"config": config, "hydra": told, "overrides": overrides}.items():
+        (hydra / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(node)))
+    os.chdir(here)
+    forgotten()
+    sys.path[:] = [each for each in sys.path if each != str(there)]
+    return parts / "run"
+
+
+def forgotten():
+    """As in a new process."""
+    for name in _of_tests():
+        del sys.modules[name]
+    for key in [key for key, part in registry._parts.items() if part.where.startswith("mine")]:
+        del registry._parts[key]
+    invalidate_caches()
+
+
+def test_a_resume_finds_modules_where_the_run_was_started(begun, capsys):
+    config, _ = resume.composed(begun, [])
+    assert sys.modules["mine"].__file__ == str(begun.parent / "there" / "mine.py") and config.task.size == 1
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_resume_takes_a_module_of_the_current_folder_first_and_says_so(begun, capsys):
+    (begun.parent / "here" / "mine.py").write_text((begun.parent / "there" / "mine.py").read_text())
+    resume.composed(begun, [])
+    here, there = (str(begun.parent / folder / "mine.py") for folder in ("here", "there"))
+    assert sys.modules["mine"].__file__ == here
+    assert capsys.readouterr().err == f"warning: mine is {here}, not {there}, where the run was started\n"
+
+
+def test_a_module_that_a_resume_has_added_is_found_by_the_next_one(begun):
+    (begun.parent / "here" / "other.py").write_text(f'{HEAD}\n@loss("other"){MAKER}')
+    resume.composed(begun, ["plugins=[mine,other]"])
+    forgotten()
+    sys.path[:] = [each for each in sys.path if not each.startswith(str(begun.parent))]
+    os.chdir(begun)
+    assert resume.composed(begun, [])[0].plugins == ["mine", "other"]
+
+
+def test_a_folder_that_is_gone_is_named_where_its_module_is_not_found(begun):
+    shutil.rmtree(begun.parent / "there")
+    said = (
+        rf"^plugins: mine cannot be imported, .* \({begun.parent}/there, which is no folder any more\): start this in"
+    )
+    with pytest.raises(PartError, match=said) as raised:
+        resume.composed(begun, [])
+    assert "\n" not in str(raised.value) and "ModuleNotFoundError" in str(raised.value)
+
+
+def test_an_evaluation_looks_where_the_run_of_its_policy_was_started(tmp_path):
+    for name in ("a run", "b"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / "policy").mkdir()
+        (tmp_path / name / ".hydra" / "hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: /started/{name}}}}}")
+    (tmp_path / "c").mkdir()
+    named = f"model.path='{tmp_path}/a run/policy',{tmp_path}/b/checkpoints/1/policy,{tmp_path}/c,gpt2"
+    found = [each for hydra in runs_of(["task=sort", named]) for each in started_in(hydra)]
+    assert found == ["/started/a run", "/started/b"]
+    (tmp_path / "b" / ".hydra" / "hydra.yaml").write_text("[")
+    assert started_in(tmp_path / "b" / ".hydra" / "hydra.yaml") == []
+
+
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 
@@ -496,3 +709,48 @@ def test_sweeps_and_checks_take_parts_of_a_file_in_the_working_folder(tmp_path):
     python("train", "-m", *SMALL, *named, *sweep, folder=tmp_path, variables=variables)
     jobs = [tmp_path / "sweep" / number for number in ("0", "1")]
     assert [(is_run(job), read_summary(job)["status"]) for job in jobs] == [(True, "finished")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_sweep_compares_two_modules_with_parts_of_the_same_names(tmp_path):
+    for name, most in (("mine", 5), ("other", 7)):
+        source = EXAMPLE.read_text()
+        assert "most: int = 9" in source
+        (tmp_path / f"{name}.py").write_text(source.replace("most: int = 9", f"most: int = {most}"))
+    sweep = ("plugins=[mine],[other]", "task=count", "reward=verifier", "algo.loss=asymmetric", "transfer=local")
+    said = {"folder": tmp_path, "variables": {"PYTHONPATH": str(ROOT), FRESH: "1"}}
+    python("train", "-m", *SMALL, *sweep, "steps=1", f"hydra.sweep.dir={tmp_path / 'sweep'}", **said)
+    most = {}
+    for job in (tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"):
+        assert read_summary(job)["status"] == "finished", read_summary(job)
+        config = yaml.safe_load((job / ".hydra" / "config.yaml").read_text())
+        most[config["plugins"][0]] = config["task"]["most"]
+    assert most == {"mine": 5, "other": 7}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_with_modules_of_its_own_is_resumed_evaluated_and_reported_from_elsewhere(tmp_path):
+    there, here, run = tmp_path / "there", tmp_path / "here", tmp_path / "run"
+    there.mkdir()
+    here.mkdir()
+    (there / "mine.py").write_text(EXAMPLE.read_text())
+    (there / "graded.py").write_text(
+        "def length(prompts, completions, **columns): return [len(c) for c in completions]"
+    )
+    named, variables = ("plugins=[mine]", "task=count"), {"PYTHONPATH": str(ROOT), FRESH: "1"}
+    own = (*named, "algo.loss=asymmetric", "optim=sgd", "reward=function", "reward.function=graded:length")
+    python("train", *SMALL, *own, "steps=1", f"hydra.run.dir={run}", folder=there, variables=variables)
+    python("resume", str(run), "steps=2", folder=here, variables=variables)
+    assert len(steps_in(run)) == 2
+    small = ("evaluate.samples=1", "evaluate.k=[1]")
+    python("evaluate", f"model.path={run / 'policy'}", *named, *small, folder=here, variables=variables)
+    python("report", str(run), folder=here, variables=variables)
+    assert (run / "report.html").is_file()
+    there.rename(tmp_path / "gone")
+    command = [sys.executable, "-m", "rlhf.resume", str(run), "steps=3"]
+    options = {"cwd": here, "env": os.environ | variables, "capture_output": True, "text": True, "timeout": 110}
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 1 and f"({there}, which is no folder any more; {here})" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -18,7 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.assembly.matter import gathered
+from rlhf.assembly.site import opened
 from rlhf.config import HttpRewardConfig
+from rlhf.preflight.before_torch import look
 from rlhf.rewards import HttpReward, http
 from rlhf.run import run
 from rlhf.shell.ending import RunError
@@ -214,6 +217,21 @@ def test_a_server_that_is_not_there_is_noticed_before_a_worker_is_started_or_any
         with pytest.raises(RunError, match=rf"^{key}={url} refused the connection 1 time\(s\): look whether it runs"):
             run(config, tmp_path / "run")
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+@pytest.mark.parametrize(
+    "choice", ["reward=http reward.url={}", "reward=sum reward.parts={{mine:{{kind:http,url:'{}'}}}}"]
+)
+def test_a_server_is_looked_for_once_before_a_run(compose_run, tmp_path, seen_before, choice):
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/score"
+        config = compose_run("experiment=smoke", "task.prompts=64", *choice.format(url).split())
+        gathered(opened(config, tmp_path / "run", stack), look(config) if seen_before else None)
+        listening.setblocking(False)
+        listening.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            listening.accept()
 
 
 def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):

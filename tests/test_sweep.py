@@ -11,6 +11,10 @@ from forked import FRESH, LIGHT
 from omegaconf import OmegaConf
 from sizes import in_ci, in_full
 
+from rlhf.reports.summary import write_summary
+from rlhf.shell.ending import RunError, alone
+from rlhf.sweep import run_job
+
 TINY = (
     "experiment=smoke",
     "transfer=local",
@@ -147,6 +151,15 @@ def test_a_sweep_with_jobs_that_died_or_were_interrupted_has_them_in_its_table_a
     assert [row["status"] for row in table(folder)] == ["finished"] * 6
     assert [row["finished"] for row in table(folder, "leaderboard.csv")] == ["2"] * 3
     assert all(row["error"] == "" for row in table(folder))
+
+
+def test_a_job_whose_folder_another_process_trains_in_leaves_it_as_it_is(compose_run, tmp_path):
+    (tmp_path / "0").mkdir()
+    write_summary(tmp_path / "0", "interrupted", [], {})
+    before = (tmp_path / "0" / "summary.json").read_text()
+    with alone(tmp_path / "0"), pytest.raises(RunError, match=r"another process trains in .*0: end it"):
+        run_job(compose_run(*TINY), tmp_path / "0", [], tmp_path)
+    assert (tmp_path / "0" / "summary.json").read_text() == before
 
 
 def test_the_jobs_that_a_sweep_will_have_are_known_before_it_begins(tmp_path):

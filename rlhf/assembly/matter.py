@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
-from rlhf.config import HfModelConfig, VllmRolloutConfig
+from rlhf.config import HfModelConfig, RunConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
+from rlhf.learning.spread import Whole
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import agreeing_passes
@@ -36,13 +37,23 @@ class Matter:
     rewards: dict[str, Reward | None]  # by part; None: the run trains it
     rows: dict[str, Any] = field(default_factory=dict)  # what the task's rows are, for checkpoints
     padded: Passes = PADDED  # the way to compute padded rows that is right for the policy
+    spread: Whole = field(default_factory=Whole)  # how models lie over the trainer's ranks
+    passes: Passes = PADDED  # the way in which the policy learns
+    reference: PreTrainedModel | None = None
+    critic: PreTrainedModel | None = None
+    untrained: dict[str, PreTrainedModel] = field(default_factory=dict)  # reward models, by part of the reward
+
+
+def tried(config: RunConfig, seen: Seen | None = None) -> Seen:
+    """Others' parts, and what can be looked at without a model, if it is not `seen` yet; ValueError if it is wrong."""
+    check_parts(config)
+    return seen or look(config)
 
 
 def gathered(site: Site, seen: Seen | None = None) -> Matter:
-    """Task, policy and rewards as they are given, checked against each other; `seen`: what was looked at already."""
+    """Task, policy and rewards as they are given, checked against each other; `seen`: what was tried already."""
     config = site.config
-    check_parts(config)
-    raw = (seen or look(config)).take()
+    raw = (seen or tried(config)).take()
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
     moment = datetime.fromisoformat(site.ranks.told(began or datetime.now().isoformat()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
 from rlhf.assembly.site import Site
 from rlhf.compose import choice
-from rlhf.reports.plots import plot_curves
+from rlhf.reports.plots import plot_curves, pyplot
 from rlhf.reports.summary import Rows, print_table, summarise, write_summary
 
 
@@ -25,6 +26,12 @@ def reported(site: Site, rows: Rows, seconds: float, overrides: Sequence[str]) -
     else:
         print(f"written: {site.folder}/")
     return summary
+
+
+def ready_to_draw() -> None:
+    """Import what the curves in the end need, which takes a while."""
+    with suppress(OSError):  # a full disk is told where something is drawn
+        pyplot()
 
 
 def _plot(site: Site, rows: Rows, title: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
-from rlhf.assembly.policy_files import base_of, put_adapter_on, write_policy
+from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
 from rlhf.assembly.site import Site
 from rlhf.assembly.trained_rewards import train_rewards
 from rlhf.assembly.warm_up import warm_up
@@ -25,7 +27,7 @@ from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.ranks.outside import ToldGather, ToldSampler
-from rlhf.reports.plots import pyplot
+from rlhf.ranks.ranks import ALONE
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -38,8 +40,11 @@ from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
 
 
-def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
-    """The parts, with the warmed-up policy's first version live in every worker; processes end with the stack."""
+def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], None] = lambda: None) -> Parts:
+    """The parts, with the warmed-up policy's first version live in every worker; processes end with the stack.
+
+    `meanwhile` is done while workers start, when there is nothing else to do.
+    """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
     ranks = site.ranks
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl" if ranks.first else None)))
@@ -53,7 +58,8 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     workers = _workers(site, matter, transfer, base, stack) if ranks.first else None
     if base is None:  # workers start meanwhile
         warm_up(site, matter, base)
-    senders = _senders(site, workers) if workers is not None else []
+    lay_out(site, matter)
+    senders = _senders(site, workers, meanwhile) if workers is not None else []
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
@@ -62,17 +68,24 @@ def built(site: Site, matter: Matter, stack: ExitStack) -> Parts:
     client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
     own = conversing(client, task.environment)
     sampler = ToldSampler(ranks, own)
-    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded)
+    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
     trained = train_rewards(site, matter, own) if ranks.first else State()
     record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
     gather, measure = _judged(site, matter, own, record)
-    writes = partial(write_policy, policy, tokenizer, base)
-    store = Store(site.folder / FOLDER)
-    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes)
+    writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
+    store, by = Store(site.folder / FOLDER), ALONE
+    if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
+        writes, by = _writes_nothing, ranks
+        trained |= State(modules={POLICY: policy})
+    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
+
+
+def _writes_nothing(folder: Path) -> None:
+    pass
 
 
 def _workers(site: Site, matter: Matter, transfer: Transfer, base: str | None, stack: ExitStack) -> Workers:
@@ -81,13 +94,12 @@ def _workers(site: Site, matter: Matter, transfer: Transfer, base: str | None, s
     return stack.enter_context(Workers(spec, site.config, site.folder, matter.policy))
 
 
-def _senders(site: Site, workers: Workers) -> list[Sender]:
+def _senders(site: Site, workers: Workers, meanwhile: Callable[[], None]) -> list[Sender]:
     """One a worker, once all are up."""
     if awaited := workers.awaited():
         site.bars.say(awaited)
     with site.bars.waiting("workers"):
-        with suppress(OSError):  # a full disk is told where something is drawn
-            pyplot()  # the curves in the end need it, and now there is nothing else to do
+        meanwhile()
         return workers.senders()
 
 

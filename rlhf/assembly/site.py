@@ -35,9 +35,11 @@ class Site:
     bars: Bars
     heart: Heartbeat
     began: float
+    place: Place  # of this process among the trainer's ranks
     ranks: Ranks = ALONE
     notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
     saved: Saved | None = None  # the checkpoint that the run goes on from
+    resumable: bool = False  # whether what stops the run says how it goes on
 
 
 def opened(config: RunConfig, folder: Path, stack: ExitStack, place: Place) -> Site:
@@ -50,7 +52,7 @@ def opened(config: RunConfig, folder: Path, stack: ExitStack, place: Place) -> S
     torch.manual_seed(config.seed)
     if not place.first:
         bars = Bars(on=False)
-        return Site(beside_first(config), folder, bars, Heartbeat(folder, bars.pulse, bars.say), began)
+        return Site(beside_first(config), folder, bars, Heartbeat(folder, bars.pulse, bars.say), began, place)
     folder.mkdir(parents=True, exist_ok=True)
     locked = stack.enter_context(alone(folder))
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
@@ -58,31 +60,41 @@ def opened(config: RunConfig, folder: Path, stack: ExitStack, place: Place) -> S
     heart = stack.enter_context(Heartbeat(folder, bars.pulse, bars.say))
     if not locked:
         bars.say(f"warning: the file system of {folder} has no locks: see to it that no other process trains there")
-    return Site(config, folder, bars, heart, began)
+    return Site(config, folder, bars, heart, began, place)
 
 
-def begin(site: Site, resume: bool, place: Place, stack: ExitStack) -> None:
-    """Let the run write into its folder: behind its newest checkpoint if it is to `resume`, else over what is there.
-
-    What stops it from now on, until the stack ends, says how it goes on. All ranks of the trainer have met then.
-    """
-    if place.first:
+def go_on(site: Site, stack: ExitStack) -> None:
+    """Let the run go on from its newest checkpoint; nothing is written yet."""
+    if site.place.first:
         screen.into(site.folder)
-        site.saved = found(site) if resume else None
+        site.saved = found(site)
+        _say_how_it_goes_on(site, stack)
+
+
+def begin(site: Site, stack: ExitStack) -> None:
+    """Let the run write into its folder: behind the checkpoint that it goes on from, else over what is there."""
+    if site.place.first:
+        screen.into(site.folder)
         make_room(site)
+        _say_how_it_goes_on(site, stack)
+
+
+def _say_how_it_goes_on(site: Site, stack: ExitStack) -> None:
+    """From now on, until the stack ends, what stops the run does so."""
+    if not site.resumable:
         stack.enter_context(resumable(Store(site.folder / FOLDER)))
         stack.enter_context(full_disk_explained(site.folder))  # inside, for `resumable` to see what is explained
-    meet(site, place, resume, stack)
-    step = site.ranks.told(int(site.saved.told["step"]) if site.saved else None)
-    if not place.first and step is not None:
-        site.saved = Saved.of(Store(site.folder / FOLDER).path(step))
+        site.resumable = True
 
 
-def meet(site: Site, place: Place, resume: bool, stack: ExitStack) -> None:
-    """Let all ranks of the trainer come together; they part with the stack."""
-    with site.bars.waiting("ranks") if place.count > 1 else nullcontext():
-        site.ranks = stack.enter_context(met(site.config, site.folder, place, resume))
+def meet(site: Site, resume: bool, stack: ExitStack) -> None:
+    """Let all ranks of the trainer come together, to go on from one checkpoint; they part with the stack."""
+    with site.bars.waiting("ranks") if site.place.count > 1 else nullcontext():
+        site.ranks = stack.enter_context(met(site.config, site.folder, site.place, resume))
     stack.enter_context(site.ranks.explained())
+    step = site.ranks.told(int(site.saved.told["step"]) if site.saved else None)
+    if not site.place.first and step is not None:
+        site.saved = Saved.of(Store(site.folder / FOLDER).path(step))
 
 
 def beside_first(config: RunConfig) -> RunConfig:

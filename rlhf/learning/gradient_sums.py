@@ -61,13 +61,18 @@ def _add(flat: Tensor, count: int) -> None:
     if flat.is_cuda:
         dist.all_reduce(flat)
         return
-    size = -(-len(flat) // count)
-    given = torch.nn.functional.pad(flat, (0, size * count - len(flat)))
-    got = torch.empty_like(given)
-    dist.all_to_all_single(got, given)  # every rank's share of what this one adds up
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % count))
+    mine = add_in_order(padded, count)
+    shares = list(torch.empty_like(padded).chunk(count))
+    dist.all_gather(shares, mine)
+    flat.copy_(torch.cat(shares)[: len(flat)])
+
+
+def add_in_order(flat: Tensor, count: int) -> Tensor:
+    """This rank's share, of `count` equal ones, of the sum over the ranks, added in their order."""
+    got = torch.empty_like(flat)
+    dist.all_to_all_single(got, flat)
     mine, *others = got.chunk(count)
     for other in others:
         mine += other
-    shares = list(torch.empty_like(given).chunk(count))
-    dist.all_gather(shares, mine)
-    flat.copy_(torch.cat(shares)[: len(flat)])
+    return mine

@@ -29,6 +29,9 @@ TASKS, REWARDS, LOGGERS = "rlhf.tasks", "rlhf.rewards.make", "rlhf.monitor.logge
 OBJECTIVE, ESTIMATES = "rlhf.learning.objective", "rlhf.learning.estimates"
 GROUPS, SERVICES = frozenset({COMPARES}), frozenset({SERVICE})
 PACKAGE = f"{LOGGERS}:check_package"
+EVENTS = {"tensorboard/": "the same as TensorBoard's events"}
+OF_WANDB = {"wandb/": "the same as Weights & Biases keeps it"}
+OF_MLFLOW = {"mlflow.db": "the same for MLflow, where it has no other store"}
 
 PARTS = (
     Part("task", "sort", SortTaskConfig, f"{TASKS}.procedural:sequence_task"),
@@ -40,7 +43,7 @@ PARTS = (
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
     Part("reward", "model", ModelRewardConfig, f"{REWARDS}:reward_model", f"{REWARDS}:check_model"),
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
-    Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http", f"{REWARDS}:check_http"),
+    Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server
     Part("reward", "sum", SumRewardConfig),  # made of the others
     Part("loss", "clip", make=f"{OBJECTIVE}:clip"),  # PPO's clipped surrogate
     Part("loss", "gspo", make=f"{OBJECTIVE}:gspo"),  # the same with one ratio a row
@@ -57,10 +60,12 @@ PARTS = (
     Part("advantage", "gae", make=f"{ESTIMATES}:gae", traits=frozenset({TOKENS, CRITIC})),  # PPO
     Part("optimizer", "adamw", AdamWConfig, "rlhf.learning.optimizer:adamw"),
     Part("logger", "console", ConsoleLoggerConfig),  # the run's bars and table
-    Part("logger", "jsonl", JsonlLoggerConfig, f"{LOGGERS}:jsonl"),
-    Part("logger", "tensorboard", TensorboardLoggerConfig, f"{LOGGERS}:tensorboard"),
-    Part("logger", "wandb", WandbLoggerConfig, f"{LOGGERS}:WandbLogger", PACKAGE, SERVICES),
-    Part("logger", "mlflow", MlflowLoggerConfig, f"{LOGGERS}:MlflowLogger", PACKAGE, SERVICES),
+    Part(
+        "logger", "jsonl", JsonlLoggerConfig, f"{LOGGERS}:jsonl", writes={"metrics.jsonl": "every number of every step"}
+    ),
+    Part("logger", "tensorboard", TensorboardLoggerConfig, f"{LOGGERS}:tensorboard", writes=EVENTS),
+    Part("logger", "wandb", WandbLoggerConfig, f"{LOGGERS}:WandbLogger", PACKAGE, SERVICES, writes=OF_WANDB),
+    Part("logger", "mlflow", MlflowLoggerConfig, f"{LOGGERS}:MlflowLogger", PACKAGE, SERVICES, writes=OF_MLFLOW),
     Part("logger", "trackio", TrackioLoggerConfig, f"{LOGGERS}:TrackioLogger", PACKAGE, SERVICES),
 )
 

@@ -9,7 +9,9 @@ In place of a decorated function, `make="package.module:function"` names one tha
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rlhf.plugins import registry
@@ -67,12 +69,20 @@ def optimizer(name: str, config: type, *, make: str | None = None) -> Callable[[
     return _registered(Part("optimizer", name, config, make))
 
 
-def logger(name: str, config: type, *, make: str | None = None, service: bool = False) -> Callable[[F], F]:
+def logger(
+    name: str,
+    config: type,
+    *,
+    make: str | None = None,
+    service: bool = False,
+    writes: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[[F], F]:
     """`logger=[..., NAME]`: (config, given) -> an object with log(step, metrics) and close().
 
-    `given` has run, folder, ... (rlhf/monitor/loggers.py). A `service` works in a thread of its own.
+    `given` has run, folder, ... (rlhf/monitor/loggers.py). A `service` works in a thread of its own. `writes`: what it
+    leaves in the run's folder, each file with what it is, for mode=check to list.
     """
-    return _registered(Part("logger", name, config, make, traits=_those({SERVICE: service})))
+    return _registered(Part("logger", name, config, make, traits=_those({SERVICE: service}), writes=writes))
 
 
 def _those(told: dict[str, bool]) -> frozenset[str]:
@@ -96,4 +106,4 @@ def _registered(part: Part) -> Callable[[F], F]:
 
 
 def _by(part: Part, where: str, make: Maker | None = None) -> Part:
-    return Part(part.kind, part.name, part.config, make or part.make, part.check, part.traits, where)
+    return replace(part, make=make or part.make, where=where)

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from rlhf.plugins.offers import offers, package_of
-from rlhf.plugins.part import PartError, told
-from rlhf.plugins.registry import loaded
+from rlhf.plugins.part import PartError
+from rlhf.plugins.registry import choose, loaded, readmit, registering
+from rlhf.shell.own_modules import import_own, looked_in
+from transfer.agreement.shown import told
 
 
 def use(modules: Sequence[str]) -> None:
-    """Import the modules that `plugins` names, for what they register; PartError names the one that is wrong."""
-    if modules and os.getcwd() not in sys.path:  # as `python -m` does; a console script does not
-        sys.path.append(os.getcwd())
+    """Import the modules that `plugins` names, for what they register; PartError names the one that is wrong.
+
+    Of a name that other modules have registered, too, theirs is the part that is found from now on.
+    """
+    choose(modules)
     for module in modules:
         said = f"plugins: {module}"
         if not all(each.isidentifier() for each in str(module).split(".")):
             raise PartError(f"plugins must be a list of modules like [package.module] (got {module!r})")
         try:
-            importlib.import_module(module)
+            with registering(module):
+                import_own(module)
         except PartError:
             raise
         except (Exception, SystemExit) as error:  # whatever the module raises
-            raise PartError(
-                f"{said} cannot be imported, from the current folder or the Python path: {told(error)}"
-            ) from error
+            raise PartError(f"{said} cannot be imported, {looked_in()}: {told(error)}") from error
         package = module.partition(".")[0]
         if not any(part.where.partition(":")[0].partition(".")[0] == package for part in loaded()):
             raise PartError(f"{said} registers nothing: decorate what it makes, as in docs/configuration.md")
+    readmit()
 
 
 @functools.cache

@@ -11,8 +11,9 @@ from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.plugins.part import KINDS, Part, PartError, imported, told
+from rlhf.plugins.part import KINDS, Part, PartError, imported
 from rlhf.plugins.registry import find, find_loaded, names
+from transfer.agreement.shown import told
 
 
 @dataclass

@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from transfer.agreement.shown import one_line
+from transfer.agreement.shown import told
 
 OURS = "rlhf"  # the package whose parts are always there
 TOKENS = "tokens"  # an advantage of each token, from Signal; else of each answer, from the rewards of groups
@@ -65,6 +65,7 @@ class Part:
     check: Maker | str | None = None  # asked before anything is trained
     traits: frozenset[str] = frozenset()
     where: str = OURS  # who registers it
+    writes: Mapping[str, str] = field(default_factory=dict, hash=False)  # of a logger: files, with what each is
 
     @property
     def chosen(self) -> str:
@@ -92,15 +93,6 @@ class Part:
         if not callable(function):
             raise PartError(f"{self.chosen}: its {what} {named} is no function")
         return function
-
-
-def told(error: BaseException) -> str:
-    """An exception of others' code in one line."""
-    try:
-        text = str(error)
-    except Exception:  # its own __str__ is broken
-        text = "without words"
-    return f"{type(error).__name__}: {one_line(text, 300)}"
 
 
 @functools.cache

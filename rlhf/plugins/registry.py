@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from typing import Any
 
 from rlhf.plugins.offers import offered, offers, owner, package_of
-from rlhf.plugins.part import KINDS, Part, PartError, imported, told
-from transfer.agreement.shown import shown
+from rlhf.plugins.part import KINDS, Part, PartError, imported
+from transfer.agreement.shown import shown, told
 
 _parts: dict[tuple[str, str], Part] = {}
+_of_modules: dict[str, dict[tuple[str, str], Part]] = {}  # what the import of each module of `plugins` has registered
 
 
 def register(part: Part) -> None:
@@ -28,7 +30,7 @@ def register(part: Part) -> None:
     there = _parts.get((part.kind, part.name))
     other = there.where if there is not None else None if part.ours else owner(part)
     if other not in (None, part.where):
-        raise PartError(f"{part.where} registers {part.chosen}, which {other} has: give it another name")
+        raise _taken(part, other)
     twice = [p for p in _parts.values() if p.config is part.config is not None and p.name != part.name]
     if twice:
         raise PartError(
@@ -37,10 +39,63 @@ def register(part: Part) -> None:
     _parts[part.kind, part.name] = part
 
 
+def choose(modules: Sequence[str]) -> None:
+    """Set aside what other modules of `plugins` than these have registered, and take back what these have.
+
+    PartError where two of these have registered the same name.
+    """
+    for module in [each for each in _of_modules if each not in sys.modules]:
+        del _of_modules[module]
+    for parts in _of_modules.values():
+        for key, part in parts.items():
+            if _parts.get(key) is part:
+                del _parts[key]
+    for module in modules:
+        for part in _of_modules.get(module, {}).values():
+            _put(part)
+
+
+@contextmanager
+def registering(module: str) -> Iterator[None]:
+    """Note what the import of a module of `plugins` registers in this block, be it by modules that it imports."""
+    before = dict(_parts)
+    yield
+    new = {key: part for key, part in _parts.items() if before.get(key) is not part}
+    known = [part for parts in _of_modules.values() for part in parts.values()]
+    own = [part for part in known if f"{part.where.partition(':')[0]}.".startswith(f"{module}.")]
+    for part in own:  # another module has imported this one
+        _put(part)
+    _of_modules[module] = _of_modules.get(module, {}) | {(part.kind, part.name): part for part in own} | new
+
+
+def readmit() -> None:
+    """Take back what was set aside, but for names that several modules have."""
+    every: dict[tuple[str, str], list[Part]] = {}
+    for parts in _of_modules.values():
+        for key, part in parts.items():
+            every.setdefault(key, []).extend([] if part in every.get(key, ()) else [part])
+    for key, found in every.items():
+        if len(found) == 1:
+            _parts.setdefault(key, found[0])
+
+
+def _put(part: Part) -> None:
+    there = _parts.setdefault((part.kind, part.name), part)
+    if there.where != part.where:
+        raise _taken(part, there.where)
+
+
+def _taken(part: Part, other: str | None) -> PartError:
+    return PartError(f"{part.where} registers {part.chosen}, which {other} has: give it another name")
+
+
 def _check_made(part: Part) -> None:
     kind, said = KINDS[part.kind], f"{part.where} registers {part.chosen}"
     if not part.name.isidentifier():
         raise PartError(f"{said}: a name must be letters, digits and _ (got {shown(part.name)})")
+    writes: Any = part.writes
+    if not (isinstance(writes, Mapping) and all(isinstance(each, str) for pair in writes.items() for each in pair)):
+        raise PartError(f'{said}: writes must be like {{"best.txt": "what it is"}} (got {shown(writes)})')
     if part.config is None and not kind.dial:
         raise PartError(f"{said} without a dataclass: give it one that builds on {kind.base.replace(':', '.')}")
     if part.config is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ from transfer.agreement.shown import shown
 PLUGINS = "plugins"  # the key
 
 
-def wanted(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The modules of every `plugins` that a run may have: those of all jobs of a sweep, and of its experiments.
+def wanted(overrides: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
+    """The modules that `plugins` and the experiment give a run; of a sweep, those of each job that has others.
 
     `folders`: where files of choices are looked for.
     """
-    modules: dict[str, None] = {}
-    for override in overrides:
+    named, of_experiments = [[]], [[]]  # type: list[list[str]], list[list[str]]
+    for override in overrides:  # the last one counts
         key, _, given = override.partition("=")
         if key.lstrip("+") == PLUGINS:
-            modules |= dict.fromkeys(module for value in _values(override) for module in _modules(value))
+            named = [_modules(value) for value in _values(override)] or [[]]
         elif key == "experiment":
-            modules |= dict.fromkeys(module for name in given.split(",") for module in _of_experiment(name, folders))
-    return list(modules)
+            of_experiments = [_of_experiment(name, folders) for name in given.split(",")]
+    every = (tuple(dict.fromkeys([*first, *rest])) for first, rest in product(named, of_experiments))
+    return [list(modules) for modules in dict.fromkeys(every)]
 
 
 def _values(override: str) -> Iterator[Any]:

@@ -12,8 +12,9 @@ from rlhf.config import RunConfig
 from rlhf.config.algo import AlgoConfig
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.objective import policy_loss
-from rlhf.plugins.part import Part, PartError, told
+from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import find, part_of
+from transfer.agreement.shown import told
 
 P, N, T = 2, 2, 3  # prompts, samples a prompt, tokens
 
@@ -24,6 +25,10 @@ def check_parts(config: RunConfig) -> None:
         _try(find("advantage", config.algo.advantage), _advantage, config.algo)
         _try(find("loss", config.algo.loss), _loss, config.algo)
     _try(part_of(config.optim), _optimizer, config.optim)
+    for named in config.reward.weighted().values():
+        if not (part := part_of(named.reward)).ours:
+            part.maker()
+            part.checker()
     for logger in config.logger.values():
         if (part := part_of(logger)).make is not None:
             part.maker()

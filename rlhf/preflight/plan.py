@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING
 
 from rlhf.compose import choice
 from rlhf.config import (
-    JsonlLoggerConfig,
-    LoggerConfig,
-    MlflowLoggerConfig,
     ModelRewardConfig,
     RunConfig,
-    TensorboardLoggerConfig,
-    WandbLoggerConfig,
 )
 from rlhf.config.algo import DpoConfig
 from rlhf.config.model import AUTO
-from rlhf.config.trainer import ReplicasConfig, TrainerConfig
+from rlhf.config.trainer import TrainerConfig
 from rlhf.monitor.loggers import is_service
+from rlhf.plugins.registry import part_of
 from rlhf.preflight.amounts import check_amounts, judged_by_amounts
 from rlhf.ranks.place import by_torchrun
 from rlhf.rewards import check_reward
@@ -99,7 +95,8 @@ def _beside_steps(config: RunConfig, task: Task) -> list[tuple[str, str]]:
 def files(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What a run writes into its folder, and what each is."""
     yield ".hydra/", "the configuration and the overrides, which a resume needs"
-    yield from (_OF_LOGGERS[type(logger)] for logger in config.logger.values() if type(logger) in _OF_LOGGERS)
+    for logger in config.logger.values():
+        yield from part_of(logger).writes.items()
     if any(map(is_service, config.logger.values())):
         yield "services/", "by which name each service knows the run, for a resume"
     if not isinstance(config.algo, DpoConfig):
@@ -121,11 +118,7 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
         workers = "" if isinstance(config.transfer, LocalConfig) else " and of each worker"
         yield "profile/", f"traces of the steps {steps}, of the trainer{workers}, at most 50 MB each"
     yield "journal/", "what each process did with weights"
-    sender = config.transfer.sender
-    if isinstance(sender, HttpSenderConfig) and not sender.url and not isinstance(config.transfer, LocalConfig):
-        yield from ((f"worker-{index}.log", "what the worker printed") for index in range(config.rollout.workers))
-    if isinstance(sender, RaySenderConfig) and sender.address is None:
-        yield from ((f"worker-{index}.log", "its stacks, if it is asked") for index in range(config.rollout.workers))
+    yield from _of_workers(config)
     yield from _of_ranks(config.trainer)
     yield "status.json", "where the run is, every second"
     yield "summary.json", "the numbers of the table at its end"
@@ -134,17 +127,17 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _of_ranks(trainer: TrainerConfig) -> Iterator[tuple[str, str]]:
     """Logs of ranks beside the first, but where torchrun has started them."""
-    if isinstance(trainer, ReplicasConfig) and by_torchrun() is None:
+    if by_torchrun() is None:
         numbers = ["N"] if trainer.ranks == AUTO else range(1, trainer.ranks)
         yield from ((f"rank-{number}.log", "what another rank of the trainer printed") for number in numbers)
 
 
-_OF_LOGGERS: dict[type[LoggerConfig], tuple[str, str]] = {
-    JsonlLoggerConfig: ("metrics.jsonl", "every number of every step"),
-    TensorboardLoggerConfig: ("tensorboard/", "the same as TensorBoard's events"),
-    WandbLoggerConfig: ("wandb/", "the same as Weights & Biases keeps it"),
-    MlflowLoggerConfig: ("mlflow.db", "the same for MLflow, where it has no other store"),
-}
+def _of_workers(config: RunConfig) -> Iterator[tuple[str, str]]:
+    sender = config.transfer.sender
+    if isinstance(sender, HttpSenderConfig) and not sender.url and not isinstance(config.transfer, LocalConfig):
+        yield from ((f"worker-{index}.log", "what the worker printed") for index in range(config.rollout.workers))
+    if isinstance(sender, RaySenderConfig) and sender.address is None:
+        yield from ((f"worker-{index}.log", "its stacks, if it is asked") for index in range(config.rollout.workers))
 
 
 def check_data(config: RunConfig, task: Task) -> None:

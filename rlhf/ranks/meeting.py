@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from rlhf.config import RunConfig
 from rlhf.config.model import Device
-from rlhf.config.trainer import ReplicasConfig
 from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import ALONE, Joined, Ranks
 from rlhf.ranks.spec import spec_of
@@ -28,7 +27,7 @@ from transfer.worker.process import WorkerProcess
 START_S = 180.0  # until all ranks have come: each imports torch, on a machine that may be busy
 LOOPBACK = "127.0.0.1"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-CHILD = "rlhf.ranks.beside"  # the module that a rank beside the first runs
+CHILD = "rlhf.beside"  # the module that a rank beside the first runs
 
 
 @contextmanager
@@ -40,7 +39,6 @@ def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> 
     if place.count == 1:
         yield ALONE
         return
-    assert isinstance(config.trainer, ReplicasConfig)
     device = _device(config, place)
     with ExitStack() as stack:
         if place.invitation is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf.config.model import AUTO, Device, ModelConfig
-from rlhf.config.trainer import ReplicasConfig, TrainerConfig
+from rlhf.config.trainer import OneConfig, TrainerConfig
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,7 +40,7 @@ class Place:
 def place_of(config: TrainerConfig, model: ModelConfig, environment: Mapping[str, str] = os.environ) -> Place:
     """The first rank's place, with how many there are; ValueError where that is not what torchrun has started."""
     started = by_torchrun(environment)
-    if not isinstance(config, ReplicasConfig):
+    if isinstance(config, OneConfig):
         if started is not None and started.count > 1:
             raise ValueError(
                 f"torchrun has started {started.count} processes, and trainer=one is one: set trainer=replicas, or "

@@ -12,7 +12,7 @@ from rlhf.ranks.frames import packed, unpacked
 from rlhf.ranks.place import Place
 from rlhf.ranks.star import Star
 from rlhf.ranks.watch import Gone, Watch
-from rlhf.shell.ending import EXPLAINED, RunError
+from rlhf.shell.ending import EXPLAINED, RunError, unbroken
 from transfer.agreement.shown import one_line
 
 
@@ -35,6 +35,10 @@ class Ranks:
 
     number = 0
     count = 1
+    listening = True  # whether all others will hear what the first asks for, before anything else
+
+    def __init__(self) -> None:
+        self._acts: dict[str, Callable[[Any], Any]] = {}
 
     @property
     def first(self) -> bool:
@@ -62,6 +66,20 @@ class Ranks:
         """What `call` gives in the first rank, in all: the others get hear(tell(value)). An error in it ends all."""
         return call()
 
+    def rest(self) -> None:
+        """All are here, and what comes next is that the others hear from the first."""
+
+    def serve(self, name: str, act: Callable[[Any], Any]) -> None:
+        """What this rank does when the first asks all for `name`; JSON or columns in and out."""
+        self._acts[name] = act
+
+    def together(self, name: str, value: Any) -> list[Any]:
+        """In the first rank alone: what all ranks' acts of this name make of the value, in their order.
+
+        The others come to it where they next hear from the first: nobody else may wait for anything then.
+        """
+        return [self._acts[name](value)]
+
     def sums(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Each number added up over the ranks that have one of its name, in their order."""
         totals: dict[str, float] = {}
@@ -83,6 +101,7 @@ class Joined(Ranks):
     """One of several ranks, by its connections to the first, or the first's to all."""
 
     def __init__(self, place: Place, star: Star, host: str, timeout_s: float) -> None:
+        super().__init__()
         self.number, self.count = place.number, place.count
         self.host, self.timeout_s = host, timeout_s  # of the first rank; for another rank to come to where this one is
         self._star, self._closed = star, False
@@ -131,6 +150,7 @@ class Joined(Ranks):
             with self.explained():
                 told = self._hear()
             return hear(told)
+        self.listening = True
         try:
             with self.watch.outside():
                 value = call()
@@ -138,7 +158,23 @@ class Joined(Ranks):
             raise RunError(self.watch.cause or "another rank of the trainer is gone") from None
         with self.explained():
             self._say(tell(value))
+        self.listening = False
         return value
+
+    def rest(self) -> None:
+        """All are here, and what comes next is that the others hear from the first."""
+        self.told(None)
+        self.listening = True
+
+    def together(self, name: str, value: Any) -> list[Any]:
+        """In the first rank alone: what all ranks' acts of this name make of the value, in their order.
+
+        The others come to it where they next hear from the first: nobody else may wait for anything then.
+        """
+        with self.explained():
+            self._say(value, name)
+            own = self._acts[name](value)
+            return [own, *(self._received(each) for each in self._star.talk)]
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -158,13 +194,19 @@ class Joined(Ranks):
                 raise
             raise RunError(cause) from error
 
-    def _say(self, value: Any) -> None:
-        raw = packed(value)
-        for each in self._star.talk:
-            each.send_bytes(raw)
+    def _say(self, value: Any, act: str | None = None) -> None:
+        raw = packed([act, value])
+        with unbroken():  # a signal is not to leave half of it on the way
+            for each in self._star.talk:
+                each.send_bytes(raw)
 
     def _hear(self) -> Any:
-        return unpacked(self._star.talk[0].recv_bytes())
+        """What the first rank says; what it asks for before is done."""
+        while True:
+            act, value = unpacked(self._star.talk[0].recv_bytes())
+            if act is None:
+                return value
+            self._star.talk[0].send_bytes(packed(self._acts[act](value)))
 
     def _received(self, connection: mp.Connection) -> Any:
         if not connection.poll(self.timeout_s):

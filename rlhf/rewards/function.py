@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +15,7 @@ from rlhf.rewards.calling import Form
 from rlhf.rewards.columns import names
 from rlhf.rewards.failures import as_rewards
 from rlhf.rewards.samples import Rewards, Samples
+from rlhf.shell.own_modules import import_own, looked_in
 from rlhf.types import Prompt, RewardReport
 from transfer.agreement.shown import one_line
 
@@ -118,14 +116,11 @@ class FunctionReward:
 
 def _import(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # as `python -m` does; a console script does not
-        sys.path.append(os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = getattr(import_own(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
-            f"reward.function={name} cannot be imported, from the current folder or the Python path: "
-            f"{type(error).__name__}: {error}"
+            f"reward.function={name} cannot be imported, {looked_in()}: {type(error).__name__}: {error}"
         ) from error
     if not callable(function):
         raise ValueError(f"reward.function={name} must name a function (got {type(function).__name__})")

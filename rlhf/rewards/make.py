@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import (
     FunctionRewardConfig,
@@ -18,13 +18,16 @@ from rlhf.config import (
 )
 from rlhf.config.rules import named_as_part
 from rlhf.models.reward_model import load_reward_model, trained_by_a_run
+from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import made, part_of
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.own import looked_at
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
+from rlhf.shell.ending import EXPLAINED
 from rlhf.types import Amounts, Reward, Task
+from transfer.agreement.shown import told
 
 if TYPE_CHECKING:
     from rlhf.rewards.model import ModelReward
@@ -46,7 +49,19 @@ def check_reward(config: RewardConfig, task: Task) -> None:
             chosen = part_of(part.reward)
             chosen.maker()  # is there
             if check := chosen.checker():
-                check(part.reward, task)
+                _asked(chosen, check, part.reward, task)
+
+
+def _asked(part: Part, check: Callable[..., Any], config: RewardConfig, task: Task) -> None:
+    """What the part's check says; PartError, in one line, where another's fails."""
+    try:
+        check(config, task)
+    except EXPLAINED:
+        raise
+    except Exception as error:  # whatever it raises
+        if part.ours:
+            raise
+        raise PartError(f"{part.chosen} ({part.where}): its check fails: {told(error)}") from error
 
 
 def check_verifier(config: VerifierRewardConfig, task: Amounts) -> None:

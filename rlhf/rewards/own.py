@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlhf.plugins.part import Part, PartError, told
+from rlhf.plugins.part import Part, PartError
 from rlhf.rewards.failures import as_rewards
 from rlhf.rewards.samples import Rewards
 from rlhf.types import Prompt, Reward, RewardReport, Task
+from transfer.agreement.shown import told
 
 
 class OwnReward:

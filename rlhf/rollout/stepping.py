@@ -18,11 +18,12 @@ RETURN_S, so that it does not hold them for ever, against another whose turn wai
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from transfer.memory import garbage
 
 RETURN_S = 0.01  # until one who waits for others' turns takes its own again
 STEP_S = 600.0  # for one step
@@ -189,21 +190,19 @@ class Collector:
     """Python's garbage collector, which rests while requests live, so that it does not look through what they hold."""
 
     def __init__(self) -> None:
-        self._rests = False
         self._steps = 0
 
     def rest(self) -> None:
         """Collect nothing until `go_on`, but for every COLLECT_STEPS steps."""
-        self._rests, self._steps = gc.isenabled(), 0
-        gc.disable()
+        self._steps = 0
+        garbage.rest()
 
     def stepped(self) -> None:
         """A step has been taken."""
         self._steps += 1
-        if self._rests and self._steps % COLLECT_STEPS == 0:
-            gc.collect()
+        if self._steps % COLLECT_STEPS == 0:
+            garbage.collect_alone()
 
     def go_on(self) -> None:
         """As before `rest`."""
-        if self._rests:
-            gc.enable()
+        garbage.go_on()

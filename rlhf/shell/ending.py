@@ -9,11 +9,12 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from transfer.agreement.shown import told
 from transfer.agreement.wire import RemoteError, TransferError
 from transfer.backends.folder_lock import NO_LOCKS
 
@@ -29,6 +30,17 @@ class RunError(RuntimeError):
 
 
 EXPLAINED = (ValueError, RunError, RemoteError, TransferError)  # shown as one message, without a traceback
+
+
+@contextmanager
+def explained(what: Callable[[], str]) -> Iterator[None]:
+    """RunError of one line, `what` and the error, in place of an error that does not explain itself."""
+    try:
+        yield
+    except EXPLAINED:
+        raise
+    except Exception as error:
+        raise RunError(f"{what()}: {told(error)} (HYDRA_FULL_ERROR=1 shows where)") from error
 
 
 def terminate_as_interrupt() -> None:

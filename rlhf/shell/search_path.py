@@ -1,5 +1,7 @@
 """Where choices are found beside those of `conf/`: `--config-dir` and `hydra.searchpath`, as said or as noted by a run.
 
+And from which folders a run was started, in which its modules may be.
+
 Hydra's command line takes both; what composes without it is told here, as one override.
 """
 
@@ -14,6 +16,8 @@ from typing import Any
 KEY = "hydra.searchpath"
 FILE, PACKAGE = "file://", "pkg://"
 OWN = ("hydra", "main", "schema")  # whose sources every run has
+CWD = "hydra.runtime.cwd"  # where Hydra notes from which folder a run was started
+RESUMED = "hydra.runtime.resumed_from"  # and we, from which others it was resumed with other dials
 SOURCES = "hydra.runtime.config_sources"  # where Hydra notes all of them
 
 
@@ -22,6 +26,7 @@ class Where:
     """Sources beside `conf/`: `file://` with an absolute path, or `pkg://`."""
 
     sources: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)  # folders from which a run was started, which may have its modules
 
     def folders(self) -> list[Path]:
         """Those that are folders, not packages."""
@@ -58,7 +63,7 @@ def noted(hydra: Path, given: Where) -> Where:
     if not hydra.is_file():
         return given
     told = OmegaConf.load(hydra)
-    cwd = Path(OmegaConf.select(told, "hydra.runtime.cwd") or ".")
+    cwd = Path(OmegaConf.select(told, CWD) or ".")
     others: list[Any] = [each for each in OmegaConf.select(told, SOURCES) or [] if each["provider"] not in OWN]
     sources = [
         f"{PACKAGE}{each['path']}" if each["schema"] == "pkg" else _absolute(each["path"], cwd) for each in others
@@ -70,7 +75,21 @@ def noted(hydra: Path, given: Where) -> Where:
             "now by --config-dir DIR"
         )
     there = [each for each in sources if each.removeprefix(FILE) not in gone]
-    return Where(list(dict.fromkeys([*given.sources, *there])))
+    return Where(list(dict.fromkeys([*given.sources, *there])), started_in(hydra))
+
+
+def started_in(hydra: Path) -> list[str]:
+    """The folders from which the run was started, or resumed with other dials, as `hydra`, its file, notes them."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        told = OmegaConf.load(hydra)
+        noted = [OmegaConf.select(told, CWD), *(OmegaConf.select(told, RESUMED) or [])]
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):  # it may be anybody's
+        return []
+    return list(dict.fromkeys(str(each) for each in noted if each))
 
 
 def note(told: Any, where: Where) -> None:
@@ -81,6 +100,8 @@ def note(told: Any, where: Where) -> None:
     split = [source.split("://", 1) for source in where.sources]
     mine = [{"path": path, "schema": schema, "provider": "command-line"} for schema, path in split]
     OmegaConf.update(told, SOURCES, [*own, *mine], force_add=True)
+    resumed = [each for each in [*where.started, os.getcwd()] if each != OmegaConf.select(told, CWD)]
+    OmegaConf.update(told, RESUMED, list(dict.fromkeys(resumed)), force_add=True)
 
 
 def _list_of(override: str) -> list[str] | None:

@@ -6,12 +6,17 @@ In two steps, because the tiny model's tokenizer is made from the task's own cha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from rlhf.config import TaskConfig
+from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import made, part_of
 from rlhf.tasks.raw import RawTask, Replies, Row
 from rlhf.tasks.tokenised import make_task
+from transfer.agreement.shown import shown, told
 
 __all__ = ["RawTask", "Replies", "Row", "make_task", "read_task"]
 
@@ -23,14 +28,35 @@ def read_task(config: TaskConfig, seed: int) -> RawTask:
         raise ValueError(f"{part_of(config).chosen}: its maker must return a RawTask (got {type(raw).__name__})")
     if not part_of(config).ours:
         _check_rows(config, raw)
+        raw = _guarded(part_of(config), raw)
     if config.environment is None:
         return raw
-    replies, chosen = made(config.environment), part_of(config.environment).chosen
+    replies, part = made(config.environment), part_of(config.environment)
+    chosen = part.chosen
     if not isinstance(replies, Replies):
         raise ValueError(f"{chosen}: its maker must return Replies (got {type(replies).__name__})")
+    if not part.ours:
+        replies = _guarded_replies(part, replies)
     if raw.replies is not None:
         raise ValueError(f"{part_of(config).chosen} is a conversation already: leave out {chosen}")
     return replace(raw, replies=replace(replies, turns=config.environment.turns))
+
+
+def _guarded(part: Part, raw: RawTask) -> RawTask:
+    """The task, whose functions' exceptions become a PartError that says whose they are."""
+    gold = partial(_called, part, "gold function", raw.gold)
+    return replace(raw, gold=gold, replies=None if raw.replies is None else _guarded_replies(part, raw.replies))
+
+
+def _guarded_replies(part: Part, replies: Replies) -> Replies:
+    return replace(replies, reply=partial(_called, part, "reply", replies.reply))
+
+
+def _called(part: Part, what: str, function: Callable[..., Any], columns: Mapping[str, Any], said: Any) -> Any:
+    try:
+        return function(columns, said)
+    except Exception as error:  # whatever it raises
+        raise PartError(f"{part.chosen} ({part.where}): its {what} fails on {shown(said)}: {told(error)}") from error
 
 
 def _check_rows(config: TaskConfig, raw: RawTask) -> None:

@@ -65,7 +65,7 @@ def kill(module):
 
 
 SAMPLING = {{
-    "kill-rank": lambda: kill("rlhf.ranks.beside"),
+    "kill-rank": lambda: kill("rlhf.beside"),
     "kill-worker": lambda: kill("rlhf.rollout.worker"),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "interrupt": lambda: os.killpg(0, signal.SIGINT),

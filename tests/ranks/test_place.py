@@ -6,7 +6,6 @@ import pytest
 import torch
 from hydra.errors import CompactHydraException
 
-from rlhf.compose import misplaced
 from rlhf.ranks.place import TORCHRUN, Place, by_torchrun, place_of
 
 
@@ -78,6 +77,7 @@ def test_a_trainer_that_cannot_be_is_refused_with_its_key(compose_run, override,
         compose_run("trainer=replicas", override)
 
 
-def test_a_dial_of_replicas_on_one_process_is_said_to_be_theirs():
-    said = "that key belongs to the replicas trainer: trainer.ranks needs trainer=replicas"
-    assert misplaced(["trainer.ranks=2"]) == [said]
+def test_ranks_of_one_process_are_refused_with_the_trainers_that_have_several(compose_run):
+    said = r"trainer=one is one process: set trainer.ranks=1, or trainer=replicas or sharded \(got 2\)"
+    with pytest.raises(CompactHydraException, match=said):
+        compose_run("trainer.ranks=2")

@@ -25,6 +25,7 @@ class Of(Ranks):
     """A rank that computes by itself."""
 
     def __init__(self, number: int, count: int) -> None:
+        super().__init__()
         self.number, self.count = number, count
 
 

@@ -19,12 +19,14 @@ from test_learner import sampled
 from torch import Tensor
 
 from rlhf.learning.learner import Learner
+from rlhf.learning.spread import Sharded, Whole
 from rlhf.models.adapter import add_adapter, has_adapter
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
 from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.types import Rollouts
+from transfer.agreement.dtensor import is_dtensor
 
 MICRO = ("model.layers=1", "model.hidden=16", "model.heads=2", "model.intermediate=24", "optim.lr=0.01")
 ALGOS = [
@@ -41,7 +43,7 @@ ALGOS = [
 REWARDS: list[float | None] = [float(b % 3) if b != 2 else None for b in range(12)]
 
 
-def learner_of(words: str, ranks: Ranks = ALONE) -> Learner:
+def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False) -> Learner:
     """The same in every process."""
     config = composed_run(*MICRO, *words.split())
     policy, reference = (
@@ -55,7 +57,11 @@ def learner_of(words: str, ranks: Ranks = ALONE) -> Learner:
     critic = value_model(policy, Head.token) if config.rl.has_critic else None
     if critic is not None:
         torch.nn.init.normal_(critic.score.weight, std=0.5, generator=torch.Generator().manual_seed(4))
-    return Learner(policy, policy if has_adapter(policy) else reference, critic, config, ranks=ranks)
+    spread = Sharded(ranks, torch.device("cpu")) if sharded else Whole(ranks)
+    reference = policy if has_adapter(policy) else reference.requires_grad_(False)
+    for model in {id(each): each for each in (policy, reference, critic) if each is not None}.values():
+        spread.lay(model)
+    return Learner(policy, reference, critic, config, spread=spread)
 
 
 def split_into(learner: Learner, parts: int) -> None:
@@ -75,12 +81,17 @@ def steps(learner: Learner, parts: int, rollouts: Sequence[Rollouts]) -> list[An
     for each in rollouts:
         metrics = learner.learn(learner.score(each), REWARDS)
         models = [learner.policy, *([learner.critic] if learner.critic is not None else [])]
-        told.append([metrics, [p.detach().clone() for model in models for p in model.parameters()]])
+        told.append([metrics, [whole(p.detach()).clone() for model in models for p in model.parameters()]])
     return told
 
 
-def _steps(ranks: Ranks, words: str, parts: int, rollouts: Sequence[Rollouts]) -> list[Any]:
-    return steps(learner_of(words, ranks), parts, rollouts)
+def whole(tensor: Any) -> Tensor:
+    """The tensor, in the dtype that it computes in."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def _steps(ranks: Ranks, words: str, parts: int, rollouts: Sequence[Rollouts], sharded: bool = False) -> list[Any]:
+    return steps(learner_of(words, ranks, sharded), parts, rollouts)
 
 
 def assert_the_same(ours: list[Any], theirs: list[Any]) -> None:
@@ -119,10 +130,75 @@ def test_three_ranks_of_which_some_have_no_row_are_one_process(three, words, par
         assert_the_same(each, alone)
 
 
+@pytest.mark.parametrize("words", [each for each in ALGOS if "lora" not in each and "master_weights" not in each])
+def test_two_ranks_with_shards_and_a_micro_batch_each_are_one_process_with_two(two, words):
+    rollouts = [sampled(0), sampled(1)]
+    alone = steps(learner_of(words), 2, rollouts)
+    for each in two.call(_steps, words, 2, rollouts, True):
+        half = [
+            [metrics, [mine.to(one.dtype) for mine, one in zip(weights, of_one, strict=True)]]
+            for (metrics, weights), (_, of_one) in zip(each, alone, strict=True)
+        ]
+        assert_the_same(half, alone)
+
+
+@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 1), (ALGOS[0], 3), (ALGOS[1], 2), (ALGOS[8], 2)])
+def test_three_ranks_with_shards_of_which_some_have_no_row_are_one_process(three, words, parts):
+    rollouts = [sampled(0)]
+    alone = steps(learner_of(words), parts, rollouts)
+    for each in three.call(_steps, words, parts, rollouts, True):
+        assert_the_same(each, alone)
+
+
+def _uneven(ranks: Ranks, parts: int) -> list[Any]:
+    return steps(learner_of(ALGOS[0], ranks, True), parts, [sampled(0)])
+
+
+def test_shards_with_other_numbers_of_micro_batches_in_each_rank_do_not_hang_and_repeat(two):
+    first, again = (two.call(_uneven, 5) for _ in range(2))
+    assert_the_same(first[0], again[0])
+    assert_the_same(first[0], first[1])
+    (alone,) = steps(learner_of(ALGOS[0]), 5, [sampled(0)])
+    assert first[0][0][0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert first[0][0][0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
+
+
+def _tied(ranks: Ranks) -> tuple[bool, list[int]]:
+    learner = learner_of(ALGOS[0], ranks, True)
+    policy = learner.policy
+    rows = [len(p.to_local()) for p in policy.parameters()]  # type: ignore[attr-defined]
+    return policy.get_output_embeddings().weight is policy.get_input_embeddings().weight, rows
+
+
+def test_sharded_embeddings_and_head_stay_tied_and_each_rank_holds_its_rows_alone(two):
+    (tied, first), (_, second) = two.call(_tied)
+    whole_rows = [len(p) for p in learner_of(ALGOS[0]).policy.parameters()]
+    assert tied and [a + b for a, b in zip(first, second, strict=True)] == whole_rows
+
+
+def _in_half_a_step(ranks: Ranks) -> list[bool]:
+    """Trap: without a reshard before the optimiser's step the next pass sees the weights of before."""
+    learner = learner_of(ALGOS[0], ranks, True)
+    split_into(learner, 2)
+    seen = []
+    for seed in (0, 1):
+        batch = learner.score(sampled(seed))
+        learner.learn(batch, REWARDS)
+        with learner.spread.whole(learner.policy), torch.no_grad():
+            inside = [p.detach().clone() for p in learner.policy.parameters()]
+        seen.append(all(map(torch.equal, inside, [whole(p.detach()) for p in learner.policy.parameters()])))
+    return seen
+
+
+def test_after_a_step_what_computes_has_the_weights_that_were_stepped(two):
+    assert two.call(_in_half_a_step) == [[True, True]] * 2
+
+
 class Lane(Ranks):
     """One process that computes the share of one of several ranks, and adds nothing up."""
 
     def __init__(self, lane: int, lanes: int) -> None:
+        super().__init__()
         self.lane, self.lanes = lane, lanes
 
     def share(self, parts: Sequence[Any]) -> Sequence[Any]:
@@ -133,7 +209,7 @@ def gradients(learner: Learner, parts: int, rollouts: Rollouts, ranks: Ranks) ->
     """Those of one update, and its loss, where the share is that of `ranks`; scores are those of all."""
     split_into(learner, parts)
     batch = learner.score(rollouts)
-    learner.ranks = ranks
+    learner.spread = Whole(ranks)
     taken: list[Tensor | None] = []
 
     def keep(loss_is_finite: bool) -> dict[str, float]:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from forked_ranks import DEADLINE_S, FORK
 
-from rlhf import train
-from rlhf.ranks import beside, torchrun
+from rlhf import beside, train
+from rlhf.ranks import torchrun
 from rlhf.ranks.place import by_torchrun
 
 SOON_S = 30.0  # torchrun's own patience with a process that it has told to end, and a twentieth of a store's
@@ -85,6 +85,7 @@ def test_the_first_rank_tells_no_one_that_there_is_nothing_to_run_if_there_is(st
     assert [started(number, heard).gives() for number in (1, 2)] == ["run 1", "run 2"]
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_while_it_waits_for_what_to_run_another_rank_leaves_ctrl_c_to_the_first_and_ends_by_sigterm(started):
     waiting = started(1, beside.started_by_torchrun).process
     deadline = time.monotonic() + DEADLINE_S

@@ -1,8 +1,10 @@
 import contextlib
+import gc
 import math
 import os
 import re
 import signal
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +19,7 @@ from transfer import make_receiver, make_transfer
 from transfer.agreement import wire
 from transfer.agreement.manifest import ALIGNMENT, Manifest
 from transfer.backends.collective import Block, buckets_of
-from transfer.backends.process_group import LOOK_S
+from transfer.backends.process_group import LINGER_S, LOOK_S, POLL_S, TrainerGroup, WorkerGroup
 from transfer.config import CollectiveConfig, Library, SenderConfig, Take, Verify
 from transfer.memory.digest import digest_of
 from transfer.trainer.senders.direct import DirectSender
@@ -442,6 +444,103 @@ def test_two_hundred_pushes_and_many_groups_leave_descriptors_threads_and_memory
             assert fds_then <= fds and threads_then <= threads, (counts_then, counts)  # earlier tests' may have gone
         growth = [then - before for then, before in zip(sizes_then, sizes, strict=True)]
         assert max(growth) <= 12 * 2**20, f"230 pushes of 5 MiB took {growth} bytes"
+
+
+@pytest.fixture
+def without_garbage_collector():
+    """What only a garbage collection frees stays, as in a process that allocates little between two of them."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def held():
+    """This process's descriptors and threads."""
+    process = psutil.Process()
+    return process.num_fds(), process.num_threads()
+
+
+def flat(before):
+    """Whether this process holds no more than before, at once or before a deadline; what it holds."""
+    deadline = time.monotonic() + TIMEOUT_S + SLACK_S
+    while any(now > then for now, then in zip(held(), before, strict=True)) and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    return all(now <= then for now, then in zip(held(), before, strict=True)), (held(), before)
+
+
+def fails_to_form(groups, end):
+    """The errors with which these groups end when `end` is called while they wait for one more."""
+    errors = []
+
+    def meet(group):
+        try:
+            group.broadcast(TIMEOUT_S, 1, lambda index: torch.zeros(ALIGNMENT, dtype=torch.uint8))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=meet, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(group._store is None for group in groups) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    time.sleep(LOOK_S)
+    end()
+    for thread in threads:
+        thread.join()
+    assert [isinstance(error, ConnectionError) for error in errors] == [True] * len(groups), errors
+    return errors
+
+
+def test_a_group_that_is_closed_before_it_is_formed_says_that_it_was_given_up():
+    group = TrainerGroup(Library.gloo, torch.device("cpu"), 2, "127.0.0.1")
+    group.close()
+    with pytest.raises(ConnectionAbortedError, match="gave the broadcast up"):
+        group.broadcast(TIMEOUT_S, 1, lambda index: torch.zeros(ALIGNMENT, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("end", ["give_up", "close"])
+def test_groups_that_never_form_close_what_they_have_opened_also_while_somebody_keeps_the_error(
+    end, without_garbage_collector
+):
+    kept, before = [], ()
+    for _ in range(5):
+        trainers = TrainerGroup(Library.gloo, torch.device("cpu"), 3, "127.0.0.1")
+        workers = WorkerGroup(Library.gloo, torch.device("cpu"), "127.0.0.1", trainers.where)
+        kept += fails_to_form([trainers, workers], getattr(trainers, end))
+        if not before:  # what torch opens once for all
+            time.sleep(LINGER_S + 4 * LOOK_S)
+            gc.collect()
+            kept, before = [], held()
+    is_flat, seen = flat(before)
+    assert is_flat and len(kept) == 8, seen
+
+
+@pytest.mark.parametrize("moment", ["before the group is formed", "in the fourth bucket"])
+def test_workers_that_are_killed_leave_the_trainer_no_connections(moment, tmp_path, without_garbage_collector):
+    with opened(GLOO, tmp_path, count=2) as (transfer, workers):
+        small_buckets(transfer)
+        workers[0].may_restart = True
+
+        def kill():
+            os.kill(workers[0].process.pid, signal.SIGKILL)
+
+        before = ()
+        for seed in range(4):
+            if moment == "before the group is formed":
+                workers[0].faults["update_weights"] = "die"
+            else:
+                before_bucket(transfer, 3, kill)
+            transfer.push(plain(seed))
+            assert transfer.last.restarts == 1
+            transfer._publisher._drop_group()  # the one that has not failed
+            if not before:
+                time.sleep(LINGER_S + 4 * LOOK_S)
+                gc.collect()
+                before = held()[0], math.inf  # threads of a pool start when they are needed
+        is_flat, seen = flat(before)
+        assert is_flat, seen
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

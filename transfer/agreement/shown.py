@@ -1,8 +1,8 @@
 """Whatever comes from outside as a few characters of one safe line, for errors, logs and the terminal.
 
 `shown` prints a value without reading more of it than it shows, be it lists inside each other of which each holds the
-next a hundred times. `printable` and `one_line` leave no character in a text that a terminal would obey. Standard
-library only.
+next a hundred times. `printable`, `one_line` and `told` leave no character in a text that a terminal would obey.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_SHOWN = 80  # characters of a value
 MAX_LINE = 2000  # characters of a text
+MAX_TOLD = 300  # of what an exception says
 MAX_BITS = 256  # of an integer that is written out
 MAX_LEVELS = 16  # containers inside each other
 CUT = "..."
@@ -40,6 +41,15 @@ def one_line(text: str, limit: int = MAX_LINE) -> str:
     """At most `limit` characters of a text, `printable` and with its lines joined, whatever the text's length."""
     line = printable(" ".join(text[: 8 * limit].split()))
     return line if len(line) <= limit else line[: limit - len(CUT)] + CUT
+
+
+def told(error: BaseException, limit: int = MAX_TOLD) -> str:
+    """An exception of anybody's code in one line, its kind first; also of one that cannot say what it is."""
+    try:
+        text = str(error)
+    except Exception:  # its own __str__ is broken
+        text = "without words"
+    return f"{type(error).__name__}: {one_line(text, limit)}"
 
 
 def _escaped(found: re.Match[str]) -> str:

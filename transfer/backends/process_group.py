@@ -18,6 +18,7 @@ import secrets
 import socket
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from transfer.memory import regions
 LOOK_S = 0.05  # between two looks whether the deadline has passed, or the others have given up
 POLL_S = 0.0002  # between two looks whether a GPU is done
 BURY_S = 2.0  # to wait until a group is gone
+LINGER_S = 2.0  # for a worker that comes late to learn that the group was given up before it was formed
 DEPTH = 2  # tensors under way, or being made
 GO, GIVEN_UP = "go", "given up"  # keys of the store
 NCCL_ENVIRONMENT = {  # else a peer that is late or gone ends the whole process
@@ -53,7 +55,6 @@ class Group(ABC):
         self._group: Any = None
         self._under_way: deque[tuple[int, torch.Tensor, Any]] = deque()
         self._given_up = threading.Event()
-        self._closed = False
         self._until = 0.0
 
     @property
@@ -85,6 +86,7 @@ class Group(ABC):
                     self._complete(done)
         except BaseException as error:
             self.close()
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error keeps no connection alive
             if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
                 raise ConnectionError(f"the broadcast broke off: {_readable(error)}") from error
             raise
@@ -95,17 +97,16 @@ class Group(ABC):
 
     def close(self) -> None:
         """Leave the group, and tell whoever is still in it."""
-        if self._closed:
-            return
-        self._closed = True
         self._given_up.set()
-        busy, busy_on_gpu = bool(self._under_way), self._library is Library.nccl
-        burial = threading.Thread(
-            target=_bury, args=(self._library, self._group, [work for _, _, work in self._under_way]), daemon=True
-        )
-        self._group = None
+        group, self._group = self._group, None
+        works = [work for _, _, work in self._under_way]
         self._under_way.clear()
         self._leave_store()
+        if group is None:
+            return
+        busy, busy_on_gpu = bool(works), self._library is Library.nccl
+        burial = threading.Thread(target=_bury, args=(self._library, group, works), daemon=True)
+        del group, works
         burial.start()
         if busy_on_gpu or not busy:
             burial.join(BURY_S)
@@ -115,22 +116,27 @@ class Group(ABC):
     def _form(self) -> None:
         """Meet the others and connect, in a thread that can be left alone: what it calls may wait for ever."""
         outcome: list[Any] = []
-
-        def meet() -> None:
-            try:
-                outcome.append(self._connected())
-            except BaseException as error:
-                outcome.append(error)
-
-        thread = threading.Thread(target=meet, daemon=True)
+        thread = threading.Thread(target=self._meet, args=(outcome,), daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(LOOK_S)
             if thread.is_alive():
                 self._check()
         if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        self._group = outcome[0]
+            raise outcome.pop()
+        self._group = outcome.pop()
+        self._check()
+
+    def _meet(self, outcome: list[Any]) -> None:
+        """Put the group, or why there is none, in `outcome`; nothing keeps a connection when nobody waits any more."""
+        try:
+            outcome.append(self._connected())
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            outcome.append(error)
+            del outcome  # which holds the error, which holds this frame: only the garbage collector would end that
+        if self._given_up.is_set():
+            self._leave_store()
 
     def _connected(self) -> Any:
         store, rank, address = self._met()
@@ -155,9 +161,9 @@ class Group(ABC):
     def _leave_store(self) -> None:
         self._store = None
 
-    def _await(self, come: Callable[[], bool]) -> None:
+    def _await(self, come: Callable[..., bool], *given: Any) -> None:
         pause = POLL_S
-        while not come():
+        while not come(*given):
             self._check()
             time.sleep(pause)
             pause = min(2 * pause, LOOK_S)
@@ -214,6 +220,7 @@ class TrainerGroup(Group):
         super().__init__(library, device, world)
         self._host = host
         self._nonce = secrets.token_hex(16)
+        self._all_here = False
         with listener(host) as bound:
             port = bound.getsockname()[1]
             store = dist.TCPStore(
@@ -224,8 +231,11 @@ class TrainerGroup(Group):
 
     def _met(self) -> tuple[dist.Store, int, str]:
         store = self._store
+        if store is None:  # closed before this thread came so far
+            self._check()
         assert store is not None
-        self._await(lambda: store.add("rank", 0) >= self._world - 1)
+        self._await(self._all_came, store)
+        self._all_here = True
         if self._library is Library.nccl:
             devices = [regions.device_uuid(self._device)]
             devices += [store.get(f"device/{rank}").decode() for rank in range(1, self._world)]
@@ -234,11 +244,16 @@ class TrainerGroup(Group):
         store.set(GO, "")
         return store, 0, self._host
 
+    def _all_came(self, store: dist.Store) -> bool:
+        return store.add("rank", 0) >= self._world - 1
+
     def _leave_store(self) -> None:
-        if self._store is not None:
+        store, self._store = self._store, None
+        if store is not None:
             with suppress(RuntimeError):
-                self._store.set(GIVEN_UP, "")
-        self._store = None
+                store.set(GIVEN_UP, "")
+            if not self._all_here:
+                threading.Thread(target=_linger, args=(store,), daemon=True).start()
 
 
 class WorkerGroup(Group):
@@ -264,7 +279,7 @@ class WorkerGroup(Group):
         if self._library is Library.nccl:
             store.set(f"device/{rank}", regions.device_uuid(self._device))
         store.add("rank", 1)
-        self._await(lambda: store.check([GO]))
+        self._await(store.check, [GO])  # no closure: the frame of one would hold the store as long as an error
         return store, rank, address
 
     @contextmanager
@@ -303,6 +318,11 @@ def listener(host: str) -> socket.socket:
         return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ValueError(f"transfer.host must be an address of the trainer's machine (got {host!r}): {error}") from None
+
+
+def _linger(store: dist.Store) -> None:
+    """Keep a store open for a while: a worker that finds none tries until its deadline."""
+    time.sleep(LINGER_S)
 
 
 def _bury(library: Library, group: Any, works: list[Any]) -> None:

@@ -6,11 +6,9 @@ is made once for tensors that stay where they are. Neighbours in memory on both 
 
 from __future__ import annotations
 
-import gc
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 
 from transfer.agreement.manifest import ALIGNMENT
 from transfer.memory.far_copy import FarCopy, is_far
+from transfer.memory.garbage import uncollected
 from transfer.memory.pieces import CASTS, merged, range_of, table_of
 from transfer.memory.sums import offsets_of, sums_digest
 
@@ -139,7 +138,7 @@ class Recorded:
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), uncollected():
+        with torch.cuda.stream(stream), uncollected():  # to free GPU memory would end what is being recorded
             self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may be sampling
             try:
                 queue()
@@ -156,18 +155,6 @@ class Recorded:
         torch.cuda.current_stream().synchronize()
         found: list[int] = self._results.tolist()
         return found
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Python's garbage collector rests: to free GPU memory would end what is being recorded."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def addresses(tensors: Iterable[torch.Tensor]) -> list[int]:

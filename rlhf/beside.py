@@ -1,4 +1,4 @@
-"""`python -m rlhf.ranks.beside`: a rank beside the first; what it is to run comes as a line on stdin.
+"""`python -m rlhf.beside`: a rank beside the first; what it is to run comes as a line on stdin.
 
 It ends with the first rank, in whatever way that ends. Signals that tell all processes of a job of its end are for the
 first rank, which decides.
