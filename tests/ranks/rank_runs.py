@@ -37,6 +37,7 @@ import psutil
 
 from rlhf.learning.learner import Learner
 from rlhf.plugins import loss
+from transfer.trainer.session import Session
 
 HARM = os.environ.get("{HARM}", "")
 loss("of_the_test")(lambda algo, logprobs, old, advantages, mask: (logprobs, logprobs))  # a plug-in has a part
@@ -75,7 +76,7 @@ plain, accumulate = Learner.learn, Learner._accumulate
 
 
 def learn(self, batch, rewards):
-    if self.ranks.number == self.ranks.count - 1 and learned() and not Path("{WHEN}").exists():
+    if self.spread.ranks.number == self.spread.ranks.count - 1 and learned() and not Path("{WHEN}").exists():
         if HARM in ("learning kill", "learning raise", "learning stop"):
             Path("{WHEN}").write_text(str(time.time()))
         if HARM == "learning kill":
@@ -88,11 +89,19 @@ def learn(self, batch, rewards):
 
 
 def accumulated(self, batch, weights):
-    with open(f"shares-{{self.ranks.number}}", "a") as file:
+    with open(f"shares-{{self.spread.ranks.number}}", "a") as file:
         print(len(batch.ids_BT), file=file)
     return accumulate(self, batch, weights)
 
 
+def pushed(self, weights):
+    if HARM == "pushing kill-rank" and learned() and not Path("{WHEN}").exists():
+        Path("{WHEN}").write_text(str(time.time()))
+        kill("rlhf.beside")
+    return push(self, weights)
+
+
+push, Session.push = Session.push, pushed
 Learner.learn, Learner._accumulate = learn, accumulated
 '''
 
