@@ -30,11 +30,13 @@ MINE = f'''
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import psutil
 
+import rlhf.stages.sft as sft
 from rlhf.learning.learner import Learner
 from rlhf.plugins import loss
 from transfer.trainer.session import Session
@@ -101,6 +103,14 @@ def pushed(self, weights):
     return push(self, weights)
 
 
+def joined(rows, device):
+    if HARM == "warm-up kill" and "rlhf.beside" in sys.modules["__main__"].__spec__.name:
+        Path("{WHEN}").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return join(rows, device)
+
+
+join, sft.join = sft.join, joined
 push, Session.push = Session.push, pushed
 Learner.learn, Learner._accumulate = learn, accumulated
 '''

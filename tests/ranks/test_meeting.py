@@ -20,7 +20,7 @@ from rlhf.ranks.star import LIFE, TALK, Meeting, Star, join
 from rlhf.shell.ending import RunError
 
 KEY = "a key of the test"
-PATIENT_S = 8.0
+PATIENT_S = 60.0
 DYING = """
 import json, os, sys
 from rlhf.ranks.place import Invitation

@@ -104,6 +104,13 @@ def test_a_rank_that_ends_or_hangs_in_a_step_ends_the_run_with_one_line_that_say
     ended.assert_nothing_is_left()
 
 
+def test_a_rank_that_is_killed_during_a_long_warm_up_ends_it(runs):
+    ended = runs.train(*REPLICAS, "sft.steps=10000000", harm="warm-up kill")
+    assert ended.code == 1 and ended.seconds < SOON_S, ended.errors
+    assert_one_line_says(ended, WITHOUT_A_WORD)
+    ended.assert_nothing_is_left()
+
+
 def test_an_error_that_the_first_rank_meets_outside_is_the_run_s_one_line_and_no_rank_is_blamed(runs):
     ended = runs.train(*REPLICAS, "rollout.restarts=0", harm="kill-worker")
     assert ended.code == 1 and ended.seconds < SOON_S, ended.errors
