@@ -19,9 +19,7 @@ from transfer.agreement.wire import RemoteError, TransferError
 from transfer.backends.folder_lock import NO_LOCKS
 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # schedulers announce the end by any of them
-LOST = getattr(
-    signal, "SIGRTMIN", signal.SIGURG
-)  # a rank of the trainer is gone (ranks/watch.py); nobody else sends it
+LOST = getattr(signal, "SIGRTMIN", signal.SIGURG)  # by ranks/watch.py alone: a rank of the trainer is gone
 TERMINATED = 128 + signal.SIGTERM  # exit codes, as shells have them
 STOPPED = frozenset(128 + signum for signum in STOPS)
 INTERRUPTED = 128 + signal.SIGINT

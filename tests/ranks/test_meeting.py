@@ -178,6 +178,7 @@ def test_whoever_has_the_key_and_no_place_does_not_get_in(meeting, coming, name)
         with contextlib.closing(all_of(meeting, 2)) as first:
             assert len(first.talk) == 1
             saying.join(PATIENT_S)
+            meeting.close()
             with pytest.raises((EOFError, OSError)):
                 odd.recv_bytes()
 
