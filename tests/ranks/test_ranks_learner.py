@@ -194,6 +194,27 @@ def test_after_a_step_what_computes_has_the_weights_that_were_stepped(two):
     assert two.call(_in_half_a_step) == [[True, True]] * 2
 
 
+def _laid(ranks: Ranks, sharded: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights that each rank has trained by itself to other last bits, and as they are once they lie over the ranks."""
+    policy = learner_of(ALGOS[0]).policy.requires_grad_(False)
+    for parameter in policy.parameters():
+        parameter.add_(1e-6 * ranks.number)
+    if not sharded:  # FSDP takes none that lie otherwise in memory
+        odd = policy.get_input_embeddings()
+        odd.weight = torch.nn.Parameter(odd.weight.t().contiguous().t(), requires_grad=False)
+        policy.tie_weights()
+    before = [p.clone() for p in policy.parameters()]
+    spread = Sharded(ranks, torch.device("cpu")) if sharded else Whole(ranks)
+    return before, [whole(p).clone() for p in spread.lay(policy).parameters()]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "sharded"])
+def test_all_ranks_begin_with_the_weights_of_the_first(two, sharded):
+    (first, laid), (second, laid_there) = two.call(_laid, sharded)
+    assert not any(map(torch.equal, first, second))
+    assert all(map(torch.equal, laid, first)) and all(map(torch.equal, laid_there, first))
+
+
 class Lane(Ranks):
     """One process that computes the share of one of several ranks, and adds nothing up."""
 
