@@ -153,6 +153,7 @@ def test_a_check_makes_one_step_with_all_ranks_and_leaves_nothing(runs):
     ended = runs.train(*REPLICAS, "mode=check")
     assert ended.code == 0, ended.errors
     assert "all is well" in ended.output and "rank-1.log" in ended.output
+    assert "each of the trainer's 2 ranks, the first on cpu" in ended.output
     ended.assert_nothing_is_left()
     assert {path.name for path in runs.folder.iterdir()} - {"mine.py", "stdout", "stderr", "__pycache__"} == {
         "shares-0",
