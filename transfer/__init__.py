@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfer.agreement.journal import Journal
 from transfer.config import InFlight
+from transfer.trainer.interfaces import Ranks as Ranks
 from transfer.trainer.interfaces import Sender as Sender
 from transfer.trainer.interfaces import Transfer as Transfer
 
@@ -44,13 +45,22 @@ if TYPE_CHECKING:
 
 
 def make_transfer(
-    config: TransferConfig, folder: Path, in_flight: InFlight = InFlight.wait, journal: Journal | None = None
+    config: TransferConfig,
+    folder: Path,
+    in_flight: InFlight = InFlight.wait,
+    journal: Journal | None = None,
+    ranks: Ranks | None = None,
 ) -> Transfer:
     """The session for a configuration.
 
     `folder` is where the backend may write (disk); `in_flight` says what becomes of completions that are being sampled
-    when an update is finished; `journal` notes what is done.
+    when an update is finished; `journal` notes what is done. `ranks` are those of a trainer of several, each of which
+    makes one: their weights may be DTensors, sharded on dim 0.
     """
+    if ranks is not None and ranks.count > 1:
+        from transfer.trainer.ranks import make_of_ranks
+
+        return make_of_ranks(config, folder, in_flight, journal or Journal(), ranks)
     from transfer.backends.make import make_publisher
     from transfer.trainer.session import Session
 

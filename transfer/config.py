@@ -201,6 +201,22 @@ class HandlesConfig(TransferConfig):
             raise ValueError("transfer=handles needs servers that run already: set transfer.sender.url=[http://...]")
 
 
+def check_takes_shards(config: TransferConfig) -> None:
+    """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer."""
+    ours = "weights that are sharded over ranks travel by transfer=ipc with staging=arena and take=copy"
+    match config:
+        case IpcConfig(staging=Staging.arena, take=Take.copy):
+            return
+        case IpcConfig(staging=Staging.live):
+            raise ValueError(f"transfer.staging must be arena (got live): {ours}")
+        case IpcConfig(take=take):
+            raise ValueError(f"transfer.take must be copy (got {take.value}): {ours}")
+        case CollectiveConfig(library=library):
+            raise ValueError(f"transfer must be ipc (got {library.value}): {ours}")
+    name = type(config).__name__.removesuffix("Config").lower()
+    raise ValueError(f"transfer must be ipc (got {name}): {ours}")
+
+
 def positive(key: str, value: float) -> None:
     """Raise ValueError unless `value` > 0."""
     if not value > 0:

@@ -214,6 +214,7 @@ class Publisher:
 
     casts = False
     finds_nonfinite = False
+    takes_shards = False
     endpoint: Mapping[str, Any] = {}
 
     def __init__(self, world: World, name: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from transfer.agreement.dtensor import is_dtensor, local_part
 from transfer.agreement.shown import shown
 
 ALIGNMENT = 256  # bytes; keeps every dtype aligned, also behind odd-sized tensors
@@ -64,7 +65,10 @@ class Manifest:
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Manifest:
-        """The plan for `weights`; floating-point tensors travel as `dtype` if given; ValueError if one cannot."""
+        """The plan for `weights`; floating-point tensors travel as `dtype` if given; ValueError if one cannot.
+
+        A DTensor counts as the whole tensor.
+        """
         return cls._grouped(weights, dtype, _identity)
 
     @classmethod
@@ -109,6 +113,11 @@ class Manifest:
             end = offset + nbytes
             offset = round_up(end, ALIGNMENT)
         return cls(tuple(entries), end)
+
+    def reshaped(self, shapes: Iterable[tuple[int, ...]]) -> Manifest:
+        """The same entries with other shapes, one an entry, laid out anew."""
+        rows = zip(self.entries, shapes, strict=True)
+        return self._laid_out((entry.name, entry.dtype, shape, entry.aliases) for entry, shape in rows)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; offsets and sizes follow from it."""
@@ -162,7 +171,12 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def _identity(name: str, tensor: torch.Tensor) -> Any:
-    """What two names of one tensor have in common; an empty tensor has no memory to share."""
+    """What two names of one tensor have in common; an empty tensor has no memory to share.
+
+    A DTensor has no address of its own: two names of one have the part in common that this rank holds.
+    """
+    if is_dtensor(tensor):
+        return _identity(name, local_part(tensor)), tuple(tensor.shape)
     if tensor.layout is not torch.strided or tensor.is_meta:
         raise ValueError(
             f"{name} must be a plain tensor with memory of its own, not {tensor.layout} on {tensor.device}"

@@ -11,7 +11,6 @@ word in host memory (mark.py) says whether they have held still while they were 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,73 +18,19 @@ import torch
 
 from transfer.agreement import wire
 from transfer.agreement.manifest import Manifest, same_tensors
+from transfer.agreement.shown import shown
+from transfer.backends.base import Staged
+from transfer.backends.slots import Slots, SlotsOfRanks
 from transfer.config import IpcConfig, Staging, Take
 from transfer.memory import regions
-from transfer.memory.descriptors import SOCKET, DescriptorServer, receive_region
+from transfer.memory.descriptors import SOCKET, receive_region
 from transfer.memory.digest import Hasher, digest_of
 from transfer.memory.finite import NotFinite
 from transfer.memory.mark import MARK_BYTES, Mark
 from transfer.memory.one_pass import OnePass, addresses, available
 
-LOG = logging.getLogger(__name__)
 MAX_SLOTS = 64
-OPEN_TO_WRITERS = (
-    "this kernel cannot seal shared memory against writing (F_SEAL_FUTURE_WRITE, Linux 5.1): another process "
-    "of this user could change the weights that workers serve"
-)
-
-
-class Slots:
-    """The trainer's shared memory: on the device of its weights, as many slots as asked for."""
-
-    def __init__(self) -> None:
-        self._server = DescriptorServer()
-        self._regions: list[regions.Region] = []  # of the slots, and behind it the mark's, if they are on a GPU
-        self.device = regions.HostRegion.device
-        self.socket = self._server.path
-        self.views: list[dict[str, torch.Tensor]] = []
-        self.mark: Mark | None = None  # of slots that change without a word to the workers
-
-    def allocate(
-        self, manifest: Manifest, weights: Mapping[str, torch.Tensor], count: int, marked: bool = False
-    ) -> dict[str, Any]:
-        """Allocate `count` slots in place of the ones before; what a worker must know to map them."""
-        self._drop()
-        nbytes, marks = count * regions.slot_bytes(manifest), MARK_BYTES * marked
-        self.device = next((w.device for w in weights.values() if w.is_cuda), regions.HostRegion.device)
-        where: dict[str, Any] = {"slots": count}
-        if self.device.type == "cuda":
-            on_gpu = regions.CudaRegion(nbytes, self.device)
-            self._regions.append(on_gpu)
-            where |= {"device": regions.device_uuid(self.device), "handle": on_gpu.handle}
-            if marked:
-                self.mark = Mark(self._shared(marks))
-                where["mark"] = self.socket  # also for workers that were started before this trainer
-        else:
-            on_host = self._shared(nbytes + marks)
-            self.mark = Mark(on_host) if marked else None
-        self.views = [regions.tensors(self._regions[0], manifest, slot) for slot in range(count)]
-        return where
-
-    def _shared(self, nbytes: int) -> regions.HostRegion:
-        """Host memory that workers get."""
-        region = regions.HostRegion(nbytes)
-        self._regions.append(region)
-        if not region.sealed:
-            LOG.warning(OPEN_TO_WRITERS)
-        self._server.offer(region)
-        return region
-
-    def close(self) -> None:
-        """Stop sharing; workers, and whoever holds a tensor of it, keep what they have."""
-        self._server.close()
-        self._drop()
-
-    def _drop(self) -> None:
-        self.views, self.mark = [], None
-        for region in self._regions:
-            region.close()
-        self._regions = []
+MAX_RANKS = 4096
 
 
 class ArenaPublisher:
@@ -93,12 +38,13 @@ class ArenaPublisher:
 
     casts = True
     keeps = True
+    takes_shards = False
     exposes = False
     given: tuple[torch.Tensor, ...] = ()
 
-    def __init__(self, config: IpcConfig) -> None:
+    def __init__(self, config: IpcConfig, slots: Slots | None = None) -> None:
         self._count = config.slots
-        self._slots = Slots()
+        self._slots = slots or Slots()
         self._versions: list[int | None] = []  # by slot
         self._passes: dict[int, OnePass] = {}  # by slot
         self.finds_nonfinite = False
@@ -119,11 +65,7 @@ class ArenaPublisher:
 
         NotFinite for weights in which `finds_nonfinite` has found such values.
         """
-        free = [slot for slot, held in enumerate(self._versions) if held is None or held not in served]
-        assert free, f"all slots are served: {self._versions}"
-        slot = free[0]
-        self._versions = [None if held == version else held for held in self._versions]
-        self._versions[slot] = version
+        slot = self._take_slot(version, served)
         views = self._slots.views[slot]
         if self.finds_nonfinite:
             digest = self._in_one_pass(slot, [weights[name] for name in views], with_digest)
@@ -131,6 +73,14 @@ class ArenaPublisher:
             digest = _copy(views, weights, with_digest)
         _wait(self._slots.device)
         return {"slot": slot}, digest
+
+    def _take_slot(self, version: int, served: Collection[int]) -> int:
+        """The slot that holds this version from now on: one that nobody serves."""
+        free = [slot for slot, held in enumerate(self._versions) if held is None or held not in served]
+        assert free, f"all slots are served: {self._versions}"
+        self._versions = [None if held == version else held for held in self._versions]
+        self._versions[free[0]] = version
+        return free[0]
 
     def _in_one_pass(self, slot: int, sources: list[torch.Tensor], with_digest: bool) -> str | None:
         if slot not in self._passes or not self._passes[slot].fits(sources):
@@ -154,6 +104,7 @@ class LivePublisher:
     """The sending half with `staging=live`: moves the parameters into shared memory at `open`, and writes nothing."""
 
     casts = False
+    takes_shards = False
 
     def __init__(self, config: IpcConfig) -> None:
         self.exposes = config.take is Take.view
@@ -240,17 +191,21 @@ class ArenaIntake:
 
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._socket = str(endpoint["socket"])
+        self._sockets = list(map(str, endpoint.get("sockets", ())))  # of a trainer of several ranks, one a rank
         self.in_place = Take(endpoint["take"]) is Take.copy
         self.settled = Staging(endpoint["staging"]) is Staging.arena
         self.unchecked = False
         self._mark: Mark | None = None  # of memory that is not settled, and copied
-        self._region: regions.Region | None = None
-        self.slots: Sequence[dict[str, torch.Tensor]] = ()
+        self._mapped: regions.Region | SlotsOfRanks | None = None
+        self.slots: Sequence[Staged] = ()
         self.owner = regions.HostRegion.device
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Map the trainer's slots; ValueError if `take=view` cannot put them under a module on `device`."""
         wire.only(dict(where), WHERE, "where")
+        if "ranks" in where:
+            self._prepare_ranks(manifest, where)
+            return
         slots = where.get("slots", 0)
         nbytes, marks = slots * regions.slot_bytes(manifest), MARK_BYTES * (not self.settled)
         region: regions.Region
@@ -268,12 +223,25 @@ class ArenaIntake:
                 f"(the sampler is on {device}): use transfer.take=copy"
             )
         self.close()
-        self._region, self._mark = region, mark
+        self._mapped, self._mark = region, mark
         self.unchecked = not self.settled and "handle" in where
         self.slots = [regions.tensors(region, manifest, slot) for slot in range(slots)]
         self.owner = region.device
 
-    def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _prepare_ranks(self, manifest: Manifest, where: Mapping[str, Any]) -> None:
+        """Map the slots of each of the trainer's ranks."""
+        ranks, whole = where["ranks"], where.get("whole", ())
+        if ranks != len(self._sockets):
+            raise ValueError(f"where.ranks must be {len(self._sockets)}, the number of endpoint.sockets (got {ranks})")
+        if unknown := sorted({*whole} - {entry.name for entry in manifest.entries}):
+            raise ValueError(f"where.whole names tensors that are not in the manifest: {shown(unknown)}")
+        if not (self.in_place and self.settled):
+            raise ValueError("weights of several ranks can only be copied from an arena: use transfer.take=copy")
+        mapped = SlotsOfRanks(self._sockets, manifest, where.get("slots", 0), whole)
+        self.close()
+        self._mapped, self.slots, self.owner = mapped, mapped.slots, regions.HostRegion.device
+
+    def stage(self, version: int, where: Mapping[str, Any]) -> Staged:
         """The tensors of the slot that `where` names, by entry name."""
         wire.only(dict(where), {"slot": wire.is_int}, "where")
         if where.get("slot", -1) not in range(len(self.slots)):
@@ -287,9 +255,9 @@ class ArenaIntake:
     def close(self) -> None:
         """Give up the mapping; weights that view it keep it."""
         self.slots, self._mark = (), None
-        if self._region is not None:
-            self._region.close()
-            self._region = None
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
 
 
 def _is_slots(value: Any) -> bool:
@@ -300,8 +268,18 @@ def _is_socket(value: Any) -> bool:
     return isinstance(value, str) and SOCKET.fullmatch(value) is not None
 
 
+def _is_ranks(value: Any) -> bool:
+    return wire.is_int(value) and 1 <= value <= MAX_RANKS
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 WHERE: dict[str, Callable[[Any], bool]] = {
     "slots": _is_slots,
+    "ranks": _is_ranks,
+    "whole": _is_names,
     "device": wire.is_str,
     "handle": wire.is_str,
     "mark": _is_socket,

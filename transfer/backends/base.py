@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from transfer.agreement.manifest import Manifest
+from transfer.memory.rows import Placed
 
 Weights = Mapping[str, torch.Tensor]
-Staged = Mapping[str, torch.Tensor]  # by entry name
+Staged = Mapping[str, Placed]  # by entry name
 
 
 class Publisher(Protocol):
@@ -24,6 +25,7 @@ class Publisher(Protocol):
     casts: bool  # whether it writes the workers' dtype, whatever the trainer's
     keeps: bool  # whether the bytes of a version stay until the next is written
     finds_nonfinite: bool  # whether values that are not finite are found, as NotFinite or by workers, with no search
+    takes_shards: bool  # whether weights may be DTensors, of which each rank of the trainer holds a part
     exposes: bool  # whether workers serve the trainer's own memory: to be withdrawn before it changes
     given: tuple[torch.Tensor, ...]  # the tensors of `prepare`, if they are themselves what workers read
 

@@ -81,6 +81,7 @@ class CollectivePublisher:
     casts = True
     keeps = True  # as far as `holds` says
     finds_nonfinite = False
+    takes_shards = False
     exposes = False
     given: tuple[torch.Tensor, ...] = ()
 

@@ -45,6 +45,7 @@ class DiskPublisher:
     casts = True
     keeps = True
     finds_nonfinite = False
+    takes_shards = False
     exposes = False
     given: tuple[torch.Tensor, ...] = ()
 

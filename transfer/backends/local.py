@@ -18,6 +18,7 @@ class LocalPublisher:
     casts = True
     keeps = False
     finds_nonfinite = False
+    takes_shards = False
     exposes = False
     given: tuple[torch.Tensor, ...] = ()
 

@@ -10,7 +10,14 @@ from transfer.agreement.manifest import Manifest
 
 
 class NotFinite(ValueError):
-    """Weights with a value that is not finite were found while they were written; nobody has been told of them."""
+    """Weights with a value that is not finite were found while they were written; nobody has been told of them.
+
+    `tensor` is the name of the first, if that is known.
+    """
+
+    def __init__(self, reason: str = "", tensor: str | None = None) -> None:
+        super().__init__(reason)
+        self.tensor = tensor
 
 
 @torch.no_grad()

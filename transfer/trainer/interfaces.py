@@ -1,4 +1,4 @@
-"""What a trainer holds, a session, and what it reaches each worker by, a sender."""
+"""What a trainer holds, a session, and what it reaches each worker by, a sender, and its other ranks."""
 
 from __future__ import annotations
 
@@ -31,8 +31,30 @@ class Sender(Protocol):
     def close(self) -> None: ...
 
 
+class Ranks(Protocol):
+    """The ranks of one trainer, as a transfer sees them: the same calls in the same order in each."""
+
+    @property
+    def number(self) -> int:
+        """Of this rank; 0 is the first, which alone talks to the workers."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def told(self, value: Any) -> Any:
+        """What the first rank gives, in all ranks; JSON."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank gives, in their order, in all ranks; JSON."""
+
+
 class Transfer(AbstractContextManager["Transfer"], Protocol):
-    """A session that carries versions of one policy to a fixed set of workers."""
+    """A session that carries versions of one policy to a fixed set of workers.
+
+    Of a trainer of several ranks each has one, and all call `open`, `push`, `withdraw` and `close` in the same order;
+    those beside the first open it with no senders.
+    """
 
     @property
     def endpoint(self) -> Mapping[str, Any]:
@@ -59,6 +81,9 @@ class Transfer(AbstractContextManager["Transfer"], Protocol):
         """Call before the weights change: workers that serve the trainer's own memory stop; for others, nothing."""
 
     def recover(self, sender: Sender) -> bool:
-        """Bring a worker that was started again to the newest version; False if that is not what it lacks."""
+        """Bring a worker that was started again to the newest version; False if that is not what it lacks.
+
+        By the first rank alone.
+        """
 
     def close(self) -> None: ...

@@ -15,11 +15,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transfer.agreement.dtensor import refuse_dtensors
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
 from transfer.agreement.wire import TransferError
 from transfer.backends.base import BroadcastPublisher, FencedPublisher, Part, Publisher, Weights
-from transfer.memory.finite import NotFinite
+from transfer.memory.finite import NotFinite, not_finite
 from transfer.trainer.fleet import Member
 from transfer.trainer.weight_checks import nonfinite
 
@@ -48,6 +49,8 @@ class Publication:
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]:
         """Make room for such weights; what a worker must know to take them."""
+        if not self._publisher.takes_shards:
+            refuse_dtensors(weights)
         self._written = {}  # also if there is no room: what held them may be gone
         where = self._publisher.prepare(manifest, weights)
         self._manifest = manifest
@@ -62,8 +65,8 @@ class Publication:
             where, digest = self._publisher.write(version, weights, served, with_digest)
         except (OSError, RuntimeError) as error:  # the latter is torch's, for memory that is not to be had, say
             raise TransferError(f"writing version {version} failed: {error}") from error
-        except NotFinite:
-            raise nonfinite(weights, self._manifest, version) from None
+        except NotFinite as found:
+            raise nonfinite(found.tensor or not_finite(weights, self._manifest), version) from None
         written = self._written[version] = Written(version, where, digest)
         self._journal.write("publish", epoch=epoch, version=version, digest=digest)
         return written

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from transfer.agreement.dtensor import local_part, refuse_dtensors
 from transfer.agreement.manifest import Manifest, same_tensors
 from transfer.agreement.wire import TransferError
 from transfer.backends.base import Publisher, Weights
@@ -34,12 +35,16 @@ class WeightChecks:
         if not known:
             self._check_form(weights, version)
         for entry in self._tied:
-            if any(weights[alias].data_ptr() != weights[entry.name].data_ptr() for alias in entry.aliases):
+            places = {local_part(weights[name]).data_ptr() for name in entry.names}
+            if len(places) > 1:
                 raise TransferError(f"version {version}: {entry.name} is no longer tied to {entry.aliases}")
-        if not self._publisher.finds_nonfinite and not_finite(weights, self.manifest) is not None:
-            raise nonfinite(weights, self.manifest, version)
+        bad = None if self._publisher.finds_nonfinite else not_finite(weights, self.manifest)
+        if bad is not None:
+            raise nonfinite(bad, version)
 
     def _check_form(self, weights: Weights, version: int) -> None:
+        if not self._publisher.takes_shards:
+            refuse_dtensors(weights)
         if weights.keys() != self.manifest.by_name.keys():
             changed = sorted(weights.keys() ^ self.manifest.by_name.keys())
             raise TransferError(f"version {version}: other names than agreed on: {', '.join(changed[:10])}")
@@ -49,7 +54,6 @@ class WeightChecks:
             raise TransferError(f"version {version}: {other.name} is not the {list(other.shape)} agreed on")
 
 
-def nonfinite(weights: Weights, manifest: Manifest, version: int) -> TransferError:
+def nonfinite(tensor: str | None, version: int) -> TransferError:
     """The error that names the first tensor with such values."""
-    bad = not_finite(weights, manifest)
-    return TransferError(f"version {version}: {bad} has values that are not finite; nothing was sent")
+    return TransferError(f"version {version}: {tensor} has values that are not finite; nothing was sent")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -56,6 +56,11 @@ class RankWeights:
             raise ValueError(
                 "inside vLLM weights are copied, because its CUDA graphs have their addresses: transfer.take must be "
                 "copy (got view)"
+            )
+        if "ranks" in where:
+            raise ValueError(
+                "inside vLLM weights come from a trainer of one rank: weights that are sharded over ranks need "
+                "rollout=hf"
             )
         intake = make_intake(endpoint)
         self.close()
@@ -127,7 +132,7 @@ class RankWeights:
     def _staged(self, version: int, where: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
         if self._intake is None:
             raise ValueError("no trainer has said yet where its weights are: initialise the weight transfer first")
-        return self._intake.stage(version, where)
+        return cast("Mapping[str, torch.Tensor]", self._intake.stage(version, where))  # by `prepare` in one place each
 
     def _named(self, staged: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Under every name of each: the model's loader knows which of two tied ones it wants."""

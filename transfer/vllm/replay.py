@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from transfer.agreement.manifest import Manifest
-from transfer.backends.base import Staged
 from transfer.memory.digest import digest_of
 from transfer.memory.one_pass import OnePass, available
 from transfer.memory.pieces import CASTS
@@ -16,7 +17,9 @@ from transfer.vllm.recorder import Recording
 class Replay:
     """The copies that `found` holds from one slot, `staged`, laid out as `manifest` says, in memory of `owner`."""
 
-    def __init__(self, found: Recording, manifest: Manifest, staged: Staged, owner: torch.device) -> None:
+    def __init__(
+        self, found: Recording, manifest: Manifest, staged: Mapping[str, torch.Tensor], owner: torch.device
+    ) -> None:
         pairs = [(target, source) for target, source in found.copies if target.numel()]
         self._found = found
         self._entries = [staged[entry.name] for entry in manifest.entries]

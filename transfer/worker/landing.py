@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 
+from transfer.agreement.dtensor import refuse_dtensors
 from transfer.agreement.manifest import Manifest
 from transfer.backends.base import Staged
 from transfer.memory.digest import digest_of
 from transfer.memory.finite import NotFinite, not_finite
 from transfer.memory.one_pass import OnePass, available
 from transfer.memory.regions import slot_bytes, views_of
+from transfer.memory.rows import copy_rows, in_one_place, parts_of
 from transfer.memory.sums import SUMS
 
 
@@ -22,12 +25,12 @@ class Landing:
     update is a single copy, whatever the number of tensors.
     """
 
-    def __init__(self, manifest: Manifest, held: Staged) -> None:
+    def __init__(self, manifest: Manifest, held: Mapping[str, torch.Tensor]) -> None:
         self.manifest = self._manifest = manifest
         self.parameters = {name for name, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
         self._tensors = {e.name: list({id(held[n]): held[n] for n in e.names}.values()) for e in manifest.entries}
         self._all = [(name, tensor) for name, tensors in self._tensors.items() for tensor in tensors]
-        self._taken: Staged = {}  # what `view` has put in the place of the module's
+        self._taken: Mapping[str, torch.Tensor] = {}  # what `view` has put in the place of the module's
         self._replaced: list[torch.Tensor] = []
         self._flat = False
         self._copies: dict[int, tuple[Staged, OnePass]] = {}  # by the staged dict, which a slot has for good
@@ -38,6 +41,7 @@ class Landing:
     def of(cls, module: torch.nn.Module) -> Landing:
         """The parameters and persistent buffers of a module, by the names of its state_dict."""
         held = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+        refuse_dtensors(held, "a worker's module must hold whole tensors")
         return cls(Manifest.of(held), held)
 
     @property
@@ -67,7 +71,8 @@ class Landing:
         if copied and not self._flat:
             self._flatten(empty)
         for staged in slots:
-            sources = [staged[entry.name] for entry in self._manifest.entries]
+            placed = in_one_place(staged)
+            sources = [placed[entry.name] for entry in self._manifest.entries]
             self._reads[id(staged)] = staged, OnePass(sources, None, self.device, padded=True, owner=owner)
             if copied:
                 one_pass = OnePass(sources, self.tensors, self.device, padded=True, owner=owner)
@@ -76,7 +81,7 @@ class Landing:
     def digest(self, staged: Staged, like: str) -> str:
         """Of staged tensors, all of them in the manifest's order, of the kind of `like`."""
         found = self._reads.get(id(staged)) if like.startswith(SUMS) else None
-        return digest_of(staged.values(), like) if found is None else found[1].digest()
+        return digest_of(parts_of(staged.values()), like) if found is None else found[1].digest()
 
     def live_digest(self, like: str) -> str:
         """Of the module's own tensors."""
@@ -95,7 +100,7 @@ class Landing:
         else:
             for name, tensor in staged.items():
                 for mine in self._tensors[name]:
-                    mine.copy_(tensor)
+                    copy_rows(mine, tensor)
             self._synchronize()
         if not finite:
             bad = not_finite({name: self._tensors[name][0] for name in staged}, self._manifest)
@@ -107,12 +112,13 @@ class Landing:
         """Put staged tensors in the place of the module's, unless they are there; those are kept until `forget`."""
         if staged is self._taken:
             return
-        kept = self._taken.keys() >= staged.keys()
+        tensors = cast("Mapping[str, torch.Tensor]", staged)  # no backend lets rows in several places be viewed
+        kept = self._taken.keys() >= tensors.keys()
         self._replaced = list(self._taken.values()) if kept else [mine.data for _, mine in self._all]
         for name, mine in self._all:
-            if name in staged:
-                mine.data = staged[name]
-        self._taken = staged
+            if name in tensors:
+                mine.data = tensors[name]
+        self._taken = tensors
 
     def forget(self) -> None:
         """Free what was replaced: that takes milliseconds, and completions can go on meanwhile."""
@@ -126,9 +132,10 @@ class Landing:
 
     def _on_gpu(self, slots: Sequence[Staged]) -> bool:
         """Whether the kernel can get from these slots into the module, or read them."""
-        tensors = [*(tensor for staged in slots for tensor in staged.values()), *(mine for _, mine in self._all)]
+        staged = [*(tensor for slot in slots for tensor in slot.values()), *(mine for _, mine in self._all)]
         here = all(mine.device == self.device for _, mine in self._all)
-        return bool(slots) and here and all(tensor.is_cuda for tensor in tensors) and available(self.device)
+        on_gpu = all(isinstance(tensor, torch.Tensor) and tensor.is_cuda for tensor in staged)
+        return bool(slots) and here and on_gpu and available(self.device)
 
     def _flatten(self, empty: bool) -> None:
         """Move the module's tensors into one block; the values, too, unless there are none yet."""
