@@ -19,11 +19,11 @@ from typing import Any, Self
 from transfer.agreement.dtensor import any_dtensor
 from transfer.agreement.journal import Journal
 from transfer.agreement.wire import TransferError
-from transfer.backends.base import Publisher
+from transfer.backends.base import Publisher, Weights
 from transfer.backends.make import make_publisher
 from transfer.backends.shards import ShardPublisher, Shards, check_placements
 from transfer.config import InFlight, IpcConfig, Staging, TransferConfig, check_takes_shards
-from transfer.trainer.interfaces import Ranks, Sender, Transfer, Weights
+from transfer.trainer.interfaces import Ranks, Sender, Transfer
 from transfer.trainer.push_stats import PushStats
 from transfer.trainer.session import Session
 

@@ -1,0 +1,323 @@
+"""A trainer of several ranks: what they hold reaches workers as if one process had pushed it, or fails in all alike."""
+
+import json
+import os
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from rank_processes import Decoder, Worker, trained, trainer
+from shared_memory import left_in_shared_memory
+from worker_process import in_process
+
+from transfer import make_receiver, make_transfer
+from transfer.agreement.manifest import ALIGNMENT, Manifest
+from transfer.agreement.shards import local, rows_of
+from transfer.config import (
+    CollectiveConfig,
+    DiskConfig,
+    HandlesConfig,
+    HttpSenderConfig,
+    IpcConfig,
+    LocalConfig,
+    SenderConfig,
+    Staging,
+    Take,
+    check_takes_shards,
+)
+from transfer.memory.rows import Rows, copy_rows, in_one_place, parts_of
+
+SENDER = SenderConfig(timeout_s=20.0)
+COPY = IpcConfig(sender=SENDER, take=Take.copy)
+VIEW = IpcConfig(sender=SENDER)
+
+
+def pushed_by_one(seed, tied, folder, steps=0, dtype=torch.float32):
+    """The digest of a version that one process has pushed."""
+    module, received = Decoder(seed, tied), Decoder(99, tied, dtype)
+    trained(module, steps)
+    with in_process(COPY, folder, received, module.state_dict()) as (transfer, receiver):
+        transfer.push(module.state_dict())
+        return receiver.status()["digest"]
+
+
+# --- which rows lie where ---------------------------------------------------------------------------------------------
+
+SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=5)
+
+
+@given(SHAPES, st.integers(1, 12), st.sets(st.integers(0, 4)), st.sampled_from([torch.float32, torch.int8]))
+def test_the_ranks_hold_every_row_of_every_tensor_once_and_torch_chunk_says_which(shapes, ranks, whole, dtype):
+    weights = {f"w{i}": torch.zeros(shape, dtype=dtype) for i, shape in enumerate(shapes)}
+    manifest = Manifest.of(weights)
+    unsharded = {f"w{i}" for i in whole}
+    held = [local(manifest, ranks, rank, unsharded).by_name for rank in range(ranks)]
+    for name, tensor in weights.items():
+        entries = [of_rank[name] for of_rank in held]
+        if not tensor.ndim or name in unsharded:
+            assert entries[0].shape == tensor.shape and all(entry.nbytes == 0 for entry in entries[1:])
+            continue
+        chunks = [len(chunk) for chunk in tensor.chunk(ranks)]
+        assert [entry.shape[0] for entry in entries] == chunks + [0] * (ranks - len(chunks))
+        assert all(entry.shape[1:] == tensor.shape[1:] for entry in entries)
+        spans = [rows_of(len(tensor), ranks, rank) for rank in range(ranks)]
+        assert [row for first, end in spans for row in range(first, end)] == list(range(len(tensor)))
+
+
+@given(SHAPES, st.integers(1, 12))
+def test_in_a_ranks_slot_no_two_tensors_overlap_and_each_is_aligned(shapes, ranks):
+    manifest = Manifest.of({f"w{i}": torch.zeros(shape) for i, shape in enumerate(shapes)})
+    for rank in range(ranks):
+        end = 0
+        for entry in local(manifest, ranks, rank).entries:
+            assert entry.offset >= end and entry.offset % ALIGNMENT == 0
+            end = entry.offset + entry.nbytes
+
+
+@given(st.integers(0, 20), st.integers(1, 5), st.lists(st.integers(0, 20), max_size=4))
+def test_rows_in_several_places_arrive_as_the_tensor_they_are(rows, width, cuts):
+    tensor = torch.arange(rows * width).view(rows, width)
+    ends = sorted(min(cut, rows) for cut in cuts)
+    placed = Rows(tuple(tensor[a:b].clone() for a, b in zip([0, *ends], [*ends, rows], strict=True)))
+    target = torch.full_like(tensor, -1)
+    copy_rows(target, placed)
+    assert torch.equal(target, tensor) and torch.equal(torch.cat(list(parts_of([placed]))), tensor)
+    with pytest.raises(ValueError, match="in several places"):
+        in_one_place({"w": placed})
+
+
+# --- what arrives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ranks, tied, dtype", [(2, True, torch.float32), (3, False, torch.float32), (3, True, torch.bfloat16)]
+)
+def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_started_again(
+    ranks, tied, dtype, tmp_path
+):
+    with trainer(ranks, tmp_path, seed=1, tied=tied) as ours:
+        assert sum(ours.call("rows", name="layers.0.k_proj.weight")) == 2
+        endpoints = ours.call("make", config=COPY)
+        assert len(endpoints[0]["sockets"]) == ranks and all(each == endpoints[0] for each in endpoints)
+        wanted = Manifest.of(Decoder(0, tied, dtype).state_dict())
+        with Worker(endpoints[0], tmp_path, wanted) as worker:
+            ours.call("open", url=worker.url)
+            for version in range(3):
+                pushed = ours.call("push")
+                assert [each[0] for each in pushed] == [version] * ranks and len({each[1:] for each in pushed}) == 1
+                expected = pushed_by_one(1, tied, tmp_path / str(version), version, dtype)
+                assert worker.status()["digest"] == expected and worker.serves() == (version, expected)
+                ours.call("withdraw")
+                ours.call("train")
+            url = worker.restart()
+            assert worker.status()["version"] is None
+            assert ours.outcomes("recover", of=[0], url=url) == [("gives", True)], "no other rank takes part"
+            assert worker.serves() == (2, expected)
+            assert {each[0] for each in ours.call("push")} == {3}
+            assert worker.serves() == (3, pushed_by_one(1, tied, tmp_path / "3", 3, dtype))
+            assert ours.outcomes("recover", of=[1], url=url)[0][0] == "raises"
+
+
+def test_whole_tensors_that_all_ranks_have_are_written_by_the_first_alone(tmp_path):
+    with trainer(2, tmp_path, sharded=False, seed=1, tied=True) as ours:
+        endpoint = ours.call("make", config=VIEW)[0]
+        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, True).state_dict())) as worker:
+            ours.call("open", url=worker.url)
+            for version in range(3):
+                assert [each[0] for each in ours.call("push")] == [version] * 2
+                assert worker.serves() == (version, pushed_by_one(1, True, tmp_path / str(version), version))
+                ours.call("withdraw")
+                ours.call("train")
+
+
+# --- what fails, in all ranks alike -----------------------------------------------------------------------------------
+
+
+def texts(errors):
+    """The errors' texts, of which all are one, without their types."""
+    found = {error.partition(": ")[2] for error in errors}
+    assert len(found) == 1, errors
+    assert all(error.startswith("TransferError: ") for error in errors[1:]), errors
+    return found.pop()
+
+
+def test_a_value_that_is_not_finite_in_one_rank_alone_fails_the_push_in_all_and_nothing_is_sent(tmp_path):
+    with trainer(3, tmp_path, seed=1, tied=False) as ours:
+        endpoint = ours.call("make", config=COPY)[0]
+        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, False).state_dict())) as worker:
+            ours.call("open", url=worker.url)
+            ours.call("push")
+            before = worker.serves()
+            ours.call("spoil", rank=2, name="lm_head.weight")
+            ours.call("spoil", rank=1, name="layers.1.down_proj.weight")
+            said = texts(ours.errors("push"))
+            assert said == ("version 1: layers.1.down_proj.weight has values that are not finite; nothing was sent"), (
+                "the first by name, as for one process"
+            )
+            assert worker.serves() == before
+            ours.call("build", sharded=True, seed=5, tied=False)
+            assert {each[0] for each in ours.call("push")} == {1}
+            assert worker.serves() == (1, pushed_by_one(5, False, tmp_path / "one"))
+
+
+def test_a_worker_that_is_gone_fails_the_push_in_all_ranks(tmp_path):
+    with trainer(2, tmp_path, seed=1, tied=True) as ours:
+        endpoint = ours.call("make", config=COPY)[0]
+        assert "no connection" in texts(ours.errors("open", url="http://127.0.0.1:1"))
+        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, True).state_dict())) as worker:
+            ours.call("open", url=worker.url)
+            ours.call("push")
+        said = texts(ours.errors("push"))
+        assert "worker 0" in said and "version 1" in said
+        assert "at least one worker (got no senders)" in texts(ours.errors("open", url=""))
+
+
+def test_ranks_that_hold_other_tensors_are_refused_in_all(tmp_path):
+    with trainer(2, tmp_path, seed=1, tied=True) as ours:
+        endpoint = ours.call("make", config=COPY)[0]
+        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, True).state_dict())) as worker:
+            ours.call("forget", rank=1, name="layers.0.q_norm")
+            said = texts(ours.errors("open", url=worker.url))
+            assert said == "rank 1: it has other weights than the first rank: layers.0.q_norm"
+            ours.call("build", sharded=True, seed=1, tied=True)
+            ours.call("open", url=worker.url)
+            ours.call("forget", rank=1, name="layers.0.q_norm")
+            assert "rank 1: " in texts(ours.errors("push"))
+            ours.call("build", sharded=False, seed=1, tied=True)
+            assert "opened with shards" in texts(ours.errors("push"))
+            assert worker.status()["version"] is None
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (VIEW, "transfer.take must be copy (got view)"),
+        (IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy), "transfer.staging must be arena (got live)"),
+        (DiskConfig(sender=SENDER), "transfer must be ipc (got disk)"),
+    ],
+    ids=["view", "live", "disk"],
+)
+def test_shards_are_refused_by_transfers_that_do_not_take_them(config, said, tmp_path):
+    with trainer(2, tmp_path, seed=1, tied=True) as ours:
+        ours.call("make", config=config)
+        assert said in texts(ours.errors("open", url="http://127.0.0.1:1"))
+
+
+def test_which_transfers_take_shards_is_known_without_a_trainer():
+    check_takes_shards(COPY)
+    refused = {
+        "gloo": CollectiveConfig(sender=SENDER),
+        "handles": HandlesConfig(sender=HttpSenderConfig(url=["http://127.0.0.1:1"])),
+        "local": LocalConfig(),
+    }
+    for name, config in refused.items():
+        with pytest.raises(ValueError, match=rf"transfer must be ipc \(got {name}\)"):
+            check_takes_shards(config)
+
+
+def test_a_rank_that_is_killed_ends_the_push_in_the_others_and_leaves_nothing_and_the_worker_keeps_its_version(
+    tmp_path,
+):
+    before = set(os.listdir("/dev/shm"))
+    with trainer(3, tmp_path, seed=1, tied=True) as ours:
+        endpoint = ours.call("make", config=COPY)[0]
+        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, True).state_dict())) as worker:
+            ours.call("open", url=worker.url)
+            ours.call("push")
+            served = worker.serves()
+            ours.call("train")
+            ours.kill(1)
+            ours.begin("push", 0)
+            ours.begin("push", 2)
+            first = ours.outcome(0)
+            again = ours.outcomes("push", of=[0])[0]
+            ours.kill(0)  # as a trainer ends that cannot go on
+            for kind, said in (first, again, ours.outcome(2)):
+                assert kind == "raises" and said.startswith("TransferError") and "have lost each other" in said
+            assert worker.serves() == served
+            ours.kill(2)
+            assert worker.serves() == served
+    assert left_in_shared_memory(before, 5.0) == set()
+
+
+# --- DTensors elsewhere -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dtensor(tmp_path):
+    """One over a single rank, which is this process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda tensor, dim=0: distribute_tensor(tensor, mesh, [Shard(dim)])
+    dist.destroy_process_group()
+
+
+def test_the_plan_for_dtensors_is_that_of_the_whole_tensors_and_knows_tied_ones(dtensor):
+    whole = {"a": torch.zeros(3, 2), "b": torch.zeros(3, 2), "c": torch.zeros(3, 2)}
+    shards = {name: dtensor(tensor) for name, tensor in whole.items()}
+    shards["d"] = shards["a"].detach()
+    assert Manifest.of(shards) == Manifest.of({**whole, "d": whole["a"]})
+
+
+@pytest.mark.parametrize("config", [COPY, VIEW, DiskConfig(sender=SENDER), LocalConfig()])
+def test_a_trainer_of_one_process_is_told_to_send_whole_tensors(config, dtensor, tmp_path):
+    module = Decoder(1, tied=False)
+    weights = module.state_dict()
+    sharded = {**weights, "lm_head.weight": dtensor(weights["lm_head.weight"])}
+    said = r"lm_head.weight is a DTensor, of which each rank holds a part: .*transfer.full_weights"
+    with pytest.raises(ValueError, match=said), in_process(config, tmp_path / "a", Decoder(2, False), sharded):
+        pass
+    with in_process(config, tmp_path / "b", Decoder(2, False), weights) as (transfer, _):
+        with pytest.raises(ValueError, match=said):
+            transfer.push(sharded)
+        assert transfer.push(weights) == 0
+
+
+def test_a_worker_whose_module_is_sharded_is_refused(dtensor, tmp_path):
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(dtensor(torch.zeros(3, 2)))
+    with (
+        make_transfer(COPY, tmp_path) as transfer,
+        pytest.raises(ValueError, match=r"weight is a DTensor.*must hold whole tensors"),
+    ):
+        make_receiver(transfer.endpoint, module)
+
+
+def test_shards_of_other_dimensions_are_refused_with_their_placement(dtensor):
+    from transfer.backends.shards import check_placements
+
+    check_placements({"w": dtensor(torch.zeros(4, 2))}, 1, 0)
+    with pytest.raises(ValueError, match=r"w must be sharded on dim 0 over the 1 ranks.*Shard\(dim=1\)"):
+        check_placements({"w": dtensor(torch.zeros(4, 2), 1)}, 1, 0)
+    with pytest.raises(ValueError, match=r"w must be sharded on dim 0 over the 2 ranks"):
+        check_placements({"w": dtensor(torch.zeros(4, 2))}, 2, 0)
+
+
+# --- a worker that is told nonsense -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        ({"slots": 2, "ranks": 3}, "where.ranks must be 2, the number of endpoint.sockets"),
+        ({"slots": 2, "ranks": 2, "whole": ["w", "v"]}, "where.whole names tensors that are not in the manifest"),
+        ({"slots": 2, "ranks": 0}, "where.ranks has a value that is not allowed"),
+        ({"slots": 2, "ranks": 2, "whole": [1]}, "where.whole has a value that is not allowed"),
+    ],
+    ids=json.dumps,
+)
+def test_a_worker_refuses_ranks_that_it_was_not_told_of(where, said):
+    from transfer.agreement.wire import Refused
+    from transfer.backends.make import make_intake
+
+    endpoint = {"backend": "ipc", "staging": "arena", "take": "copy", "socket": "a", "sockets": ["a", "b"]}
+    manifest = Manifest.of({"w": torch.zeros(4)})
+    with pytest.raises((ValueError, Refused), match=said):
+        make_intake(endpoint).prepare(manifest, where, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"transfer\.take=copy"):
+        make_intake({**endpoint, "take": "view"}).prepare(manifest, {"slots": 2, "ranks": 2}, torch.device("cpu"))
