@@ -19,11 +19,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import transfer.trainer.ranks  # noqa: F401 - before processes are forked that need it
-from transfer import make_transfer
+from transfer import make_receiver, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
 from transfer.config import InFlight, TransferConfig
+from transfer.trainer.senders.direct import DirectSender
 from transfer.trainer.senders.http import HttpSender
+from transfer.trainer.sources import full_weights
 from transfer.worker.plain_worker import PlainSpec
 from transfer.worker.process import WorkerProcess
 
@@ -111,6 +113,25 @@ class Rank:
     def open(self, url: str, timeout_s: float = 20.0) -> None:
         self._senders = [HttpSender(url, None, "worker 0", timeout_s)] if url and self._ranks.number == 0 else []
         self._transfer.open(self.weights, self._senders)
+
+    def open_here(self) -> None:
+        """With a receiver in the first rank's process."""
+        senders = []
+        if self._ranks.number == 0:
+            self.received = Decoder(99, tied=False)
+            self._receiver = make_receiver(self._transfer.endpoint, self.received)
+            senders = [DirectSender(self._receiver, "worker 0")]
+        self._transfer.open(self.weights, senders)
+
+    def differing(self) -> list[str]:
+        """Whose values the receiver has not to the bit, as the first rank sees it."""
+        whole = full_weights(self.weights)
+        there = self.received.state_dict() if self._ranks.number == 0 else whole
+        return [name for name, tensor in whole.items() if not torch.equal(tensor, there[name])]
+
+    def control_bytes(self) -> float:
+        """Of all messages of the last push."""
+        return self._transfer.last.numbers()["control_bytes"]
 
     def push(self) -> tuple[int, int, int]:
         return self._transfer.push(self.weights), self._transfer.epoch, self._transfer.last.bytes

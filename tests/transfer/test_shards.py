@@ -24,6 +24,7 @@ from transfer.config import (
     SenderConfig,
     Staging,
     Take,
+    Verify,
     check_takes_shards,
 )
 from transfer.memory.rows import Rows, copy_rows, in_one_place, parts_of
@@ -117,6 +118,22 @@ def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_st
             assert {each[0] for each in ours.call("push")} == {3}
             assert worker.serves() == (3, pushed_by_one(1, tied, tmp_path / "3", 3, dtype))
             assert ours.outcomes("recover", of=[1], url=url)[0][0] == "raises"
+
+
+@pytest.mark.parametrize("verify", [Verify.off, Verify.full])
+def test_a_worker_has_every_rank_s_rows_to_the_bit_and_messages_stay_small(verify, tmp_path):
+    config = IpcConfig(sender=SENDER, take=Take.copy, verify=verify)
+    with trainer(3, tmp_path, seed=3, tied=False) as ours:
+        ours.call("make", config=config)
+        ours.call("open_here")
+        assert len(ours.call("differing")[0]) > 10
+        for _ in range(3):
+            ours.call("push")
+            assert ours.call("differing") == [[]] * 3
+            ours.call("train")
+            assert len(ours.call("differing")[0]) > 10
+        told = ours.call("control_bytes")
+        assert 0 < told[0] < 3 * 400 and told == [told[0]] * 3
 
 
 def test_whole_tensors_that_all_ranks_have_are_written_by_the_first_alone(tmp_path):
@@ -286,6 +303,14 @@ def test_a_worker_whose_module_is_sharded_is_refused(dtensor, tmp_path):
         pytest.raises(ValueError, match=r"weight is a DTensor.*must hold whole tensors"),
     ):
         make_receiver(transfer.endpoint, module)
+
+
+def test_inside_vllm_shards_are_refused():
+    from transfer.vllm.rank import RankWeights
+
+    weights = RankWeights(torch.nn.Module(), torch.device("cpu"), None)
+    with pytest.raises(ValueError, match="weights come from a trainer of one rank"):
+        weights.prepare({"take": "copy"}, {}, {"slots": 2, "ranks": 2})
 
 
 def test_shards_of_other_dimensions_are_refused_with_their_placement(dtensor):

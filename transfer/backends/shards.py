@@ -89,8 +89,8 @@ class Shards:
         bad = not_finite(held, self._manifest)
         if bad is None:
             views = self.slots.views[slot]
-            names = [name for name, tensor in held.items() if tensor.numel()]
-            torch._foreach_copy_([views[name] for name in names], [held[name] for name in names])
+            for name, tensor in held.items():
+                views[name].copy_(tensor)
         return bad
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class Shards:
         held = {}
         for entry in self._manifest.entries:
             if entry.name in self._whole and self._number:
-                held[entry.name] = torch.empty(0)
+                held[entry.name] = torch.empty(entry.shape)  # no rows
                 continue
             tensor = weights[entry.name]
             mine = held[entry.name] = local_part(tensor)

@@ -13,6 +13,7 @@
     fleet.py               all workers at once: messages in parallel, answers and failures apart
     answers.py             what a worker may answer
     senders/               how a message reaches a worker: a call, HTTP, Ray
+    ranks.py               of a trainer of several ranks: the first has the session, the others follow it
     sources.py             weights of trainers that are no plain module
     push_stats.py          what a push moved and took
 
