@@ -58,6 +58,7 @@ class Decoder(torch.nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("steps", torch.tensor(seed))
         self.register_buffer("scales", torch.arange(7.0))
+        self.register_buffer("empty", torch.empty(4, 0))
         self.to(dtype)
 
 

@@ -50,7 +50,7 @@ def test_rows_in_several_places_arrive_as_the_tensor_they_are(rows, width, cuts)
     ends = sorted(min(cut, rows) for cut in cuts)
     placed = Rows(tuple(tensor[a:b].clone() for a, b in zip([0, *ends], [*ends, rows], strict=True)))
     target = torch.full_like(tensor, -1)
-    copy_rows(target, placed)
+    copy_rows([(target, placed)])
     assert torch.equal(target, tensor) and torch.equal(torch.cat(list(parts_of([placed]))), tensor)
     with pytest.raises(ValueError, match="in several places"):
         in_one_place({"w": placed})

@@ -27,16 +27,18 @@ def parts_of(tensors: Iterable[Placed]) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def copy_rows(target: torch.Tensor, source: Placed) -> None:
-    """Copy a tensor, wherever its rows lie."""
-    parts = source.parts if isinstance(source, Rows) else (source,)
-    if len(parts) == 1:
-        target.copy_(parts[0])
-        return
-    first = 0
-    for part in parts:
-        target[first : first + len(part)].copy_(part)
-        first += len(part)
+def copy_rows(pairs: Iterable[tuple[torch.Tensor, Placed]]) -> None:
+    """Copy tensors, wherever their rows lie, each into its target."""
+    rows: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    for target, source in pairs:
+        if isinstance(source, torch.Tensor):
+            target.copy_(source)
+        elif source.parts:
+            rows += target.split([len(part) for part in source.parts]) if len(source.parts) > 1 else [target]
+            sources += source.parts
+    if rows:
+        torch._foreach_copy_(rows, sources)  # one call: thousands of single ones take up to a tenth longer
 
 
 def in_one_place(tensors: Mapping[str, Placed]) -> dict[str, torch.Tensor]:

@@ -98,9 +98,7 @@ class Landing:
         if (found := self._copies.get(id(staged))) is not None:
             digest, finite = found[1].run(with_digest)
         else:
-            for name, tensor in staged.items():
-                for mine in self._tensors[name]:
-                    copy_rows(mine, tensor)
+            copy_rows((mine, tensor) for name, tensor in staged.items() for mine in self._tensors[name])
             self._synchronize()
         if not finite:
             bad = not_finite({name: self._tensors[name][0] for name in staged}, self._manifest)
