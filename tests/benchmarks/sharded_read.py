@@ -1,7 +1,7 @@
 """What a worker's read of sharded weights costs: rows of W ranks straight into its parameters; in one run with the
 limit and with the usual way.
 
-python tests/benchmarks/sharded_read.py [SHAPE ...]      512mb qwen2.5-0.5b, as transfer.bench names them; on a CPU
+python tests/benchmarks/sharded_read.py [SHAPE ...]      512mb by default; shapes as transfer.bench names them; on a CPU
 
     read        from all ranks' slots into the worker's module, as an update does (bar: 1.15x memcpy)
     memcpy      as many bytes from one block to another
@@ -177,4 +177,4 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["512mb", "qwen2.5-0.5b"])
+    main(sys.argv[1:] or ["512mb"])
