@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from rlhf.config import AdamWConfig, OptimConfig
 from rlhf.plugins.registry import made
+from transfer.agreement.dtensor import local_part
 
+EPS = 1e-6  # added to a norm that is divided by, as torch does
 Named = list[tuple[str, Tensor]]  # parameters by the names that a checkpoint calls their state by
 
 
@@ -32,10 +35,23 @@ def adamw(config: AdamWConfig, named: Named, lr: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(named, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Scale the gradients that `optimizer` is about to step along to a norm of at most `max_norm`; what it was."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+@torch.no_grad()
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, max_norm: float, over_ranks: Callable[[float], float] = lambda squares: squares
+) -> float:
+    """Scale the gradients that `optimizer` is about to step along to a norm of at most `max_norm`; what it was.
+
+    Squares are added up in fp64, so that the norm, an fp32 number, does not depend on how tensors are split;
+    `over_ranks` adds those of the shards of other ranks.
+    """
+    gradients = [local_part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+    norm = float(torch.tensor(math.sqrt(over_ranks(float(norms.square().sum()))), dtype=torch.float32))
+    if norm + EPS > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + EPS))
+    return norm
 
 
 def _master(parameter: Tensor) -> Tensor:
