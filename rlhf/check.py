@@ -22,7 +22,7 @@ from rich.table import Table
 
 from rlhf.assembly.matter import Matter, gathered, tried
 from rlhf.assembly.parts import built
-from rlhf.assembly.site import opened
+from rlhf.assembly.site import meet, opened
 from rlhf.assembly.trainer import train_policy
 from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
@@ -32,6 +32,7 @@ from rlhf.monitor.loggers import is_service
 from rlhf.preflight.before_torch import Seen
 from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
+from rlhf.ranks.place import Place, place_of
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
 from rlhf.rewards.model import ModelReward
@@ -49,29 +50,38 @@ BESIDE = ".rlhf-check-"  # begins the name of the folder in which the step is ma
 STALE_S = 3600.0  # older ones are removed, if their checks are gone
 
 
-def check_run(config: RunConfig, folder: Path, told: str = "", seen: Seen | None = None) -> None:
+def check_run(
+    config: RunConfig, folder: Path, told: str = "", seen: Seen | None = None, place: Place | None = None
+) -> None:
     """Print what a run into `folder` (in messages: `told`) will do, need and write, and what one step of it took.
 
-    `seen`: what was looked at already. Raises what the run would raise; an error that does not explain itself becomes a
-    RunError of one line.
+    `seen`: what was looked at already; `place`: of a rank that the first one has started, which prints nothing. Raises
+    what the run would raise; an error that does not explain itself becomes a RunError of one line.
     """
     config = copy.deepcopy(config)
     config.logger.setdefault("console", ConsoleLoggerConfig())
+    place = place or place_of(config.trainer, config.model)
     with ExitStack() as stack:
-        check_free(folder)
-        site = opened(config, _beside(folder, stack), stack)
+        if place.first:
+            check_free(folder)
+        site = opened(config, _beside(folder, stack) if place.first else folder, stack, place)
         stack.enter_context(explained(lambda: f"the check failed ({site.bars.pulse.stage})"))
-        matter = gathered(site, tried(config, seen))
-        _tell(config, matter, folder, told or str(folder), site.bars.console)
-        site.config = one_step(config)
-        _divert(site.config, stack)
+        seen = tried(config, seen)
+        meet(site, False, stack)
+        matter = gathered(site, seen)
+        if place.first:
+            _tell(config, matter, folder, told or str(folder), site.bars.console)
+        site.config = one_step(site.config)
+        if place.first:
+            _divert(site.config, stack)
         if not matter.task.preferences:
             matter.task.preferences = stand_ins(matter.task, config)
         began = time.monotonic()
         parts = built(site, matter, stack)
         train_policy(site, matter, parts)
         seconds = time.monotonic() - began
-    _tell_step(parts.record.rows, seconds, parts.record.seconds, site.heart.peaks)
+    if place.first:
+        _tell_step(parts.record.rows, seconds, parts.record.seconds, site.heart.peaks)
 
 
 def one_step(config: RunConfig) -> RunConfig:

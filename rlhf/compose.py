@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunConfig, TinyModelConfig, VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig, DpoConfig
+from rlhf.config.trainer import OneConfig, ReplicasConfig, ShardedConfig
 from rlhf.plugins.found import use, warn
 from rlhf.plugins.hydra_choices import register_parts
 from rlhf.plugins.part import KINDS, PartError
@@ -48,6 +49,7 @@ FIXED: dict[str, dict[str, type]] = {  # choices beside the parts of rlhf/plugin
         "handles": HandlesConfig,
         "local": LocalConfig,
     },
+    "trainer": {"one": OneConfig, "replicas": ReplicasConfig, "sharded": ShardedConfig},
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
 }
 CONF_ONLY = Where()

@@ -5,7 +5,7 @@ The two are not the same thing: greedy answers may all be right where hardly any
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import comb
 
 from rlhf.config import EvaluationConfig, RunConfig, VerifierRewardConfig
@@ -16,18 +16,16 @@ from rlhf.types import Prompt, Reward, RewardReport, Rollouts, Sampler, Task
 SEED_OFFSET = 1_000_003  # evaluation draws from seeds that training does not use
 
 
-def evaluate(
-    task: Task, sampler: Sampler, reward: Reward, config: RunConfig, record: Recorder, step: int
-) -> dict[str, float]:
-    """Log and return what `measure` says of the held-out prompts, and the reward of their sampled answers."""
+def evaluate(held_out: Callable[[], dict[str, float]], record: Recorder, step: int) -> dict[str, float]:
+    """Log and return what `held_out` says."""
     with record.time("evaluate"):
-        metrics = evaluated(task, sampler, reward, config)
+        metrics = held_out()
     record.evaluation(step, metrics)
     return metrics
 
 
 def evaluated(task: Task, sampler: Sampler, reward: Reward, config: RunConfig) -> dict[str, float]:
-    """The same without logging."""
+    """What `measure` says of the held-out prompts, and the reward of their sampled answers, by the metrics' names."""
     numbers, sampled = measure(task, list(task.held_out), sampler, config)
     if isinstance(config.reward, VerifierRewardConfig):
         there = {"reward": numbers.get("gold")}  # the same score

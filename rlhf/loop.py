@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from rlhf.checkpoint.keeper import Keeper
 from rlhf.config import RunConfig
-from rlhf.gather import Gather
 from rlhf.held_out import evaluate
 from rlhf.learning.batches import batches
 from rlhf.learning.learner import Learner
 from rlhf.monitor.metrics import Recorder
 from rlhf.monitor.probe import Probe
-from rlhf.types import Reward, Sampler, Task
+from rlhf.types import Prompt, Rollouts, Sampler, Task
 from transfer import Transfer
 
 
@@ -23,7 +23,8 @@ class Parts:
 
     task: Task
     sampler: Sampler
-    reward: Reward
+    gather: Callable[[Sequence[Prompt], Sequence[int], int], tuple[Rollouts, list[float | None]]]
+    measure: Callable[[], dict[str, float]]  # of the held-out prompts
     transfer: Transfer
     probe: Probe
     record: Recorder
@@ -33,14 +34,13 @@ class Parts:
 
 def train(parts: Parts, learner: Learner, config: RunConfig) -> None:
     """Run `config.steps` steps; each one's push makes the next version live in every worker."""
-    record, reward, keeper, version = parts.record, parts.reward, parts.keeper, parts.version
-    gather = Gather(parts.sampler, reward, config, record)
+    record, keeper, version = parts.record, parts.keeper, parts.version
     order = batches(len(parts.task.train), config.prompts_per_step, config.steps, config.seed)
     done = keeper.begin(learner, version)
     for step, rows in islice(enumerate(order, start=1), done, None):
         if (step - 1) % config.evaluate_every == 0:
-            keeper.judge(evaluate(parts.task, parts.sampler, reward, config, record, step - 1))
-        rollouts, rewards_B = gather(parts.task.train, rows, step)
+            keeper.judge(evaluate(parts.measure, record, step - 1))
+        rollouts, rewards_B = parts.gather(parts.task.train, rows, step)
         record.took(rollouts, version)
         with keeper.changing():
             with record.time("transfer"):
@@ -53,4 +53,4 @@ def train(parts: Parts, learner: Learner, config: RunConfig) -> None:
                 parts.probe(version)
             record.step(step, rollouts, rewards_B, learned, parts.task)
             keeper.reached(step, version)
-    keeper.judge(evaluate(parts.task, parts.sampler, reward, config, record, config.steps))
+    keeper.judge(evaluate(parts.measure, record, config.steps))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.beside import started_by_torchrun
 from rlhf.checkpoint.resumable import resumable
 from rlhf.checkpoint.store import FOLDER, Store
 from rlhf.compose import CONF, checked, prepare
@@ -50,6 +51,8 @@ def main() -> None:
     outlast()
     if "--version" in sys.argv[1:]:  # Hydra would say its own
         print(f"rlhf {__version__}")
+        return
+    if started_by_torchrun():
         return
     asked = bool({"--help", "-h"} & set(sys.argv[1:]))
     where, words = (Where(), []) if asked else of_command(sys.argv[1:])

@@ -15,6 +15,7 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 
 from rlhf import __version__
+from rlhf.beside import started_by_torchrun
 from rlhf.compose import CONF, checked, misplaced, others, prepare, register, unknown_choices
 from rlhf.config import Mode, RunConfig
 from rlhf.plugins import PartError
@@ -122,7 +123,7 @@ def for_check(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `rlhf-train`, and `python -m rlhf.train`."""
     outlast()
-    if answered(sys.argv[1:]):
+    if answered(sys.argv[1:]) or started_by_torchrun():
         return
     prepare_command(sys.argv[1:])
     if unknown := unknown_choices(sys.argv[1:]):

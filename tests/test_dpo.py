@@ -40,7 +40,7 @@ def make_learner(compose_run):
         tokenizer = make_tokenizer(config.model, LETTERS, chat=False)
         policy = make_policy(config.model, tokenizer, seed=1)
         pairs = made(tokenizer)
-        return DpoLearner(policy, tokenizer, pairs, pairs, config)
+        return DpoLearner(policy, tokenizer, (pairs, pairs), config)
 
     return make
 

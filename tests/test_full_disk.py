@@ -15,6 +15,7 @@ from rlhf.assembly.site import opened
 from rlhf.checkpoint.keeper import FOLDER
 from rlhf.checkpoint.store import Store
 from rlhf.checkpoint.whole import whole
+from rlhf.ranks.place import Place
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 
@@ -139,5 +140,5 @@ def test_without_locks_of_the_file_system_a_run_opens_its_folder_and_says_so(
 
     monkeypatch.setattr(fcntl, "flock", none)
     with ExitStack() as stack:
-        assert opened(compose_run(*SMALL, *SHORT), tmp_path / "run", stack).folder == tmp_path / "run"
+        assert opened(compose_run(*SMALL, *SHORT), tmp_path / "run", stack, Place()).folder == tmp_path / "run"
     assert f"warning: the file system of {tmp_path / 'run'} has no locks: " in capsys.readouterr().out

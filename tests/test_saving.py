@@ -111,12 +111,13 @@ def test_the_estimate_of_a_check_knows_in_which_dtype_a_policy_will_be_saved(
     from rlhf.assembly.matter import gathered
     from rlhf.assembly.site import opened
     from rlhf.check import _tell
+    from rlhf.ranks.place import Place
 
     told = {}
     for options in ((), ("model.save_dtype=float32",)):
         config = compose_run(*overrides, *options)
         with ExitStack() as stack:
-            site = opened(config, tmp_path / "run", stack)
+            site = opened(config, tmp_path / "run", stack, Place())
             _tell(config, gathered(site), tmp_path / "run", "run", Console(width=200))
         told[options] = re.search(r"  policy +\S* +([\d.]+ \w+)", capsys.readouterr().out.partition("disk")[2])[1]
     policy, _ = loaded(checkpoint)

@@ -11,6 +11,7 @@ from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
 from rlhf.config import HfModelConfig, RunConfig, VllmRolloutConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
+from rlhf.learning.spread import Whole
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import agreeing_passes
@@ -36,6 +37,11 @@ class Matter:
     rewards: dict[str, Reward | None]  # by part; None: the run trains it
     rows: dict[str, Any] = field(default_factory=dict)  # what the task's rows are, for checkpoints
     padded: Passes = PADDED  # the way to compute padded rows that is right for the policy
+    spread: Whole = field(default_factory=Whole)  # how models lie over the trainer's ranks
+    passes: Passes = PADDED  # the way in which the policy learns
+    reference: PreTrainedModel | None = None
+    critic: PreTrainedModel | None = None
+    untrained: dict[str, PreTrainedModel] = field(default_factory=dict)  # reward models, by part of the reward
 
 
 def tried(config: RunConfig, seen: Seen | None = None) -> Seen:
@@ -50,7 +56,7 @@ def gathered(site: Site, seen: Seen | None = None) -> Matter:
     raw = (seen or tried(config)).take()
     tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
-    moment = datetime.fromisoformat(began) if began else datetime.now()
+    moment = datetime.fromisoformat(site.ranks.told(began or datetime.now().isoformat()))
     task = make_task(raw, tokenizer, moment)
     rows = _rows(site, task, tokenizer)
     check_data(config, task)
@@ -58,7 +64,7 @@ def gathered(site: Site, seen: Seen | None = None) -> Matter:
     notes = check_lengths(config, task, policy, tokenizer)
     padded = _padded(site, policy)
     check_passes(policy, config.model, padded)
-    rewards = given_rewards(config.reward, task, config.model, moment)
+    rewards = given_rewards(config.reward, task, config.model, moment) if site.ranks.first else {}
     site.bars.say(in_one_line(config, policy))
     for note in (*task.notes, *notes):
         site.bars.say(note)

@@ -5,29 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
-from rlhf.assembly.policy_files import base_of, put_adapter_on, write_policy
+from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
 from rlhf.assembly.site import Site
 from rlhf.assembly.trained_rewards import train_rewards
 from rlhf.assembly.warm_up import warm_up
 from rlhf.checkpoint.keeper import FOLDER, Keeper
+from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
 from rlhf.config import VllmRolloutConfig
+from rlhf.gather import Gather
+from rlhf.held_out import evaluated
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
+from rlhf.ranks.outside import ToldGather, ToldSampler
+from rlhf.ranks.ranks import ALONE
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
-from transfer import Transfer, make_transfer
+from rlhf.types import Sampler
+from transfer import Sender, Transfer, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
 
@@ -38,40 +46,75 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     `meanwhile` is done while workers start, when there is nothing else to do.
     """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
-    journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl")))
-    transfer = stack.enter_context(make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal))
+    ranks = site.ranks
+    journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl" if ranks.first else None)))
+    transfer = stack.enter_context(
+        make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal, ranks)
+    )
     base, notes = base_of(config, site.folder), dict[str, Any](summary=site.notes, **matter.rows)
     if base is not None:  # workers load it, so that it must be there when they start
         warm_up(site, matter, base)
         notes["base"] = put_adapter_on(policy, tokenizer, site, base)
-    workers = stack.enter_context(
-        Workers(worker_spec(policy, config, transfer.endpoint, base), config, site.folder, policy)
-    )
+    workers = _workers(site, matter, transfer, base, stack) if ranks.first else None
     if base is None:  # workers start meanwhile
         warm_up(site, matter, base)
-    if awaited := workers.awaited():
-        site.bars.say(awaited)
-    with site.bars.waiting("workers"):
-        meanwhile()
-        senders = workers.senders()
+    lay_out(site, matter)
+    senders = _senders(site, workers, meanwhile) if workers is not None else []
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
     client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
-    sampler = conversing(client, task.environment)
-    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded)
+    own = conversing(client, task.environment)
+    sampler = ToldSampler(ranks, own)
+    probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
-    trained = train_rewards(site, matter, sampler)
-    reward = combine(config.reward, matter.rewards)
+    trained = train_rewards(site, matter, own) if ranks.first else State()
     record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
-    if not isinstance(config.transfer, LocalConfig):  # whose worker is this process
+    if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
-    writes = partial(write_policy, policy, tokenizer, base)
-    store = Store(site.folder / FOLDER)
-    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes)
-    return Parts(task, sampler, reward, transfer, probe, record, keeper, version)
+    gather, measure = _judged(site, matter, own, record)
+    writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
+    store, by = Store(site.folder / FOLDER), ALONE
+    if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
+        writes, by = _writes_nothing, ranks
+        trained |= State(modules={POLICY: policy})
+    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
+    return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
+
+
+def _writes_nothing(folder: Path) -> None:
+    pass
+
+
+def _workers(site: Site, matter: Matter, transfer: Transfer, base: str | None, stack: ExitStack) -> Workers:
+    """The run's workers, which start meanwhile."""
+    spec = worker_spec(matter.policy, site.config, transfer.endpoint, base)
+    return stack.enter_context(Workers(spec, site.config, site.folder, matter.policy))
+
+
+def _senders(site: Site, workers: Workers, meanwhile: Callable[[], None]) -> list[Sender]:
+    """One a worker, once all are up."""
+    if awaited := workers.awaited():
+        site.bars.say(awaited)
+    with site.bars.waiting("workers"):
+        meanwhile()
+        return workers.senders()
+
+
+def _judged(site: Site, matter: Matter, sampler: Sampler, record: Recorder) -> tuple[ToldGather, Callable[[], Any]]:
+    """A step's samples with their rewards, and what is measured of the held-out prompts: by the first rank, for all."""
+    if not site.ranks.first:
+        return ToldGather(site.ranks, _elsewhere), partial(site.ranks.heard, _elsewhere)
+    reward = combine(site.config.reward, matter.rewards)
+    gather = Gather(sampler, reward, site.config, record)
+    measure = partial(evaluated, matter.task, sampler, reward, site.config)
+    return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
+
+
+def _elsewhere(*_: Any) -> Any:
+    raise AssertionError("only the first rank samples and scores")
 
 
 def _recorder(site: Site, transfer: Transfer, journal: Journal, meter: Meter | None, stack: ExitStack) -> Recorder:
@@ -82,6 +125,8 @@ def _recorder(site: Site, transfer: Transfer, journal: Journal, meter: Meter | N
         stack.enter_context(closing(logger))
     bar = site.bars.stage(config.algo.name, config.steps, done)
     record = Recorder(Outlets(loggers, site.folder, bar, journal), transfer, config, meter)
+    if not site.ranks.first:
+        record.keeps_samples, record.verified = False, True  # no score of the task's is asked for
     if site.saved is not None:
         record.restore(site.saved.rows())
     return record

@@ -16,6 +16,7 @@ from rlhf.shell.ending import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+POLICY = "policy"  # of a run, or of a checkpoint
 BASE = "base"  # folder of a run: the policy below its adapter, after the warm-up
 
 
@@ -31,7 +32,7 @@ def base_of(config: RunConfig, folder: Path) -> str | None:
 
 def put_adapter_on(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site, base: str) -> str:
     """Write the base where it is not yet, and let an adapter learn from now on; the base's digest."""
-    if base == str(site.folder.resolve() / BASE) and site.saved is None:
+    if base == str(site.folder.resolve() / BASE) and site.saved is None and site.ranks.first:
         with whole(Path(base)) as writing:
             save_model(policy, tokenizer, writing)
     lora = site.config.model.lora
@@ -55,7 +56,7 @@ def write_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site) -> None:
     """`policy/`, a plain Hugging Face folder; of one with an adapter, merged, and beside it the adapter alone."""
     base, dtype = base_of(site.config, site.folder), site.config.model.save_dtype
-    with whole(site.folder / "policy") as folder:
+    with whole(site.folder / POLICY) as folder:
         export_model(policy if base is None else merged(policy), tokenizer, folder, dtype)
     if base is not None:
         with whole(site.folder / "adapter") as folder:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from rlhf.checkpoint.store import Store
 from rlhf.config import ConsoleLoggerConfig, JsonlLoggerConfig, RunConfig
 from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.progress import Bars
+from rlhf.ranks.meeting import met
+from rlhf.ranks.place import Place
+from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.rollout.spec_of_run import JOURNALS
 from rlhf.shell import screen
 from rlhf.shell.ending import RunError, alone, full_disk_explained
@@ -31,16 +35,24 @@ class Site:
     bars: Bars
     heart: Heartbeat
     began: float
+    place: Place  # of this process among the trainer's ranks
+    ranks: Ranks = ALONE
     notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
     saved: Saved | None = None  # the checkpoint that the run goes on from
     resumable: bool = False  # whether what stops the run says how it goes on
 
 
-def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
-    """The folder of a run, in which no other process trains, with its bars and heartbeat; both end with the stack."""
+def opened(config: RunConfig, folder: Path, stack: ExitStack, place: Place) -> Site:
+    """The folder of a run, in which no other process trains, with its bars and heartbeat; both end with the stack.
+
+    A rank beside the first neither writes nor shows anything.
+    """
     began = time.monotonic()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    if not place.first:
+        bars = Bars(on=False)
+        return Site(beside_first(config), folder, bars, Heartbeat(folder, bars.pulse, bars.say), began, place)
     folder.mkdir(parents=True, exist_ok=True)
     locked = stack.enter_context(alone(folder))
     console = any(isinstance(logger, ConsoleLoggerConfig) for logger in config.logger.values())
@@ -48,21 +60,23 @@ def opened(config: RunConfig, folder: Path, stack: ExitStack) -> Site:
     heart = stack.enter_context(Heartbeat(folder, bars.pulse, bars.say))
     if not locked:
         bars.say(f"warning: the file system of {folder} has no locks: see to it that no other process trains there")
-    return Site(config, folder, bars, heart, began)
+    return Site(config, folder, bars, heart, began, place)
 
 
 def go_on(site: Site, stack: ExitStack) -> None:
     """Let the run go on from its newest checkpoint; nothing is written yet."""
-    screen.into(site.folder)
-    site.saved = found(site)
-    _say_how_it_goes_on(site, stack)
+    if site.place.first:
+        screen.into(site.folder)
+        site.saved = found(site)
+        _say_how_it_goes_on(site, stack)
 
 
 def begin(site: Site, stack: ExitStack) -> None:
     """Let the run write into its folder: behind the checkpoint that it goes on from, else over what is there."""
-    screen.into(site.folder)
-    make_room(site)
-    _say_how_it_goes_on(site, stack)
+    if site.place.first:
+        screen.into(site.folder)
+        make_room(site)
+        _say_how_it_goes_on(site, stack)
 
 
 def _say_how_it_goes_on(site: Site, stack: ExitStack) -> None:
@@ -71,6 +85,26 @@ def _say_how_it_goes_on(site: Site, stack: ExitStack) -> None:
         stack.enter_context(resumable(Store(site.folder / FOLDER)))
         stack.enter_context(full_disk_explained(site.folder))  # inside, for `resumable` to see what is explained
         site.resumable = True
+
+
+def meet(site: Site, resume: bool, stack: ExitStack) -> None:
+    """Let all ranks of the trainer come together, to go on from one checkpoint; they part with the stack."""
+    with site.bars.waiting("ranks") if site.place.count > 1 else nullcontext():
+        site.ranks = stack.enter_context(met(site.config, site.folder, site.place, resume))
+    stack.enter_context(site.ranks.explained())
+    step = site.ranks.told(int(site.saved.told["step"]) if site.saved else None)
+    if not site.place.first and step is not None:
+        site.saved = Saved.of(Store(site.folder / FOLDER).path(step))
+
+
+def beside_first(config: RunConfig) -> RunConfig:
+    """The configuration of a rank that writes, shows and judges nothing."""
+    quiet = copy.deepcopy(config)
+    quiet.logger = {}
+    quiet.checkpoint.every = 0
+    quiet.profile.steps = []
+    quiet.alarms.stop = False
+    return quiet
 
 
 def found(site: Site) -> Saved | None:

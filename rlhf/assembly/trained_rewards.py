@@ -12,7 +12,6 @@ from rlhf.checkpoint.state import State
 from rlhf.checkpoint.whole import whole
 from rlhf.config import ModelRewardConfig
 from rlhf.models.saving import export_model
-from rlhf.models.value import Head, value_model
 from rlhf.rewards.model import ModelReward
 from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
 from rlhf.types import Sampler
@@ -26,8 +25,7 @@ def train_rewards(site: Site, matter: Matter, sampler: Sampler) -> State:
     for name, part in site.config.reward.weighted().items():
         if matter.rewards[name] is None:
             assert isinstance(part.reward, ModelRewardConfig)
-            model = value_model(matter.policy, Head.sequence)
-            trained = ModelReward(model, matter.tokenizer, clip=part.reward.clip)
+            trained = ModelReward(matter.untrained[name], matter.tokenizer, clip=part.reward.clip)
             if site.saved is None:
                 _train_reward(site, trained, part.reward, matter, sampler)
             trained.model.requires_grad_(False)

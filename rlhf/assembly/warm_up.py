@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf.assembly.matter import Matter
-from rlhf.assembly.policy_files import BASE
+from rlhf.assembly.policy_files import BASE, POLICY
 from rlhf.assembly.site import Site
+from rlhf.checkpoint.keeper import Saved
+from rlhf.checkpoint.state import load_module
 from rlhf.models.policy import reload
 from rlhf.stages.sft import sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def warm_up(site: Site, matter: Matter, base: str | None) -> None:
     """Train the policy, or overwrite its weights; of one with an adapter, those below it, which come from `base`."""
     config, policy = site.config, matter.policy
     if site.saved is not None:
-        if base is None:
-            reload(policy, site.saved.path / "policy")
+        if base is None and (site.saved.path / POLICY).is_dir():
+            reload(policy, site.saved.path / POLICY)
+        elif base is None:
+            _reload_rows(policy, site.saved)
         elif base == str(site.folder.resolve() / BASE):
             reload(policy, Path(base))
         return
@@ -24,3 +32,11 @@ def warm_up(site: Site, matter: Matter, base: str | None) -> None:
         stage = site.bars.stage("SFT", config.sft.steps)
         for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, config.optim, config.seed):
             stage.advance(numbers)
+
+
+def _reload_rows(policy: PreTrainedModel, saved: Saved) -> None:
+    """The same from what ranks have written of it, each its rows."""
+    try:
+        load_module(policy, saved.path, POLICY)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{saved.path} holds another model than model names: {error}") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.checkpoint.shards import write_rows, write_tensors
 from rlhf.checkpoint.state import (
     NotFiniteError,
     State,
@@ -29,10 +30,10 @@ from rlhf.checkpoint.state import (
     seed_python,
     weights_of,
     write_lines,
-    write_tensors,
 )
 from rlhf.checkpoint.store import FOLDER as FOLDER
-from rlhf.checkpoint.store import Best, Store, flush, read_json
+from rlhf.checkpoint.store import Best, Store, described, flush, read_json
+from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.shell.ending import EXPLAINED, unbroken
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ TOLD: dict[str, tuple[type, ...]] = {  # of STATE
     **dict.fromkeys(("attributes", "random", "notes"), (dict,)),
     "seconds": (int, float),
 }
+POLICY = "policy"  # a folder, or the name of what ranks have written
+SAVE = "save"  # what other ranks are asked to do
 SCORES = ("eval/gold", "eval/reward")  # the first that an evaluation has says which is best
 
 
@@ -117,6 +120,7 @@ class Keeper:
     saved: Saved | None = None  # where the run goes on
     extra: State = field(default_factory=State)  # what is to be kept beside the trainee's
     notes: dict[str, Any] = field(default_factory=dict)  # JSON that is to be kept, too
+    ranks: Ranks = ALONE  # of a trainer whose models are sharded: each writes its own rows
     _trainee: Trainee | None = None
     _mark: Mark | None = None  # None: the state is changing, or there is none yet
     _kept: int | None = None  # the step of the newest checkpoint
@@ -127,18 +131,23 @@ class Keeper:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Save what there is, where a signal or an explained error ends the run."""
         explained = isinstance(error, (KeyboardInterrupt, SystemExit, *EXPLAINED))
-        if explained and self.config.checkpoint.every and self._mark is not None and self._mark.step != self._kept:
+        missing = self._mark is not None and self._mark.step != self._kept
+        if explained and self.config.checkpoint.every and missing and self.ranks.listening:
             self._save(self._mark)
 
     def begin(self, trainee: Trainee, version: int) -> int:
         """Bring what is trained to where the run goes on, or save where it begins; how many steps are done."""
         self._trainee = trainee
+        self.ranks.serve(SAVE, lambda folder: self._write_tensors(Path(folder)))
         if self.saved is None:
             seed_python(self.config.seed)  # now that whoever starts workers has drawn from them: Ray does
             self.reached(0, version)
             return 0
         told = self.saved.told
-        load_state(self._state(), self.saved.path, told["attributes"], trainee.policy.device)
+        state = self._state()
+        if (self.saved.path / POLICY).is_dir():  # whose weights the policy has already
+            state.modules.pop(POLICY, None)
+        load_state(state, self.saved.path, told["attributes"], trainee.policy.device)
         restore_random(told["random"])
         self._kept = told["step"]
         self._note(told["step"], version)
@@ -157,9 +166,14 @@ class Keeper:
         every = self.config.checkpoint.every
         if every and (step % every == 0 or step == self.config.steps):
             self._save(self._mark)
+        self.ranks.rest()
 
     def judge(self, metrics: Mapping[str, float]) -> None:
         """The state's evaluation: if it is the best so far, keep the state."""
+        self._judge(metrics)
+        self.ranks.rest()
+
+    def _judge(self, metrics: Mapping[str, float]) -> None:
         score = next((metrics[name] for name in SCORES if name in metrics), None)
         settings, mark = self.config.checkpoint, self._mark
         if not (settings.every and settings.keep_best) or score is None or not math.isfinite(score) or mark is None:
@@ -207,18 +221,13 @@ class Keeper:
         kept = self.store.steps()[-self.config.checkpoint.keep :]
         self.store.keep_only([*kept, *([best.step] if best else [])])
 
-    def _write(self, folder: Path, mark: Mark) -> None:
-        assert self._trainee is not None
-        files = dict(self._state().files())
-        for name, tensors in {"policy": weights_of(self._trainee.policy), **files}.items():
-            check_finite(name, tensors)
-        try:
-            self.write_policy(folder)
-        except Exception as error:  # the Rust halves of safetensors and tokenizers have exceptions of their own
-            raise OSError(f"the policy cannot be written: {error}") from error
-        for name, tensors in files.items():
-            if tensors:
-                write_tensors(folder / f"{name}.safetensors", tensors)
+    def _write(self, folder: Path, mark: Mark) -> dict[str, Any]:
+        """Put a checkpoint into the folder; which files there are flushed and described already."""
+        described: dict[str, Any] = {}
+        for number, (ok, said) in enumerate(self.ranks.together(SAVE, str(folder))):
+            if not ok:
+                raise OSError(f"rank {number}: {said}" if self.ranks.count > 1 else said)
+            described |= said
         samples = self.store.folder.parent / SAMPLES
         if samples.exists():
             flush(samples)
@@ -235,3 +244,33 @@ class Keeper:
         (folder / STATE).write_text(json.dumps(told) + "\n", encoding="utf-8")
         write_lines(folder / ROWS, self.record.rows[: mark.rows])
         (folder / CONFIG).write_text(json.dumps(plain(self.config), indent=1) + "\n", encoding="utf-8")
+        return described
+
+    def _write_tensors(self, folder: Path) -> tuple[bool, Any]:
+        """Write what this rank has of all tensors: True and its files, described; False and why that cannot be."""
+        assert self._trainee is not None
+        files = dict(self._state().files())
+        try:
+            for name, tensors in {POLICY: weights_of(self._trainee.policy), **files}.items():
+                check_finite(name, tensors)
+            self._write_policy(folder)
+            return True, self._write_files(folder, files)
+        except (OSError, NotFiniteError) as error:
+            return False, str(error)
+
+    def _write_policy(self, folder: Path) -> None:
+        try:
+            self.write_policy(folder)
+        except Exception as error:  # the Rust halves of safetensors and tokenizers have exceptions of their own
+            raise OSError(f"the policy cannot be written: {error}") from error
+
+    def _write_files(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        if self.ranks.count == 1:
+            for name, tensors in files.items():
+                if tensors:
+                    write_tensors(folder / f"{name}.safetensors", tensors)
+            return {}
+        paths = [write_rows(folder, n, held, self.ranks.number, self.ranks.count) for n, held in files.items() if held]
+        for path in paths:
+            flush(path)
+        return {path.name: described(path) for path in paths}

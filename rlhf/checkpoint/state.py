@@ -4,6 +4,7 @@ policy/                     a plain Hugging Face folder; of a policy with an ada
 <module>.safetensors        weights of the critic, the reference, a reward model
 <name>.safetensors          moving averages, or what DPO's reference says of the pairs
 <module>-optimizer.safetensors
+<name>-00001-of-00002.safetensors  any of these, and policy's, by the ranks that have its shards (shards.py)
 state.json                  step, version, epoch, attributes, random generators, position in samples.jsonl, notes
 rows.jsonl                  the metrics so far
 config.json                 the run's configuration
@@ -23,6 +24,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from rlhf.checkpoint.shards import Stored, stored
+from transfer.agreement.dtensor import local_part
 
 MASTER = "master"  # an optimiser's fp32 copy of a weight
 STEP = "step"  # how many an optimiser has taken of a weight
@@ -87,7 +91,7 @@ def optimizer_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer)
     return tensors | {f"{name}/{MASTER}": master.detach() for name, master in masters.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Stored]) -> None:
     """The inverse of `optimizer_tensors`; rates and the like stay those of the optimiser."""
     stepped = _stepped(optimizer)
     index = {name: i for i, name in enumerate(stepped)}
@@ -99,7 +103,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         else:
             shape = torch.Size() if key == STEP else stepped[name].shape
             _check_like(path, tensor, torch.float32 if key == STEP else stepped[name].dtype, shape)
-            state.setdefault(index[name], {})[key] = tensor.clone()
+            held = torch.empty(shape, dtype=tensor.dtype) if key == STEP else torch.empty_like(stepped[name])
+            tensor.read_into(held)
+            state.setdefault(index[name], {})[key] = held
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -112,54 +118,44 @@ def _stepped(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """NotFiniteError if any tensor has NaN or an infinity."""
+    """NotFiniteError if any tensor, or this rank's shard of it, has NaN or an infinity."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(local_part(tensor.detach())).all()):
             raise NotFiniteError(f"{name}: {key} has values that are not finite")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file; OSError if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
-        raise OSError(str(error)) from error
 
 
 @torch.no_grad()
 def load_state(state: State, folder: Path, values: Mapping[str, Any], device: torch.device) -> None:
     """Overwrite a state with what a checkpoint's folder holds; ValueError where that is another state's."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    def tensors(name: str) -> dict[str, Tensor]:
-        path = folder / f"{name}.safetensors"
-        return load_file(path) if path.exists() else {}
 
     try:
         for name, module in state.modules.items():
-            saved = tensors(name)
-            if not saved:
-                raise RuntimeError(f"it has no {name}.safetensors")
-            for key, tensor in weights_of(module).items():
-                _overwrite(key, tensor, saved[key])
+            load_module(module, folder, name)
         for name, (_, optimizer) in state.optimizers.items():
-            load_optimizer(optimizer, tensors(name + OPTIMIZER))
+            with stored(folder, name + OPTIMIZER) as saved:
+                load_optimizer(optimizer, saved)
         for name, held in state.tensors.items():
-            for key, tensor in tensors(name).items():
-                if key in held:
+            with stored(folder, name) as saved:
+                for key, tensor in saved.items():
+                    held.setdefault(key, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
                     _overwrite(key, held[key], tensor)
-                else:
-                    held[key] = tensor.to(device, copy=True)
         _set_attributes(state, values)
     except (KeyError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
             f"the checkpoint {folder} does not hold what this run trains ({error}): resume it with the model, the "
             "reward and the algorithm that it was started with"
         ) from error
+
+
+@torch.no_grad()
+def load_module(module: torch.nn.Module, folder: Path, name: str) -> None:
+    """Overwrite a module's weights, or this rank's shards of them; KeyError, RuntimeError where it has others."""
+    with stored(folder, name) as saved:
+        if not saved:
+            raise RuntimeError(f"it has no {name}.safetensors")
+        for key, tensor in weights_of(module).items():
+            _overwrite(key, tensor, saved[key])
 
 
 def _set_attributes(state: State, values: Mapping[str, Any]) -> None:
@@ -169,13 +165,13 @@ def _set_attributes(state: State, values: Mapping[str, Any]) -> None:
         setattr(owner, attribute, values[name])
 
 
-def _overwrite(name: str, held: Tensor, saved: Tensor) -> None:
+def _overwrite(name: str, held: Tensor, saved: Stored) -> None:
     """Copy, but nothing that would be cast or repeated; RuntimeError."""
     _check_like(name, saved, held.dtype, held.shape)
-    held.data.copy_(saved)
+    saved.read_into(held)
 
 
-def _check_like(name: str, saved: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+def _check_like(name: str, saved: Stored, dtype: torch.dtype, shape: torch.Size) -> None:
     if saved.shape != shape or saved.dtype != dtype:
         raise RuntimeError(f"{name} is {saved.dtype} {list(saved.shape)}, and must be {dtype} {list(shape)}")
 

@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +66,8 @@ class Store:
             self.damaged[step] = fault
         return None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """A checkpoint of the files that `write` puts into the folder it is given.
+    def save(self, step: int, write: Callable[[Path], Mapping[str, Any] | None]) -> None:
+        """A checkpoint of the files that `write` puts into the folder it is given; it says which it has described.
 
         After an OSError, or another error of `write`, all earlier ones are as they were.
         """
@@ -76,8 +76,7 @@ class Store:
         writing = self._aside(WRITING)
         try:
             writing.mkdir()
-            write(writing)
-            _seal(writing, step)
+            _seal(writing, step, write(writing) or {})
             if self.path(step).exists():
                 self._remove(self.path(step))
             os.rename(writing, self.path(step))
@@ -140,7 +139,7 @@ def fault_of(path: Path, step: int) -> str | None:
         for name, told in files.items():
             if name not in there:
                 return f"{Path(name).name}: No such file or directory"
-            if (path / name).stat().st_size != told["bytes"] or _described(path / name) != told:
+            if (path / name).stat().st_size != told["bytes"] or described(path / name) != told:
                 return f"{name}: not the bytes that were written"
         if there - set(files):
             return f"{min(there - set(files))}: not what was written"
@@ -177,19 +176,22 @@ def _files(folder: Path, within: str = "") -> Iterator[str]:
                 raise OSError(errno.EINVAL, "neither a file nor a folder", entry.path)
 
 
-def _seal(folder: Path, step: int) -> None:
-    """Flush all that is below the folder, and describe it in the manifest."""
+def _seal(folder: Path, step: int, known: Mapping[str, Any]) -> None:
+    """Flush all that is below the folder, but what is known already, and describe it in the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        flush(path)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    for name, path in zip(names, files, strict=True):
+        if name not in known:
+            flush(path)
     for path in [path for path in folder.rglob("*") if path.is_dir()]:
         flush(path)
-    described = {path.relative_to(folder).as_posix(): _described(path) for path in files}
-    _write(folder / MANIFEST, json.dumps({"step": step, "files": described}, indent=1) + "\n")
+    told = {name: known.get(name) or described(path) for name, path in zip(names, files, strict=True)}
+    _write(folder / MANIFEST, json.dumps({"step": step, "files": told}, indent=1) + "\n")
     flush(folder)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
+    """A file as a manifest has it: its bytes and their sha256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

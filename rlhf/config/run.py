@@ -16,6 +16,7 @@ from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
+from rlhf.config.trainer import ShardedConfig, TrainerConfig
 from transfer.agreement.shown import shown
 from transfer.config import (
     NO_KEEP,
@@ -30,6 +31,7 @@ from transfer.config import (
     Staging,
     Take,
     TransferConfig,
+    check_takes_shards,
     positive,
 )
 
@@ -118,6 +120,7 @@ class RunConfig:
     algo: TrainingConfig
     optim: OptimConfig
     transfer: TransferConfig
+    trainer: TrainerConfig
     logger: dict[str, LoggerConfig] = field(default_factory=dict)
     sft: SftConfig = field(default_factory=SftConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -165,6 +168,8 @@ class RunConfig:
         if self.task.most_answers > 1:
             self._check_conversation()
         check_transfer(self)
+        if isinstance(self.trainer, ShardedConfig):
+            self._check_sharded()
 
     @property
     def microbatch_tokens(self) -> int:
@@ -181,6 +186,14 @@ class RunConfig:
         """The algorithm, in a run that trains by RL."""
         assert isinstance(self.algo, AlgoConfig)
         return self.algo
+
+    def _check_sharded(self) -> None:
+        check_takes_shards(self.transfer)
+        if self.model.lora.rank:
+            raise ValueError(
+                "the adapter's base is frozen and whole in every rank: set trainer=replicas, or model.lora.rank=0 "
+                f"(got trainer=sharded and {self.model.lora.rank})"
+            )
 
     def _check_conversation(self) -> None:
         if isinstance(self.algo, DpoConfig):

@@ -22,6 +22,7 @@ from rlhf.learning import losses
 from rlhf.learning.correction import effective_share
 from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.forward import Batch, collate
+from rlhf.learning.gradient_sums import add_rows
 from rlhf.learning.kl_control import KlController
 from rlhf.learning.microbatches import Sizes
 from rlhf.learning.objective import clipped, correction_weights, policy_loss
@@ -29,6 +30,7 @@ from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.reference import acting, refresh
 from rlhf.learning.schedules import scale
+from rlhf.learning.spread import Whole
 from rlhf.models.adapter import sent_weights
 from rlhf.shell.ending import RunError
 from rlhf.types import Rollouts
@@ -47,8 +49,10 @@ class Learner:
         critic: PreTrainedModel | None,
         config: RunConfig,
         passes: Passes = PADDED,
+        spread: Whole = Whole(),  # noqa: B008 - it holds nothing
     ) -> None:
         self.policy = policy.eval()
+        self.spread = spread
         self.passes = passes
         self.reference = reference
         self.critic = critic
@@ -193,10 +197,14 @@ class Learner:
         any_measured, measured = measured > 0, max(1.0, measured)
         sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
         batch = batch.with_lengths()
-        for part in self._microbatches(batch, rows):
-            for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-        totals = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        models = [model for model in (self.policy, self.critic) if model is not None]
+        with self.spread.whole(*models):
+            for part in self.spread.ranks.share(self._microbatches(batch, rows)):
+                for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
+                    sums[name] = sums.get(name, 0.0) + value.double()
+            self.spread.add_gradients(models, [o for o in (self.optimizer, self.critic_optimizer) if o is not None])
+        values = torch.stack(list(sums.values())).tolist() if sums else []  # a rank may have no rows
+        totals = self.spread.ranks.sums(dict(zip(sums, values, strict=True)))
         of = {"loss": 1.0, **dict.fromkeys(MEASURED, measured)}
         means = {name: value / of.get(name, max(1.0, tokens)) for name, value in totals.items()}
         means["ess"] = effective_share(means.pop("w"), means.pop("w_squared"))
@@ -251,7 +259,9 @@ class Learner:
         if self.critic_optimizer is not None:
             optimizers["critic_grad_norm"] = self.critic_optimizer
         most = self.config.optim.max_grad_norm
-        norms = {name: clip_gradients(optimizer, most) for name, optimizer in optimizers.items()}
+        norms = {
+            name: clip_gradients(optimizer, most, self.spread.over_ranks) for name, optimizer in optimizers.items()
+        }
         finite = loss_is_finite and all(map(math.isfinite, norms.values()))
         for name, optimizer in optimizers.items():
             warm = name != "grad_norm" or self.critic is None or self.steps >= self.algo.critic_warmup_steps
@@ -272,10 +282,12 @@ class Learner:
     def _over(self, batch: Batch, function: Callable[[Batch], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
         """Apply `function` to all (or the chosen) rows by micro-batches; its outputs together, [B, T], 0 elsewhere."""
         batch, out_BT = batch.with_lengths(), torch.zeros_like(batch.mask_BT)
-        for part in self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen):
-            rows = batch.rows(part)
-            out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
-        return losses.counted(out_BT, batch.mask_BT)
+        parts = self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen)
+        with self.spread.whole(self.policy, self.reference, self.critic):
+            for part in self.spread.ranks.share(parts):
+                rows = batch.rows(part)
+                out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
+        return losses.counted(add_rows(out_BT, self.spread.ranks), batch.mask_BT)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
         """Split rows into parts of at most `tokens_per_microbatch` tokens (microbatches.py)."""

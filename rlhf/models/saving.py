@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Precision
 from rlhf.models.stop_tokens import as_config, stop_ids
+from transfer.agreement.dtensor import is_dtensor
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,17 @@ def export_model(
     _save(model, tokenizer, folder, _cast(model, lambda name: known.get(name, most)), says)
 
 
+def help_export(model: PreTrainedModel) -> None:
+    """In all ranks but the first, which exports a sharded model: one whole tensor after the other is put together."""
+    for tensor in {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values():
+        _whole(tensor.detach())
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    """The tensor, of a DTensor's parts on the CPU."""
+    return tensor.full_tensor().cpu() if is_dtensor(tensor) else tensor
+
+
 def _save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,8 +200,9 @@ def _cast(model: PreTrainedModel, dtype_of: Callable[[str], str]) -> dict[str, t
     cast: dict[int, torch.Tensor] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
-        dtype, plain = getattr(torch, dtype_of(name)), tensor.detach()
+        dtype = getattr(torch, dtype_of(name))
         if id(tensor) not in cast:
+            plain = _whole(tensor.detach())
             changes = plain.is_floating_point() and plain.dtype != dtype
             cast[id(tensor)] = plain.to("cpu", dtype) if changes else plain
     return {name: cast[id(tensor)] for name, tensor in state.items()}

@@ -13,6 +13,7 @@ import torch
 from rlhf.config import Precision, RunConfig
 from rlhf.learning.forward import collate
 from rlhf.learning.passes import PADDED, Passes
+from rlhf.learning.spread import Whole
 from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, Sampler
 
@@ -34,7 +35,9 @@ class Probe:
         sampler: Sampler,
         config: RunConfig,
         passes: Passes = PADDED,
+        spread: Whole = Whole(),  # noqa: B008 - it holds nothing
     ) -> None:
+        self._spread = spread
         self._policy = policy
         self._passes = passes
         self._prompts = prompts[: PROMPTS_PER_WORKER * config.rollout.workers]
@@ -53,7 +56,7 @@ class Probe:
             return None
         rollouts = self._sampler.sample(self._prompts, n=1, temperature=self._temperature, seed=SEED)
         batch = collate(rollouts, self._policy.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._spread.whole(self._policy):
             logprobs_BT = self._passes.logprobs(self._policy, batch, self._temperature)
         worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT * batch.measured_B[:, None]).max())
         if not worst <= self._tolerance:

@@ -20,15 +20,16 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.held_out import evaluated
 from rlhf.learning.batches import batches
 from rlhf.learning.forward import Batch
+from rlhf.learning.gradient_sums import add_rows
 from rlhf.learning.learner import MAX_SKIPPED
 from rlhf.learning.losses import dpo
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.pass_choice import context_of
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.schedules import scale
+from rlhf.learning.spread import Whole
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.models.stop_tokens import ended
@@ -48,7 +49,7 @@ def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig) -> None
     done = keeper.begin(learner, version)
     for step, rows in islice(enumerate(order, start=1), done, None):
         if (step - 1) % config.evaluate_every == 0:
-            keeper.judge(_evaluate(parts, learner, config, step - 1))
+            keeper.judge(_evaluate(parts, learner, step - 1))
         parts.transfer.withdraw()  # what no evaluation has withdrawn: the first push of a run that goes on
         with keeper.changing():
             with record.time("learn"):
@@ -60,14 +61,14 @@ def train_on_pairs(parts: Parts, learner: DpoLearner, config: RunConfig) -> None
                     parts.probe(version)
             record.learned(step, learned, learner.lengths(rows))
             keeper.reached(step, version)
-    keeper.judge(_evaluate(parts, learner, config, config.steps))
+    keeper.judge(_evaluate(parts, learner, config.steps))
 
 
-def _evaluate(parts: Parts, learner: DpoLearner, config: RunConfig, step: int) -> dict[str, float]:
+def _evaluate(parts: Parts, learner: DpoLearner, step: int) -> dict[str, float]:
     """Log held-out answers and pairs; the weights may change afterwards, as no worker serves them any more."""
     with parts.record.time("evaluate"):
+        metrics = parts.measure()  # first: where ranks wait for the first one, a checkpoint can still be saved
         pairs = {f"eval/pair_{name}": value for name, value in learner.measure().items()}
-        metrics = evaluated(parts.task, parts.sampler, parts.reward, config)
         parts.transfer.withdraw()
     parts.record.evaluation(step, metrics | pairs)
     return metrics | pairs
@@ -201,26 +202,26 @@ def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference], passes:
 
 
 class DpoLearner:
-    """Takes gradient steps on a policy; its reference is the policy that it is given."""
+    """Takes gradient steps on a policy, whose reference is what it is given; `pairs` to train on, and held-out ones."""
 
     def __init__(
         self,
         policy: PreTrainedModel,
         tokenizer: Tokenizer,
-        training: Sequence[Pair],
-        held_out: Sequence[Pair],
+        pairs: tuple[Sequence[Pair], Sequence[Pair]],
         config: RunConfig,
         passes: Passes = PADDED,
+        spread: Whole = Whole(),  # noqa: B008 - it holds nothing
     ) -> None:
         assert isinstance(config.algo, DpoConfig)
         self.passes = passes
         self.policy = policy.eval()
+        self.spread = spread
         self.config = config
         self.beta = config.algo.beta
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         context = context_of(policy)
-        self.training = self._with_reference(tokenised(training, tokenizer, context))
-        self.held_out = self._with_reference(tokenised(held_out, tokenizer, context))
+        self.training, self.held_out = (self._with_reference(tokenised(each, tokenizer, context)) for each in pairs)
         self.steps = 0
         self.skipped = 0
 
@@ -246,7 +247,7 @@ class DpoLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         means = self._over(self.training, rows, gradients=True)
-        norm = clip_gradients(self.optimizer, optim.max_grad_norm)
+        norm = clip_gradients(self.optimizer, optim.max_grad_norm, self.spread.over_ranks)
         finite = math.isfinite(means["loss"]) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
@@ -274,8 +275,16 @@ class DpoLearner:
 
     def _over(self, pairs: Preferences, rows: Sequence[int], gradients: bool) -> dict[str, float]:
         """Means over the pairs, and the gradients of their mean loss; both the same for any split into parts."""
+        with self.spread.whole(self.policy):
+            totals = self._totals(pairs, rows, gradients)
+            if gradients:
+                self.spread.add_gradients([self.policy], [self.optimizer])
+        return self.spread.ranks.sums(totals)
+
+    def _totals(self, pairs: Preferences, rows: Sequence[int], gradients: bool) -> dict[str, float]:
+        """Of this rank's share of the pairs."""
         totals: dict[str, float] = {}
-        for part in self._parts(pairs.rows, rows):
+        for part in self.spread.ranks.share(list(self._parts(pairs.rows, rows))):
             logprobs_N2 = answer_logprobs(self.policy, [pairs.rows[row] for row in part], self.passes)
             ratio_N2 = logprobs_N2 - pairs.ref_N2[part]
             loss_N = dpo(ratio_N2[:, 0], ratio_N2[:, 1], self.beta)
@@ -296,12 +305,13 @@ class DpoLearner:
 
     @torch.no_grad()
     def _with_reference(self, rows: list[Preference]) -> Preferences:
-        parts = self._parts(rows, sorted(range(len(rows)), key=lambda row: rows[row].length))
+        parts = list(self._parts(rows, sorted(range(len(rows)), key=lambda row: rows[row].length)))
         device = next(self.policy.parameters()).device
         ref_N2 = torch.zeros(len(rows), 2, device=device)
-        for part in parts:
-            ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part], self.passes)
-        return Preferences(rows, ref_N2)
+        with self.spread.whole(self.policy):
+            for part in self.spread.ranks.share(parts):
+                ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part], self.passes)
+        return Preferences(rows, add_rows(ref_N2, self.spread.ranks))
 
     def _parts(self, pairs: Sequence[Preference], rows: Sequence[int]) -> Iterator[list[int]]:
         """Split rows, in order, so that each part has at most `tokens_per_microbatch` tokens, or one pair."""

@@ -90,11 +90,11 @@ class WorkerProcess:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TransferError(
-                f"{self.name} did not come up within transfer.sender.start_timeout_s; {self._log} ends:\n{self._tail()}"
+                f"{self.name} did not come up within transfer.sender.start_timeout_s; {self._log} ends:\n{self.tail()}"
             ) from TimeoutError()
         report = self._process.stdout.readline()  # the worker writes the line in one piece, or dies
         if not report:
-            raise TransferError(f"{self.name} died while it started; {self._log} ends:\n{self._tail()}")
+            raise TransferError(f"{self.name} died while it started; {self._log} ends:\n{self.tail()}")
         return int(json.loads(report)["port"])
 
     def _started(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -113,5 +113,6 @@ class WorkerProcess:
             process.stdin.flush()
         return process
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """The last lines of the process's log."""
         return printable("\n".join(self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-LOG_TAIL:]))

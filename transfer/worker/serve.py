@@ -45,7 +45,7 @@ def serve_parent(spec: Address, build: Callable[[], Any]) -> None:
     """
     for signum in OF_PARENT:
         signal.signal(signum, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     report = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed goes to the log
     with listening(spec) as listener:
@@ -112,7 +112,7 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
         os._exit(1)  # a worker that cannot serve is dead, and must look dead
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux: be killed when the parent thread ends, for the case that another child of it holds our stdin open."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,50 @@
+"""On how many processes the trainer runs, and what each of them holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config.model import AUTO
+from rlhf.config.rules import at_least
+from transfer.agreement.shown import shown
+from transfer.config import positive
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig:
+    """Ranks of the trainer, each with its share of a step's micro-batches; gradients are summed once an update."""
+
+    ranks: Any = AUTO  # processes; auto: as many as torchrun has started, else one a GPU that is there
+    timeout_s: float = 600.0  # for another rank to come to where this one is
+
+    def __post_init__(self) -> None:
+        if self.ranks != AUTO:
+            if not isinstance(self.ranks, int) or isinstance(self.ranks, bool):
+                raise ValueError(f"trainer.ranks must be auto or a whole number (got {shown(self.ranks)})")
+            at_least("trainer.ranks", self.ranks, 1)
+        positive("trainer.timeout_s", self.timeout_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class OneConfig(TrainerConfig):
+    """One process: on one GPU, or on the CPU."""
+
+    ranks: Any = 1
+
+    def __post_init__(self) -> None:
+        TrainerConfig.__post_init__(self)
+        if self.ranks != 1:
+            raise ValueError(
+                f"trainer=one is one process: set trainer.ranks=1, or trainer=replicas or sharded (got {self.ranks})"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class ReplicasConfig(TrainerConfig):
+    """Every rank has whole models, moments of the optimiser included."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardedConfig(TrainerConfig):
+    """Every rank has its rows of every weight, gradient and moment (FSDP2); weights are whole while it computes."""

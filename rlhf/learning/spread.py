@@ -1,0 +1,143 @@
+"""How the models of a trainer lie over its ranks: whole in each of them, or sharded, so that each has a part of all.
+
+Sharded models (FSDP2: `fully_shard` by decoder layer, embeddings and head in the root) are made whole for as long as
+micro-batches are computed, each rank its own, however many; gradients are added up once, when all are done. So no
+collective lies inside a micro-batch, and ranks may have different numbers of them, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+from rlhf.learning.compiled_layers import decoder_layers
+from rlhf.learning.gradient_sums import add_gradients, add_in_order
+from rlhf.ranks.ranks import ALONE, Ranks
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+class Whole:
+    """Every rank has all weights of every model."""
+
+    sharded = False
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+
+    def lay(self, model: Model) -> Model:
+        """Let the model lie so, in place."""
+        return model
+
+    @contextmanager
+    def whole(self, *models: torch.nn.Module | None) -> Iterator[None]:
+        """Around whatever is computed with these models, gradients included."""
+        yield
+
+    def add_gradients(self, models: Sequence[torch.nn.Module], optimizers: Optimizers) -> None:
+        """Once an update, inside `whole`: from now on the gradients that the optimisers see are those of all ranks."""
+        add_gradients(optimizers, self.ranks)
+
+    def over_ranks(self, squares: float) -> float:
+        """The sum of squares of a model's gradients, from that of this rank's part of them."""
+        return squares
+
+
+class Sharded(Whole):
+    """Every rank has its rows (dim 0) of every weight, gradient and moment of an optimiser; weights in fp32."""
+
+    sharded = True
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        super().__init__(ranks)
+        self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks.count,))
+
+    def lay(self, model: Model) -> Model:
+        """Shard the model, in place; what a model of 16 bits computes with are fp32 shards, rounded."""
+        half = next(model.parameters()).dtype
+        policy = MixedPrecisionPolicy()
+        if half != torch.float32:
+            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        tied = _tied(model)
+        parts: list[Any] = [*decoder_layers(model), model]
+        for part in parts:
+            fully_shard(part, mesh=self._mesh, reshard_after_forward=False, mp_policy=policy)
+        if half != torch.float32:
+            model.float()
+        for group in _groups(model):
+            group.set_gradient_divide_factor(1.0)  # a sum, never a mean: losses are of the whole batch
+            group.set_force_sum_reduction_for_comms(True)
+            if self._mesh.device_type == "cpu":
+                group.set_custom_reduce_scatter(_InOrder())
+            group.set_reshard_after_backward(False)
+            group.set_requires_gradient_sync(False)
+        assert _tied(model) == tied, "sharding has untied weights"
+        return model
+
+    @contextmanager
+    def whole(self, *models: torch.nn.Module | None) -> Iterator[None]:
+        """Around whatever is computed with these models, gradients included."""
+        groups = [group for model in {id(m): m for m in models if m is not None}.values() for group in _groups(model)]
+        with self.ranks.explained():
+            for group in groups:
+                group.unshard()
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.reshard()
+
+    def add_gradients(self, models: Sequence[torch.nn.Module], optimizers: Optimizers) -> None:
+        """Once an update, inside `whole`: from now on the gradients that the optimisers see are those of all ranks.
+
+        One token goes through each model, and its loss counts nothing: FSDP reduces in a backward pass.
+        """
+        with self.ranks.explained(), torch.enable_grad(), _eager():
+            for model in models:
+                assert isinstance(model, FSDPModule)
+                model.set_requires_gradient_sync(True)
+                device = torch.device(self._mesh.device_type)
+                output: Any = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+                (output.logits.float().sum() * 0.0).backward()
+                model.set_requires_gradient_sync(False)
+
+    def over_ranks(self, squares: float) -> float:
+        """The sum of squares of a model's gradients, from that of this rank's part of them."""
+        return sum(self.ranks.gathered(squares))
+
+
+class _InOrder(ReduceScatter):
+    """A sum in the order of ranks, whatever their number: gloo's own depends on it."""
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        output_tensor.copy_(add_in_order(input_tensor, dist.get_world_size(group)))
+
+
+def _groups(model: torch.nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _tied(model: torch.nn.Module) -> bool:
+    """Whether one tensor is both the embeddings and the head."""
+    head, embeddings = (
+        getattr(model, get, lambda: None)() for get in ("get_output_embeddings", "get_input_embeddings")
+    )
+    return head is not None and embeddings is not None and head.weight is embeddings.weight
+
+
+def _eager() -> Any:
+    """A pass of another shape than all others is not worth compiling."""
+    return torch.compiler.set_stance("force_eager") if torch.cuda.is_available() else nullcontext()

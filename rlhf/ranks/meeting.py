@@ -1,0 +1,150 @@
+"""How the ranks of a trainer meet: connections to the first, then the process group in which they add tensors up."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlhf.config import RunConfig
+from rlhf.config.model import Device
+from rlhf.ranks.place import Place
+from rlhf.ranks.ranks import ALONE, Joined, Ranks
+from rlhf.ranks.spec import spec_of
+from rlhf.ranks.star import Meeting, Star, join
+from rlhf.ranks.torchrun import tell
+from rlhf.shell.ending import RunError
+from transfer.worker.process import WorkerProcess
+
+START_S = 180.0  # until all ranks have come: each imports torch, on a machine that may be busy
+LOOPBACK = "127.0.0.1"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+CHILD = "rlhf.beside"  # the module that a rank beside the first runs
+
+
+@contextmanager
+def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> Iterator[Ranks]:
+    """All ranks of the trainer, met; the first starts the others where nobody else has, their logs go to `folder`.
+
+    They part together; where one of them fails, all end.
+    """
+    if place.count == 1:
+        yield ALONE
+        return
+    device = _device(config, place)
+    with ExitStack() as stack:
+        if place.invitation is None:
+            star, host = _all_come(config, folder, place, resume, stack)
+        else:
+            star, host = join(place.invitation, place.number), place.invitation.host
+        ranks = Joined(place, star, host, config.trainer.timeout_s)
+        try:
+            with _process_group(ranks, device), _told_at_once(ranks):
+                yield ranks
+        except BaseException as error:
+            ranks.close(error)
+            raise
+        ranks.close()
+
+
+@contextmanager
+def _told_at_once(ranks: Joined) -> Iterator[None]:
+    """What ends this rank ends the others before the process group is taken down, which may take long."""
+    try:
+        yield
+    except BaseException as error:
+        ranks.close(error)
+        raise
+
+
+def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, stack: ExitStack) -> tuple[Star, str]:
+    """The first rank's connections, and its address, once all that it or torchrun has started are there."""
+    host = os.environ["MASTER_ADDR"] if place.torchrun else LOOPBACK
+    started: list[WorkerProcess] = []
+
+    def check() -> None:
+        for process in started:
+            if not process.alive:
+                raise RunError(f"{process.name} of the trainer ended while it started; its log ends:\n{process.tail()}")
+
+    with closing(Meeting(host, secrets.token_hex(16))) as meeting:
+        others = [Place(number, place.count, number, meeting.invitation) for number in range(1, place.count)]
+        specs = [spec_of(config, folder, other, resume) for other in others]
+        if place.torchrun:
+            tell(specs)
+        else:
+            for number, spec in enumerate(specs, start=1):
+                process = WorkerProcess(f"rank {number}", CHILD, spec, folder / f"rank-{number}.log")
+                started.append(stack.enter_context(process))
+        try:
+            return meeting.all(place.count, time.monotonic() + START_S, check), host
+        except TimeoutError as error:
+            raise RunError(f"{error}; their logs are {folder}/rank-*.log") from None
+
+
+def _device(config: RunConfig, place: Place) -> torch.device:
+    """This rank's device, which is torch's current one from now on."""
+    if config.model.device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local >= torch.cuda.device_count():
+        raise ValueError(
+            f"each rank of the trainer needs a GPU, and {place.count} ranks find {torch.cuda.device_count()}: lower "
+            "trainer.ranks, or set model.device=cpu"
+        )
+    torch.cuda.set_device(place.local)
+    return torch.device("cuda", place.local)
+
+
+@contextmanager
+def _process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """torch's default process group: gloo, and NCCL for GPUs; its collectives end by `trainer.timeout_s`."""
+    assert isinstance(ranks, Joined)
+    store: dist.TCPStore | None = None
+    if ranks.first:
+        store = _store(ranks.host)
+    port = ranks.told(store.port if store is not None else None)
+    if store is None:
+        store = dist.TCPStore(ranks.host, port, None, False, wait_for_workers=False)
+    with _interface(ranks.host):
+        with ranks.explained():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=ranks.number,
+                world_size=ranks.count,
+                timeout=timedelta(seconds=ranks.timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def _store(host: str) -> dist.TCPStore:
+    """One that listens at this address alone: it knows nobody."""
+    with socket.create_server((host, 0)) as bound:
+        port = bound.getsockname()[1]
+        return dist.TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=os.dup(bound.fileno()))
+
+
+@contextmanager
+def _interface(host: str) -> Iterator[None]:
+    """Where all ranks are on this machine, gloo listens on its loopback interface alone, if nobody chose another."""
+    there = socket.gethostbyname(host).startswith("127.") and "lo" in (name for _, name in socket.if_nameindex())
+    if not there or GLOO_INTERFACE in os.environ:
+        yield
+        return
+    os.environ[GLOO_INTERFACE] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[GLOO_INTERFACE]

@@ -1,0 +1,66 @@
+"""What the first rank hears from outside, for all ranks: samples with their rewards, measures, and pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rlhf.ranks.ranks import Ranks
+from rlhf.types import Completion, Prompt, Rollouts, Sampler
+
+Scored = tuple[Rollouts, list[float | None]]
+
+
+def told(rollouts: Rollouts) -> dict[str, Any]:
+    """Samples as JSON and columns; of a prompt its ids alone."""
+    return {
+        "prompts": [list(prompt.ids) for prompt in rollouts.prompts],
+        "rows": [[c.ids, c.logprobs, c.versions, c.finish_reason, c.sampled] for c in rollouts.completions],
+        "texts": rollouts.texts,
+        "seeds": rollouts.seeds,
+        "n": rollouts.samples_per_prompt,
+        "conversations": rollouts.conversations,
+    }
+
+
+def heard(said: Any) -> Rollouts:
+    """The inverse of `told`."""
+    return Rollouts(
+        [Prompt("", tuple(ids)) for ids in said["prompts"]],
+        [Completion(*row) for row in said["rows"]],
+        said["texts"],
+        said["seeds"],
+        said["n"],
+        said["conversations"],
+    )
+
+
+@dataclass(slots=True)
+class ToldSampler:
+    """A `rlhf.types.Sampler` of all ranks: the first one's, whose samples all get."""
+
+    ranks: Ranks
+    sampler: Sampler  # asked in the first rank alone
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
+        """Draw n answers a prompt."""
+        draw = partial(self.sampler.sample, prompts, n=n, temperature=temperature, seed=seed)
+        return self.ranks.heard(draw, told, heard)
+
+
+@dataclass(slots=True)
+class ToldGather:
+    """The first rank's samples of a step and their rewards, for all ranks."""
+
+    ranks: Ranks
+    gather: Callable[[Sequence[Prompt], Sequence[int], int], Scored]
+
+    def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored:
+        """The samples of the step's prompts, `train[rows]`, and a reward for each."""
+        return self.ranks.heard(
+            lambda: self.gather(train, rows, step),
+            lambda scored: [told(scored[0]), scored[1]],
+            lambda said: (heard(said[0]), said[1]),
+        )

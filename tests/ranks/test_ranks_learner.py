@@ -1,0 +1,264 @@
+"""A learner of several ranks has the gradients, metrics and weights of one process, to the bit.
+
+With one micro-batch a rank, or none, those of one process with all of them; with more, those of one that adds up each
+rank's share by itself, and then the shares in the order of the ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from composed import composed_run
+from forked_ranks import pool
+from test_learner import sampled
+from torch import Tensor
+
+from rlhf.learning.learner import Learner
+from rlhf.learning.spread import Sharded, Whole
+from rlhf.models.adapter import add_adapter, has_adapter
+from rlhf.models.policy import make_policy
+from rlhf.models.tokenizer import make_tokenizer
+from rlhf.models.value import Head, value_model
+from rlhf.ranks.ranks import ALONE, Ranks
+from rlhf.types import Rollouts
+from transfer.agreement.dtensor import is_dtensor
+
+MICRO = ("model.layers=1", "model.hidden=16", "model.heads=2", "model.intermediate=24", "optim.lr=0.01")
+ALGOS = [
+    "algo=grpo",
+    "algo=ppo algo.critic_warmup_steps=0",
+    "algo=gspo",
+    "algo=grpo updates_per_step=2",
+    "algo=grpo model.lora.rank=2",
+    "algo=grpo model.gradient_checkpointing=true",
+    "algo=grpo model.dtype=bfloat16",
+    "algo=grpo model.dtype=bfloat16 optim.master_weights=false",
+    "algo=dapo algo.ref_decay=0.5 algo.kl_coef=0.1",
+]
+REWARDS: list[float | None] = [float(b % 3) if b != 2 else None for b in range(12)]
+
+
+def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False) -> Learner:
+    """The same in every process."""
+    config = composed_run(*MICRO, *words.split())
+    policy, reference = (
+        make_policy(config.model, make_tokenizer(config.model, "abcdefghi", chat=False), seed=seed) for seed in (1, 2)
+    )
+    if config.model.lora.rank:
+        add_adapter(policy, config.model.lora.rank, config.model.lora.alpha, config.model.lora.target)
+        for name, tensor in policy.named_parameters():
+            if "lora_B" in name:  # zeros, at first: nothing would reach the other matrix
+                torch.nn.init.normal_(tensor, std=0.2, generator=torch.Generator().manual_seed(3))
+    critic = value_model(policy, Head.token) if config.rl.has_critic else None
+    if critic is not None:
+        torch.nn.init.normal_(critic.score.weight, std=0.5, generator=torch.Generator().manual_seed(4))
+    spread = Sharded(ranks, torch.device("cpu")) if sharded else Whole(ranks)
+    reference = policy if has_adapter(policy) else reference.requires_grad_(False)
+    for model in {id(each): each for each in (policy, reference, critic) if each is not None}.values():
+        spread.lay(model)
+    return Learner(policy, reference, critic, config, spread=spread)
+
+
+def split_into(learner: Learner, parts: int) -> None:
+    """Let the learner make so many micro-batches of any rows."""
+
+    def split(batch: object, rows: Sequence[int]) -> list[list[int]]:
+        cuts = [len(rows) * n // parts for n in range(parts + 1)]
+        return [list(rows[start:end]) for start, end in pairwise(cuts)]
+
+    learner._microbatches = split  # type: ignore[method-assign, assignment]
+
+
+def steps(learner: Learner, parts: int, rollouts: Sequence[Rollouts]) -> list[Any]:
+    """Metrics of each step, and the weights after it."""
+    split_into(learner, parts)
+    told = []
+    for each in rollouts:
+        metrics = learner.learn(learner.score(each), REWARDS)
+        models = [learner.policy, *([learner.critic] if learner.critic is not None else [])]
+        told.append([metrics, [whole(p.detach()).clone() for model in models for p in model.parameters()]])
+    return told
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor, in the dtype that it computes in."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def _steps(ranks: Ranks, words: str, parts: int, rollouts: Sequence[Rollouts], sharded: bool = False) -> list[Any]:
+    return steps(learner_of(words, ranks, sharded), parts, rollouts)
+
+
+def assert_the_same(ours: list[Any], theirs: list[Any]) -> None:
+    assert len(ours) == len(theirs)
+    for (metrics, weights), (expected, of_one) in zip(ours, theirs, strict=True):
+        assert metrics == expected
+        assert all(map(torch.equal, weights, of_one)) and len(weights) == len(of_one)
+
+
+@pytest.fixture(scope="module")
+def two():
+    with pool(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def three():
+    with pool(3) as made:
+        yield made
+
+
+@pytest.mark.parametrize("words", ALGOS)
+def test_two_ranks_with_a_micro_batch_each_are_one_process_with_two(two, words):
+    rollouts = [sampled(0), sampled(1)]
+    alone = steps(learner_of(words), 2, rollouts)
+    assert alone[0][0]["grad_norm"] > 0 and not all(map(torch.equal, alone[0][1], alone[1][1])), "it learns"
+    for each in two.call(_steps, words, 2, rollouts):
+        assert_the_same(each, alone)
+
+
+@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 1), (ALGOS[0], 3), (ALGOS[1], 2)])
+def test_three_ranks_of_which_some_have_no_row_are_one_process(three, words, parts):
+    rollouts = [sampled(0)]
+    alone = steps(learner_of(words), parts, rollouts)
+    for each in three.call(_steps, words, parts, rollouts):
+        assert_the_same(each, alone)
+
+
+@pytest.mark.parametrize("words", [each for each in ALGOS if "lora" not in each and "master_weights" not in each])
+def test_two_ranks_with_shards_and_a_micro_batch_each_are_one_process_with_two(two, words):
+    rollouts = [sampled(0), sampled(1)]
+    alone = steps(learner_of(words), 2, rollouts)
+    for each in two.call(_steps, words, 2, rollouts, True):
+        half = [
+            [metrics, [mine.to(one.dtype) for mine, one in zip(weights, of_one, strict=True)]]
+            for (metrics, weights), (_, of_one) in zip(each, alone, strict=True)
+        ]
+        assert_the_same(half, alone)
+
+
+@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 1), (ALGOS[0], 3), (ALGOS[1], 2), (ALGOS[8], 2)])
+def test_three_ranks_with_shards_of_which_some_have_no_row_are_one_process(three, words, parts):
+    rollouts = [sampled(0)]
+    alone = steps(learner_of(words), parts, rollouts)
+    for each in three.call(_steps, words, parts, rollouts, True):
+        assert_the_same(each, alone)
+
+
+def _uneven(ranks: Ranks, parts: int) -> list[Any]:
+    return steps(learner_of(ALGOS[0], ranks, True), parts, [sampled(0)])
+
+
+def test_shards_with_other_numbers_of_micro_batches_in_each_rank_do_not_hang_and_repeat(two):
+    first, again = (two.call(_uneven, 5) for _ in range(2))
+    assert_the_same(first[0], again[0])
+    assert_the_same(first[0], first[1])
+    (alone,) = steps(learner_of(ALGOS[0]), 5, [sampled(0)])
+    assert first[0][0][0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert first[0][0][0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
+
+
+def _tied(ranks: Ranks) -> tuple[bool, list[int]]:
+    learner = learner_of(ALGOS[0], ranks, True)
+    policy = learner.policy
+    rows = [len(p.to_local()) for p in policy.parameters()]  # type: ignore[attr-defined]
+    return policy.get_output_embeddings().weight is policy.get_input_embeddings().weight, rows
+
+
+def test_sharded_embeddings_and_head_stay_tied_and_each_rank_holds_its_rows_alone(two):
+    (tied, first), (_, second) = two.call(_tied)
+    whole_rows = [len(p) for p in learner_of(ALGOS[0]).policy.parameters()]
+    assert tied and [a + b for a, b in zip(first, second, strict=True)] == whole_rows
+
+
+def _in_half_a_step(ranks: Ranks) -> list[bool]:
+    """Trap: without a reshard before the optimiser's step the next pass sees the weights of before."""
+    learner = learner_of(ALGOS[0], ranks, True)
+    split_into(learner, 2)
+    seen = []
+    for seed in (0, 1):
+        batch = learner.score(sampled(seed))
+        learner.learn(batch, REWARDS)
+        with learner.spread.whole(learner.policy), torch.no_grad():
+            inside = [p.detach().clone() for p in learner.policy.parameters()]
+        seen.append(all(map(torch.equal, inside, [whole(p.detach()) for p in learner.policy.parameters()])))
+    return seen
+
+
+def test_after_a_step_what_computes_has_the_weights_that_were_stepped(two):
+    assert two.call(_in_half_a_step) == [[True, True]] * 2
+
+
+class Lane(Ranks):
+    """One process that computes the share of one of several ranks, and adds nothing up."""
+
+    def __init__(self, lane: int, lanes: int) -> None:
+        super().__init__()
+        self.lane, self.lanes = lane, lanes
+
+    def share(self, parts: Sequence[Any]) -> Sequence[Any]:
+        return parts[len(parts) * self.lane // self.lanes : len(parts) * (self.lane + 1) // self.lanes]
+
+
+def gradients(learner: Learner, parts: int, rollouts: Rollouts, ranks: Ranks) -> tuple[list[Tensor | None], float]:
+    """Those of one update, and its loss, where the share is that of `ranks`; scores are those of all."""
+    split_into(learner, parts)
+    batch = learner.score(rollouts)
+    learner.spread = Whole(ranks)
+    taken: list[Tensor | None] = []
+
+    def keep(loss_is_finite: bool) -> dict[str, float]:
+        optimizers = [each for each in (learner.optimizer, learner.critic_optimizer) if each is not None]
+        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        taken.extend(None if p.grad is None else p.grad.clone() for p in held)
+        return {}
+
+    learner._step_optimizers = keep  # type: ignore[method-assign]
+    return taken, learner.learn(batch, REWARDS)["loss"]
+
+
+def _gradients(ranks: Ranks, words: str, parts: int, rollouts: Rollouts) -> tuple[list[Tensor | None], float]:
+    return gradients(learner_of(words, ranks), parts, rollouts, ranks)
+
+
+@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 3), (ALGOS[1], 5), (ALGOS[4], 5), (ALGOS[6], 7)])
+def test_uneven_shares_give_the_gradients_of_one_process_that_adds_share_by_share(two, words, parts):
+    lanes = [gradients(learner_of(words), parts, sampled(0), Lane(lane, 2)) for lane in range(2)]
+    added = [a if b is None else b if a is None else a + b for a, b in zip(*(g for g, _ in lanes), strict=True)]
+    assert sum(each is not None for each in added) > 4
+    for taken, loss in two.call(_gradients, words, parts, sampled(0)):
+        assert all(a is b or torch.equal(a, b) for a, b in zip(taken, added, strict=True))
+        assert loss == lanes[0][1] + lanes[1][1]
+
+
+def test_the_same_number_of_ranks_gives_the_same_bits_again(two):
+    first, again = (two.call(_steps, ALGOS[0], 5, [sampled(0)]) for _ in range(2))
+    assert_the_same(first[0], again[0])
+
+
+def _poisoned(ranks: Ranks) -> tuple[float, float]:
+    learner = learner_of(ALGOS[0], ranks)
+    split_into(learner, 2)
+    batch = learner.score(sampled(0))
+    plain = learner._accumulate
+
+    def accumulate(part: Any, weights_B: Tensor) -> dict[str, Tensor]:
+        sums = plain(part, weights_B)
+        return {
+            name: value * float("nan") if name == "loss" and ranks.number else value for name, value in sums.items()
+        }
+
+    learner._accumulate = accumulate  # type: ignore[method-assign]
+    before = copy.deepcopy(list(learner.policy.parameters()))
+    told = learner.learn(batch, REWARDS)
+    moved = sum(float((p - q).abs().sum()) for p, q in zip(learner.policy.parameters(), before, strict=True))
+    return told["skipped_updates"], moved
+
+
+def test_a_loss_of_nan_in_one_rank_alone_is_a_step_that_all_skip(two):
+    assert two.call(_poisoned) == [(1.0, 0.0)] * 2
