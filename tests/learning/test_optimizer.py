@@ -1,10 +1,13 @@
 """What is stepped: the model's own weights in fp32, fp32 masters of coarser ones; clipping."""
 
 import copy
+import math
 import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf.config import AdamWConfig
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
@@ -93,3 +96,34 @@ def test_weights_that_do_not_learn_are_not_stepped():
     model.bias.requires_grad_(False)
     (stepped,) = make_optimizer(model, AdamWConfig(weight_decay=1.0), lr=1e-3).param_groups[0]["params"]
     assert stepped is model.weight
+
+
+@settings(deadline=None, max_examples=30)
+@given(pieces=st.integers(1, 7), seed=st.integers(0, 1000), large=st.booleans())
+def test_the_norm_and_the_clipped_gradients_do_not_depend_on_how_tensors_are_split(pieces, seed, large):
+    values = torch.randn(999, generator=torch.Generator().manual_seed(seed)) * (1e4 if large else 1e-4)
+    outcomes = []
+    for parts in (values.split(999), values.tensor_split(pieces)):
+        parameters = [torch.nn.Parameter(torch.zeros_like(part)) for part in parts]
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.clone()
+        norm = clip_gradients(torch.optim.SGD(parameters, lr=1.0), 1.0)
+        outcomes.append((norm, torch.cat([parameter.grad for parameter in parameters])))
+    (whole, clipped), (split, also) = outcomes
+    assert whole == split and torch.equal(clipped, also)
+    assert whole == pytest.approx(float(values.double().norm()), rel=1e-7)
+    assert float(clipped.norm()) == pytest.approx(min(1.0, whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_norm_of_gradients_that_are_not_finite_is_not_finite(value):
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1.0, value, 2.0])
+    assert not math.isfinite(clip_gradients(torch.optim.SGD([parameter], lr=1.0), 1.0))
+
+
+def test_the_squares_of_other_ranks_count_in_the_norm():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 0.0])
+    assert clip_gradients(torch.optim.SGD([parameter], lr=1.0), 1.0, lambda squares: squares + 16.0) == 5.0
+    assert parameter.grad[0] == pytest.approx(0.6, rel=1e-5)
