@@ -22,9 +22,11 @@ from rlhf.shell.ending import STOPS
 def main() -> None:
     """A rank that the first one has started."""
     from transfer.worker.serve import die_with_parent
+    from transfer.worker.stacks import dumps_stacks_when_asked
 
     _ignore_signals()
     die_with_parent()
+    dumps_stacks_when_asked()
     os.dup2(2, 1)  # whatever is printed goes to the log
     run_beside(sys.stdin.readline())
 

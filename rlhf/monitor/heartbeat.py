@@ -24,6 +24,7 @@ from transfer.worker.stacks import DUMP
 
 WORKERS = (b"rlhf.rollout.worker", b"rlhf.rollout.vllm_serve", b"ray::RayWorker")  # how their command lines begin
 RAYLET = b"raylet"  # a process of Ray, below which its workers are
+RANK = b"rlhf.beside"  # in the command line of another rank of the trainer
 EVERY_S = 1.0
 LONG_S = 10.0  # a phase that is shorter than this is never called slow
 SLOW = 5.0  # times the median of what the phase has taken before
@@ -177,12 +178,21 @@ def _ended(kind: type[BaseException] | None) -> str:
 
 
 def dump_stacks(path: Path) -> None:
-    """Those of this process's threads at the end of `path`; each worker's into its log."""
+    """Those of this process's threads at the end of `path`; those of each worker, and each other rank, into its log."""
     with path.open("a", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
-    for pid in workers_of(os.getpid()):
+    for pid in [*workers_of(os.getpid()), *ranks_of(os.getpid())]:
         if _catches(pid, DUMP):  # else the signal would end it
             os.kill(pid, DUMP)
+
+
+def ranks_of(parent: int) -> list[int]:
+    """The other ranks of its trainer that a process has started."""
+    found: list[int] = []
+    for pid in _children(parent):
+        with suppress(OSError):  # it has just ended
+            found += [pid] if RANK in Path(f"/proc/{pid}/cmdline").read_bytes() else []
+    return found
 
 
 def workers_of(parent: int, within: bool = False) -> list[int]:

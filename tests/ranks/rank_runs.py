@@ -38,6 +38,7 @@ import psutil
 
 import rlhf.stages.sft as sft
 from rlhf.learning.learner import Learner
+from rlhf.monitor.heartbeat import dump_stacks
 from rlhf.plugins import loss
 from transfer.trainer.session import Session
 
@@ -87,6 +88,9 @@ def learn(self, batch, rewards):
             raise ZeroDivisionError("a kernel\\nof the test")
         if HARM == "learning stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+    if HARM == "stacks" and self.spread.ranks.first and not Path("{WHEN}").exists():
+        Path("{WHEN}").write_text(str(time.time()))
+        dump_stacks(Path("run/stacks.txt"))
     return plain(self, batch, rewards)
 
 

@@ -140,6 +140,14 @@ def test_a_run_of_one_process_that_is_interrupted_saves_and_two_ranks_go_on_with
     resumed.assert_nothing_is_left()
 
 
+def test_stacks_of_a_run_that_does_not_go_on_are_those_of_all_ranks(runs):
+    ended = runs.train(*REPLICAS, harm="stacks")
+    assert ended.code == 0, ended.errors
+    stacks = {name: (runs.folder / "run" / name).read_text() for name in ("stacks.txt", "rank-1.log", "worker-0.log")}
+    assert all("most recent call first" in text for text in stacks.values())
+    assert "rlhf/ranks/watch.py" in stacks["stacks.txt"] and "rlhf/ranks/watch.py" in stacks["rank-1.log"]
+
+
 def test_ctrl_c_ends_all_ranks_and_saves(runs):
     ended = runs.train(*REPLICAS, harm="interrupt asleep")
     assert ended.code == 130 and ended.seconds < SOON_S, ended.errors
