@@ -22,7 +22,7 @@ from rich.table import Table
 
 from rlhf.assembly.matter import Matter, gathered, tried
 from rlhf.assembly.parts import built
-from rlhf.assembly.site import meet, opened
+from rlhf.assembly.site import Site, meet, opened
 from rlhf.assembly.trainer import train_policy
 from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
@@ -70,7 +70,7 @@ def check_run(
         meet(site, False, stack)
         matter = gathered(site, seen)
         if place.first:
-            _tell(config, matter, folder, told or str(folder), site.bars.console)
+            _tell(site, matter, folder, told or str(folder))
         site.config = one_step(site.config)
         if place.first:
             _divert(site.config, stack)
@@ -174,15 +174,16 @@ def _divert(config: RunConfig, stack: ExitStack) -> None:
 # --- the screen -------------------------------------------------------------------------------------------------------
 
 
-def _tell(config: RunConfig, matter: Matter, folder: Path, told: str, console: Console) -> None:
+def _tell(site: Site, matter: Matter, folder: Path, told: str) -> None:
     """Batch arithmetic, memory, files."""
+    config, console, ranks = site.config, site.bars.console, site.ranks.count
     _table(console, "The run", arithmetic(config, matter.task))
     rewards = [reward for reward in matter.rewards.values() if isinstance(reward, ModelReward)]
     dtype = getattr(torch, (config.rollout.dtype or config.model.dtype).value)
     left = getattr(torch, saved_dtype(matter.policy, matter.tokenizer, config.model.save_dtype))
     sizes = replace(sizes_of(matter.policy, config.model.lora, dtype, rewards), saved=left.itemsize)
     places = {
-        f"trainer, on {matter.policy.device}": trainer(config, sizes),
+        _of_trainer(str(matter.policy.device), ranks): trainer(config, sizes),
         f"each of {config.rollout.workers} worker(s)": worker(config, sizes),
         "disk": disk(config, sizes),
     }
@@ -199,6 +200,10 @@ def _tell(config: RunConfig, matter: Matter, folder: Path, told: str, console: C
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _of_trainer(device: str, ranks: int) -> str:
+    return f"trainer, on {device}" if ranks == 1 else f"each of the trainer's {ranks} ranks, the first on {device}"
 
 
 def _of_place(place: str, parts: Parts) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-WORKERS = {"rlhf.rollout.worker", "transfer.worker.plain_worker"}  # they start none
+WORKERS = {"rlhf.rollout.worker", "rlhf.beside", "transfer.worker.plain_worker"}  # they start none
 MODULES = {"rlhf.train", "rlhf.resume", "rlhf.evaluate", *WORKERS}
 SCRIPTS = ("run_with_fault.py", "fuzz/target.py", "transfer/test_live_view.py")  # of this folder
 CODE = re.compile(r"^import [\w, ]*\btorch$", re.MULTILINE)

@@ -48,6 +48,19 @@ def add_rows(rows_BT: Tensor, ranks: Ranks) -> Tensor:
     return rows_BT
 
 
+@torch.no_grad()
+def take_first_weights(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Give all ranks the first one's weights: what each has trained by itself may differ in its last bits on a GPU."""
+    if ranks.count == 1:
+        return
+    with ranks.explained():
+        for parameter in model.parameters():
+            held = parameter.contiguous()
+            dist.broadcast(held, 0)
+            if held is not parameter:
+                parameter.copy_(held)
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one dtype, in order, of about BUCKET elements together."""
     bucket: list[Tensor] = []

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from rlhf.learning.compiled_layers import decoder_layers
-from rlhf.learning.gradient_sums import add_gradients, add_in_order
+from rlhf.learning.gradient_sums import add_gradients, add_in_order, take_first_weights
 from rlhf.ranks.ranks import ALONE, Ranks
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -34,7 +34,8 @@ class Whole:
         self.ranks = ranks
 
     def lay(self, model: Model) -> Model:
-        """Let the model lie so, in place."""
+        """Let the model lie so, in place, with the weights that the first rank has of it."""
+        take_first_weights(model, self.ranks)
         return model
 
     @contextmanager
@@ -62,6 +63,7 @@ class Sharded(Whole):
 
     def lay(self, model: Model) -> Model:
         """Shard the model, in place; what a model of 16 bits computes with are fp32 shards, rounded."""
+        take_first_weights(model, self.ranks)
         half = next(model.parameters()).dtype
         policy = MixedPrecisionPolicy()
         if half != torch.float32:

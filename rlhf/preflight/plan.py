@@ -12,9 +12,12 @@ from rlhf.config import (
     RunConfig,
 )
 from rlhf.config.algo import DpoConfig
+from rlhf.config.model import AUTO
+from rlhf.config.trainer import TrainerConfig
 from rlhf.monitor.loggers import is_service
 from rlhf.plugins.registry import part_of
 from rlhf.preflight.amounts import check_amounts, judged_by_amounts
+from rlhf.ranks.place import by_torchrun
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_count
 from rlhf.types import Task
@@ -116,9 +119,17 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "profile/", f"traces of the steps {steps}, of the trainer{workers}, at most 50 MB each"
     yield "journal/", "what each process did with weights"
     yield from _of_workers(config)
+    yield from _of_ranks(config.trainer)
     yield "status.json", "where the run is, every second"
     yield "summary.json", "the numbers of the table at its end"
     yield "curves.png", "rewards, KL and the time of a step"
+
+
+def _of_ranks(trainer: TrainerConfig) -> Iterator[tuple[str, str]]:
+    """Logs of ranks beside the first, but where torchrun has started them."""
+    if by_torchrun() is None:
+        numbers = ["N"] if trainer.ranks == AUTO else range(1, trainer.ranks)
+        yield from ((f"rank-{number}.log", "what another rank of the trainer printed") for number in numbers)
 
 
 def _of_workers(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -47,7 +47,7 @@ def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> 
             star, host = join(place.invitation, place.number), place.invitation.host
         ranks = Joined(place, star, host, config.trainer.timeout_s)
         try:
-            with _process_group(ranks, device), _told_at_once(ranks):
+            with _process_group(ranks, device), _told_at_once(ranks), ranks.interrupted():
                 yield ranks
         except BaseException as error:
             ranks.close(error)

@@ -90,7 +90,7 @@ class Ranks:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """RunError in place of the error of a collective that broke because a rank is gone."""
+        """RunError where this rank is interrupted, or a collective breaks, because another one is gone."""
         yield
 
 
@@ -105,6 +105,7 @@ class Joined(Ranks):
         self.number, self.count = place.number, place.count
         self.host, self.timeout_s = host, timeout_s  # of the first rank; for another rank to come to where this one is
         self._star, self._closed = star, False
+        self._unexplained: Exception | None = None
         self.watch = Watch(star, place.number)
 
     def close(self, error: BaseException | None = None) -> None:
@@ -151,11 +152,8 @@ class Joined(Ranks):
                 told = self._hear()
             return hear(told)
         self.listening = True
-        try:
-            with self.watch.outside():
-                value = call()
-        except Gone:
-            raise RunError(self.watch.cause or "another rank of the trainer is gone") from None
+        with self.interrupted():
+            value = call()
         with self.explained():
             self._say(tell(value))
         self.listening = False
@@ -177,13 +175,25 @@ class Joined(Ranks):
             return [own, *(self._received(each) for each in self._star.talk)]
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """RunError in place of the error of a collective that broke because a rank is gone."""
+    def interrupted(self) -> Iterator[None]:
+        """RunError where another rank's end has interrupted this one."""
         try:
             yield
+        except Gone:
+            raise RunError(self.watch.cause or "another rank of the trainer is gone") from None
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """RunError where this rank is interrupted, or a collective breaks, because another one is gone."""
+        try:
+            with self.interrupted():
+                yield
         except EXPLAINED:
             raise
         except (RuntimeError, OSError, EOFError) as error:
+            if error is self._unexplained:  # by a block inside this one
+                raise
+            self._unexplained = error
             cause = self.watch.why(NOTICE_S)
             if cause is None and LATE.search(str(error)):
                 cause = (

@@ -1,7 +1,7 @@
 """Every rank notices within moments that another is gone, whatever it waits for: its life connection ends.
 
-The first rank takes note why, tells the others, and interrupts itself if it waits for the outside. A rank beside it has
-nothing to put in order and ends at once: a GPU's collective that waits for a rank that is gone would never end.
+The first rank takes note why, tells the others, and interrupts itself as Ctrl-C would, whatever it does. A rank beside
+it has nothing to put in order and ends at once: a GPU's collective that waits for a rank that is gone would never end.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from rlhf.ranks.frames import packed, unpacked
 from rlhf.ranks.star import Star, ended
+from rlhf.shell.ending import LOST
 
 LOOK_S = 0.2  # until the thread sees that it is to end
 GRACE_S = 1.0  # in which the first rank comes upon the error itself, or ends for a reason of its own
-WAKE = getattr(signal, "SIGRTMIN", signal.SIGURG)  # whom nobody else sends
 
 
 class Gone(KeyboardInterrupt):
-    """Raised in the first rank's main thread while it waits for the outside: another rank is gone."""
+    """Raised in the first rank's main thread: another rank is gone."""
 
 
 class Watch:
@@ -33,8 +33,10 @@ class Watch:
     def __init__(self, star: Star, number: int) -> None:
         self._star, self._number = star, number
         self._over, self._noticed = threading.Event(), threading.Event()
-        self._outside = False
+        self._before: Any = None  # what LOST did; None: it does nothing here
         self.cause: str | None = None
+        if number == 0 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(LOST, self._raise)
         self._thread = threading.Thread(target=self._look, name="ranks", daemon=True)
         self._thread.start()
 
@@ -42,31 +44,14 @@ class Watch:
         """Look no more: from now on others may go."""
         self._over.set()
         self._thread.join()
+        if self._before is not None:
+            signal.signal(LOST, self._before)
+            self._before = None
 
     def why(self, wait_s: float) -> str | None:
         """Why another rank is gone, if one is; a broken collective may be known sooner than its reason."""
         self._noticed.wait(wait_s)
         return self.cause
-
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Around what the first rank waits for outside of the trainer: Gone is raised there, in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def wake(signum: int, frame: FrameType | None) -> None:
-            if self._outside:
-                self._outside = False
-                raise Gone
-
-        before = signal.signal(WAKE, wake)
-        self._outside = True
-        try:
-            yield
-        finally:
-            self._outside = False
-            signal.signal(WAKE, before)
 
     def give_up(self, reason: str) -> None:
         """Tell the first rank why this one ends."""
@@ -88,8 +73,12 @@ class Watch:
         self.cause = _reason(connection, self._star.life.index(connection) + 1)
         self._noticed.set()
         self._star.shut()
-        if not self._over.wait(GRACE_S) and self._outside:
-            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+        if not self._over.wait(GRACE_S) and self._before is not None:
+            signal.pthread_kill(threading.main_thread().ident or 0, LOST)
+
+    def _raise(self, signum: int, frame: FrameType | None) -> None:
+        if not self._over.is_set():
+            raise Gone
 
 
 def _reason(connection: mp.Connection, number: int) -> str:

@@ -19,6 +19,7 @@ from transfer.agreement.wire import RemoteError, TransferError
 from transfer.backends.folder_lock import NO_LOCKS
 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # schedulers announce the end by any of them
+LOST = getattr(signal, "SIGRTMIN", signal.SIGURG)  # by ranks/watch.py alone: a rank of the trainer is gone
 TERMINATED = 128 + signal.SIGTERM  # exit codes, as shells have them
 STOPPED = frozenset(128 + signum for signum in STOPS)
 INTERRUPTED = 128 + signal.SIGINT
@@ -113,7 +114,7 @@ def unbroken() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    handlers = {signum: signal.getsignal(signum) for signum in (*STOPS, signal.SIGINT)}
+    handlers = {signum: signal.getsignal(signum) for signum in (*STOPS, signal.SIGINT, LOST)}
     acts = {signum: handler for signum, handler in handlers.items() if callable(handler)}
 
     def hold(signum: int, frame: FrameType | None) -> None:

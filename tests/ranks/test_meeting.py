@@ -20,7 +20,7 @@ from rlhf.ranks.star import LIFE, TALK, Meeting, Star, join
 from rlhf.shell.ending import RunError
 
 KEY = "a key of the test"
-PATIENT_S = 8.0
+PATIENT_S = 60.0
 DYING = """
 import json, os, sys
 from rlhf.ranks.place import Invitation
@@ -178,6 +178,7 @@ def test_whoever_has_the_key_and_no_place_does_not_get_in(meeting, coming, name)
         with contextlib.closing(all_of(meeting, 2)) as first:
             assert len(first.talk) == 1
             saying.join(PATIENT_S)
+            meeting.close()
             with pytest.raises((EOFError, OSError)):
                 odd.recv_bytes()
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from rlhf.learning.gradient_sums import add_rows
 from rlhf.ranks.ranks import ALONE, Ranks
-from rlhf.shell.ending import RunError
+from rlhf.shell.ending import RunError, unbroken
 
 SOON_S = 20.0  # as soon as one can ask for on a busy machine; who waits for nothing takes 60
 KILLED = "rank {} of the trainer has ended without a word: was it killed, or out of memory?"
@@ -25,6 +25,7 @@ class Of(Ranks):
     """A rank that computes by itself."""
 
     def __init__(self, number: int, count: int) -> None:
+        super().__init__()
         self.number, self.count = number, count
 
 
@@ -97,6 +98,24 @@ def _asks_outside(ranks: Ranks) -> None:
     ranks.heard(lambda: time.sleep(60))
 
 
+def _computes(ranks: Ranks) -> None:
+    with ranks.explained():
+        time.sleep(60)
+
+
+def _computes_unbroken(ranks: Ranks) -> list[object]:
+    done = False
+    try:
+        with ranks.explained():
+            with unbroken():
+                time.sleep(3 if ranks.first else 60)
+                done = True
+            time.sleep(60)
+    except RunError as error:
+        return [done, str(error)]
+    return []
+
+
 def _adds(ranks: Ranks, late: int = -1, seconds: float = 0.0) -> None:
     if ranks.number == late:
         time.sleep(seconds)
@@ -138,8 +157,8 @@ def killed(ranks: Pool, number: int, work, *arguments) -> tuple[str, float]:
 
 @pytest.mark.parametrize(
     ("work", "arguments"),
-    [(_asks_outside, ()), (_adds, (2, 60.0)), (_gathers, (1, 60.0))],
-    ids=["it asks outside", "a collective", "it listens to a rank"],
+    [(_asks_outside, ()), (_computes, ()), (_adds, (2, 60.0)), (_gathers, (1, 60.0))],
+    ids=["it asks outside", "what it computes alone", "a collective", "it listens to a rank"],
 )
 def test_a_rank_that_is_killed_ends_all_and_the_first_names_it_whatever_it_waits_for(work, arguments):
     with pool(3) as ranks:
@@ -147,6 +166,14 @@ def test_a_rank_that_is_killed_ends_all_and_the_first_names_it_whatever_it_waits
         said, seconds = killed(ranks, victim, work, *arguments)
     assert said == f"RunError: {KILLED.format(victim)}"
     assert seconds < SOON_S
+
+
+def test_what_is_not_to_be_broken_off_is_done_before_another_rank_s_end_ends_the_first():
+    with pool(2) as ranks:
+        ranks.begin(_computes_unbroken)
+        time.sleep(0.3)
+        ranks.kill(1)
+        assert ranks.outcome(0) == ("gives", [True, KILLED.format(1)])
 
 
 def test_the_first_rank_s_end_ends_all_others_whatever_they_wait_for():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from composed import composed_run
 from forked_ranks import pool
+from test_dpo import LETTERS, made
 from test_learner import sampled
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
 from rlhf.ranks.ranks import ALONE, Ranks
+from rlhf.stages.dpo import DpoLearner
 from rlhf.types import Rollouts
 from transfer.agreement.dtensor import is_dtensor
 
@@ -194,6 +196,27 @@ def test_after_a_step_what_computes_has_the_weights_that_were_stepped(two):
     assert two.call(_in_half_a_step) == [[True, True]] * 2
 
 
+def _laid(ranks: Ranks, sharded: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights that each rank has trained by itself to other last bits, and as they are once they lie over the ranks."""
+    policy = learner_of(ALGOS[0]).policy.requires_grad_(False)
+    for parameter in policy.parameters():
+        parameter.add_(1e-6 * ranks.number)
+    if not sharded:  # FSDP takes none that lie otherwise in memory
+        odd = policy.get_input_embeddings()
+        odd.weight = torch.nn.Parameter(odd.weight.t().contiguous().t(), requires_grad=False)
+        policy.tie_weights()
+    before = [p.clone() for p in policy.parameters()]
+    spread = Sharded(ranks, torch.device("cpu")) if sharded else Whole(ranks)
+    return before, [whole(p).clone() for p in spread.lay(policy).parameters()]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "sharded"])
+def test_all_ranks_begin_with_the_weights_of_the_first(two, sharded):
+    (first, laid), (second, laid_there) = two.call(_laid, sharded)
+    assert not any(map(torch.equal, first, second))
+    assert all(map(torch.equal, laid, first)) and all(map(torch.equal, laid_there, first))
+
+
 class Lane(Ranks):
     """One process that computes the share of one of several ranks, and adds nothing up."""
 
@@ -262,3 +285,37 @@ def _poisoned(ranks: Ranks) -> tuple[float, float]:
 
 def test_a_loss_of_nan_in_one_rank_alone_is_a_step_that_all_skip(two):
     assert two.call(_poisoned) == [(1.0, 0.0)] * 2
+
+
+# --- preference pairs -------------------------------------------------------------------------------------------------
+
+
+def dpo_steps(tokens: int, spread: Whole) -> tuple[list[dict[str, float]], list[Tensor], int]:
+    """Metrics of steps on pairs and of held-out ones, the weights in the end, and how many micro-batches a step has."""
+    config = composed_run("algo=dpo", *MICRO, "model.context=16", f"tokens_per_microbatch={tokens}")
+    tokenizer = make_tokenizer(config.model, LETTERS, chat=False)
+    pairs = made(tokenizer), made(tokenizer)[:1]
+    learner = DpoLearner(make_policy(config.model, tokenizer, seed=1), tokenizer, pairs, config, spread=spread)
+    rows = range(len(pairs[0]))
+    told = [learner.learn(rows), learner.measure(), learner.learn(rows[1:]), learner.measure()]
+    weights = [p.detach().clone() for p in learner.policy.parameters()]
+    return told, weights, len(list(learner._parts(learner.training.rows, rows)))
+
+
+def _dpo_steps(ranks: Ranks, tokens: int) -> tuple[list[dict[str, float]], list[Tensor], int]:
+    return dpo_steps(tokens, Whole(ranks))
+
+
+def test_ranks_learn_from_pairs_as_one_process_does_also_where_held_out_ones_are_fewer_than_ranks(two):
+    told, weights, parts = dpo_steps(60, Whole())
+    assert parts == 2 and told[1]["loss"] != told[3]["loss"]
+    for ours, trained, _ in two.call(_dpo_steps, 60):
+        assert ours == told and all(map(torch.equal, trained, weights))
+
+
+def test_ranks_with_other_numbers_of_micro_batches_of_pairs_do_not_hang_and_repeat(two):
+    (first, weights, parts), (_, there, _) = two.call(_dpo_steps, 1)
+    assert parts == 5 and all(map(torch.equal, weights, there))
+    again, weights_again, _ = two.call(_dpo_steps, 1)[1]
+    assert again == first and all(map(torch.equal, weights, weights_again))
+    assert first[2]["loss"] == pytest.approx(dpo_steps(1, Whole())[0][2]["loss"], rel=1e-5)
