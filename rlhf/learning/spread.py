@@ -83,9 +83,7 @@ class Sharded(Whole):
             group.set_requires_gradient_sync(False)
         assert _tied(model) == tied, "sharding has untied weights"
         with torch.no_grad(), self.whole(model), _eager():
-            self._one_token(
-                model
-            )  # whoever computes first is the root for FSDP: not a decoder layer, by another way in
+            self._one_token(model)  # what computes first is the root for FSDP: no decoder layer is to be it
         return model
 
     @contextmanager
