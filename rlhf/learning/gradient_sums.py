@@ -27,10 +27,15 @@ def add_gradients(optimizers: Sequence[torch.optim.Optimizer], ranks: Ranks) -> 
     for n in sorted(there):
         if held[n].grad is None:
             held[n].grad = torch.zeros_like(held[n])
+    gradients = [grad for n in sorted(there) if (grad := held[n].grad) is not None]
     with ranks.explained():
-        for bucket in _buckets([grad for n in sorted(there) if (grad := held[n].grad) is not None]):
+        if gradients and gradients[0].is_cuda:
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+            return
+        for bucket in _buckets(gradients):
             flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            _add(flat, ranks.count)
+            _add_in_order(flat, ranks.count)
             parts = flat.split([grad.numel() for grad in bucket])
             torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
 
@@ -69,11 +74,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _add(flat: Tensor, count: int) -> None:
+def _add_in_order(flat: Tensor, count: int) -> None:
     """The sum over the ranks, in place."""
-    if flat.is_cuda:
-        dist.all_reduce(flat)
-        return
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % count))
     mine = add_in_order(padded, count)
     shares = list(torch.empty_like(padded).chunk(count))

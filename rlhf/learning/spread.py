@@ -82,6 +82,8 @@ class Sharded(Whole):
             group.set_reshard_after_backward(False)
             group.set_requires_gradient_sync(False)
         assert _tied(model) == tied, "sharding has untied weights"
+        with torch.no_grad(), self.whole(model), _eager():
+            self._one_token(model)  # what computes first is the root for FSDP: no decoder layer is to be it
         return model
 
     @contextmanager
@@ -106,10 +108,14 @@ class Sharded(Whole):
             for model in models:
                 assert isinstance(model, FSDPModule)
                 model.set_requires_gradient_sync(True)
-                device = torch.device(self._mesh.device_type)
-                output: Any = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-                (output.logits.float().sum() * 0.0).backward()
+                (self._one_token(model).float().sum() * 0.0).backward()
                 model.set_requires_gradient_sync(False)
+
+    def _one_token(self, model: torch.nn.Module) -> torch.Tensor:
+        device = torch.device(self._mesh.device_type)
+        output: Any = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        logits: torch.Tensor = output.logits
+        return logits
 
     def over_ranks(self, squares: float) -> float:
         """The sum of squares of a model's gradients, from that of this rank's part of them."""

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.checkpoint.keeper import FOLDER, STATE
 from rlhf.checkpoint.rows import check_rows, splits_of
-from rlhf.checkpoint.store import MANIFEST, Store, _described
+from rlhf.checkpoint.store import MANIFEST, Store, described
 from rlhf.config import JsonlTaskConfig, TinyModelConfig
 from rlhf.models.policy import make_policy
 from rlhf.models.saving import save_model
@@ -146,7 +146,7 @@ def test_a_checkpoint_from_before_there_were_such_notes_is_gone_on_from_which_is
     told["notes"] = {"summary": told["notes"]["summary"]}
     (path / STATE).write_text(json.dumps(told))
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"][STATE] = _described(path / STATE)
+    manifest["files"][STATE] = described(path / STATE)
     (path / MANIFEST).write_text(json.dumps(manifest))
     train("steps=2", "logger=[console,jsonl]", resume=True)
     assert "the checkpoint, an older one, does not say which rows it was trained on" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from rlhf.checkpoint.state import write_tensors
+from rlhf.checkpoint.shards import write_tensors
 from rlhf.config.algo import AlgoConfig
 from rlhf.learning.reference import refresh
 

@@ -55,7 +55,9 @@ def test_whatever_is_json_or_a_column_arrives_as_it_was(value):
     assert same(unpacked(packed(value)), value)
 
 
-@pytest.mark.parametrize("value", [object(), {"a": {1, 2}}, [b"bytes"], {"row": range(3)}, 1j], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), {"a": {1, 2}}, [b"bytes"], {"row": range(3)}, 1j], ids=lambda v: type(v).__name__
+)
 def test_what_is_neither_json_nor_a_column_is_refused_with_its_type(value):
     with pytest.raises(TypeError, match="is neither JSON nor a column"):
         packed(value)
