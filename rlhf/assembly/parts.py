@@ -27,7 +27,7 @@ from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.ranks.outside import ToldGather, ToldSampler
-from rlhf.ranks.ranks import ALONE
+from rlhf.ranks.ranks import Ranks
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -76,7 +76,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
     gather, measure = _judged(site, matter, own, record)
     writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
-    store, by = Store(site.folder / FOLDER), ALONE
+    store, by = Store(site.folder / FOLDER), Ranks()
     if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
         writes, by = _writes_nothing, ranks
         trained |= State(modules={POLICY: policy})

@@ -33,7 +33,7 @@ from rlhf.checkpoint.state import (
 )
 from rlhf.checkpoint.store import FOLDER as FOLDER
 from rlhf.checkpoint.store import Best, Store, described, flush, read_json
-from rlhf.ranks.ranks import ALONE, Ranks
+from rlhf.ranks.ranks import Ranks
 from rlhf.shell.ending import EXPLAINED, unbroken
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Keeper:
     saved: Saved | None = None  # where the run goes on
     extra: State = field(default_factory=State)  # what is to be kept beside the trainee's
     notes: dict[str, Any] = field(default_factory=dict)  # JSON that is to be kept, too
-    ranks: Ranks = ALONE  # of a trainer whose models are sharded: each writes its own rows
+    ranks: Ranks = field(default_factory=Ranks)  # of a trainer whose models are sharded: each writes its own rows
     _trainee: Trainee | None = None
     _mark: Mark | None = None  # None: the state is changing, or there is none yet
     _kept: int | None = None  # the step of the newest checkpoint

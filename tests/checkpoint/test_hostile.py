@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoint.keeper import CONFIG, ROWS, STATE, Saved
+from rlhf.checkpoint.shards import stored, write_tensors
 from rlhf.checkpoint.state import State, load_optimizer, load_state, optimizer_tensors, random_state, restore_random
 from rlhf.checkpoint.store import MANIFEST, MOST_JSON, Best, Store, _seal
 from rlhf.config import AdamWConfig
@@ -96,7 +97,7 @@ def test_what_was_not_written_there_is_passed_over_and_never_waited_for(store, h
 def test_a_sealed_checkpoint_that_is_no_run_s_is_passed_over_too(store, name, text, fault):
     (store.path(2) / name).write_text(text)
     (store.path(2) / MANIFEST).unlink()
-    _seal(store.path(2), 2)
+    _seal(store.path(2), 2, {})
     assert store.newest() == 2, "its bytes are what the manifest says"
     assert store.newest(Saved.fault_in) == 1 and store.damaged[2].startswith(fault)
 
@@ -173,8 +174,9 @@ def test_what_was_written_is_loaded_as_it_was(written):
     load_state(mine, folder, {"n": 4}, torch.device("cpu"))
     assert torch.equal(module.weight, load_file(folder / "critic.safetensors")["weight"])
     assert mine.tensors["averages"]["average"].tolist() == [1.0] * 3 and mine.attributes["n"][0].steps == 4
-    tensors = optimizer_tensors(*mine.optimizers["critic"])
-    load_optimizer(mine.optimizers["critic"][1], tensors)
+    write_tensors(folder / "moments.safetensors", optimizer_tensors(*mine.optimizers["critic"]))
+    with stored(folder, "moments") as tensors:
+        load_optimizer(mine.optimizers["critic"][1], tensors)
 
 
 @pytest.mark.parametrize("value", ["4", [4], {"x": 1}, True])

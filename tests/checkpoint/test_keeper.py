@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import pickletools
 import signal
 import time
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -175,8 +177,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(make_keeper, tmp_path):
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         keeper, learner = make_keeper("checkpoint.keep=1")
+        keeper.begin(learner, 0)
         for step in range(1, 4):
-            keeper._trainee = learner
             touch(learner, float(step))
             keeper.reached(step, step)
         room = os.statvfs(small)
@@ -330,3 +332,12 @@ def test_an_error_that_explains_itself_saves_the_state_before_it_too(make_keeper
         keeper.reached(1, 1)
         raise RunError("the server is gone")
     assert loaded(make_keeper, keeper) == (1, {1.0})
+
+
+def test_once_a_keeper_is_gone_nothing_holds_what_it_has_kept(make_keeper):
+    keeper, learner = make_keeper()
+    keeper.begin(learner, 0)
+    held = weakref.ref(learner)
+    del keeper, learner
+    gc.collect()
+    assert held() is None
