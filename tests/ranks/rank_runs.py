@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -159,6 +160,10 @@ class Runs:
     def resume(self, *words: str) -> Ended:
         """`python -m rlhf.resume run`."""
         return self.command(["-m", "rlhf.resume", "run", *words])
+
+    def copied_to(self, other: Runs) -> None:
+        """Let another one have the same run."""
+        shutil.copytree(self.folder / "run", other.folder / "run")
 
     def command(self, arguments: list[str], harm: str = "") -> Ended:
         """Python with these arguments, until it ends."""
