@@ -73,11 +73,11 @@ class Watch:
         self.cause = _reason(connection, self._star.life.index(connection) + 1)
         self._noticed.set()
         self._star.shut()
-        if not self._over.wait(GRACE_S) and self._before is not None:
+        while not self._over.wait(GRACE_S) and self._before is not None:
             signal.pthread_kill(threading.main_thread().ident or 0, LOST)
 
     def _raise(self, signum: int, frame: FrameType | None) -> None:
-        if not self._over.is_set():
+        if not self._over.is_set() and sys.exc_info()[0] is None:  # else it ends already, or is about to go on
             raise Gone
 
 

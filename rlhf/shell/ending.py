@@ -118,7 +118,7 @@ def unbroken() -> Iterator[None]:
     acts = {signum: handler for signum, handler in handlers.items() if callable(handler)}
 
     def hold(signum: int, frame: FrameType | None) -> None:
-        again = signum in held and signum != signal.SIGHUP
+        again = signum in held and signum not in (signal.SIGHUP, LOST)
         held.append(signum)
         if again or (len(held) > 1 and signal.SIGINT in held):
             acts[signal.Signals(signum)](signum, frame)

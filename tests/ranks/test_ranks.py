@@ -176,6 +176,29 @@ def test_what_is_not_to_be_broken_off_is_done_before_another_rank_s_end_ends_the
         assert ranks.outcome(0) == ("gives", [True, KILLED.format(1)])
 
 
+def _cleans_up(ranks: Ranks) -> list[object]:
+    cleaned = False
+    try:
+        with ranks.explained():
+            try:
+                raise RunError("the disk is full")
+            finally:
+                if ranks.first:
+                    time.sleep(3)  # the other rank has long given up
+                cleaned = True
+    except RunError as error:
+        if not ranks.first:
+            raise
+        return [cleaned, str(error)]
+    return []
+
+
+def test_a_first_rank_that_ends_already_is_not_interrupted_in_it_by_the_others_which_end_too():
+    with pool(2) as ranks:
+        ranks.begin(_cleans_up)
+        assert ranks.outcome(0) == ("gives", [True, "the disk is full"])
+
+
 def test_the_first_rank_s_end_ends_all_others_whatever_they_wait_for():
     with pool(3) as ranks:
         ranks.begin(_adds, 1, 60.0)  # rank 1 sleeps, rank 2 is in a collective
