@@ -38,6 +38,8 @@ FEW = ["--senders", "http", "--repeats", "1"]
 VLLM = "a vLLM: tests/gpu and tests/rollout/test_vllm.py run it"
 COMPARE = "python -m tests.benchmarks.compare_trl_gpu "
 TRL_GPU = "a GPU, vLLM and TRL: tests/benchmarks/test_compare_trl_gpu.py runs it with --dry"
+RANKS = "several ranks: tests/ranks/test_ranks_runs.py runs them, but shorter"
+SHARDS = "two ranks: tests/ranks/test_sharded_runs.py runs it, but shorter"
 PACKAGE = "a package that is not among those of the tests"
 
 RUN: dict[str, str] = {  # command -> what makes it short
@@ -78,6 +80,11 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     ),
     f"{TRAIN}--help": "tests/test_train_cli.py runs it",
     f"{TRAIN}mode=check": "tests/preflight/test_check.py runs it",
+    f"{TRAIN}experiment=checkpoint model.path=FOLDER_OR_HUB_NAME task=arithmetic trainer=replicas": RANKS,
+    f"{TRAIN}trainer=replicas": RANKS,
+    f"{TRAIN}trainer=replicas trainer.ranks=2": RANKS,
+    f"{TRAIN}trainer=replicas mode=check": RANKS,
+    f"{TRAIN}trainer=sharded trainer.ranks=2 transfer.take=copy": SHARDS,
     f"{TRAIN}-m experiment=from_scratch algo=grpo,ppo,dr_grpo,rloo,reinforce_pp,reinforce_pp_baseline,dapo,gspo,"
     "cispo,sapo seed=0,1,2 transfer=local": "thirty jobs: tests/test_learning.py runs them, but shorter",
     f"{TRAIN}algo=rloo seed=3 --cfg job": "composing is all that it does",
@@ -109,6 +116,8 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
         "tests/test_end_to_end.py trains the default run, .ci/run installs"
     ),
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && pytest -n 2": ".ci/run runs it",
+    "torchrun --nproc-per-node 2 -m rlhf.train trainer=replicas": "tests/ranks/test_ranks_runs.py, but shorter",
+    "torchrun --nproc-per-node 8 -m rlhf.train trainer=replicas model.path=FOLDER": RANKS,
     "python -m transfer.doctor": "tests/transfer/test_doctor.py",
     "python -m transfer.doctor --quick": "tests/transfer/test_doctor.py",
     "python -m transfer.bench": "tests/transfer/test_bench.py, with fewer rounds",

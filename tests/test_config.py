@@ -25,6 +25,7 @@ NEEDS = {
 WITH = {choice: (needed,) for choice, needed in NEEDS.items()} | {  # what it does not go with is the default
     "task=guess": ("reward=verifier",),
     "rollout=vllm": ("transfer.take=copy",),
+    "trainer=sharded": ("transfer.take=copy",),
     "transfer=handles": ("rollout=vllm", "transfer.sender.url=[http://127.0.0.1:8000]"),
 }
 

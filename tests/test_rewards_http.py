@@ -22,6 +22,7 @@ from rlhf.assembly.matter import gathered
 from rlhf.assembly.site import opened
 from rlhf.config import HttpRewardConfig
 from rlhf.preflight.before_torch import look
+from rlhf.ranks.place import Place
 from rlhf.rewards import HttpReward, http
 from rlhf.run import run
 from rlhf.shell.ending import RunError
@@ -227,7 +228,7 @@ def test_a_server_is_looked_for_once_before_a_run(compose_run, tmp_path, seen_be
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as stack:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/score"
         config = compose_run("experiment=smoke", "task.prompts=64", *choice.format(url).split())
-        gathered(opened(config, tmp_path / "run", stack), look(config) if seen_before else None)
+        gathered(opened(config, tmp_path / "run", stack, Place()), look(config) if seen_before else None)
         listening.setblocking(False)
         listening.accept()[0].close()
         with pytest.raises(BlockingIOError):

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 import pytest
 import torch
 from chat_checkpoint import GENERATION, TEMPLATE, chat_checkpoint, write_conversations
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from rlhf.check import human
@@ -118,7 +117,7 @@ def test_the_estimate_of_a_check_knows_in_which_dtype_a_policy_will_be_saved(
         config = compose_run(*overrides, *options)
         with ExitStack() as stack:
             site = opened(config, tmp_path / "run", stack, Place())
-            _tell(config, gathered(site), tmp_path / "run", "run", Console(width=200))
+            _tell(site, gathered(site), tmp_path / "run", "run")
         told[options] = re.search(r"  policy +\S* +([\d.]+ \w+)", capsys.readouterr().out.partition("disk")[2])[1]
     policy, _ = loaded(checkpoint)
     nbytes = sum(parameter.numel() for parameter in policy.parameters())

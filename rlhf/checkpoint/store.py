@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 FOLDER = "checkpoints"  # of a run
@@ -176,7 +177,7 @@ def _files(folder: Path, within: str = "") -> Iterator[str]:
                 raise OSError(errno.EINVAL, "neither a file nor a folder", entry.path)
 
 
-def _seal(folder: Path, step: int, known: Mapping[str, Any]) -> None:
+def _seal(folder: Path, step: int, known: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Flush all that is below the folder, but what is known already, and describe it in the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]

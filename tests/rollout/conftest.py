@@ -16,6 +16,7 @@ from rlhf.config import (
     VerifierRewardConfig,
 )
 from rlhf.config.algo import AlgoConfig
+from rlhf.config.trainer import OneConfig
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.worker import Worker
@@ -79,6 +80,7 @@ def run_config(transfer, workers=1):
         algo=AlgoConfig(name="grpo", advantage="group_norm"),
         optim=AdamWConfig(),
         transfer=transfer,
+        trainer=OneConfig(),
     )
 
 
