@@ -249,8 +249,6 @@ def _interrupted(ranks: Ranks) -> str:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    if ranks.first:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ranks.heard(call)
     except KeyboardInterrupt as error:
@@ -258,6 +256,7 @@ def _interrupted(ranks: Ranks) -> str:
     return "went on"
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_while_the_first_asks_outside_is_ctrl_c_and_no_rank_s_death():
     with pool(2) as ranks:
         ranks.begin(_interrupted)
