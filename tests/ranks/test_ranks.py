@@ -249,8 +249,6 @@ def _interrupted(ranks: Ranks) -> str:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    if ranks.first:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ranks.heard(call)
     except KeyboardInterrupt as error:
