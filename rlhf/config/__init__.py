@@ -1,7 +1,7 @@
 """The schema of a run: every dial, its default and its rules; imports no torch, so that mistakes answer at once.
 
-A file a group of conf/, but for transfer, whose schema is transfer/config.py; run.py is the whole, rules.py what the
-rules share. Nothing here is made or run.
+A file a group of conf/, but for transfer, whose schema is transfer/config.py and whose rules with other groups are
+transfer_rules.py; run.py is the whole, rules.py what the rules share. Nothing here is made or run.
 Rules inside one group live in that class's `__post_init__`, rules across groups in `RunConfig.__post_init__`. A
 message says what was given, what is allowed and which key to change. rlhf/compose.py and rlhf/plugins make the
 choices known to Hydra.
@@ -40,7 +40,6 @@ from rlhf.config.run import (
     RunConfig,
     SftConfig,
     all_logprobs,
-    check_transfer,
     needs_logprobs,
 )
 from rlhf.config.task import (
@@ -54,6 +53,7 @@ from rlhf.config.task import (
     SortTaskConfig,
     TaskConfig,
 )
+from rlhf.config.transfer_rules import check_transfer
 
 __all__ = [
     "AdamWConfig",

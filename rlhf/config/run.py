@@ -10,26 +10,16 @@ from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.algo import AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
-from rlhf.config.model import AUTO, Device, ModelConfig
+from rlhf.config.model import AUTO, ModelConfig
 from rlhf.config.optim import OptimConfig
 from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
 from rlhf.config.trainer import ShardedConfig, TrainerConfig
+from rlhf.config.transfer_rules import check_transfer
 from transfer.agreement.shown import shown
 from transfer.config import (
-    NO_KEEP,
-    CollectiveConfig,
-    DiskConfig,
-    HandlesConfig,
-    HttpSenderConfig,
-    InFlight,
-    IpcConfig,
-    Library,
-    LocalConfig,
-    Staging,
-    Take,
     TransferConfig,
     check_takes_shards,
     positive,
@@ -265,69 +255,6 @@ def all_logprobs(run: RunConfig | EvaluationConfig) -> bool:
     if not isinstance(run.rollout, VllmRolloutConfig):
         return True  # engine hf has them anyway
     return isinstance(run, RunConfig) and needs_logprobs(run.algo)
-
-
-def check_transfer(run: RunConfig | EvaluationConfig) -> None:
-    """Raise ValueError where the transfer does not fit the workers or the model."""
-    if isinstance(run.transfer, LocalConfig) and run.rollout.workers != 1:
-        raise ValueError(
-            f"transfer=local samples inside the trainer's process: rollout.workers must be 1 "
-            f"(got {run.rollout.workers}); choose transfer=ipc for more"
-        )
-    if isinstance(run.transfer, LocalConfig) and run.rollout.dtype not in (None, run.model.dtype):
-        raise ValueError(
-            "transfer=local samples with the learner's own weights: rollout.dtype must be null "
-            f"(got {run.rollout.dtype.name})"  # type: ignore[union-attr]
-        )
-    if isinstance(run.transfer, IpcConfig) and run.transfer.exposes and run.rollout.in_flight is InFlight.keep:
-        raise ValueError(NO_KEEP)
-    live = isinstance(run.transfer, IpcConfig) and run.transfer.staging is Staging.live
-    if live and run.rollout.dtype not in (None, run.model.dtype):
-        raise ValueError(
-            "transfer.staging=live shares the trainer's own parameters as they are: rollout.dtype must be null "
-            f"(got {run.rollout.dtype.name}); choose transfer.staging=arena to cast them"  # type: ignore[union-attr]
-        )
-    if isinstance(run.rollout, VllmRolloutConfig):
-        _check_vllm(run)
-    elif isinstance(run.transfer, HandlesConfig):
-        raise ValueError("transfer=handles speaks to vLLM servers: set rollout=vllm")
-    nccl = isinstance(run.transfer, CollectiveConfig) and run.transfer.library is Library.nccl
-    if nccl and run.model.device is Device.cpu:
-        raise ValueError(
-            "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
-        )
-    sender = run.transfer.sender
-    ours = not isinstance(run.rollout, VllmRolloutConfig)  # vLLM's servers are told where the memory is
-    if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig) and ours:
-        raise ValueError(
-            "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
-            "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
-        )
-
-
-def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
-    """Raise ValueError where vLLM cannot take the weights, or sample as asked."""
-    if isinstance(run.transfer, LocalConfig):
-        raise ValueError("rollout=vllm holds weights of its own: transfer must be ipc, disk or handles (got local)")
-    if isinstance(run.transfer, CollectiveConfig):
-        raise ValueError(
-            f"rollout=vllm takes weights from memory or files: transfer must be ipc or disk "
-            f"(got {run.transfer.library.value})"
-        )
-    if run.rollout.serve and not isinstance(run.transfer.sender, HttpSenderConfig):  # type: ignore[attr-defined]
-        raise ValueError("rollout.serve=true starts servers that speak HTTP: set transfer/sender=http")
-    sender = run.transfer.sender
-    servers = run.rollout.serve or (isinstance(sender, HttpSenderConfig) and sender.url)  # type: ignore[attr-defined]
-    if isinstance(run.transfer, HandlesConfig) and run.model.lora.rank:
-        raise ValueError("transfer=handles sends the trainer's own tensors: model.lora.rank must be 0, or transfer=ipc")
-    if run.rollout.found_paused and not (isinstance(sender, HttpSenderConfig) and sender.url):  # type: ignore[attr-defined]
-        raise ValueError("rollout.found_paused=true is for servers that run already: name them in transfer.sender.url")
-    if servers and isinstance(run.transfer, DiskConfig):
-        raise ValueError("vLLM servers take weights from memory: transfer must be ipc or handles (got disk)")
-    if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
-        raise ValueError(
-            "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"
-        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from rlhf.ranks.spec import spec_of
 from rlhf.ranks.star import Meeting, Star, join
 from rlhf.ranks.torchrun import tell
 from rlhf.shell.ending import RunError
+from transfer.backends.environment import environment
 from transfer.worker.process import WorkerProcess
 
 START_S = 180.0  # until all ranks have come: each imports torch, on a machine that may be busy
@@ -140,11 +141,6 @@ def _store(host: str) -> dist.TCPStore:
 def _interface(host: str) -> Iterator[None]:
     """Where all ranks are on this machine, gloo listens on its loopback interface alone, if nobody chose another."""
     there = socket.gethostbyname(host).startswith("127.") and "lo" in (name for _, name in socket.if_nameindex())
-    if not there or GLOO_INTERFACE in os.environ:
+    chosen = {GLOO_INTERFACE: "lo"} if there and GLOO_INTERFACE not in os.environ else {}
+    with environment(chosen):
         yield
-        return
-    os.environ[GLOO_INTERFACE] = "lo"
-    try:
-        yield
-    finally:
-        del os.environ[GLOO_INTERFACE]

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from transfer.backends.environment import environment
 from transfer.config import Library
 from transfer.memory import regions
 
@@ -149,7 +150,7 @@ class Group(ABC):
             return dist.ProcessGroupGloo(store, rank, self._world, options)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = self._left()
-        with torch.cuda.device(self._device), _environment(NCCL_ENVIRONMENT):
+        with torch.cuda.device(self._device), environment(NCCL_ENVIRONMENT):
             group = dist.ProcessGroupNCCL(store, rank, self._world, options)
             group.eager_connect_single_device(self._device)
         return group
@@ -334,21 +335,6 @@ def _bury(library: Library, group: Any, works: list[Any]) -> None:
         with suppress(RuntimeError):
             work.wait()  # at most until its own deadline
     works.clear()
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables, for as long as it takes to read them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _readable(error: RuntimeError) -> str:
