@@ -58,8 +58,9 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     workers = _workers(site, matter, transfer, base, stack) if ranks.first else None
     if base is None:  # workers start meanwhile
         warm_up(site, matter, base)
-    lay_out(site, matter)
     senders = _senders(site, workers, meanwhile) if workers is not None else []
+    ranks.told(None)  # others wait here, where they notice a rank's end, and not in a collective of a GPU
+    lay_out(site, matter)
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
