@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,18 @@ from transfer.agreement.shards import rows_of
 
 SHAPES = "shapes"
 SUFFIX = ".safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -46,9 +57,8 @@ def write_rows(folder: Path, name: str, tensors: Mapping[str, Tensor], number: i
     path = folder / f"{name}-{number + 1:05d}-of-{count:05d}{SUFFIX}"
     held = {key: local_part(tensor) for key, tensor in tensors.items() if is_dtensor(tensor) or number == 0}
     shapes = {key: list(tensor.shape) for key, tensor in tensors.items() if is_dtensor(tensor)}
-    write_tensors(path, {key: tensor for key, tensor in held.items() if len(tensor.shape) == 0 or len(tensor)}, {
-        SHAPES: json.dumps(shapes)
-    })  # fmt: skip
+    there = {key: tensor for key, tensor in held.items() if not tensor.shape or len(tensor)}  # of some it has no row
+    write_tensors(path, there, {SHAPES: json.dumps(shapes)})
     return path
 
 
@@ -84,8 +94,6 @@ class Stored:
 @contextmanager
 def stored(folder: Path, name: str) -> Iterator[dict[str, Stored]]:
     """All tensors of a name, however many ranks have written them; none where there is no such file."""
-    from contextlib import ExitStack
-
     from safetensors import safe_open
 
     with ExitStack() as stack:
@@ -96,7 +104,7 @@ def stored(folder: Path, name: str) -> Iterator[dict[str, Stored]]:
             for key in file.keys():  # noqa: SIM118 - no dict
                 piece = file.get_slice(key)
                 shape = torch.Size(shapes.get(key, piece.get_shape()))
-                known = found.setdefault(key, Stored(shape, _dtype(piece), []))
+                known = found.setdefault(key, Stored(shape, DTYPES[piece.get_dtype()], []))
                 first = sum(each.get_shape()[0] for _, each in known.pieces)
                 known.pieces.append((first, piece))
         yield found
@@ -108,9 +116,3 @@ def _paths(folder: Path, name: str) -> list[Path]:
         return [whole]
     of_rank = re.compile(re.escape(name) + r"-\d{5}-of-\d{5}" + re.escape(SUFFIX))
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if of_rank.fullmatch(path.name))
-
-
-def _dtype(piece: Any) -> torch.dtype:
-    from safetensors.torch import _getdtype
-
-    return _getdtype(piece.get_dtype())
