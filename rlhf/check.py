@@ -183,7 +183,7 @@ def _tell(site: Site, matter: Matter, folder: Path, told: str) -> None:
     left = getattr(torch, saved_dtype(matter.policy, matter.tokenizer, config.model.save_dtype))
     sizes = replace(sizes_of(matter.policy, config.model.lora, dtype, rewards), saved=left.itemsize)
     places = {
-        _of_trainer(str(matter.policy.device), ranks): trainer(config, sizes),
+        _of_trainer(str(matter.policy.device), ranks): trainer(config, sizes, ranks),
         f"each of {config.rollout.workers} worker(s)": worker(config, sizes),
         "disk": disk(config, sizes),
     }

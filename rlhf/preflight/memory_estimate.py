@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rlhf.config import ModelRewardConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig
+from rlhf.config.trainer import ShardedConfig
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, LocalConfig, Staging, Take
 
 FLOAT32 = 4  # bytes
@@ -107,8 +108,10 @@ def slots(config: RunConfig, sizes: Sizes) -> Parts:
     return {}
 
 
-def trainer(config: RunConfig, sizes: Sizes) -> Parts:
-    """What the trainer's process holds, or its GPU."""
+def trainer(config: RunConfig, sizes: Sizes, ranks: int = 1) -> Parts:
+    """What the trainer's process, or the first of its ranks, holds, or its GPU."""
+    if isinstance(config.trainer, ShardedConfig) and ranks > 1:
+        return sharded(config, sizes, ranks)
     masters = config.optim.master_weights
     rewards = trained_reward(config, sizes) + sizes.loaded_rewards
     parts = {
@@ -121,6 +124,34 @@ def trainer(config: RunConfig, sizes: Sizes) -> Parts:
         **slots(config, sizes),
     }
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
+
+
+def sharded(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
+    """What a rank holds of models that are sharded: fp32 shards, and all weights and gradients while it computes."""
+    parts = {"policy, whole while it computes": sizes.policy.nbytes, **_shards("policy", sizes.policy, ranks)}
+    if reference(config, sizes):
+        whole, shards = sizes.policy.nbytes, _share(FLOAT32 * sizes.policy.elements, ranks)
+        parts |= {"reference, whole while it computes": whole, "reference, shards": shards}
+    if critic(config, sizes):
+        model = value_head(sizes, bias=True)
+        parts |= {"critic, whole while it computes": model.nbytes, **_shards("critic", model, ranks)}
+    parts["reward model"] = trained_reward(config, sizes) + sizes.loaded_rewards
+    parts |= {name: _share(nbytes, ranks) for name, nbytes in slots(config, sizes).items()}
+    return {name: nbytes for name, nbytes in parts.items() if nbytes}
+
+
+def _shards(name: str, model: Count, ranks: int) -> Parts:
+    """Of a model that learns, beside its whole weights."""
+    fp32 = FLOAT32 * model.elements
+    return {
+        f"{name}, whole gradients": fp32,
+        f"{name}, shards and their gradients": 2 * _share(fp32, ranks),
+        f"{name}, optimiser": _share(2 * fp32, ranks) + FLOAT32 * model.tensors,
+    }
+
+
+def _share(nbytes: int, ranks: int) -> int:
+    return -(-nbytes // ranks)
 
 
 def worker(config: RunConfig, sizes: Sizes) -> Parts:

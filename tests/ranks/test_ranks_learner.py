@@ -25,10 +25,11 @@ from rlhf.models.adapter import add_adapter, has_adapter
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, value_model
+from rlhf.preflight.memory_estimate import Count, Sizes, trainer
 from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.stages.dpo import DpoLearner
 from rlhf.types import Rollouts
-from transfer.agreement.dtensor import is_dtensor
+from transfer.agreement.dtensor import is_dtensor, local_part
 
 MICRO = ("model.layers=1", "model.hidden=16", "model.heads=2", "model.intermediate=24", "optim.lr=0.01")
 ALGOS = [
@@ -176,6 +177,29 @@ def test_sharded_embeddings_and_head_stay_tied_and_each_rank_holds_its_rows_alon
     (tied, first), (_, second) = two.call(_tied)
     whole_rows = [len(p) for p in learner_of(ALGOS[0]).policy.parameters()]
     assert tied and [a + b for a, b in zip(first, second, strict=True)] == whole_rows
+
+
+def _bytes_held(ranks: Ranks) -> tuple[int, int, dict[str, int]]:
+    """Of the policy's shards, and of its moments, once a step was made; and what a check says."""
+    learner = learner_of(f"trainer=sharded transfer.take=copy {ALGOS[6]}", ranks, True)
+    split_into(learner, 2)
+    learner.learn(learner.score(sampled(0)), REWARDS)
+    parameters = list(learner.policy.parameters())
+    held = [local_part(p) for p in parameters]
+    states = [local_part(t) for state in learner.optimizer.state.values() for t in state.values()]
+    count = Count(sum(p.numel() for p in parameters), len(parameters), 2)
+    sizes = Sizes(policy=count, learning=count, backbone=count, hidden=16, slot=2 * count.elements)
+    told = trainer(learner.config, sizes, ranks.count)
+    return *(sum(t.numel() * t.element_size() for t in each) for each in (held, states)), told
+
+
+def test_a_check_says_how_many_bytes_a_rank_with_shards_holds(two):
+    (shards, moments, told), (others, more, _) = two.call(_bytes_held)
+    assert shards + others == told["policy, whole gradients"], "fp32"
+    assert told["policy, shards and their gradients"] == pytest.approx(shards + others, rel=0.01)
+    assert told["policy, optimiser"] == pytest.approx((moments + more) / 2, rel=0.05)
+    assert told["policy, whole while it computes"] * 2 == told["policy, whole gradients"]
+    assert told["transfer, 2 slots"] == told["policy, whole while it computes"]
 
 
 def _in_half_a_step(ranks: Ranks) -> list[bool]:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -144,7 +145,7 @@ class Line:
             raise
 
 
-class _OfRank:
+class _OfRank(ABC):
     """A context that closes what it is."""
 
     def __enter__(self) -> Self:
@@ -153,9 +154,9 @@ class _OfRank:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """Of this rank alone."""
-        raise NotImplementedError
 
 
 class Leading(_OfRank):
