@@ -25,6 +25,7 @@ class RolloutConfig:
     """Rollout workers, each a process with a policy of its own."""
 
     workers: int = 1
+    gpus: list[int] | None = None  # of the workers, in turn; null: one after the other where weights are copied
     restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
     mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
@@ -37,6 +38,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         at_least("rollout.workers", self.workers, 1)
+        if self.gpus is not None and min(self.gpus, default=-1) < 0:
+            raise ValueError(f"rollout.gpus must be GPUs by their numbers from 0, like [1] (got {self.gpus})")
         at_least("rollout.restarts", self.restarts, 0)
         if self.mismatch_alarm is not None:
             positive("rollout.mismatch_alarm", self.mismatch_alarm)

@@ -179,11 +179,6 @@ class RunConfig:
 
     def _check_sharded(self) -> None:
         check_takes_shards(self.transfer)
-        if isinstance(self.rollout, VllmRolloutConfig):
-            raise ValueError(
-                "rollout=vllm does not read the shards of several ranks yet: set trainer=replicas, or rollout=hf "
-                "(got trainer=sharded)"
-            )
         if self.model.lora.rank:
             raise ValueError(
                 "the adapter's base is frozen and whole in every rank: set trainer=replicas, or model.lora.rank=0 "

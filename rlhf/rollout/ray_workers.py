@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RolloutConfig
+from rlhf.rollout.gpus import claim
 from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.spec_of_run import specs
 from rlhf.rollout.worker import Worker, parts_of
@@ -31,6 +33,7 @@ class RayWorker(Worker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         dumps_stacks_when_asked(spec.log)
+        claim(spec.visible)
         super().__init__(*parts_of(spec), spec.log)
 
 
@@ -48,7 +51,9 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
     actor_class = ray.remote(RayWorker).options(
         num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
     )
-    told = specs(spec, config.workers, folder) if sender.address is None else [spec] * config.workers
+    told = (
+        specs(spec, config.workers, folder) if sender.address is None else [replace(spec, visible=[])] * config.workers
+    )
     with ray_running(sender, config.workers), ExitStack() as stack:
         actors: list[Any] = []
         for worker_spec in told:

@@ -18,6 +18,7 @@ class WorkerSpec:
     endpoint: dict[str, Any]  # of the transfer session that will send the weights
     dtype: str = "float32"
     device: str = "cpu"
+    visible: list[str] = field(default_factory=list)  # CUDA_VISIBLE_DEVICES, of each worker; []: as they are
     attention: str = "sdpa"
     code: str = ""  # the trusted checkpoint whose own code the model is made of; empty: transformers' code
     engine: str = "hf"  # or vllm

@@ -11,8 +11,9 @@ from typing import Any
 from rlhf.config import EvaluationConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.rollout.build import architecture_of
+from rlhf.rollout.gpus import visible_to_workers
 from rlhf.rollout.spec import WorkerSpec
-from transfer.config import InFlight
+from transfer.config import InFlight, IpcConfig, Take
 
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 LEAST_ROWS = 32  # that vLLM prepares for
@@ -37,6 +38,7 @@ def worker_spec(
         endpoint=dict(endpoint),
         dtype=dtype.name,
         device=parameter.device.type,
+        visible=visible_to_workers(config.rollout, _copied(config)) if parameter.device.type == "cuda" else [],
         attention=policy.config._attn_implementation,
         code=_code_of(policy),
         **_engine(config),
@@ -87,5 +89,17 @@ def rows_at_once(config: RunConfig | EvaluationConfig) -> int:
 
 
 def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
-    """What each of `count` workers is told: the same, and a journal of its own in `folder`."""
-    return [replace(spec, journal=str(folder / JOURNALS / f"worker-{index}.jsonl")) for index in range(count)]
+    """What each of `count` workers is told: the same, its own GPUs, and a journal of its own in `folder`."""
+    return [
+        replace(
+            spec,
+            journal=str(folder / JOURNALS / f"worker-{index}.jsonl"),
+            visible=spec.visible[index : index + 1],
+        )
+        for index in range(count)
+    ]
+
+
+def _copied(config: RunConfig | EvaluationConfig) -> bool:
+    """Whether workers have memory of their own for the weights, on whatever GPU."""
+    return not isinstance(config.transfer, IpcConfig) or config.transfer.take is Take.copy

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf.rollout.gpus import VARIABLE
 from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.vllm import environment
 from rlhf.rollout.vllm_model import model_folder
@@ -64,12 +65,13 @@ def _started(spec: WorkerSpec, folder: str, port: int) -> subprocess.Popen[bytes
     command += ["--port", str(port)]
     for key, value in options.items():
         command += _option(key, value)
+    claimed = {VARIABLE: spec.visible[0]} if spec.visible else {}
     variables = {k: v for k, v in environment(spec).items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=2,  # the log
-        env=variables | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+        env=variables | os.environ | claimed | {"VLLM_SERVER_DEV_MODE": "1"},
         start_new_session=True,
         preexec_fn=_die_with_us,
     )

@@ -23,6 +23,7 @@ from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
 from rlhf.rollout.build import build_model, limits_of
 from rlhf.rollout.engine import Engine
+from rlhf.rollout.gpus import claim
 from rlhf.rollout.pause_gate import PAUSE_MODES, PauseGate
 from rlhf.rollout.spec import WorkerSpec
 from transfer import make_receiver
@@ -216,6 +217,7 @@ def main(arguments: list[str]) -> None:
     dumps_stacks_when_asked()
     spec = WorkerSpec.from_json(Path(arguments[0]).read_bytes() if arguments else sys.stdin.buffer.readline())
     os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))  # before torch is imported
+    claim(spec.visible)
     serve = serve_alone if arguments else serve_parent
     serve(spec, lambda: Worker.from_spec(spec))
 

@@ -25,7 +25,6 @@ whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pyte
         ("transfer=disk", r"transfer must be ipc \(got disk\)"),
         ("transfer=gloo", r"transfer must be ipc \(got gloo\)"),
         ("model.lora.rank=2", r"set trainer=replicas, or model.lora.rank=0 \(got trainer=sharded and 2\)"),
-        ("rollout=vllm", "set trainer=replicas, or rollout=hf"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_anything_is_made(compose_run, override, said):

@@ -71,7 +71,7 @@ def check_run(rows):
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.05, f"rewards do not rise: {rewards}"
 
 
-def test_vllm_learns_over_http_and_ray_with_the_same_numbers_and_survives_a_kill(tmp_path):
+def test_vllm_learns_over_http_and_by_ray_from_two_ranks_with_the_same_numbers_and_survives_a_kill(tmp_path):
     by_http, by_ray = tmp_path / "http", tmp_path / "ray"
     process = started(by_http, *LEARNS)
     try:
@@ -85,7 +85,8 @@ def test_vllm_learns_over_http_and_ray_with_the_same_numbers_and_survives_a_kill
     journal = (by_http / "journal" / "worker-0.jsonl").read_text().splitlines()
     boots = {json.loads(line)["boot"] for line in journal}
     assert len(boots) == 2, "the worker was killed, started again, and brought to the newest version"
-    assert numbers(trained(by_ray, *LEARNS, "transfer/sender=ray")) == numbers(rows)
+    shards = ("trainer=sharded", "trainer.ranks=2")
+    assert numbers(trained(by_ray, *LEARNS, "transfer/sender=ray", *shards)) == numbers(rows)
 
 
 def kill_worker_of(trainer, folder):

@@ -98,6 +98,28 @@ def test_tensors_with_holes_go_by_torch_first():
         OnePass([square], None, CPU)
 
 
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_parts_of_rows_are_copied_stretch_by_stretch(heads, rows, first, dtype):
+    whole = tensor(heads * rows * 1024, torch.float32).view(heads, rows, 1024)
+    source = whole[:, :, 256 * first : 256 * first + 256]
+    (target,) = slot_for([source.to(dtype)])
+    one_pass = OnePass([source], [target], CPU)
+    assert carried_out(one_pass.table) == digest_of([source.to(dtype)], "sums:")
+    assert torch.equal(target, source.to(dtype))
+    wide = torch.zeros(heads, rows, 512, dtype=dtype)
+    one_pass = OnePass([source], [wide[:, :, 256:]], CPU)
+    carried_out(one_pass.table)
+    assert torch.equal(wide[:, :, 256:], source.to(dtype)) and not wide[:, :, :256].any()
+    assert len(one_pass.ranges) == heads * rows and "by torch" not in one_pass.plan
+
+
+def test_stretches_that_are_short_or_end_within_a_word_go_by_torch_first():
+    whole = tensor(8 * 1024, torch.bfloat16).view(8, 1024)
+    for source in (whole[:, :100], whole[:, :301], whole[:, ::2]):
+        (target,) = slot_for([source])
+        assert OnePass([source], [target], CPU).ranges == [(target.data_ptr(), 0, 0, target.nbytes, 1, 0)]
+
+
 def test_a_tensor_that_has_moved_or_changed_its_form_is_noticed():
     sources = [tensor(5, torch.float32), tensor(6, torch.float32)]
     one_pass = OnePass(sources, slot_for(sources), CPU)

@@ -257,14 +257,6 @@ def test_a_worker_whose_module_is_sharded_is_refused(dtensor, tmp_path):
         make_receiver(transfer.endpoint, module)
 
 
-def test_inside_vllm_shards_are_refused():
-    from transfer.vllm.rank import RankWeights
-
-    weights = RankWeights(torch.nn.Module(), torch.device("cpu"), None)
-    with pytest.raises(ValueError, match="weights come from a trainer of one rank"):
-        weights.prepare({"take": "copy"}, {}, {"slots": 2, "ranks": 2})
-
-
 def test_shards_of_other_dimensions_are_refused_with_their_placement(dtensor):
     from transfer.backends.shards import check_placements
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from transfer import make_transfer
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
 from transfer.agreement.protocol import Phase
+from transfer.agreement.shards import local, rows_of
 from transfer.agreement.wire import TransferError
+from transfer.backends.slots import Slots
 from transfer.config import DiskConfig, IpcConfig, SenderConfig, Staging, Take, Verify
 from transfer.memory.digest import digest_of
 from transfer.trainer.senders.direct import DirectSender
+from transfer.vllm.described import Described
 from transfer.vllm.engine import RlhfIpcEngine
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.recorder import Unsupported, record
@@ -218,7 +222,6 @@ def test_recording_writes_nothing_and_finds_every_copy():
     found = record(model, lambda: model.load_weights(staged.items()), staged.values())
     assert all(bool((parameter == 7).all()) for parameter in model.parameters())
     assert len(found.copies) == 5 and len(found.constants) == 1
-    assert found.places(0) == record(model, lambda: model.load_weights(staged.items()), staged.values()).places(0)
 
 
 def test_weights_that_are_not_finite_never_reach_the_model(tmp_path):
@@ -233,12 +236,69 @@ def test_weights_that_are_not_finite_never_reach_the_model(tmp_path):
 
 def test_copies_that_no_kernel_sees_are_looked_at_where_nobody_has():
     staged, model = checkpoint(0), FusedModel()
-    found = record(model, lambda: model.load_weights(staged.items()), staged.values())
-    replay = Replay(found, Manifest.of(staged), staged, torch.device("cpu"))
+    described = Described(Manifest.of(staged))
+    load = partial(model.load_weights, [("head.weight", None), *described.tensors.items()])
+    found = record(model, load, described.tensors.values())
+    replay = Replay(found, described, staged, torch.device("cpu"))
     assert replay.run(with_digest=False, unchecked=True) == (None, True)
     staged["o.weight"][2, 4] = torch.inf
     assert replay.run(with_digest=False, unchecked=True) == (None, False)
     assert replay.run(with_digest=False, unchecked=False) == (None, True), "somebody has looked before"
+
+
+def as_ranks_hold(weights, ranks):
+    """Slots of so many ranks with these weights, what a worker is told of them, and how they are written."""
+    manifest = Manifest.of(weights)
+    slots = [Slots() for _ in range(ranks)]
+    for rank, of_rank in enumerate(slots):
+        of_rank.allocate(local(manifest, ranks, rank, ["norm.weight"]), {}, 2)
+
+    def write(slot, seed):
+        for name, tensor in checkpoint(seed).items():
+            for rank, of_rank in enumerate(slots):
+                if name in of_rank.views[slot]:
+                    first, end = rows_of(len(tensor), ranks, rank) if name != "norm.weight" else (0, 8 * (rank == 0))
+                    of_rank.views[slot][name].copy_(tensor[first:end])
+
+    endpoint = {"backend": "ipc", "staging": "arena", "take": "copy", "socket": slots[0].socket}
+    where = {"slots": 2, "ranks": ranks, "whole": ["norm.weight"]}
+    return slots, {**endpoint, "sockets": [each.socket for each in slots]}, where, write
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_rows_that_lie_with_several_ranks_are_put_together_for_the_loader_once_and_then_copied_from_there(ranks):
+    model, weights = FusedModel(), checkpoint(0)
+    own_way = OwnWay(model)
+    slots, endpoint, where, write = as_ranks_hold(weights, ranks)
+    rank = RankWeights(model, torch.device("cpu"), own_way)
+    rank.prepare(endpoint, Manifest.of(weights).to_json(), where)
+    for seed in range(4):
+        write(seed % 2, seed)
+        digest = digest_of(checkpoint(seed)[entry.name] for entry in Manifest.of(checkpoint(seed)).entries)
+        assert rank.digest(seed, {"slot": seed % 2}, digest) == digest
+        assert rank.copy(seed, {"slot": seed % 2}, False) == {"digest": None, "finite": True, "still": True}
+        assert same(model, seed)
+        assert rank.live_digest(seed, {"slot": seed % 2}, digest) == digest
+    assert own_way.reloads == 1 and "copies by torch" in rank.plan
+    model.norm.data[0] += 1
+    with pytest.raises(ValueError, match="does not hold what was copied"):
+        rank.live_digest(3, {"slot": 1}, digest)
+    rank.close()
+    for each in slots:
+        each.close()
+
+
+def test_rows_of_a_rank_that_are_not_finite_are_not_given_to_the_loader():
+    model, weights = FusedModel(), checkpoint(0)
+    slots, endpoint, where, write = as_ranks_hold(weights, 2)
+    rank = RankWeights(model, torch.device("cpu"), OwnWay(model))
+    rank.prepare(endpoint, Manifest.of(weights).to_json(), where)
+    write(0, 0)
+    slots[1].views[0]["q.weight"][0] = torch.nan
+    assert not rank.copy(0, {"slot": 0}, False)["finite"]
+    assert all(bool((parameter == 7).all()) for parameter in model.parameters())
+    for each in slots:
+        each.close()
 
 
 def test_a_rank_that_fails_in_the_middle_of_a_copy_serves_nothing_until_an_update_succeeds(tmp_path):

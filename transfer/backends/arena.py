@@ -204,7 +204,7 @@ class ArenaIntake:
         """Map the trainer's slots; ValueError if `take=view` cannot put them under a module on `device`."""
         wire.only(dict(where), WHERE, "where")
         if "ranks" in where:
-            self._prepare_ranks(manifest, where)
+            self._prepare_ranks(manifest, where, device)
             return
         slots = where.get("slots", 0)
         nbytes, marks = slots * regions.slot_bytes(manifest), MARK_BYTES * (not self.settled)
@@ -228,18 +228,24 @@ class ArenaIntake:
         self.slots = [regions.tensors(region, manifest, slot) for slot in range(slots)]
         self.owner = region.device
 
-    def _prepare_ranks(self, manifest: Manifest, where: Mapping[str, Any]) -> None:
+    def _prepare_ranks(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Map the slots of each of the trainer's ranks."""
-        ranks, whole = where["ranks"], where.get("whole", ())
+        ranks, whole, places = where["ranks"], where.get("whole", ()), where.get("regions")
         if ranks != len(self._sockets):
             raise ValueError(f"where.ranks must be {len(self._sockets)}, the number of endpoint.sockets (got {ranks})")
+        if places is not None and len(places) != ranks:
+            raise ValueError(f"where.regions must be {ranks}, one a rank (got {len(places)})")
         if unknown := sorted({*whole} - {entry.name for entry in manifest.entries}):
             raise ValueError(f"where.whole names tensors that are not in the manifest: {shown(unknown)}")
         if not (self.in_place and self.settled):
             raise ValueError("weights of several ranks can only be copied from an arena: use transfer.take=copy")
-        mapped = SlotsOfRanks(self._sockets, manifest, where.get("slots", 0), whole)
+        slots = where.get("slots", 0)
+        if places is None:
+            mapped, owner = SlotsOfRanks.of_host(self._sockets, manifest, slots, whole), regions.HostRegion.device
+        else:
+            mapped, owner = SlotsOfRanks.of_gpus(places, manifest, slots, whole, device), device
         self.close()
-        self._mapped, self.slots, self.owner = mapped, mapped.slots, regions.HostRegion.device
+        self._mapped, self.slots, self.owner = mapped, mapped.slots, owner
 
     def stage(self, version: int, where: Mapping[str, Any]) -> Staged:
         """The tensors of the slot that `where` names, by entry name."""
@@ -276,10 +282,19 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _are_regions(value: Any) -> bool:
+    keys = {"device": wire.is_str, "handle": wire.is_str}
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and each.keys() == keys.keys() and all(keys[key](each[key]) for key in keys)
+        for each in value
+    )
+
+
 WHERE: dict[str, Callable[[Any], bool]] = {
     "slots": _is_slots,
     "ranks": _is_ranks,
     "whole": _is_names,
+    "regions": _are_regions,
     "device": wire.is_str,
     "handle": wire.is_str,
     "mark": _is_socket,

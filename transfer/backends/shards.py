@@ -1,8 +1,10 @@
 """Backend `ipc` of a trainer of several ranks with sharded weights: each writes its own rows, and nobody gathers them.
 
     Shards           in every rank: its slots, and how its rows get there
-    ShardPublisher   in the first rank, for its session: lets all ranks write, and reads what they have written once,
-                     for the digest, which is that of the whole tensors
+    ShardPublisher   in the first rank, for its session: lets all ranks write
+
+The digest is, on the host, that of the whole tensors, which the first rank reads once from all ranks' memory. On GPUs
+it is sums over the slots of all ranks, one behind the other: each rank sums its own as it writes, and they are added.
 
 Which rows a rank has follows from the manifest (agreement/shards.py). A worker maps the slots of all ranks and copies
 rows from each straight into its parameters (slots.py, memory/rows.py).
@@ -10,7 +12,7 @@ rows from each straight into its parameters (slots.py, memory/rows.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,11 +22,13 @@ from transfer.agreement.manifest import Manifest
 from transfer.agreement.shards import local
 from transfer.backends.arena import ArenaPublisher
 from transfer.backends.base import Weights
-from transfer.backends.slots import Slots, SlotsOfRanks
+from transfer.backends.slots import Slots, SlotsOfRanks, begin_of
 from transfer.config import IpcConfig
 from transfer.memory.digest import Hasher
 from transfer.memory.finite import NotFinite, not_finite
+from transfer.memory.one_pass import OnePass, available
 from transfer.memory.rows import parts_of
+from transfer.memory.sums import added, sums_of
 
 Together = Callable[[Mapping[str, Any], Weights], list[Any]]  # a step, by all ranks at once: what each says
 
@@ -55,7 +59,9 @@ class Shards:
         self._number = number
         self._count = count
         self._manifest = Manifest((), 0)  # of what this rank holds
+        self._begin = 0  # of its slot among those of all ranks
         self._whole: set[str] = set()
+        self._passes: dict[int, OnePass] = {}  # by slot
         self.slots = Slots()
 
     @property
@@ -63,48 +69,71 @@ class Shards:
         """Where workers get the memory."""
         return self.slots.socket
 
-    def carry_out(self, step: Mapping[str, Any], weights: Weights) -> str | None:
-        """This rank's part of a step; of `write` the first tensor whose rows here are not all finite."""
+    def carry_out(self, step: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+        """This rank's part of a step: for `prepare` where its slots are, for `write` what it has found (`_write`)."""
         if step["do"] == "write":
-            return self._write(step["slot"], weights)
-        self._prepare(Manifest.from_json(step["manifest"]), step["slots"], step["whole"], weights)
-        return None
+            return self._write(step["slot"], weights, step["digest"])
+        return self._prepare(Manifest.from_json(step["manifest"]), step["slots"], step["whole"], weights)
 
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""
+        self._passes = {}
         self.slots.close()
 
-    def _prepare(self, manifest: Manifest, slots: int, whole: Collection[str], weights: Weights) -> None:
+    def _prepare(self, manifest: Manifest, slots: int, whole: Collection[str], weights: Weights) -> dict[str, Any]:
+        self._passes = {}
         self._manifest = local(manifest, self._count, self._number, whole)
+        self._begin = begin_of(manifest, self._count, self._number, whole)
         self._whole = set(whole)
         if weights.keys() != manifest.by_name.keys():
             other = sorted(weights.keys() ^ manifest.by_name.keys())
             raise ValueError(f"it has other weights than the first rank: {', '.join(other[:10])}")
         self._held(weights)
-        self.slots.allocate(self._manifest, {}, slots)
+        return self.slots.allocate(self._manifest, {name: local_part(each) for name, each in weights.items()}, slots)
 
     @torch.no_grad()
-    def _write(self, slot: int, weights: Weights) -> str | None:
+    def _write(self, slot: int, weights: Weights, with_digest: bool) -> dict[str, Any]:
+        """The first tensor whose rows here are not all finite, `bad`, and of rows on a GPU the `sums`, if wanted."""
         held = self._held(weights)
+        if available(self.slots.device):
+            sums, finite = self._pass(slot, held).run(with_digest)
+            bad = None if finite else not_finite(held, self._manifest) or next(iter(held))
+            return {"bad": bad, "sums": sums}
         bad = not_finite(held, self._manifest)
+        views = {name: self.slots.views[slot][name] for name in held}
         if bad is None:
-            views = self.slots.views[slot]
             for name, tensor in held.items():
                 views[name].copy_(tensor)
-        return bad
+        if self.slots.device.type != "cuda":
+            return {"bad": bad, "sums": None}
+        torch.cuda.synchronize(self.slots.device)
+        return {"bad": bad, "sums": sums_of(list(views.values()), self._places(views)) if with_digest else None}
+
+    def _pass(self, slot: int, held: Mapping[str, torch.Tensor]) -> OnePass:
+        """Copies, casts, sums and looks at this rank's rows at once."""
+        sources, device = list(held.values()), self.slots.device
+        if slot not in self._passes or not self._passes[slot].fits(sources):
+            targets = [self.slots.views[slot][name] for name in held]
+            self._passes[slot] = OnePass(sources, targets, device, offsets=self._places(held))
+        torch.cuda.synchronize(device)  # other streams may have changed the weights
+        return self._passes[slot]
+
+    def _places(self, names: Iterable[str]) -> list[int]:
+        return [self._begin + self._manifest.by_name[name].offset for name in names]
 
     @torch.no_grad()
     def _held(self, weights: Weights) -> dict[str, torch.Tensor]:
-        """This rank's rows, by entry; ValueError if they are not those that the manifest gives to it."""
+        """This rank's rows, by entry, if it has any; ValueError if they are not those that the manifest gives to it."""
         held = {}
         for entry in self._manifest.entries:
             if entry.name in self._whole and self._number:
-                held[entry.name] = torch.empty(entry.shape)  # no rows
                 continue
             tensor = weights[entry.name]
-            mine = held[entry.name] = local_part(tensor)
+            mine = local_part(tensor)
             if mine.shape != entry.shape or is_shard(tensor) is (entry.name in self._whole):
                 raise ValueError(f"it holds {list(mine.shape)} of {entry.name}, not {list(entry.shape)}")
+            if mine.numel():
+                held[entry.name] = mine
         return held
 
 
@@ -117,7 +146,8 @@ class ShardPublisher(ArenaPublisher):
         super().__init__(config, shards.slots)
         self._sockets = list(sockets)
         self._together = together
-        self._ranks: SlotsOfRanks | None = None  # of weights that are sharded
+        self._sharded = False
+        self._on_host: SlotsOfRanks | None = None  # mapped here: what all ranks have written
         self._order: dict[str, int] = {}  # of the entries
         self.endpoint |= {"sockets": self._sockets}
 
@@ -129,22 +159,31 @@ class ShardPublisher(ArenaPublisher):
         whole = [entry.name for entry in manifest.entries if not is_shard(weights[entry.name])]
         self._versions, self.finds_nonfinite = [None] * self._count, True
         step = {"do": "prepare", "manifest": manifest.to_json(), "slots": self._count, "whole": whole}
-        self._together(step, weights)
-        self._ranks = SlotsOfRanks(self._sockets, manifest, self._count, whole)
+        on_gpus = [each for each in self._together(step, weights) if "handle" in each]
+        where = {"slots": self._count, "ranks": len(self._sockets), "whole": whole}
+        self._sharded = True
         self._order = {entry.name: index for index, entry in enumerate(manifest.entries)}
-        return {"slots": self._count, "ranks": len(self._sockets), "whole": whole}
+        if not on_gpus:
+            self._on_host = SlotsOfRanks.of_host(self._sockets, manifest, self._count, whole)
+            return where
+        if len(on_gpus) < len(self._sockets):
+            raise ValueError("all ranks must hold their weights on a GPU, or none of them")
+        return where | {"regions": [{"device": each["device"], "handle": each["handle"]} for each in on_gpus]}
 
     def write(
         self, version: int, weights: Weights, served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
         """Let all ranks copy, and cast, their rows into a slot whose version is not in `served`; NotFinite."""
-        if self._ranks is None:
+        if not self._sharded:
             return super().write(version, weights, served, with_digest)
         slot = self._take_slot(version, served)
-        found = self._together({"do": "write", "slot": slot}, weights)
-        if bad := [name for name in found if name is not None]:
+        found = self._together({"do": "write", "slot": slot, "digest": with_digest}, weights)
+        if bad := [each["bad"] for each in found if each["bad"] is not None]:
             raise NotFinite(tensor=min(bad, key=self._order.__getitem__))
-        return {"slot": slot}, _digest(self._ranks, slot) if with_digest else None
+        if not with_digest:
+            return {"slot": slot}, None
+        on_host = self._on_host
+        return {"slot": slot}, added(each["sums"] for each in found) if on_host is None else _digest(on_host, slot)
 
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""
@@ -152,9 +191,10 @@ class ShardPublisher(ArenaPublisher):
         super().close()
 
     def _drop(self) -> None:
-        if self._ranks is not None:
-            self._ranks.close()
-            self._ranks = None
+        self._sharded = False
+        if self._on_host is not None:
+            self._on_host.close()
+            self._on_host = None
 
 
 def _digest(ranks: SlotsOfRanks, slot: int) -> str:

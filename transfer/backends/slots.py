@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,24 +77,61 @@ class Slots:
 
 
 class SlotsOfRanks:
-    """All ranks' slots, mapped from `sockets`: a tensor in one of `slots` is the rows that lie with each rank."""
+    """All ranks' slots, `mapped`, a region a rank: a tensor in one of `slots` is the rows that lie with each rank."""
 
-    def __init__(self, sockets: Sequence[str], manifest: Manifest, count: int, whole: Collection[str]) -> None:
-        layouts = [local(manifest, len(sockets), rank, whole) for rank in range(len(sockets))]
-        self._regions = [
-            receive_region(socket, count * regions.slot_bytes(layout))
-            for socket, layout in zip(sockets, layouts, strict=True)
-        ]
+    def __init__(
+        self, mapped: Sequence[regions.Region], manifest: Manifest, count: int, whole: Collection[str]
+    ) -> None:
+        self._regions = list(mapped)
+        layouts = [local(manifest, len(mapped), rank, whole) for rank in range(len(mapped))]
+        self._begins = list(accumulate(map(regions.slot_bytes, layouts), initial=0))
         self.slots = [self._joined(manifest, layouts, slot) for slot in range(count)]
 
+    @classmethod
+    def of_host(cls, sockets: Sequence[str], manifest: Manifest, count: int, whole: Collection[str]) -> SlotsOfRanks:
+        """Mapped from what the ranks offer at `sockets`."""
+        sizes = _sizes(manifest, len(sockets), count, whole)
+        return cls(list(map(receive_region, sockets, sizes)), manifest, count, whole)
+
+    @classmethod
+    def of_gpus(
+        cls,
+        places: Sequence[Mapping[str, str]],
+        manifest: Manifest,
+        count: int,
+        whole: Collection[str],
+        reader: torch.device,
+    ) -> SlotsOfRanks:
+        """Opened by `reader` from `places`, a GPU and a handle a rank; ValueError."""
+        sizes = _sizes(manifest, len(places), count, whole)
+        mapped = [
+            regions.PeerCudaRegion(place["device"], place["handle"], size, reader)
+            for place, size in zip(places, sizes, strict=True)
+        ]
+        return cls(mapped, manifest, count, whole)
+
     def _joined(self, manifest: Manifest, layouts: Sequence[Manifest], slot: int) -> dict[str, Rows]:
-        pairs = zip(self._regions, layouts, strict=True)
-        held = [regions.tensors(region, layout, slot) for region, layout in pairs]
-        parts = {entry.name: [views[entry.name] for views in held] for entry in manifest.entries}
-        return {name: Rows(tuple(part for part in found if part.numel())) for name, found in parts.items()}
+        held = [regions.tensors(region, layout, slot) for region, layout in zip(self._regions, layouts, strict=True)]
+        joined = {}
+        for entry in manifest.entries:
+            of_ranks = zip(held, layouts, self._begins, strict=False)
+            found = [(views[entry.name], begin + of.by_name[entry.name].offset) for views, of, begin in of_ranks]
+            found = [(part, place) for part, place in found if part.numel()]
+            joined[entry.name] = Rows(tuple(part for part, _ in found), tuple(place for _, place in found))
+        return joined
 
     def close(self) -> None:
         """Give up the mappings."""
         self.slots = []
         for region in self._regions:
             region.close()
+
+
+def begin_of(manifest: Manifest, ranks: int, rank: int, whole: Collection[str]) -> int:
+    """Where a rank's slot begins in the slots of all ranks, one behind the other, bytes."""
+    return sum(regions.slot_bytes(local(manifest, ranks, before, whole)) for before in range(rank))
+
+
+def _sizes(manifest: Manifest, ranks: int, count: int, whole: Collection[str]) -> list[int]:
+    """Bytes of the region of each rank."""
+    return [count * regions.slot_bytes(local(manifest, ranks, rank, whole)) for rank in range(ranks)]

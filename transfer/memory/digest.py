@@ -8,7 +8,7 @@ Who compares takes the kind that the other side took.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -18,12 +18,15 @@ from transfer.memory.sums import SUMS, as_bytes, sums_of
 XXH3 = "xxh3:"
 
 
-def digest_of(tensors: Iterable[torch.Tensor], like: str | None = None) -> str:
-    """The digest of these tensors' bytes, one after the other; of the kind of `like`, if that is given."""
+def digest_of(tensors: Iterable[torch.Tensor], like: str | None = None, places: Sequence[int] | None = None) -> str:
+    """The digest of these tensors' bytes, one after the other; of the kind of `like`, if that is given.
+
+    `places`: where each begins in what sums are taken of, if not in one slot with these tensors, bytes.
+    """
     tensors = list(tensors)
     on_gpu = any(tensor.is_cuda for tensor in tensors) if like is None else like.startswith(SUMS)
     if on_gpu:
-        return _sums_on_gpu(tensors) or sums_of(tensors)
+        return _sums_on_gpu(tensors, places) or sums_of(tensors, places)
     hasher = Hasher()
     for tensor in tensors:
         hasher.add(tensor.cpu())
@@ -48,9 +51,9 @@ class Hasher:
         return XXH3 + self._state.hexdigest()
 
 
-def _sums_on_gpu(tensors: list[torch.Tensor]) -> str | None:
+def _sums_on_gpu(tensors: list[torch.Tensor], places: Sequence[int] | None) -> str | None:
     """In one pass of one kernel; None where not all are on a GPU for which it can be compiled."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or not available(device := devices.pop()):
         return None
-    return OnePass([tensor.detach().contiguous() for tensor in tensors], None, device).digest()
+    return OnePass([tensor.detach().contiguous() for tensor in tensors], None, device, offsets=places).digest()

@@ -22,8 +22,11 @@ class NotFinite(ValueError):
 
 @torch.no_grad()
 def not_finite(weights: Mapping[str, torch.Tensor], manifest: Manifest) -> str | None:
-    """The first tensor with a value that is NaN, infinite, or beyond the dtype that travels; None if there is none."""
-    tensors = [(e, weights[e.name]) for e in manifest.entries]
+    """The first tensor with a value that is NaN, infinite, or beyond the dtype that travels; None if there is none.
+
+    Of entries that are not among `weights` this process holds nothing.
+    """
+    tensors = [(e, weights[e.name]) for e in manifest.entries if e.name in weights]
     tensors = [(e, torch.view_as_real(t.resolve_conj()) if t.is_complex() else t) for e, t in tensors]
     floats = [(e, t) for e, t in tensors if t.is_floating_point()]
     floats = [(e, t if t.dtype.itemsize > 1 else t.float()) for e, t in floats if t.numel()]

@@ -18,7 +18,7 @@ import torch
 from transfer.agreement.manifest import ALIGNMENT
 from transfer.memory.far_copy import FarCopy, is_far
 from transfer.memory.garbage import uncollected
-from transfer.memory.pieces import CASTS, merged, range_of, table_of
+from transfer.memory.pieces import is_direct, merged, ranges_of, table_of
 from transfer.memory.sums import offsets_of, sums_digest
 
 LOG = logging.getLogger(__name__)
@@ -54,16 +54,15 @@ class OnePass:
         written = sources if targets is None else targets
         pairs = list(zip(sources, written, strict=True))
         here = (owner, device)  # what the kernel can read
-        direct = [
-            s.is_contiguous() and (owner or s.device) in here and (s.dtype == t.dtype or (s.dtype, t.dtype) in CASTS)
-            for s, t in pairs
-        ]
+        reads = targets is None
+        direct = [(owner or s.device) in here and (s.is_contiguous() if reads else is_direct(s, t)) for s, t in pairs]
         self._first = [(s, t) for (s, t), fits in zip(pairs, direct, strict=True) if not fits]  # by torch, then read
-        if targets is None and self._first:
+        if reads and self._first:
             raise ValueError(f"only contiguous tensors on {device} can be read where they lie")
         ranges = [
-            range_of(s, t if targets is not None else None, offset) if fits else range_of(t, None, offset)
+            each
             for (s, t), fits, offset in zip(pairs, direct, offsets or offsets_of(written), strict=True)
+            for each in ranges_of(s if fits else t, t if fits and not reads else None, offset)
         ]
         self.ranges = merged(ranges, ALIGNMENT if padded else 1)
         others = owner not in (None, device)

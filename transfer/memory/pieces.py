@@ -20,6 +20,8 @@ KINDS = {  # what the kernel calls the dtypes whose values may be not finite
     torch.complex128: 4,
 }
 CASTS = {(torch.float32, torch.bfloat16): 1, (torch.float32, torch.float16): 2}
+WORD = 8  # bytes that the digest takes at a time
+LEAST_STRETCH = 512  # bytes; many shorter ones are copied by torch in less time
 Range = tuple[int, int, int, int, int, int]
 
 
@@ -29,6 +31,50 @@ def range_of(source: torch.Tensor, target: torch.Tensor | None, offset: int) -> 
     cast = CASTS.get((source.dtype, written.dtype), 0)
     place = 0 if target is None else target.data_ptr()
     return source.data_ptr(), place, offset, written.nbytes, KINDS.get(written.dtype, 0), cast
+
+
+def stretch_of(source: torch.Tensor, target: torch.Tensor) -> int:
+    """Elements in a row that lie without gaps on both sides, from the last dimension on."""
+    step = 1
+    for size, there, here in zip(source.shape[::-1], source.stride()[::-1], target.stride()[::-1], strict=True):
+        if size > 1 and (there, here) != (step, step):
+            break
+        step *= size
+    return step
+
+
+def is_direct(source: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether the kernel can copy this, or read it if both are one, as far as layout and dtypes go."""
+    known = source.dtype == target.dtype or (source.dtype, target.dtype) in CASTS
+    whole = source.is_contiguous() and target.is_contiguous()
+    nbytes = 0 if whole else stretch_of(source, target) * target.itemsize
+    return known and (whole or (nbytes >= LEAST_STRETCH and nbytes % WORD == 0))
+
+
+def ranges_of(source: torch.Tensor, target: torch.Tensor | None, offset: int) -> list[Range]:
+    """A tensor that is copied to `target`, or only read: a range for each stretch without gaps."""
+    if target is None or (source.is_contiguous() and target.is_contiguous()):
+        return [range_of(source, target, offset)]
+    if not source.numel():
+        return []
+    place, there, _, _, kind, cast = range_of(source, target, offset)
+    stretch = stretch_of(source, target)
+    starts, ends = _starts(source, stretch), _starts(target, stretch)
+    nbytes = stretch * target.itemsize
+    return [(place + s, there + t, offset + t, nbytes, kind, cast) for s, t in zip(starts, ends, strict=True)]
+
+
+def _starts(tensor: torch.Tensor, stretch: int) -> list[int]:
+    """Where the stretches of so many elements begin, bytes from the first on."""
+    at = np.zeros(1, np.int64)
+    left = tensor.numel() // stretch
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if left == 1:
+            break
+        at = (at[:, None] + np.arange(size, dtype=np.int64) * (stride * tensor.itemsize)).reshape(-1)
+        left //= size
+    found: list[int] = at.tolist()
+    return found
 
 
 def merged(ranges: list[Range], gap: int) -> list[Range]:

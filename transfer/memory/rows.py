@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,19 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one tensor, along dim 0, as parts that lie in several places, in their order."""
+    """The rows of one tensor, along dim 0, as parts that lie in several places, in their order.
+
+    `places`: where each part begins in the slots of all ranks, one behind the other, bytes: what sums of it count from.
+    """
 
     parts: tuple[torch.Tensor, ...]
+    places: tuple[int, ...]
+
+    def of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of another tensor of this shape, cut as these are."""
+        if len(self.parts) < 2:  # one without dimensions cannot be cut
+            return [tensor] * len(self.parts)
+        return list(tensor.split([len(part) for part in self.parts]))
 
 
 Placed = torch.Tensor | Rows
@@ -34,16 +44,23 @@ def copy_rows(pairs: Iterable[tuple[torch.Tensor, Placed]]) -> None:
     for target, source in pairs:
         if isinstance(source, torch.Tensor):
             target.copy_(source)
-        elif source.parts:
-            rows += target.split([len(part) for part in source.parts]) if len(source.parts) > 1 else [target]
+        else:
+            rows += source.of(target)
             sources += source.parts
     if rows:
         torch._foreach_copy_(rows, sources)  # one call: thousands of single ones take up to a tenth longer
 
 
-def in_one_place(tensors: Mapping[str, Placed]) -> dict[str, torch.Tensor]:
-    """The same, if each of them lies in one place; ValueError if not."""
-    found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-    if len(found) != len(tensors):
-        raise ValueError("the rows of these weights lie in several places, each in the memory of one rank")
-    return found
+def places_of(tensors: Iterable[Placed]) -> list[int] | None:
+    """Where all parts of these tensors begin in the slots of all ranks; None if they lie in one slot."""
+    rows = [tensor for tensor in tensors if isinstance(tensor, Rows)]
+    return [place for each in rows for place in each.places] if rows else None
+
+
+def whole_of(placed: Placed, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor in one place: itself, or its rows, of this shape and dtype, put together on `device`."""
+    if isinstance(placed, torch.Tensor):
+        return placed
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    copy_rows([(whole, placed)])
+    return whole

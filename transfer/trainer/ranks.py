@@ -259,7 +259,7 @@ class Following(_OfRank):
         self.epoch, self.last = told["epoch"], PushStats(**told["last"])
         return told["value"]
 
-    def _carry_out(self, step: Mapping[str, Any], weights: Weights) -> str | None:
+    def _carry_out(self, step: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
         assert self._shards is not None
         return self._shards.carry_out(step, weights)
 

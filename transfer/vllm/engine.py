@@ -67,7 +67,8 @@ class RlhfIpcEngine(WeightTransferEngine[RlhfInitInfo, RlhfUpdateInfo]):
     def init_transfer_engine(self, init_info: RlhfInitInfo) -> None:
         """Map the trainer's memory; ValueError for any other than shared memory."""
         endpoint = init_info.endpoint
-        if endpoint.get("backend") != "ipc" or not str(endpoint.get("socket", "")).startswith("\0"):
+        sockets = [endpoint.get("socket", ""), *list(endpoint.get("sockets") or ())]
+        if endpoint.get("backend") != "ipc" or not all(str(socket).startswith("\0") for socket in sockets):
             raise ValueError("the backend rlhf_ipc takes weights from shared memory alone (transfer=ipc)")
         self._rank.prepare(endpoint, init_info.manifest, init_info.where)
         self._version = None

@@ -9,19 +9,21 @@ kernel or changed by the loader need it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
 from transfer.agreement.manifest import Manifest
-from transfer.backends.base import Intake
+from transfer.backends.base import Intake, Staged
 from transfer.backends.make import make_intake
 from transfer.config import Take
 from transfer.memory.digest import digest_of
 from transfer.memory.finite import not_finite
+from transfer.memory.rows import parts_of, places_of, whole_of
+from transfer.vllm.described import Described
 from transfer.vllm.recorder import Recording, Unsupported, record
-from transfer.vllm.replay import Replay, holds_now, synchronize
+from transfer.vllm.replay import Replay, synchronize
 
 LOG = logging.getLogger(__name__)
 DERIVED_NUMEL = 4096  # a tensor beside the parameters with as many elements may have been made from them
@@ -46,8 +48,9 @@ class RankWeights:
         self._own_way = own_way
         self._intake: Intake | None = None
         self._manifest = Manifest((), 0)
+        self._described = Described(self._manifest)
         self._replays: dict[int, Replay] = {}  # by the staged dict, which a slot has for good
-        self._proven: tuple[Recording, int] | None = None  # and where its slot begins
+        self._proven: Recording | None = None
         self._why = ""  # why there is no replay
 
     def prepare(self, endpoint: Mapping[str, Any], manifest: Mapping[str, Any], where: Mapping[str, Any]) -> None:
@@ -57,16 +60,12 @@ class RankWeights:
                 "inside vLLM weights are copied, because its CUDA graphs have their addresses: transfer.take must be "
                 "copy (got view)"
             )
-        if "ranks" in where:
-            raise ValueError(
-                "inside vLLM weights come from a trainer of one rank: weights that are sharded over ranks need "
-                "rollout=hf"
-            )
         intake = make_intake(endpoint)
         self.close()
         self._manifest = Manifest.from_json(manifest)
         intake.prepare(self._manifest, where, self._device)
         self._intake = intake
+        self._described = Described(self._manifest)
 
     def copy(self, version: int, where: Mapping[str, Any], with_digest: bool) -> dict[str, Any]:
         """Make the staged weights the model's; `digest` if it cost nothing, and whether all were `finite`.
@@ -78,7 +77,7 @@ class RankWeights:
         if found is not None:
             digest, finite = found.run(with_digest, self._unchecked)
         else:
-            digest, finite = None, not_finite(staged, self._manifest) is None
+            digest, finite = None, self._is_finite(staged)
             if finite:
                 self._own_way.reload(self._named(staged))
                 synchronize(self._device)
@@ -88,7 +87,8 @@ class RankWeights:
     def digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
         """Of the staged weights."""
         staged = self._staged(version, where)
-        return digest_of([staged[entry.name] for entry in self._manifest.entries], like)
+        placed = [staged[entry.name] for entry in self._manifest.entries]
+        return digest_of(parts_of(placed), like, places_of(placed))
 
     def live_digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
         """Of the model's own bytes, put in the trainer's order; ValueError where nobody can tell.
@@ -129,26 +129,31 @@ class RankWeights:
             self._intake.close()
             self._intake = None
 
-    def _staged(self, version: int, where: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    def _staged(self, version: int, where: Mapping[str, Any]) -> Staged:
         if self._intake is None:
             raise ValueError("no trainer has said yet where its weights are: initialise the weight transfer first")
-        return cast("Mapping[str, torch.Tensor]", self._intake.stage(version, where))  # by `prepare` in one place each
+        return self._intake.stage(version, where)
 
-    def _named(self, staged: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    def _is_finite(self, staged: Staged) -> bool:
+        """Whether all values are that vLLM's own loader is about to take."""
+        whole = {name: tensor for name, tensor in staged.items() if isinstance(tensor, torch.Tensor)}
+        rows = (part for name, tensor in staged.items() if name not in whole for part in parts_of([tensor]))
+        floats = (part for part in rows if part.is_floating_point())
+        return not_finite(whole, self._manifest) is None and all(bool(torch.isfinite(part).all()) for part in floats)
+
+    def _named(self, staged: Staged) -> Iterator[tuple[str, torch.Tensor]]:
         """Under every name of each: the model's loader knows which of two tied ones it wants."""
-        return [(name, staged[entry.name]) for entry in self._manifest.entries for name in entry.names]
+        for entry in self._manifest.entries:
+            tensor = whole_of(staged[entry.name], entry.shape, entry.torch_dtype, self._device)
+            yield from ((name, tensor) for name in entry.names)
 
-    def _replay_of(self, staged: Mapping[str, torch.Tensor]) -> Replay | None:
+    def _replay_of(self, staged: Staged) -> Replay | None:
         """The replay from this slot; made now, if another slot's has been proven."""
         if id(staged) not in self._replays and self._proven is not None:
-            proven, base = self._proven
-            found = self._recorded(staged)
-            if found.places(_begin(staged)) != proven.places(base):
-                raise ValueError("the model's loader does not treat two sets of weights alike")
-            self._add(found, staged)
+            self._replays[id(staged)] = self._replayed(self._proven, staged)
         return self._replays.get(id(staged))
 
-    def _prove(self, staged: Mapping[str, torch.Tensor]) -> None:
+    def _prove(self, staged: Staged) -> None:
         """After vLLM's own way: record the loader, and trust the copies if they lead to the very same bytes."""
         assert self._intake is not None
         if self._why or not any(staged is slot for slot in self._intake.slots):
@@ -156,27 +161,24 @@ class RankWeights:
         try:
             if made := _derived(self._model):
                 raise Unsupported(f"{made} may be made from weights")
-            found = self._recorded(staged)
-            if not holds_now(found):
+            found = self._recorded()
+            replay = self._replayed(found, staged)
+            if not replay.holds_now():
                 raise Unsupported("the model holds its weights in another form than they come in")
         except Exception as error:  # a loader may raise anything when its weights have been repacked
             self._why = f"{error}" if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
             LOG.warning("weights go through vLLM's own loader at every update: %s", self._why)
             return
-        self._proven = found, _begin(staged)
-        self._add(found, staged)
+        self._proven, self._replays[id(staged)] = found, replay
         LOG.info("weights are copied from now on: %s", self.plan)
 
-    def _recorded(self, staged: Mapping[str, torch.Tensor]) -> Recording:
-        return record(self._model, lambda: self._own_way.load(self._named(staged)), staged.values())
+    def _recorded(self) -> Recording:
+        described = self._described.tensors
+        return record(self._model, lambda: self._own_way.load(self._named(described)), described.values())
 
-    def _add(self, found: Recording, staged: Mapping[str, torch.Tensor]) -> None:
+    def _replayed(self, found: Recording, staged: Staged) -> Replay:
         assert self._intake is not None
-        self._replays[id(staged)] = Replay(found, self._manifest, staged, self._intake.owner)
-
-
-def _begin(staged: Mapping[str, torch.Tensor]) -> int:
-    return min((tensor.data_ptr() for tensor in staged.values() if tensor.numel()), default=0)
+        return Replay(found, self._described, staged, self._intake.owner)
 
 
 def _derived(model: torch.nn.Module) -> str | None:

@@ -31,10 +31,6 @@ class Recording:
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # target, source
     constants: list[tuple[torch.Tensor, float]] = field(default_factory=list)
 
-    def places(self, base: int) -> list[tuple[int, ...]]:
-        """Where each copy reads, from `base` on, and where it writes: equal for equal recordings of other memory."""
-        return [(s.data_ptr() - base, *s.shape, *s.stride(), t.data_ptr(), *t.stride()) for t, s in self.copies]
-
 
 def record(model: torch.nn.Module, load: Callable[[], Any], staged: Iterable[torch.Tensor]) -> Recording:
     """What `load` would do with the staged tensors; nothing is written. Unsupported if that is more than copies."""

@@ -77,7 +77,6 @@ class RemoteLanding:
         self.parameters: set[str] = set(manifest.by_name)
         self.device = device
         self._ranks = ranks
-        self._last: Mapping[str, Any] = {}
 
     @property
     def plan(self) -> str:
@@ -95,9 +94,9 @@ class RemoteLanding:
         """Of staged weights, as the first rank reads them."""
         return str(self._ranks.call("digest", **staged, like=like)[0]["digest"])
 
-    def live_digest(self, like: str) -> str:
+    def live_digest(self, like: str, staged: Mapping[str, Any]) -> str:
         """Of the model's own bytes; ValueError where no rank holds all of them in the trainer's form."""
-        return str(self._ranks.call("live_digest", **self._last, like=like)[0]["digest"])
+        return str(self._ranks.call("live_digest", **staged, like=like)[0]["digest"])
 
     def copy(self, staged: Mapping[str, Any], unchecked: bool, with_digest: bool) -> str | None:
         """Into the model, in all ranks; the digest, if it cost nothing. NotFinite, with a mixture in the model."""
@@ -108,7 +107,6 @@ class RemoteLanding:
             raise NotFinite("the weights have values that are not finite")
         if not all(said["still"] for said in answers):
             raise ValueError(WENT_ON)
-        self._last = staged
         digests = {said["digest"] for said in answers}
         return digests.pop() if len(answers) == 1 else None
 

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
-from transfer.agreement.manifest import Manifest
+from transfer.backends.base import Staged
 from transfer.memory.digest import digest_of
 from transfer.memory.one_pass import OnePass, available
-from transfer.memory.pieces import CASTS
+from transfer.memory.pieces import is_direct
 from transfer.memory.sums import SUMS
+from transfer.vllm.described import Copy, Described, parts_at
 from transfer.vllm.recorder import Recording
 
 
 class Replay:
-    """The copies that `found` holds from one slot, `staged`, laid out as `manifest` says, in memory of `owner`."""
+    """The copies that `found` holds of `described` weights, from one slot of `staged` weights, in memory of `owner`."""
 
-    def __init__(
-        self, found: Recording, manifest: Manifest, staged: Mapping[str, torch.Tensor], owner: torch.device
-    ) -> None:
-        pairs = [(target, source) for target, source in found.copies if target.numel()]
-        self._found = found
-        self._entries = [staged[entry.name] for entry in manifest.entries]
-        device = pairs[0][0].device if pairs else owner
+    def __init__(self, found: Recording, described: Described, staged: Staged, owner: torch.device) -> None:
+        self._copies = [copy for target, source in found.copies for copy in described.copies(target, source, staged)]
+        self._constants = found.constants
+        self._parts = [
+            part for entry in described.manifest.entries for part in parts_at(staged[entry.name], entry.offset)
+        ]
+        device = self._copies[0].target.device if self._copies else owner
         on_gpu = device.type == "cuda" and available(device)
-        direct = [pair for pair in pairs if on_gpu and _is_direct(*pair)]
-        self._others = [pair for pair in pairs if not (on_gpu and _is_direct(*pair))]
-        base = min((entry.data_ptr() for entry in self._entries if entry.numel()), default=0)
-        offsets = [source.data_ptr() - base for _, source in direct]
-        whole = not self._others and _read_once([source for _, source in direct], self._entries)
-        self._summed = whole and all(offset % 8 == 0 for offset in offsets)  # else the kernel's sums are not the slot's
-        self._targets = [target for target, _ in direct]
-        self._offsets = offsets if self._summed else None
+        fit = [on_gpu and copy.source.is_cuda and is_direct(copy.source, copy.target) for copy in self._copies]
+        direct = [copy for copy, fits in zip(self._copies, fit, strict=True) if fits]
+        self._others = [copy for copy, fits in zip(self._copies, fit, strict=True) if not fits]
+        places = [copy.place for copy in direct]
+        contiguous = all(copy.source.is_contiguous() for copy in direct)
+        whole = not self._others and contiguous and _read_once(direct, self._parts)
+        self._summed = whole and all(place % 8 == 0 for place in places)  # else the kernel's sums are not the slot's
+        self._targets = [copy.target for copy in direct]
+        self._places = places if self._summed else None
         self._pass: OnePass | None = None
         if direct:
-            sources = [source for _, source in direct]
-            self._pass = OnePass(sources, self._targets, device, owner=owner, offsets=self._offsets)
+            sources = [copy.source for copy in direct]
+            self._pass = OnePass(sources, self._targets, device, owner=owner, offsets=self._places)
         self._device = device
 
     @property
@@ -55,28 +57,28 @@ class Replay:
         if self._pass is not None:
             digest, finite = self._pass.run(with_digest and self._summed)
         if self._others:
-            torch._foreach_copy_([target for target, _ in self._others], [source for _, source in self._others])
-            floats = [source for _, source in self._others if unchecked and source.is_floating_point()]
+            sources = [copy.source for copy in self._others]
+            torch._foreach_copy_([copy.target for copy in self._others], sources)
+            floats = [source for source in sources if unchecked and source.is_floating_point()]
             finite = finite and all(bool(torch.isfinite(source).all()) for source in floats)
-        for target, value in self._found.constants:
+        for target, value in self._constants:
             target.fill_(value)
-        if self._others or self._found.constants:
+        if self._others or self._constants:
             synchronize(self._device)
         return digest, finite
 
     def live_digest(self, like: str) -> str:
         """Of the model's bytes, as if they lay in the slot; ValueError if they are not those that lie there."""
         if self._summed and like.startswith(SUMS):
-            return OnePass(self._targets, None, self._device, offsets=self._offsets).digest()
-        if not holds_now(self._found):
+            return OnePass(self._targets, None, self._device, offsets=self._places).digest()
+        if not self.holds_now():
             raise ValueError("the model does not hold what was copied into it")
-        return digest_of(self._entries, like)
+        return digest_of((part for _, part, _ in self._parts), like, [place for _, _, place in self._parts])
 
-
-def holds_now(found: Recording) -> bool:
-    """Whether the model holds, byte for byte, what the copies would write; constants included."""
-    copies = all(torch.equal(target, source.to(target.device, target.dtype)) for target, source in found.copies)
-    return copies and all(bool((target == value).all()) for target, value in found.constants)
+    def holds_now(self) -> bool:
+        """Whether the model holds, byte for byte, what the copies would write; constants included."""
+        copies = all(torch.equal(c.target, c.source.to(c.target.device, c.target.dtype)) for c in self._copies)
+        return copies and all(bool((target == value).all()) for target, value in self._constants)
 
 
 def synchronize(device: torch.device) -> None:
@@ -85,16 +87,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _is_direct(target: torch.Tensor, source: torch.Tensor) -> bool:
-    """Whether the kernel can do this copy."""
-    known = source.dtype == target.dtype or (source.dtype, target.dtype) in CASTS
-    return known and source.is_cuda and source.is_contiguous() and target.is_contiguous()
-
-
-def _read_once(sources: list[torch.Tensor], entries: list[torch.Tensor]) -> bool:
-    """Whether these copies, all of one dtype with their targets, read every byte of the entries exactly once."""
-    spans = sorted((each.data_ptr(), each.nbytes) for each in sources)
-    wanted = sorted((each.data_ptr(), each.nbytes) for each in entries if each.numel())
+def _read_once(copies: Sequence[Copy], parts: Sequence[tuple[int, torch.Tensor, int]]) -> bool:
+    """Whether these copies, all of one dtype with their targets, read every byte of the parts exactly once."""
+    spans = sorted((copy.place, copy.source.nbytes) for copy in copies)
+    wanted = sorted((place, part.nbytes) for _, part, place in parts if part.numel())
     return _joined(spans) == _joined(wanted) and sum(n for _, n in spans) == sum(n for _, n in wanted)
 
 

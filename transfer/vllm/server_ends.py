@@ -94,7 +94,7 @@ class ServerLanding:
         self._digest = like
         return like
 
-    def live_digest(self, like: str) -> str:
+    def live_digest(self, like: str, staged: Mapping[str, Any]) -> str:
         """Never: a server does not tell what it holds."""
         raise ValueError("a server does not tell what it holds: set transfer.verify to digest or off")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from transfer.memory.digest import digest_of
 from transfer.memory.finite import NotFinite, not_finite
 from transfer.memory.one_pass import OnePass, available
 from transfer.memory.regions import slot_bytes, views_of
-from transfer.memory.rows import copy_rows, in_one_place, parts_of
+from transfer.memory.rows import Rows, copy_rows, parts_of, places_of
 from transfer.memory.sums import SUMS
 
 
@@ -57,7 +58,7 @@ class Landing:
 
     def wants_block(self, slots: Sequence[Staged]) -> bool:
         """Whether to copy from these slots the module's tensors would have to move first, into one block."""
-        return not self._flat and self._on_gpu(slots)
+        return not self._flat and _in_slots(slots) and self._on_gpu(slots)
 
     @torch.no_grad()
     def prepare(self, slots: Sequence[Staged], owner: torch.device, copied: bool, empty: bool) -> None:
@@ -68,24 +69,32 @@ class Landing:
         self._copies, self._reads = {}, {}
         if not self._on_gpu(slots):
             return
-        if copied and not self._flat:
+        if copied and not self._flat and _in_slots(slots):
             self._flatten(empty)
         for staged in slots:
-            placed = in_one_place(staged)
-            sources = [placed[entry.name] for entry in self._manifest.entries]
-            self._reads[id(staged)] = staged, OnePass(sources, None, self.device, padded=True, owner=owner)
+            placed = [staged[entry.name] for entry in self._manifest.entries]
+            sources, places = list(parts_of(placed)), places_of(placed)
+            one_pass = partial(OnePass, device=self.device, padded=places is None, owner=owner, offsets=places)
+            self._reads[id(staged)] = staged, one_pass(sources, None)
             if copied:
-                one_pass = OnePass(sources, self.tensors, self.device, padded=True, owner=owner)
-                self._copies[id(staged)] = staged, one_pass
+                self._copies[id(staged)] = staged, one_pass(sources, self._cut(staged))
 
     def digest(self, staged: Staged, like: str) -> str:
         """Of staged tensors, all of them in the manifest's order, of the kind of `like`."""
         found = self._reads.get(id(staged)) if like.startswith(SUMS) else None
-        return digest_of(parts_of(staged.values()), like) if found is None else found[1].digest()
+        if found is not None:
+            return found[1].digest()
+        return digest_of(parts_of(staged.values()), like, places_of(staged.values()))
 
-    def live_digest(self, like: str) -> str:
-        """Of the module's own tensors."""
-        return digest_of(self.tensors, like)
+    def live_digest(self, like: str, staged: Staged) -> str:
+        """Of the module's own tensors, as if they lay where the staged ones do."""
+        places = places_of(staged.values())
+        return digest_of(self.tensors if places is None else self._cut(staged), like, places)
+
+    def _cut(self, staged: Staged) -> list[torch.Tensor]:
+        """The module's tensors in the manifest's order, in parts as the staged ones are."""
+        placed = ((staged[entry.name], self._tensors[entry.name][0]) for entry in self._manifest.entries)
+        return [part for there, mine in placed for part in (there.of(mine) if isinstance(there, Rows) else [mine])]
 
     @torch.no_grad()
     def copy(self, staged: Staged, unchecked: bool, with_digest: bool) -> str | None:
@@ -130,9 +139,9 @@ class Landing:
 
     def _on_gpu(self, slots: Sequence[Staged]) -> bool:
         """Whether the kernel can get from these slots into the module, or read them."""
-        staged = [*(tensor for slot in slots for tensor in slot.values()), *(mine for _, mine in self._all)]
+        staged = [*(part for slot in slots for part in parts_of(slot.values())), *(mine for _, mine in self._all)]
         here = all(mine.device == self.device for _, mine in self._all)
-        on_gpu = all(isinstance(tensor, torch.Tensor) and tensor.is_cuda for tensor in staged)
+        on_gpu = all(tensor.is_cuda for tensor in staged)
         return bool(slots) and here and on_gpu and available(self.device)
 
     def _flatten(self, empty: bool) -> None:
@@ -152,3 +161,8 @@ class Landing:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _in_slots(slots: Sequence[Staged]) -> bool:
+    """Whether each tensor lies in one place: then a block that is laid out alike takes all of them in one range."""
+    return not any(isinstance(tensor, Rows) for slot in slots for tensor in slot.values())

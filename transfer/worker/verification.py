@@ -55,7 +55,7 @@ class Verification:
     def _live_digest(self, staged: Staged, like: str) -> str:
         """Of the module's tensors; unless all is to be looked at, of the slot that has just become them."""
         if self._intake.in_place or self._verify is Verify.full:
-            return self._place.live_digest(like)
+            return self._place.live_digest(like, staged)
         return self._place.digest(staged, like)
 
     def _compare(self, digest: Callable[[str], str], which: str) -> None:

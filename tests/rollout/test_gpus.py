@@ -1,0 +1,75 @@
+"""Which GPUs the workers compute on, as CUDA_VISIBLE_DEVICES tells each of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlhf.config import HfRolloutConfig, VllmRolloutConfig
+from rlhf.rollout.gpus import visible_to_workers
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+def hf(**keys):
+    return HfRolloutConfig(**keys)
+
+
+def tensor_parallel(size, **keys):
+    return VllmRolloutConfig(engine_args={"tensor_parallel_size": size}, **keys)
+
+
+@pytest.mark.parametrize(
+    "rollout, variables, expected",
+    [
+        (hf(gpus=[2]), {}, ["2,0,1,3"]),
+        (hf(workers=2, gpus=[3, 3]), {}, ["3,0,1,2"] * 2),
+        (hf(workers=3), {}, ["0,1,2,3", "1,0,2,3", "2,0,1,3"]),
+        (hf(workers=5), {}, ["0,1,2,3", "1,0,2,3", "2,0,1,3", "3,0,1,2", "0,1,2,3"]),
+        (tensor_parallel(2, workers=2), {}, ["0,1,2,3", "2,3,0,1"]),
+        (tensor_parallel(2, gpus=[3, 1]), {}, ["3,1,0,2"]),
+        (hf(gpus=[1]), {"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b,GPU-c,GPU-d"}, ["GPU-b,GPU-a,GPU-c,GPU-d"]),
+    ],
+)
+def test_a_worker_sees_its_own_gpus_first_and_the_others_behind_them(four_gpus, rollout, variables, expected):
+    assert visible_to_workers(rollout, copied=True, variables=variables) == expected
+
+
+def test_workers_that_view_the_trainers_memory_stay_on_its_gpu(four_gpus):
+    assert visible_to_workers(hf(workers=2), copied=False) == []
+
+
+@pytest.mark.parametrize(
+    "rollout, said",
+    [
+        (hf(gpus=[4]), r"names \[4\], and 4 GPUs are visible here"),
+        (hf(gpus=[0, 1]), r"must name 1: 1 for each of 1 workers \(got \[0, 1\]\)"),
+        (tensor_parallel(2, gpus=[0]), r"must name 2: 2 for each of 1 workers"),
+    ],
+)
+def test_gpus_that_cannot_be_are_refused_with_the_key(four_gpus, rollout, said):
+    with pytest.raises(ValueError, match=rf"rollout\.gpus {said}"):
+        visible_to_workers(rollout, copied=True, variables={})
+    with pytest.raises(ValueError, match=r"rollout\.gpus must be GPUs by their numbers from 0"):
+        hf(gpus=[-1])
+
+
+def test_a_worker_process_claims_its_gpus_before_anything_asks_cuda(tmp_path):
+    program = (
+        "import json, os, sys\n"
+        "from rlhf.rollout import worker\n"
+        "worker.Worker.from_spec = lambda spec: print(json.dumps(os.environ['CUDA_VISIBLE_DEVICES'])) or sys.exit(7)\n"
+        "import transfer.worker.serve as serve\n"
+        "serve.serve_alone = lambda spec, make: make()\n"
+        f"worker.main([{str(tmp_path / 'spec.json')!r}])\n"
+    )
+    spec = {"architecture": {"model_type": "llama"}, "endpoint": {}, "visible": ["2,0,1"]}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
+    assert (done.returncode, json.loads(done.stdout)) == (7, "2,0,1"), done.stderr
