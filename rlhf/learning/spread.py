@@ -91,8 +91,7 @@ class Sharded(Whole):
         """Around whatever is computed with these models, gradients included."""
         groups = [group for model in {id(m): m for m in models if m is not None}.values() for group in _groups(model)]
         with self.ranks.explained():
-            for group in groups:
-                group.unshard()
+            _unshard(groups)
         try:
             yield
         finally:
@@ -132,6 +131,17 @@ class _InOrder(ReduceScatter):
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
         output_tensor.copy_(add_in_order(input_tensor, dist.get_world_size(group)))
+
+
+def _unshard(groups: Sequence[FSDPModule]) -> None:
+    """Gather one group while the one before is put in its place; no more at a time, as each has buffers."""
+    under_way: list[Any] = []
+    for group in groups:
+        under_way.append(group.unshard(async_op=True))
+        if len(under_way) > 1:
+            under_way.pop(0).wait()
+    for handle in under_way:
+        handle.wait()
 
 
 def _groups(model: torch.nn.Module) -> list[FSDPModule]:

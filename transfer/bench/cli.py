@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SHAPES = {CPU: ["1mb", "512mb"], CUDA: ["qwen2.5-0.5b", "qwen2.5-7b"]}  # by default
 DEVICE = re.compile(r"cuda(:[0-9]{1,3})?")
+RECEIVERS = re.compile(r"[1-8]|tp[2-8]")
+REPEATS_OF_RANKS = 9
 USAGE, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 
 
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--senders", type=_list, default=list(SENDERS), metavar="A,B", help="http, ray; default: both. http: no Ray")
     add("--device", default=CPU, help="where the weights are: cpu, cuda, cuda:1; default: cpu")
     add("--receiver", metavar="DEVICE", help="the GPU of the receiver; default: the one of --device")
+    add("--ranks", type=int, metavar="N", help="a trainer of so many ranks with shards, beside gathering them")
+    add("--receivers", metavar="N|tpN", help="with --ranks: N workers that hold all, or one cut in N parts; default: 1")
     add(
         "--json",
         nargs="?",
@@ -88,6 +92,9 @@ def _run(options: argparse.Namespace) -> None:
     report: dict[str, Any] = {"machine": _machine(torch.__version__, gpus), "models": []}
     if gpus is not None and options.json != "-":
         print(_headline(report["machine"]), end="\n\n")
+    if options.ranks is not None:
+        _run_ranks(options, models, report)
+        return
     with closing(_timed(models, names, options.repeats, gpus)) as timed:
         for model, told in zip(models, timed, strict=True):
             report["models"].append(told)
@@ -95,6 +102,32 @@ def _run(options: argparse.Namespace) -> None:
                 print(table.table_text(model, told["rows"], told["bars"]), end="\n\n")
     if options.json != "-":
         print(table.legend(CPU if gpus is None else CUDA))
+    _write_json(report, options.json)
+
+
+def _run_ranks(options: argparse.Namespace, models: Sequence[Model], report: dict[str, Any]) -> None:
+    from transfer.bench import measure, ranks, ranks_table
+
+    workers, _, parts = options.receivers.partition("tp")
+    for model in models:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, prefix="bench-") as folder:
+            setting = ranks.Setting(
+                model=model,
+                ranks=options.ranks,
+                workers=int(workers or 1),
+                parts=int(parts or 1),
+                device=options.device.partition(":")[0],
+                repeats=options.repeats or REPEATS_OF_RANKS,
+                folder=Path(folder),
+                progress=measure.Progress(),
+            )
+            try:
+                found = ranks.measured(setting)
+            except measure.Unavailable as error:
+                raise BenchError(f"--ranks {options.ranks}: {error}") from None
+        report["models"].append(ranks_table.as_json(found))
+        if options.json != "-":
+            print(ranks_table.text(report["models"][-1]), end="\n\n")
     _write_json(report, options.json)
 
 
@@ -151,6 +184,18 @@ def _check_device(options: argparse.Namespace) -> None:
         options.receiver = _numbered(options.receiver or options.device)
 
 
+def _check_ranks(options: argparse.Namespace) -> None:
+    if options.ranks is None:
+        if options.receivers is not None:
+            raise BenchError("--receivers needs --ranks")
+        return
+    if not 2 <= options.ranks <= 16:
+        raise BenchError(f"--ranks must be from 2 to 16 (got {options.ranks})")
+    options.receivers = options.receivers or "1"
+    if not RECEIVERS.fullmatch(options.receivers):
+        raise BenchError(f"--receivers must be from 1 to 8, or from tp2 to tp8 (got {options.receivers!r})")
+
+
 def _numbered(device: str) -> str:
     return f"{CUDA}:{int(device.partition(':')[2] or 0)}"
 
@@ -169,6 +214,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Model], list[str]]:
         raise BenchError(f"--senders must be some of {', '.join(SENDERS)} (got {', '.join(options.senders)!r})")
     if not options.shapes:
         raise BenchError("--shapes names no model")
+    _check_ranks(options)
     if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
         raise BenchError(f"--json: there is no folder for {options.json}")
     models = [model_named(text) for text in options.shapes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -47,10 +47,13 @@ class Forked:
 
 
 class ForkedWorker(Forked):
-    """A BenchWorker behind HTTP, as the rollout workers of a run are; errors it prints go to `log`."""
+    """A BenchWorker behind HTTP, as the rollout workers of a run are; errors it prints go to `log`.
 
-    def __init__(self, spec: PlainSpec, log: Path) -> None:
-        super().__init__(serve_worker, spec.to_json(), str(log))
+    With `parts` its model is cut over these devices.
+    """
+
+    def __init__(self, spec: PlainSpec, log: Path, parts: Sequence[str] = ()) -> None:
+        super().__init__(serve_worker, spec.to_json(), str(log), list(parts))
         self._log = log
 
     def url(self) -> str:
@@ -62,8 +65,9 @@ class ForkedWorker(Forked):
         raise Unavailable(f"the worker did not come up: {' / '.join(log[-5:])}")
 
 
-def serve_worker(pipe: Connection, spec: str, log: str) -> None:
+def serve_worker(pipe: Connection, spec: str, log: str, parts: list[str]) -> None:
     """What a worker started by WorkerProcess does, with the pipe as stdin and stdout."""
+    from transfer.bench.tensor_parallel import TensorParallelWorker
     from transfer.bench.worker import BenchWorker
 
     for descriptor in (0, 1):
@@ -73,4 +77,4 @@ def serve_worker(pipe: Connection, spec: str, log: str) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdin = os.fdopen(0)
     told = PlainSpec(**json.loads(spec))
-    serve_parent(told, lambda: BenchWorker(told))
+    serve_parent(told, lambda: TensorParallelWorker(told, parts) if parts else BenchWorker(told))
