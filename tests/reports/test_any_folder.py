@@ -42,7 +42,7 @@ def fill(folder: Path, draw: random.Random) -> None:
     (folder / "summary.json").write_text(draw.choice([json.dumps(told), "{", "[" * 10**5]))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+@pytest.mark.parametrize("seed", [4, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 2, 3, 5))])
 def test_rows_of_any_kind_make_reports_and_tables(tmp_path, seed, capsys):
     draw = random.Random(seed)
     for number in range(2):
