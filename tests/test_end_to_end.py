@@ -28,12 +28,7 @@ SMOKE = (*PLAIN, "task.prompts=256")
 ALGORITHMS = sorted(  # of RL
     path.stem for path in (ROOT / "conf" / "algo").glob("*.yaml") if "/schema/algo/base@" in path.read_text()
 )
-MAIN = {
-    "grpo",
-    "ppo",
-    "dapo",
-    "reinforce_pp",
-}  # of whose runs the others are variants; all have gradients in test_learner.py
+MAIN = {"grpo", "ppo", "dapo", "reinforce_pp"}  # the others' runs are variants; test_learner.py has all gradients
 REWARDS = """
 CONSTANT = 1
 
