@@ -157,8 +157,12 @@ def killed(ranks: Pool, number: int, work, *arguments) -> tuple[str, float]:
 
 @pytest.mark.parametrize(
     ("work", "arguments"),
-    [(_asks_outside, ()), (_computes, ()), (_adds, (2, 60.0)), (_gathers, (1, 60.0))],
-    ids=["it asks outside", "what it computes alone", "a collective", "it listens to a rank"],
+    [
+        pytest.param(_asks_outside, (), id="it asks outside"),
+        pytest.param(_computes, (), id="what it computes alone", marks=pytest.mark.slow),
+        pytest.param(_adds, (2, 60.0), id="a collective"),
+        pytest.param(_gathers, (1, 60.0), id="it listens to a rank"),
+    ],
 )
 def test_a_rank_that_is_killed_ends_all_and_the_first_names_it_whatever_it_waits_for(work, arguments):
     with pool(3) as ranks:
