@@ -53,7 +53,9 @@ def test_rows_of_any_kind_make_reports_and_tables(tmp_path, seed, capsys):
     assert "2 run(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("largest", [1e308, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "largest", [1e308, *(pytest.param(each, marks=pytest.mark.slow) for each in (math.inf, math.nan))]
+)
 def test_a_run_whose_rewards_are_as_large_as_floats_has_its_curves(tmp_path, largest):
     rows = [{"step": n, "train/reward": (-1) ** n * largest, "eval/reward": largest} for n in range(1200)]
     rows += [{"step": 1200 + n, "seconds/step": 1.0, "seconds/learn": largest} for n in range(2)]
