@@ -32,7 +32,9 @@ def test_the_refusal_of_heavy_imports_works(rlhf_train, fresh):
         assert done.returncode == 1 and "AssertionError: imported " in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("steps=3 stepz=4", 1)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [pytest.param("--help", 0, marks=pytest.mark.slow), ("steps=3 stepz=4", 1)]
+)
 def test_what_does_not_train_imports_nothing_heavy_from_the_start(rlhf_train, fresh, arguments, code):
     done = rlhf_train(*arguments.split(), env=fresh)
     assert done.returncode == code and "Traceback" not in done.stderr
