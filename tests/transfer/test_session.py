@@ -287,6 +287,7 @@ def test_a_finish_that_never_arrived_is_taken_back_and_the_next_push_works(tmp_p
         assert worker.peek()["weights"] == fingerprint(plain(3))
 
 
+@pytest.mark.slow
 def test_a_slot_that_a_silent_worker_may_serve_is_not_overwritten(tmp_path):
     with opened(QUICK, tmp_path) as (transfer, [worker]):
         transfer.push(plain(1))
