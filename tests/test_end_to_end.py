@@ -297,11 +297,18 @@ def test_the_policy_of_a_run_is_the_checkpoint_of_another(train, local):
     ("function", "error", "message"),
     [
         ("raises", RunError, r"reward\.function=mine:raises raised ZeroDivisionError: .*mine\.py:14\)"),
-        ("too_short", ValueError, r"must return a list of 32 numbers or None \(got 1 values\)"),
-        ("not_a_number", ValueError, r"must return finite numbers or None \(got 'good'\)"),
+        pytest.param(
+            "too_short",
+            ValueError,
+            r"must return a list of 32 numbers or None \(got 1 values\)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "not_a_number", ValueError, r"must return finite numbers or None \(got 'good'\)", marks=pytest.mark.slow
+        ),
         ("no_opinion", RunError, r"16 of 16 samples have no reward \(None\)"),
         ("missing", ValueError, r"mine:missing cannot be imported.*AttributeError"),
-        ("CONSTANT", ValueError, r"mine:CONSTANT must name a function \(got int\)"),
+        pytest.param("CONSTANT", ValueError, r"mine:CONSTANT must name a function \(got int\)", marks=pytest.mark.slow),
         ("takes_topics", ValueError, r"the task's columns are answer: missing a required argument: 'topic'"),
     ],
 )
