@@ -193,7 +193,7 @@ def test_the_merged_policy_loads_with_transformers_and_the_adapter_with_peft_on_
 @pytest.mark.parametrize(
     "overrides",
     [
-        "algo=dpo prompts_per_step=2 samples_per_prompt=8 algo.prompts=32",
+        pytest.param("algo=dpo prompts_per_step=2 samples_per_prompt=8 algo.prompts=32", marks=pytest.mark.slow),
         "algo=ppo algo.critic_warmup_steps=1 reward=model reward.steps=3 reward.prompts=32",
     ],
 )

@@ -170,11 +170,12 @@ OF_REWARD_MODEL = ("reward=model", "reward.steps=2", "reward.prompts=64")
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("algo=ppo", "algo.critic_warmup_steps=0", *OF_REWARD_MODEL),
-        ("algo.ref_decay=0.9", "model.dtype=bfloat16", "logger=jsonl"),
-        ("algo.ref_decay=0.9", "logger=[]"),
+        pytest.param(("algo=ppo", "algo.critic_warmup_steps=0", *OF_REWARD_MODEL), id="a critic and a reward model"),
+        pytest.param(
+            ("algo.ref_decay=0.9", "model.dtype=bfloat16", "logger=jsonl"), id="a moving reference in bfloat16"
+        ),
+        pytest.param(("algo.ref_decay=0.9", "logger=[]"), id="a moving reference", marks=pytest.mark.slow),
     ],
-    ids=["a critic and a reward model", "a moving reference in bfloat16", "a moving reference"],
 )
 def test_a_run_writes_the_files_that_were_told_and_checkpoints_as_large_as_was_told(
     compose_run, drawn, tmp_path, overrides
@@ -315,7 +316,7 @@ def test_the_command_ends_with_one_line_and_an_exit_code_where_the_step_fails(rl
     assert below(tmp_path) == set()
 
 
-@pytest.mark.parametrize("mode", ["check", "train"])
+@pytest.mark.parametrize("mode", ["check", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_folder_in_which_a_run_trains_is_told_before_any_data_are_read(rlhf_train, tmp_path, mode):
     (tmp_path / "run").mkdir()
     missing = ("task=jsonl", "task.path=none_such.jsonl")
@@ -328,12 +329,17 @@ def test_a_folder_in_which_a_run_trains_is_told_before_any_data_are_read(rlhf_tr
     assert unread not in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("mode", ["check", "train"])
+ODD_TASK = "task=odd", "task=odd (odd_parts:odd): its gold function fails on '': ZeroDivisionError: division by zero"
+ODD_REWARD = "reward=odd", "reward=odd (odd_parts:reward_of_its_own): its check fails: KeyError: 'no such grade'"
+
+
 @pytest.mark.parametrize(
-    ("chosen", "said"),
+    ("mode", "chosen", "said"),
     [
-        ("task=odd", "task=odd (odd_parts:odd): its gold function fails on '': ZeroDivisionError: division by zero"),
-        ("reward=odd", "reward=odd (odd_parts:reward_of_its_own): its check fails: KeyError: 'no such grade'"),
+        ("check", *ODD_TASK),
+        ("train", *ODD_REWARD),
+        pytest.param("train", *ODD_TASK, marks=pytest.mark.slow),
+        pytest.param("check", *ODD_REWARD, marks=pytest.mark.slow),
     ],
 )
 def test_a_part_of_somebody_s_that_raises_oddly_is_told_in_one_line(rlhf_train, tmp_path, mode, chosen, said):

@@ -55,7 +55,7 @@ def test_a_command_is_its_module_with_the_same_arguments_in_the_same_process(nam
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("train", ["--cfg", "job", "algo=rloo", "seed=3"]),
+        pytest.param("train", ["--cfg", "job", "algo=rloo", "seed=3"], marks=pytest.mark.slow),
         ("train", ["algo=nothing"]),
         ("report", ["nowhere"]),
     ],

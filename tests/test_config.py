@@ -106,15 +106,22 @@ def test_every_folder_of_files_is_a_group_that_the_code_knows():
             ],
         ),
         ("+transfer.bucket_mb=512", ["'IpcConfig' object has no attribute 'bucket_mb'"]),
-        ("transfer.slots=two", ["Value 'two' of type 'str' could not be converted to Integer"]),
-        ("model.dtype=fp8", ["Invalid value 'fp8', expected one of [float32, bfloat16]"]),
+        pytest.param(
+            "transfer.slots=two",
+            ["Value 'two' of type 'str' could not be converted to Integer"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "model.dtype=fp8", ["Invalid value 'fp8', expected one of [float32, bfloat16]"], marks=pytest.mark.slow
+        ),
         (
             "transfer=ipc transfer/sender=ray transfer.sender.url=[http://127.0.0.1:1]",
             ["that key belongs to the http sender", "transfer/sender=http"],
         ),
-        (
+        pytest.param(
             "algo=grpo samples_per_prompt=1",
             ["grpo compares samples of one prompt: samples_per_prompt must be at least 2 (got 1)"],
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -141,8 +141,13 @@ def test_during_a_run_held_out_prompts_have_pass_at_k_and_the_first_sample_is_th
         ("--help task=nothing", 1, "Could not find 'task/nothing'"),
         ("--cfg job", 0, "samples: 16"),
         ("", 1, "model.path has no value: add model.path=..."),
-        ("model.path=x algo=dpo", 1, "Could not override 'algo'"),
-        ("model.path=x evaluate.samples=4", 1, "evaluate.k must be at most evaluate.samples (4; got 8)"),
+        pytest.param("model.path=x algo=dpo", 1, "Could not override 'algo'", marks=pytest.mark.slow),
+        pytest.param(
+            "model.path=x evaluate.samples=4",
+            1,
+            "evaluate.k must be at most evaluate.samples (4; got 8)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_does_not_evaluate_imports_nothing_heavy(tmp_path, arguments, code, screen):

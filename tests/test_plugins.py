@@ -182,14 +182,30 @@ def test_the_example_is_composed_checked_and_made(parts):
     [
         (["task=count", "task.most=10"], r"task\.most must be between 1 and 9 \(got 10\)"),
         (["task=count", "+task.moist=1"], "'CountConfig' object has no attribute 'moist'"),
-        (["task=count", "task.most=few"], "Error merging override task.most=few"),
-        (["algo.loss=asymetric"], r"algo\.loss must be one of clip, gspo, .*, asymmetric \(got 'asymetric'\)"),
-        (["algo.advantage=best"], r"algo\.advantage must be one of group_norm, .*, best_half \(got 'best'\)"),
+        pytest.param(["task=count", "task.most=few"], "Error merging override task.most=few", marks=pytest.mark.slow),
+        pytest.param(
+            ["algo.loss=asymetric"],
+            r"algo\.loss must be one of clip, gspo, .*, asymmetric \(got 'asymetric'\)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["algo.advantage=best"],
+            r"algo\.advantage must be one of group_norm, .*, best_half \(got 'best'\)",
+            marks=pytest.mark.slow,
+        ),
         (["algo=asymmetric"], r"algo\.loss=asymmetric has no dials of its own: choose it beside another algo"),
-        (["algo.advantage=best_half", "samples_per_prompt=1"], "samples_per_prompt must be at least 2"),
+        pytest.param(
+            ["algo.advantage=best_half", "samples_per_prompt=1"],
+            "samples_per_prompt must be at least 2",
+            marks=pytest.mark.slow,
+        ),
         (["task=guess", "task/environment=try_again", "reward=verifier"], "leave out task/environment"),
         (["reward=sum", "reward.parts={a: {kind: shortt}}"], r"one of verifier, model, function, http, short \(got"),
-        (["reward=sum", "reward.parts={a: {kind: short, longest: 0}}"], r"reward\.parts\.a\.longest must be at least"),
+        pytest.param(
+            ["reward=sum", "reward.parts={a: {kind: short, longest: 0}}"],
+            r"reward\.parts\.a\.longest must be at least",
+            marks=pytest.mark.slow,
+        ),
         (["task=none_such"], r"Could not find 'task/none_such'(?s:.*)\tcount\n"),
     ],
 )
@@ -264,8 +280,18 @@ def test_plugins_must_be_a_list_of_modules(parts, given):
             "algo.advantage=mine",
             r"of the rewards' shape, or one of the mask's \(got a tensor \[4\]\)",
         ),
-        ('@advantage("mine")\ndef f(algo, r): return r.what', "algo.advantage=mine", "trial of 4 rows: AttributeError"),
-        ('loss("mine", make="nowhere:f")', "algo.loss=mine", "its maker nowhere:f cannot be imported: ModuleNotFound"),
+        pytest.param(
+            '@advantage("mine")\ndef f(algo, r): return r.what',
+            "algo.advantage=mine",
+            "trial of 4 rows: AttributeError",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            'loss("mine", make="nowhere:f")',
+            "algo.loss=mine",
+            "its maker nowhere:f cannot be imported: ModuleNotFound",
+            marks=pytest.mark.slow,
+        ),
         (
             CONFIG.replace("Task", "Optim") + '@optimizer("mine", Mine)\ndef f(config, named, lr): return named',
             "optim=mine",
@@ -302,7 +328,7 @@ def test_a_part_that_makes_something_else_is_told_before_anything_is_trained(par
 REWARD = CONFIG.replace("Task", "Reward")
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("source", "chosen", "message"),
     [
@@ -350,9 +376,13 @@ def test_a_task_that_makes_no_task_is_told(parts):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ("None", "must return a function of prompts and answers"),
+        pytest.param("None", "must return a function of prompts and answers", marks=pytest.mark.slow),
         ("lambda prompts, answers: 1 / 0", r"reward\.parts\.a=mine \(mine:f\) fails on a trial of one row: ZeroDiv"),
-        ("lambda prompts, answers: [1, 2]", r"reward=mine must return a list of 1 numbers or None \(got 2 values\)"),
+        pytest.param(
+            "lambda prompts, answers: [1, 2]",
+            r"reward=mine must return a list of 1 numbers or None \(got 2 values\)",
+            marks=pytest.mark.slow,
+        ),
         ("lambda prompts, answers: ['good']", r"reward=mine must return finite numbers or None \(got 'good'\)"),
     ],
 )
@@ -383,7 +413,11 @@ def test_samples_for_which_a_reward_raises_have_none_and_are_counted(parts):
     [
         ("1 / 0", r"task=mine \(mine:make\) cannot be made: ZeroDivisionError: division by zero"),
         ("RawTask([], [ROW], GOLD)", r"must have rows in train, each a Row of rlhf\.tasks \(got none\)"),
-        ("RawTask([ROW], ['a'], GOLD)", r"must have rows in held_out, each a Row of rlhf\.tasks \(got str\)"),
+        pytest.param(
+            "RawTask([ROW], ['a'], GOLD)",
+            r"must have rows in held_out, each a Row of rlhf\.tasks \(got str\)",
+            marks=pytest.mark.slow,
+        ),
         ("RawTask([ROW], [ROW], GOLD, Replies(3, None, '', ''))", "says most_answers=1, and its conversations have 3"),
     ],
 )
@@ -517,6 +551,7 @@ def jobs(*overrides):
             yield checked(config)
 
 
+@pytest.mark.slow
 def test_modules_of_different_jobs_of_a_sweep_may_have_parts_of_the_same_name(parts):
     two_modules(parts)
     found = [(type(job.task).__module__, job.seed) for job in jobs("plugins=[mine],[other]", "task=mine", "seed=0,1")]

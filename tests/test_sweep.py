@@ -107,7 +107,9 @@ def test_a_job_that_dies_costs_a_row_and_the_others_go_on(sweep):
             r"\Atransfer=ipc,ncll: there is no transfer=ncll; choose from disk, gloo, handles, ipc, local, nccl\n\Z",
         ),
         ("seed=0,x", r"Value 'x' of type 'str' could not be converted to Integer\n    full_key: seed"),
-        ("transfer=ipc,disk transfer.slots=2,3", r"Key 'slots' not in 'DiskConfig'\n"),
+        pytest.param(
+            "transfer=ipc,disk transfer.slots=2,3", r"Key 'slots' not in 'DiskConfig'\n", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_slip_of_the_pen_in_one_of_a_sweep_s_values_is_refused_before_the_first_job(sweep, wrong, said):

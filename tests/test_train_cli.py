@@ -32,7 +32,9 @@ def test_the_refusal_of_heavy_imports_works(rlhf_train, fresh):
         assert done.returncode == 1 and "AssertionError: imported " in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("steps=3 stepz=4", 1)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [pytest.param("--help", 0, marks=pytest.mark.slow), ("steps=3 stepz=4", 1)]
+)
 def test_what_does_not_train_imports_nothing_heavy_from_the_start(rlhf_train, fresh, arguments, code):
     done = rlhf_train(*arguments.split(), env=fresh)
     assert done.returncode == code and "Traceback" not in done.stderr
@@ -42,21 +44,28 @@ def test_what_does_not_train_imports_nothing_heavy_from_the_start(rlhf_train, fr
     ("arguments", "code", "screen"),
     [
         ("--help", 0, "transfer         disk gloo handles ipc local nccl"),
-        ("--help algo=rloo", 0, "advantage: leave_one_out"),
+        pytest.param("--help algo=rloo", 0, "advantage: leave_one_out", marks=pytest.mark.slow),
         ("--help algo=nothing", 1, "Could not find 'algo/nothing'"),
         ("--help typo=1", 1, "Could not override 'typo'"),
         ("--cfg job", 0, "samples_per_prompt: 8"),
-        ("experiment=compare_transfers --cfg job", 0, "evaluate_every: 3"),
-        ("steps=3 stepz=4", 1, "Could not override 'stepz'"),
-        ("model.lora.rank=8 algo.ref_every=5", 1, "the reference of an adapter is the base below it, which stays"),
+        pytest.param("experiment=compare_transfers --cfg job", 0, "evaluate_every: 3", marks=pytest.mark.slow),
+        pytest.param("steps=3 stepz=4", 1, "Could not override 'stepz'", marks=pytest.mark.slow),
+        pytest.param(
+            "model.lora.rank=8 algo.ref_every=5",
+            1,
+            "the reference of an adapter is the base below it, which stays",
+            marks=pytest.mark.slow,
+        ),
         ("prompts_per_step=0", 1, "prompts_per_step must be at least 1 (got 0)"),
-        ("-m seed=0,1 typo=1", 1, "Could not override 'typo'"),
+        pytest.param("-m seed=0,1 typo=1", 1, "Could not override 'typo'", marks=pytest.mark.slow),
         ("logger=[console,jsonk]", 1, "there is no logger=jsonk; choose from console, jsonl, mlflow, "),
         ("hydra.run.dir=/proc/version/run", 1, "/proc/version/run cannot be made (Not a directory): choose another"),
-        ("--help", 0, "python -m rlhf.train mode=check"),
-        ("mode=check --cfg job", 0, "mode: check"),
-        ("mode=chek", 1, "Invalid value 'chek', expected one of [train, check]"),
-        ("mode=check prompts_per_step=0", 1, "prompts_per_step must be at least 1 (got 0)"),
+        pytest.param("--help", 0, "python -m rlhf.train mode=check", marks=pytest.mark.slow),
+        pytest.param("mode=check --cfg job", 0, "mode: check", marks=pytest.mark.slow),
+        pytest.param("mode=chek", 1, "Invalid value 'chek', expected one of [train, check]", marks=pytest.mark.slow),
+        pytest.param(
+            "mode=check prompts_per_step=0", 1, "prompts_per_step must be at least 1 (got 0)", marks=pytest.mark.slow
+        ),
         ("mode=check -m seed=0,1", 1, "mode=check looks at one run: leave out -m"),
     ],
 )
@@ -105,7 +114,9 @@ def test_an_installed_wheel_brings_its_dials_along(rlhf_train, tmp_path):
     assert done.returncode == 0 and "prompts_per_step: 8" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "train mode=check", "evaluate model.path=."])
+@pytest.mark.parametrize(
+    "command", ["train", pytest.param("train mode=check", marks=pytest.mark.slow), "evaluate model.path=."]
+)
 def test_a_data_file_that_is_not_there_is_answered_before_anything_heavy_is_imported(command, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     module, *others = command.split()

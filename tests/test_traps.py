@@ -291,7 +291,7 @@ def test_trap_17_dropout_is_off_so_that_two_passes_over_the_same_rows_agree_bit_
 # --- the same again ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["model.lora.rank=0", "model.lora.rank=2"])
+@pytest.mark.parametrize("adapter", ["model.lora.rank=0", pytest.param("model.lora.rank=2", marks=pytest.mark.slow)])
 def test_trap_18_the_reference_is_the_same_to_the_last_bit_in_every_checkpoint_and_after_a_resume(
     compose_run, tmp_path, adapter
 ):

@@ -117,6 +117,7 @@ CONF_ALGO = Path(__file__).parents[2] / "conf" / "algo"
 ALGOS = sorted(path.stem for path in CONF_ALGO.glob("*.yaml") if "/schema/algo/base@" in path.read_text())  # of RL
 
 
+MAIN = {"algo=grpo", "algo=ppo", "algo=gspo", "algo=dapo", "algo=reinforce_pp"}  # the others: as conversations, below
 AGGREGATIONS = [f"algo=grpo algo.aggregation={aggregation.value}" for aggregation in Aggregation]
 
 
@@ -130,7 +131,11 @@ def by_rows(size: int) -> Callable[..., list[list[int]]]:
     return parts
 
 
-@pytest.mark.parametrize("algo", [*(f"algo={name}" for name in ALGOS), *AGGREGATIONS])
+EVERY = [*(f"algo={name}" for name in ALGOS), *AGGREGATIONS]
+ALL = [each if each in MAIN else pytest.param(each, marks=pytest.mark.slow) for each in EVERY]
+
+
+@pytest.mark.parametrize("algo", ALL)
 def test_gradients_are_the_same_for_any_split_into_micro_batches_and_any_order(make_learner, algo):
     rollouts = sampled()
     rewards: list[float | None] = [float(b % 3) for b in range(len(rollouts.texts))]

@@ -19,21 +19,18 @@ ABSENT = ("torch", "transformers", "ray", "matplotlib", "tensorboard", "numpy", 
 SCRIPT = f"""\
 import json, sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))
-from hydra import compose, initialize_config_dir
-from rlhf.compose import CONF, checked, checked_evaluation, register
+from composed import composed_evaluation, composed_run
 from rlhf.preflight.before_torch import look
 from rlhf.shell.ending import EXPLAINED
 
-register()
-kinds = {{"config": checked, "evaluate": checked_evaluation}}
-with initialize_config_dir(str(CONF), version_base="1.3"):
-    for line in sys.stdin:
-        kind, *overrides = json.loads(line)
-        try:
-            said = repr(look(kinds[kind](compose(kind, overrides))))
-        except EXPLAINED as error:
-            said = str(error)
-        print(json.dumps(said))
+kinds = {{"config": composed_run, "evaluate": composed_evaluation}}
+for line in sys.stdin:
+    kind, *overrides = json.loads(line)
+    try:
+        said = repr(look(kinds[kind](*overrides)))
+    except EXPLAINED as error:
+        said = str(error)
+    print(json.dumps(said))
 """
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(100)]
 FILES = {
@@ -96,7 +93,7 @@ def told(tmp_path_factory):
         [sys.executable, "-c", SCRIPT],
         input="".join(f"{json.dumps(command_of(mistake))}\n" for mistake in MISTAKES),
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
         timeout=100,

@@ -108,7 +108,7 @@ def _computes_unbroken(ranks: Ranks) -> list[object]:
     try:
         with ranks.explained():
             with unbroken():
-                time.sleep(3 if ranks.first else 60)
+                time.sleep(1.5 if ranks.first else 60)
                 done = True
             time.sleep(60)
     except RunError as error:
@@ -157,8 +157,12 @@ def killed(ranks: Pool, number: int, work, *arguments) -> tuple[str, float]:
 
 @pytest.mark.parametrize(
     ("work", "arguments"),
-    [(_asks_outside, ()), (_computes, ()), (_adds, (2, 60.0)), (_gathers, (1, 60.0))],
-    ids=["it asks outside", "what it computes alone", "a collective", "it listens to a rank"],
+    [
+        pytest.param(_asks_outside, (), id="it asks outside"),
+        pytest.param(_computes, (), id="what it computes alone", marks=pytest.mark.slow),
+        pytest.param(_adds, (2, 60.0), id="a collective"),
+        pytest.param(_gathers, (1, 60.0), id="it listens to a rank"),
+    ],
 )
 def test_a_rank_that_is_killed_ends_all_and_the_first_names_it_whatever_it_waits_for(work, arguments):
     with pool(3) as ranks:
@@ -184,7 +188,7 @@ def _cleans_up(ranks: Ranks) -> list[object]:
                 raise RunError("the disk is full")
             finally:
                 if ranks.first:
-                    time.sleep(3)  # the other rank has long given up
+                    time.sleep(1.5)  # the other rank has long given up
                 cleaned = True
     except RunError as error:
         if not ranks.first:
@@ -237,7 +241,10 @@ def test_an_error_that_the_first_rank_meets_outside_is_its_own_and_ends_all():
             assert process.exitcode is not None
 
 
-@pytest.mark.parametrize("work", [_adds, _gathers], ids=["a collective", "a message"])
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(_adds, id="a collective", marks=pytest.mark.slow), pytest.param(_gathers, id="a message")],
+)
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_timeout_s_which_is_named(work):
     with pool(2, timeout_s=1.0) as ranks:
         kind, said = ranks.outcomes(work, 1, 30.0)[0]

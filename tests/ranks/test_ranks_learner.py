@@ -43,7 +43,18 @@ ALGOS = [
     "algo=grpo model.dtype=bfloat16 optim.master_weights=false",
     "algo=dapo algo.ref_decay=0.5 algo.kl_coef=0.1",
 ]
+FAST = {ALGOS[0], ALGOS[1], ALGOS[4], ALGOS[6]}  # the others are variants of these
 REWARDS: list[float | None] = [float(b % 3) if b != 2 else None for b in range(12)]
+
+
+def slow(values: tuple[Any, ...]) -> Any:
+    """Values of parameters, for CI."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def marked(algos: Sequence[str]) -> list[Any]:
+    """Values of a parameter, of which those that are not in FAST are slow."""
+    return [each if each in FAST else slow((each,)) for each in algos]
 
 
 def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False) -> Learner:
@@ -116,7 +127,7 @@ def three():
         yield made
 
 
-@pytest.mark.parametrize("words", ALGOS)
+@pytest.mark.parametrize("words", marked(ALGOS))
 def test_two_ranks_with_a_micro_batch_each_are_one_process_with_two(two, words):
     rollouts = [sampled(0), sampled(1)]
     alone = steps(learner_of(words), 2, rollouts)
@@ -133,7 +144,9 @@ def test_three_ranks_of_which_some_have_no_row_are_one_process(three, words, par
         assert_the_same(each, alone)
 
 
-@pytest.mark.parametrize("words", [each for each in ALGOS if "lora" not in each and "master_weights" not in each])
+@pytest.mark.parametrize(
+    "words", marked([each for each in ALGOS if "lora" not in each and "master_weights" not in each])
+)
 def test_two_ranks_with_shards_and_a_micro_batch_each_are_one_process_with_two(two, words):
     rollouts = [sampled(0), sampled(1)]
     alone = steps(learner_of(words), 2, rollouts)
@@ -145,7 +158,7 @@ def test_two_ranks_with_shards_and_a_micro_batch_each_are_one_process_with_two(t
         assert_the_same(half, alone)
 
 
-@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 1), (ALGOS[0], 3), (ALGOS[1], 2), (ALGOS[8], 2)])
+@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 1), (ALGOS[1], 2), *map(slow, [(ALGOS[0], 3), (ALGOS[8], 2)])])
 def test_three_ranks_with_shards_of_which_some_have_no_row_are_one_process(three, words, parts):
     rollouts = [sampled(0)]
     alone = steps(learner_of(words), parts, rollouts)
@@ -273,7 +286,7 @@ def _gradients(ranks: Ranks, words: str, parts: int, rollouts: Rollouts) -> tupl
     return gradients(learner_of(words, ranks), parts, rollouts, ranks)
 
 
-@pytest.mark.parametrize(("words", "parts"), [(ALGOS[0], 3), (ALGOS[1], 5), (ALGOS[4], 5), (ALGOS[6], 7)])
+@pytest.mark.parametrize(("words", "parts"), [(ALGOS[1], 5), (ALGOS[6], 7), *map(slow, [(ALGOS[0], 3), (ALGOS[4], 5)])])
 def test_uneven_shares_give_the_gradients_of_one_process_that_adds_share_by_share(two, words, parts):
     lanes = [gradients(learner_of(words), parts, sampled(0), Lane(lane, 2)) for lane in range(2)]
     added = [a if b is None else b if a is None else a + b for a, b in zip(*(g for g, _ in lanes), strict=True)]

@@ -193,6 +193,7 @@ def test_runs_are_compared_by_leaderboard_curves_bars_and_the_dials_that_differ(
     assert (sweep / "report" / "stall.png").exists() and (sweep / "report" / "2" / "reward.png").exists()
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(
@@ -203,7 +204,14 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch)
     assert {path.name for path in (tmp_path / "report").iterdir() if path.is_dir()} == {"a-run", "b-run"}
 
 
-@pytest.mark.parametrize("last", [b'{"step": 101, "train/rew', b"\xe3\x00\xff" * 99, b"5\n", b"[]\n"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        b'{"step": 101, "train/rew',
+        b"\xe3\x00\xff" * 99,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (b"5\n", b"[]\n")),
+    ],
+)
 def test_a_run_whose_last_line_is_cut_or_rubbish_is_reported_up_to_there(tmp_path, last):
     folder = write_run(tmp_path / "run", few=True)
     (folder / "summary.json").unlink()

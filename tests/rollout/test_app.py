@@ -475,10 +475,17 @@ def test_a_prompt_message_is_answered_by_the_loop_and_any_other_by_a_thread():
         assert b'"updates' in posted(raw, "/start_weight_update", headers)[2]
 
 
+@pytest.fixture(scope="module")
+def prompt_url():
+    """The address of one such worker for all messages."""
+    with served(Prompt(), "t") as address:
+        yield address
+
+
 @pytest.mark.parametrize("path", ["/start_weight_update", "/abort_weight_update", "/finish_weight_update"])
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"a":1}', b"\xff", b"[" * 100, b'{"a":' + b" " * 3000 + b"1}"])
-def test_both_ways_answer_the_same(path, body):
-    with served(Prompt(), "t") as url, Raw(url) as raw:
+def test_both_ways_answer_the_same(path, body, prompt_url):
+    with Raw(prompt_url) as raw:
         headers = {"Authorization": "Bearer t"}
         short, usual = (posted(raw, path, headers | more, body) for more in ({}, {"Accept": "*/*"}))
         assert short[0] == usual[0] and short[1].keys() == usual[1].keys()

@@ -226,7 +226,7 @@ OVER_HTTP = "raw-http,safetensors-shm,ipc-arena-view-off-http,disk-digest-http"
 @pytest.mark.parametrize(
     ("ways", "number", "code"),
     [
-        (OVER_HTTP, signal.SIGINT, 130),
+        pytest.param(OVER_HTTP, signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(OVER_HTTP, signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param("safetensors-shm,ipc-arena-view-off-ray,ray-store", signal.SIGINT, 130, marks=pytest.mark.slow),
     ],

@@ -264,6 +264,7 @@ def test_a_worker_killed_while_it_receives_and_started_again_ends_the_push_with_
         assert [worker.peek()["weights"] for worker in workers] == [fingerprint(plain(3))] * 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_ends_the_push_by_its_deadline_and_takes_part_again_later(tmp_path):
     config = CollectiveConfig(sender=SenderConfig(timeout_s=2.0))
     with opened(config, tmp_path, count=2) as (transfer, workers):
@@ -423,6 +424,7 @@ def test_a_store_that_is_gone_is_named_at_once(tmp_path):
 # --- nothing is left --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hundred_pushes_and_many_groups_leave_descriptors_threads_and_memory_flat(tmp_path):
     def held(worker):
         time.sleep(4 * LOOK_S)  # in which threads that still look after a broadcast end
@@ -500,7 +502,7 @@ def test_a_group_that_is_closed_before_it_is_formed_says_that_it_was_given_up():
         group.broadcast(TIMEOUT_S, 1, lambda index: torch.zeros(ALIGNMENT, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("end", ["give_up", "close"])
+@pytest.mark.parametrize("end", ["give_up", pytest.param("close", marks=pytest.mark.slow)])
 def test_groups_that_never_form_close_what_they_have_opened_also_while_somebody_keeps_the_error(
     end, without_garbage_collector
 ):
@@ -517,7 +519,9 @@ def test_groups_that_never_form_close_what_they_have_opened_also_while_somebody_
     assert is_flat and len(kept) == 8, seen
 
 
-@pytest.mark.parametrize("moment", ["before the group is formed", "in the fourth bucket"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("before the group is formed", marks=pytest.mark.slow), "in the fourth bucket"]
+)
 def test_workers_that_are_killed_leave_the_trainer_no_connections(moment, tmp_path, without_garbage_collector):
     with opened(GLOO, tmp_path, count=2) as (transfer, workers):
         small_buckets(transfer)

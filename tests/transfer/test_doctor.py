@@ -129,6 +129,7 @@ def test_what_was_left_out_on_purpose_is_no_matter_of_time():
     assert statuses(checks, "Ray starts", *CPU_RAY) <= {SKIP, LATE} and checks["Ray starts"]["status"] == SKIP
 
 
+@pytest.mark.slow
 def test_the_tables_and_the_progress_are_readable():
     for deadline in ("2.6", "5", "10"):  # over after the machine was looked at, and before a transfer was tried
         with leaving_nothing() as environment:
@@ -331,6 +332,7 @@ def test_lanes_run_side_by_side(tmp_path):
 SLOW = {"delay_s": 0.01}  # 120 round trips: more than a second
 
 
+@pytest.mark.slow
 def test_a_check_that_had_no_processor_is_given_the_time_that_it_has_waited(tmp_path, monkeypatch):
     slow = check("slow", "transfer.doctor.host:loopback", arguments=SLOW, deadline_s=0.5)
     assert found(tmp_path, slow)[0]["slow"] == Finding(FAIL, "no end within 0.5 s")
@@ -490,11 +492,21 @@ def test_a_peer_of_another_user_is_a_failure():
         host.descriptors(user=os.geteuid() + 1)
 
 
+DIES = "echo no memory >&2; exit 1", "could not .*: no memory"
+HANGS = "exec sleep 60", "did not .* within"
+
+
 @pytest.mark.parametrize(
-    "script, reason",
-    [("echo no memory >&2; exit 1", "could not .*: no memory"), ("exec sleep 60", "did not .* within")],
+    "function, script, reason",
+    [
+        (host.descriptors, *DIES),
+        (host.proc_descriptors, *DIES),
+        (host.loopback, *DIES),
+        (host.loopback, *HANGS),
+        pytest.param(host.descriptors, *HANGS, marks=pytest.mark.slow),
+        pytest.param(host.proc_descriptors, *HANGS, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("function", [host.descriptors, host.proc_descriptors, host.loopback])
 def test_a_second_process_that_dies_or_hangs_is_a_failure(function, script, reason, tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{script}\n")

@@ -98,6 +98,7 @@ def test_a_ray_actor_answers_its_refusals_keep_their_status_and_its_death_is_an_
     assert caught.value.status == 0
 
 
+@pytest.mark.slow
 def test_updates_through_ray_arrive_in_shared_memory(ray, tmp_path):
     with make_transfer(IpcConfig(sender=SenderConfig()), tmp_path) as transfer:
         actors = [ray.remote(Actor).options(num_cpus=0).remote(dict(transfer.endpoint)) for _ in range(2)]
@@ -159,6 +160,7 @@ def test_a_list_of_ray_actors_receives_the_same_weights(actors):
     assert [told(actor) for actor in actors] == [(digests(sent), 0)] * 2
 
 
+@pytest.mark.slow
 def test_what_a_ray_actor_raises_reaches_the_trainer_after_all_have_answered(actors, monkeypatch):
     add = Exporter.add
 
@@ -172,6 +174,7 @@ def test_what_a_ray_actor_raises_reaches_the_trainer_after_all_have_answered(act
     assert told(actors[1])[0]["only one"] == digest(sent["only one"])
 
 
+@pytest.mark.slow
 def test_a_ray_actor_that_does_not_answer_is_given_up_at_the_deadline(actors, monkeypatch):
     monkeypatch.setattr(ipc, "TIMEOUT_S", 0.2)
     with pytest.raises(TimeoutError, match=r"llm_handle \[0\] of 1 did not answer within 0.2 s"):

@@ -287,6 +287,7 @@ def test_a_finish_that_never_arrived_is_taken_back_and_the_next_push_works(tmp_p
         assert worker.peek()["weights"] == fingerprint(plain(3))
 
 
+@pytest.mark.slow
 def test_a_slot_that_a_silent_worker_may_serve_is_not_overwritten(tmp_path):
     with opened(QUICK, tmp_path) as (transfer, [worker]):
         transfer.push(plain(1))
@@ -316,7 +317,7 @@ def test_a_sender_that_never_comes_back_is_given_up(tmp_path, monkeypatch):
         released.set()
 
 
-@pytest.mark.parametrize("verb", ["start_weight_update", "update_weights"])
+@pytest.mark.parametrize("verb", [pytest.param("start_weight_update", marks=pytest.mark.slow), "update_weights"])
 def test_an_answer_while_staging_that_is_lost_aborts_and_the_next_push_works(verb, tmp_path):
     with opened(QUICK, tmp_path, count=2) as (transfer, workers):
         transfer.push(plain(1))

@@ -33,6 +33,21 @@ IS_LATE = "is late"  # the work, but no answer
 RESTARTS = "restarts"  # it does the work, and then forgets all of it
 
 
+class PromptServer(uvicorn.Server):
+    """One that looks often whether it is to end, and ends then without waiting for anybody."""
+
+    async def main_loop(self):
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.01)
+
+    async def shutdown(self, sockets=None):
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await asyncio.sleep(0)
+
+
 class FakeVllm(AbstractContextManager):
     """`with FakeVllm("0.24.0") as server: server.url`; afterwards look at `calls`, `weights` and `served_mixture`."""
 
@@ -52,7 +67,7 @@ class FakeVllm(AbstractContextManager):
 
     def __enter__(self):
         config = uvicorn.Config(self._app(), port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
+        self._server = PromptServer(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:
