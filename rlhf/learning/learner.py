@@ -197,9 +197,12 @@ class Learner:
         any_measured, measured = measured > 0, max(1.0, measured)
         sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
         batch = batch.with_lengths()
-        models = [model for model in (self.policy, self.critic) if model is not None]
+        models = [model for model in (self.critic, self.policy) if model is not None]  # as their gradients come
         with self.spread.whole(*models):
-            for part in self.spread.ranks.share(self._microbatches(batch, rows)):
+            parts = self.spread.ranks.share(self._microbatches(batch, rows))
+            for number, part in enumerate(parts, start=1):
+                if number == len(parts) and self.passes.single:
+                    self.spread.expect_last(models)
                 for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
                     sums[name] = sums.get(name, 0.0) + value.double()
             self.spread.add_gradients(models, [o for o in (self.optimizer, self.critic_optimizer) if o is not None])

@@ -33,6 +33,8 @@ from rlhf.models.value import score_layer
 class Passes(Protocol):
     """What a learner asks of a model."""
 
+    single: bool  # whether the rows of a micro-batch are one forward pass, and so one backward pass
+
     def logprobs(self, model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
         """log pi [B, T] of each response token under softmax(logits / temperature); at padding, any number."""
 
@@ -51,6 +53,7 @@ class Passes(Protocol):
 class Padded:
     """Rows as tensors, prompts padded on the left and responses on the right, a prompt computed once for its rows."""
 
+    single = False
     pieces: forward.Pieces = staticmethod(forward.response_pieces)
 
     def logprobs(self, model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
@@ -91,6 +94,8 @@ WHOLE = Whole()
 
 class Packed:
     """Rows as one sequence of tokens; `window`: the fewest tokens that a layer of the policy sees."""
+
+    single = True
 
     def __init__(self, compiled: bool, window: int | None = None) -> None:
         self.compiled = compiled

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,9 @@ class Whole:
         """Around whatever is computed with these models, gradients included."""
         yield
 
+    def expect_last(self, models: Sequence[torch.nn.Module]) -> None:
+        """The next backward pass through each of these, in this order, is this rank's last one of the update."""
+
     def add_gradients(self, models: Sequence[torch.nn.Module], optimizers: Optimizers) -> None:
         """Once an update, inside `whole`: from now on the gradients that the optimisers see are those of all ranks."""
         add_gradients(optimizers, self.ranks)
@@ -60,6 +63,7 @@ class Sharded(Whole):
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         super().__init__(ranks)
         self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks.count,))
+        self._added = False  # in the last backward pass
 
     def lay(self, model: Model) -> Model:
         """Shard the model, in place; what a model of 16 bits computes with are fp32 shards, rounded."""
@@ -95,20 +99,29 @@ class Sharded(Whole):
         try:
             yield
         finally:
+            self._added = False
             for group in groups:
+                group.set_requires_gradient_sync(False)
                 group.reshard()
+
+    def expect_last(self, models: Sequence[torch.nn.Module]) -> None:
+        """Let FSDP add up the gradients in it, layer by layer, while those of earlier layers are computed."""
+        self._added = True
+        for model in models:
+            cast("FSDPModule", model).set_requires_gradient_sync(True)
 
     def add_gradients(self, models: Sequence[torch.nn.Module], optimizers: Optimizers) -> None:
         """Once an update, inside `whole`: from now on the gradients that the optimisers see are those of all ranks.
 
-        One token goes through each model, and its loss counts nothing: FSDP reduces in a backward pass.
+        Unless that was done in the last backward pass, one token goes through each model, in the same order, and its
+        loss counts nothing: FSDP reduces in a backward pass.
         """
+        if self._added:
+            return
         with self.ranks.explained(), torch.enable_grad(), _eager():
             for model in models:
-                assert isinstance(model, FSDPModule)
-                model.set_requires_gradient_sync(True)
+                cast("FSDPModule", model).set_requires_gradient_sync(True)
                 (self._one_token(model).float().sum() * 0.0).backward()
-                model.set_requires_gradient_sync(False)
 
     def _one_token(self, model: torch.nn.Module) -> torch.Tensor:
         device = torch.device(self._mesh.device_type)

@@ -20,6 +20,7 @@ from test_learner import sampled
 from torch import Tensor
 
 from rlhf.learning.learner import Learner
+from rlhf.learning.passes import PADDED, Packed, Passes
 from rlhf.learning.spread import Sharded, Whole
 from rlhf.models.adapter import add_adapter, has_adapter
 from rlhf.models.policy import make_policy
@@ -57,7 +58,7 @@ def marked(algos: Sequence[str]) -> list[Any]:
     return [each if each in FAST else slow((each,)) for each in algos]
 
 
-def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False) -> Learner:
+def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False, passes: Passes = PADDED) -> Learner:
     """The same in every process."""
     config = composed_run(*MICRO, *words.split())
     policy, reference = (
@@ -75,7 +76,7 @@ def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False) -> Learn
     reference = policy if has_adapter(policy) else reference.requires_grad_(False)
     for model in {id(each): each for each in (policy, reference, critic) if each is not None}.values():
         spread.lay(model)
-    return Learner(policy, reference, critic, config, spread=spread)
+    return Learner(policy, reference, critic, config, passes, spread)
 
 
 def split_into(learner: Learner, parts: int) -> None:
@@ -106,6 +107,10 @@ def whole(tensor: Any) -> Tensor:
 
 def _steps(ranks: Ranks, words: str, parts: int, rollouts: Sequence[Rollouts], sharded: bool = False) -> list[Any]:
     return steps(learner_of(words, ranks, sharded), parts, rollouts)
+
+
+def _packed_steps(ranks: Ranks, words: str, parts: int, rollouts: Sequence[Rollouts]) -> list[Any]:
+    return steps(learner_of(words, ranks, sharded=True, passes=Packed(compiled=False)), parts, rollouts)
 
 
 def assert_the_same(ours: list[Any], theirs: list[Any]) -> None:
@@ -356,3 +361,37 @@ def test_ranks_with_other_numbers_of_micro_batches_of_pairs_do_not_hang_and_repe
     again, weights_again, _ = two.call(_dpo_steps, 1)[1]
     assert again == first and all(map(torch.equal, weights, weights_again))
     assert first[2]["loss"] == pytest.approx(dpo_steps(1, Whole())[0][2]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [(ALGOS[0], 2), (ALGOS[1], 3), slow((ALGOS[1], 1)), slow((ALGOS[5], 2)), (ALGOS[6], 2), slow((ALGOS[3], 2))],
+)
+def test_gradients_that_are_added_up_in_the_last_backward_pass_are_those_of_one_process(three, words, parts):
+    rollouts = [sampled(0), sampled(1)]
+    alone = steps(learner_of(words, passes=Packed(compiled=False)), parts, rollouts)
+    for each in three.call(_packed_steps, words, parts, rollouts):
+        as_it_computes = [
+            [metrics, [shards.to(tensor.dtype) for shards, tensor in zip(weights, of_one, strict=True)]]
+            for (metrics, weights), (_, of_one) in zip(each, alone, strict=True)
+        ]
+        assert_the_same(as_it_computes, alone)
+
+
+def _where_added(ranks: Ranks, parts: int) -> list[bool]:
+    """Whether the gradients of each of two steps had been added up before the update asked for it."""
+    learner, added = learner_of(ALGOS[0], ranks, sharded=True, passes=Packed(compiled=False)), []
+    add, spread = learner.spread.add_gradients, learner.spread
+    assert isinstance(spread, Sharded)
+
+    def noting(*arguments: Any) -> None:
+        added.append(spread._added)
+        add(*arguments)
+
+    spread.add_gradients = noting  # type: ignore[method-assign]
+    steps(learner, parts, [sampled(0), sampled(1)])
+    return added
+
+
+def test_a_rank_with_packed_rows_adds_up_in_its_last_backward_pass_and_one_without_rows_by_one_token(three):
+    assert three.call(_where_added, 2) == [[False] * 2, [True] * 2, [True] * 2]

@@ -110,6 +110,7 @@ def _run_ranks(options: argparse.Namespace, models: Sequence[Model], report: dic
 
     workers, _, parts = options.receivers.partition("tp")
     for model in models:
+        _check_of_ranks(model)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, prefix="bench-") as folder:
             setting = ranks.Setting(
                 model=model,
@@ -129,6 +130,14 @@ def _run_ranks(options: argparse.Namespace, models: Sequence[Model], report: dic
         if options.json != "-":
             print(ranks_table.text(report["models"][-1]), end="\n\n")
     _write_json(report, options.json)
+
+
+def _check_of_ranks(model: Model) -> None:
+    for name, (dtype, shape) in model.tensors.items():
+        if not ("float" in dtype and shape):
+            raise BenchError(
+                f"--ranks: tensors must have floating-point rows ({model.name}: {name} is {dtype} {shape})"
+            )
 
 
 def _gpus(options: argparse.Namespace) -> Gpus | None:

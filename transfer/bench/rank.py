@@ -88,10 +88,11 @@ class Rank:
         mesh = DeviceMesh(device.type, list(range(self._ranks.count)))
         self._weights: dict[str, DTensor] = {}
         for entry in manifest.entries:
-            rows = _values(entry.shape, *rows_of((entry.shape or (1,))[0], self._ranks.count, self._ranks.number))
+            first, end = rows_of(entry.shape[0], self._ranks.count, self._ranks.number)
+            rows = _values(entry.shape, first, end, device)
             stride = torch.empty(entry.shape, device="meta").stride()
             placed = DTensor.from_local(
-                rows.to(device), mesh, [Shard(0)], run_check=False, shape=torch.Size(entry.shape), stride=stride
+                rows, mesh, [Shard(0)], run_check=False, shape=torch.Size(entry.shape), stride=stride
             )
             self._weights |= dict.fromkeys(entry.names, placed)
         self._shards = list({id(each): each.to_local() for each in self._weights.values()}.values())
@@ -185,11 +186,11 @@ class Rank:
             torch.cuda.synchronize()
 
 
-def _values(shape: tuple[int, ...], first: int, end: int) -> torch.Tensor:
+def _values(shape: tuple[int, ...], first: int, end: int, device: torch.device) -> torch.Tensor:
     """Rows of a tensor, fp32, of which the dtypes that travel hold every value."""
     width = torch.Size(shape[1:]).numel()
-    numbers = torch.arange(first * width, end * width)
-    return (1 + (numbers * 7 % 127) / 128).view(end - first, *shape[1:])
+    numbers = torch.arange(first * width, end * width, dtype=torch.int32, device=device)
+    return numbers.remainder_(127).div(128).add_(1).view(end - first, *shape[1:])
 
 
 def _timed(work: Callable[[], Any]) -> float:
