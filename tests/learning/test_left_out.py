@@ -139,7 +139,7 @@ def test_without_a_coefficient_entropy_is_no_part_of_the_loss_not_even_as_nan(ma
     class Broken:
         """As PADDED, with entropies of NaN."""
 
-        logprobs, values, split = PADDED.logprobs, PADDED.values, PADDED.split
+        single, logprobs, values, split = PADDED.single, PADDED.logprobs, PADDED.values, PADDED.split
 
         def logprobs_and_entropy(self, *arguments, **options):
             logprobs_BT, entropy_BT = counted(*arguments, **options)

@@ -12,10 +12,10 @@ from transfer.agreement.manifest import Manifest
 from transfer.memory import far_copy, regions
 from transfer.memory.digest import digest_of
 from transfer.memory.far_copy import FarCopy, is_far
-from transfer.memory.one_pass import OnePass, available
-from transfer.memory.pieces import PIECE, table_of
+from transfer.memory.one_pass import Lying, OnePass, available
+from transfer.memory.pieces import PIECE, SHORT, Table
 from transfer.memory.regions import slot_bytes, views_of
-from transfer.memory.sums import sums_digest
+from transfer.memory.sums import added, sums_digest
 from transfer.worker.landing import Landing
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.flo
 def carried_out(table):
     """What the kernel does with its table; the digest."""
     sums = [0, 0]
-    for source, target, first, told in (row for row in table.tolist()):
+    for source, target, first, told in table.pieces.tolist():
         nbytes, cast = told & 0xFFFFFFFF, told >> 40
         raw = ctypes.string_at(source, nbytes * (2 if cast else 1))
         if cast:
@@ -68,17 +68,17 @@ def test_the_table_copies_casts_and_sums_every_byte_once(kinds, cast):
     assert carried_out(OnePass(sources, targets, CPU).table) == digest_of(wanted, "sums:")
     assert same(targets, wanted)
     others = slot_for(wanted)
-    assert carried_out(OnePass(targets, others, CPU, padded=True).table) == digest_of(wanted, "sums:")
+    assert carried_out(OnePass(targets, others, CPU, Lying.slot).table) == digest_of(wanted, "sums:")
     assert same(others, wanted)
-    assert carried_out(OnePass(others, None, CPU, padded=True).table) == digest_of(wanted, "sums:")
+    assert carried_out(OnePass(others, None, CPU, Lying.slot).table) == digest_of(wanted, "sums:")
 
 
 def test_neighbours_in_slots_become_one_range_and_others_do_not():
     sources = slot_for([tensor(size, torch.bfloat16) for size in (1000, 3, 128)])
     targets = slot_for(sources)
-    assert len(OnePass(sources, targets, CPU, padded=True).ranges) == 1
+    assert len(OnePass(sources, targets, CPU, Lying.slot).ranges) == 1
     assert len(OnePass(sources, targets, CPU).ranges) == 3, "gaps outside of slots belong to somebody else"
-    assert len(OnePass(sources[::-1], targets[::-1], CPU, padded=True).ranges) == 3, "other places in the digest"
+    assert len(OnePass(sources[::-1], targets[::-1], CPU, Lying.slot).ranges) == 3, "other places in the digest"
 
 
 def test_long_tensors_are_cut_into_pieces():
@@ -87,6 +87,18 @@ def test_long_tensors_are_cut_into_pieces():
     table = OnePass([source], [target], CPU).table
     assert len(table) == 9 and carried_out(table) == digest_of([source], "sums:")
     assert torch.equal(source, target)
+
+
+@given(st.lists(st.sampled_from([0, 1, SHORT // 4, SHORT // 4 + 1, PIECE // 4 + 1]), max_size=5), st.booleans())
+def test_long_pieces_come_first_in_the_table_and_mixed_ones_are_the_same(sizes, mixed):
+    sources = [tensor(size, torch.float32) for size in sizes]
+    targets = slot_for(sources)
+    ranges = OnePass(sources, targets, CPU).ranges
+    table = Table.of(ranges, CPU, mixed)
+    nbytes = [told & 0xFFFFFFFF for _, _, _, told in table.pieces.tolist()]
+    assert all(each > SHORT for each in nbytes[: table.longs]) and all(each <= SHORT for each in nbytes[table.longs :])
+    assert carried_out(table) == digest_of(sources, "sums:") and same(targets, sources)
+    assert table.blocks(512, 7) == min(7, max(table.longs, -(-32 * (len(table) - table.longs) // 512)))
 
 
 def test_tensors_with_holes_go_by_torch_first():
@@ -141,12 +153,12 @@ def test_large_ranges_of_another_gpu_are_fetched_in_chunks_that_are_read_afterwa
         ranges = OnePass(sources, targets, CPU).ranges
         far = FarCopy(filter(is_far, ranges), CPU)
         near = [each for each in ranges if not is_far(each)]
-    tables = [torch.from_numpy(table_of(near))]
+    digests = [carried_out(Table.of(near, CPU))]
     for chunk in far.chunks:
         assert chunk.nbytes <= 2**14
         ctypes.memmove(chunk.target, chunk.source, chunk.nbytes)
-        tables.append(chunk.table)
-    assert carried_out(torch.cat(tables)) == digest_of(wanted, "sums:")
+        digests.append(carried_out(chunk.table))
+    assert added(digests) == digest_of(wanted, "sums:")
     assert same(targets, wanted)
 
 
@@ -178,6 +190,22 @@ def test_the_kernel_does_what_the_table_says(kinds, skipped):
         assert digest == digest_of([t.cpu() for t in wanted], "sums:") == digest_of(targets, "sums:")
         others = slot_for(wanted, device)
         assert OnePass(sources, others, device).run(with_digest=False) == (None, True) and same(others, wanted)
+
+
+@gpu
+@settings(max_examples=20)
+@given(st.integers(1, 300), st.sampled_from([256, 1000, 2048, 4096, 5000]), st.booleans())
+def test_the_kernel_copies_parts_of_rows(rows, columns, cast):
+    device = torch.device("cuda")
+    whole = tensor(rows * 3 * columns, torch.float32, device).view(rows, 3 * columns)
+    source = whole[:, columns : 2 * columns] if cast else whole.bfloat16()[:, columns : 2 * columns]
+    (target,) = slot_for([source.bfloat16()], device)
+    one_pass = OnePass([source], [target], device, Lying.slots)
+    digest, finite = one_pass.run()
+    assert finite and torch.equal(target, source.bfloat16()) and "by torch" not in one_pass.plan
+    assert digest == digest_of([target.cpu()], "sums:")
+    source[-1, -1] = torch.nan
+    assert not one_pass.run(with_digest=False)[1]
 
 
 @gpu

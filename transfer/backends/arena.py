@@ -27,7 +27,7 @@ from transfer.memory.descriptors import SOCKET, receive_region
 from transfer.memory.digest import Hasher, digest_of
 from transfer.memory.finite import NotFinite
 from transfer.memory.mark import MARK_BYTES, Mark
-from transfer.memory.one_pass import OnePass, addresses, available
+from transfer.memory.one_pass import Lying, OnePass, addresses, available
 
 MAX_SLOTS = 64
 MAX_RANKS = 4096
@@ -132,7 +132,7 @@ class LivePublisher:
         self._places = addresses(self._tensors)
         self.finds_nonfinite = available(self._slots.device)
         if self.finds_nonfinite:
-            self._pass = OnePass(list(self._slots.views[0].values()), None, self._slots.device, padded=True)
+            self._pass = OnePass(list(self._slots.views[0].values()), None, self._slots.device, Lying.slot)
         return where
 
     def write(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,44 +32,57 @@ LIMIT_ROUNDS = 5
 FAR = "copy of the other ranks' rows to the first GPU"
 
 
-class GroupRanks:
-    """The ranks of a gloo group, as a transfer sees them."""
+class PipedRanks:
+    """The ranks as a transfer sees them: the first has a pipe to each other, which have one to it."""
 
-    def __init__(self) -> None:
-        self.number, self.count = dist.get_rank(), dist.get_world_size()
+    def __init__(self, number: int, count: int, pipes: Sequence[Connection]) -> None:
+        self.number, self.count = number, count
+        self._pipes = pipes
 
     def told(self, value: Any) -> Any:
         """What the first says."""
-        said = [value]
-        dist.broadcast_object_list(said, 0, device=torch.device("cpu"))
-        return said[0]
+        if self.number:
+            return json.loads(self._pipes[0].recv_bytes())
+        said = json.dumps(value).encode()
+        for pipe in self._pipes:
+            pipe.send_bytes(said)
+        return value
 
     def gathered(self, value: Any) -> list[Any]:
         """What each says."""
-        said: list[Any] = [None] * self.count
-        dist.all_gather_object(said, value, group=OBJECTS[0])
-        return said
+        if self.number:
+            self._pipes[0].send_bytes(json.dumps(value).encode())
+            return list(self.told(None))
+        return list(self.told([value, *(json.loads(pipe.recv_bytes()) for pipe in self._pipes)]))
 
 
-OBJECTS: list[Any] = []  # the group for what is said; NCCL carries tensors alone
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a rank's process must know."""
+
+    rank: int
+    count: int
+    folder: str
+    manifest: dict[str, Any]
+    on_gpu: bool
 
 
-def serve_rank(pipe: Connection, rank: int, count: int, folder: str, manifest: dict[str, Any], on_gpu: bool) -> None:
+def serve_rank(pipe: Connection, told: Told, pipes: Sequence[Connection]) -> None:
     """Do what the pipe asks for until it is closed: (command, arguments), answered by what that gives or raises."""
     torch.set_num_threads(1)
+    rank, on_gpu = told.rank, told.on_gpu
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=f"file://{told.folder}/store",
         rank=rank,
-        world_size=count,
+        world_size=told.count,
         timeout=timedelta(seconds=TIMEOUT_S),
         device_id=device if on_gpu else None,
     )
-    OBJECTS[:] = [dist.new_group(backend="gloo")]
-    of_rank = Rank(Manifest.from_json(manifest), device, Path(folder))
+    of_rank = Rank(Manifest.from_json(told.manifest), device, Path(told.folder), PipedRanks(rank, told.count, pipes))
     while True:
         try:
             command, arguments = pipe.recv()
@@ -82,9 +97,8 @@ def serve_rank(pipe: Connection, rank: int, count: int, folder: str, manifest: d
 class Rank:
     """fp32 shards of a model, values at least 1 and below 2 but for their sign, and the ways to move them."""
 
-    def __init__(self, manifest: Manifest, device: torch.device, folder: Path) -> None:
-        self._manifest, self._device, self._folder = manifest, device, folder
-        self._ranks = GroupRanks()
+    def __init__(self, manifest: Manifest, device: torch.device, folder: Path, ranks: PipedRanks) -> None:
+        self._manifest, self._device, self._folder, self._ranks = manifest, device, folder, ranks
         mesh = DeviceMesh(device.type, list(range(self._ranks.count)))
         self._weights: dict[str, DTensor] = {}
         for entry in manifest.entries:
@@ -119,7 +133,7 @@ class Rank:
         assert self._transfer is not None
         torch._foreach_neg_(self._shards)
         self._synchronize()
-        dist.barrier(group=OBJECTS[0])
+        self._ranks.gathered(None)  # all begin at once
         seconds = _timed(lambda: self._transfer.push(cast("Any", self._weights)))  # type: ignore[union-attr]
         return {"push": seconds, "write": self._transfer.last.write_seconds}
 
@@ -139,7 +153,7 @@ class Rank:
                 dist.broadcast(whole, 0)
             self._synchronize()
 
-        dist.barrier(group=OBJECTS[0])
+        self._ranks.gathered(None)  # all begin at once
         return _timed(work)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transfer.agreement.manifest import Manifest
 from transfer.bench.forked import Forked, ForkedWorker
 from transfer.bench.lab import START_S, TIMEOUT_S, Unavailable
 from transfer.bench.measure import Progress
-from transfer.bench.rank import serve_rank
+from transfer.bench.rank import Told, serve_rank
 from transfer.bench.shapes import Model
 from transfer.config import Verify
 from transfer.trainer.senders.http import HttpSender
@@ -107,8 +108,21 @@ class Trainer:
 
     def __init__(self, manifest: Manifest, setting: Setting) -> None:
         self._stack = ExitStack()
-        told = (setting.ranks, str(setting.folder), manifest.to_json(), setting.device != "cpu")
-        self._ranks = [self._stack.enter_context(Forked(serve_rank, rank, *told)) for rank in range(setting.ranks)]
+        lines = [Pipe() for _ in range(setting.ranks - 1)]  # between the first rank and each other
+        self._ranks = []
+        for rank in range(setting.ranks):
+            told = Told(
+                rank=rank,
+                count=setting.ranks,
+                folder=str(setting.folder),
+                manifest=manifest.to_json(),
+                on_gpu=setting.device != "cpu",
+            )
+            pipes = [lines[rank - 1][1]] if rank else [first for first, _ in lines]
+            self._ranks.append(self._stack.enter_context(Forked(serve_rank, told, pipes)))
+        for ends in lines:
+            for end in ends:
+                end.close()
 
     def call(self, command: str, **arguments: Any) -> list[Any]:
         """What each rank gives; Unavailable with the first's error if one raises, or says nothing."""
@@ -156,7 +170,7 @@ def _timed_case(
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Asked:
     """A worker, and how it is asked."""
 
     url: str
@@ -165,7 +179,7 @@ class Told:
 
 
 @contextmanager
-def _workers(case: Case, endpoint: Mapping[str, Any], manifest: Manifest, setting: Setting) -> Iterator[list[Told]]:
+def _workers(case: Case, endpoint: Mapping[str, Any], manifest: Manifest, setting: Setting) -> Iterator[list[Asked]]:
     token = secrets.token_urlsafe(32)
     gpus = 0 if setting.device == "cpu" else torch.cuda.device_count()
     places = [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(max(case.workers, case.parts))]
@@ -180,7 +194,7 @@ def _workers(case: Case, endpoint: Mapping[str, Any], manifest: Manifest, settin
         for index, process in enumerate(started):
             url = process.url()
             http = stack.enter_context(closing(HttpSender(url, token, f"worker {index}", TIMEOUT_S)))
-            told.append(Told(url, token, http))
+            told.append(Asked(url, token, http))
         yield told
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from transfer.memory.pieces import Range, table_of
+from transfer.memory.pieces import Range, Table
 from transfer.memory.regions import check, cuda_runtime
 
 CHUNK = 2**28  # bytes that are read while the next ones come
@@ -32,7 +32,7 @@ class Chunk:
     source: int
     target: int
     nbytes: int
-    table: torch.Tensor
+    table: Table
 
 
 class FarCopy:
@@ -40,7 +40,7 @@ class FarCopy:
 
     def __init__(self, ranges: Iterable[Range], device: torch.device) -> None:
         self.chunks = [
-            Chunk(source + at, target + at, size, torch.from_numpy(table_of([read])).to(device))
+            Chunk(source + at, target + at, size, Table.of([read], device))
             for source, target, offset, nbytes, kind, _ in ranges
             for at in range(0, nbytes, CHUNK)
             for size in [min(CHUNK, nbytes - at)]
@@ -49,7 +49,7 @@ class FarCopy:
         self._reader: torch.cuda.Stream | None = None
         self._arrived: list[torch.cuda.Event] = []
 
-    def run(self, read: Callable[[torch.Tensor], None]) -> None:
+    def run(self, read: Callable[[Table], None]) -> None:
         """Queue all copies on the current stream, and `read(table)` of each chunk once it is there."""
         if self._reader is None:
             self._reader, self._arrived = torch.cuda.Stream(), [torch.cuda.Event() for _ in self.chunks]

@@ -83,60 +83,85 @@ __device__ __forceinline__ void slow_word(const u8* source, u8* target, u32 star
     sums.add<summed>((u32)word, (u32)(word >> 32), index, finite);
 }
 
-template <u32 cast, bool summed>
-__device__ __forceinline__ void piece(const u8* source, u8* target, u64 first, u32 nbytes, Finite finite, Sums& sums) {
+// One piece by `width` threads, of which this is number `me`.
+template <u32 cast, bool summed, u32 width>
+__device__ __forceinline__ void piece(const u8* source, u8* target, u64 first, u32 nbytes, u32 me, Finite finite, Sums& sums) {
     u32 vectors = (((u64)source | (u64)target) & 15) == 0 ? nbytes / 16 : 0;
-    u32 at = threadIdx.x;
-    for (; at + (UNROLL - 1) * THREADS < vectors; at += UNROLL * THREADS) {
+    u32 at = me;
+    for (; at + (UNROLL - 1) * width < vectors; at += UNROLL * width) {
         uint4 v[UNROLL];
 #pragma unroll
-        for (u32 j = 0; j < UNROLL; j++) v[j] = loaded(source, at + j * THREADS, cast);
+        for (u32 j = 0; j < UNROLL; j++) v[j] = loaded(source, at + j * width, cast);
 #pragma unroll
         for (u32 j = 0; j < UNROLL; j++) {
-            u32 place = at + j * THREADS;
+            u32 place = at + j * width;
             if (target) __stcs((uint4*)target + place, v[j]);
             sums.add<summed>(v[j].x, v[j].y, first + 2 * place, finite);
             sums.add<summed>(v[j].z, v[j].w, first + 2 * place + 1, finite);
         }
     }
-    for (; at < vectors; at += THREADS) {
-        uint4 v = loaded(source, at, cast);
-        if (target) __stcs((uint4*)target + at, v);
-        sums.add<summed>(v.x, v.y, first + 2 * at, finite);
-        sums.add<summed>(v.z, v.w, first + 2 * at + 1, finite);
+    if (at < vectors) {  // fewer than UNROLL are left for this thread: all of them are under way at once, too
+        uint4 v[UNROLL];
+#pragma unroll
+        for (u32 j = 0; j < UNROLL; j++)
+            if (at + j * width < vectors) v[j] = loaded(source, at + j * width, cast);
+#pragma unroll
+        for (u32 j = 0; j < UNROLL; j++) {
+            u32 place = at + j * width;
+            if (place >= vectors) break;
+            if (target) __stcs((uint4*)target + place, v[j]);
+            sums.add<summed>(v[j].x, v[j].y, first + 2 * place, finite);
+            sums.add<summed>(v[j].z, v[j].w, first + 2 * place + 1, finite);
+        }
     }
-    for (u32 word = 2 * vectors + threadIdx.x; 8 * word < nbytes; word += THREADS) {
+    for (u32 word = 2 * vectors + me; 8 * word < nbytes; word += width) {
         u32 size = min(8u, nbytes - 8 * word);
         slow_word<summed>(source, target, 8 * word, size, cast, first + word, finite, sums);
     }
 }
 
-template <bool summed>
-__device__ __forceinline__ Sums all_pieces(const u64* table, int pieces) {
-    Sums sums = {0, 0, 0};
-    const ulonglong2* rows = (const ulonglong2*)table;
-    ulonglong2 places = {0, 0}, rest = {0, 0};
-    if (blockIdx.x < pieces) places = rows[2 * blockIdx.x], rest = rows[2 * blockIdx.x + 1];
-    for (int p = blockIdx.x; p < pieces; p += gridDim.x) {
-        const u8* source = (const u8*)places.x;
-        u8* target = (u8*)places.y;
-        u64 first = rest.x, told = rest.y;
-        int next = p + gridDim.x;
-        if (next < pieces) places = rows[2 * next], rest = rows[2 * next + 1];  // arrives meanwhile
-        u32 nbytes = (u32)told;
-        Finite finite = finite_for((u32)(told >> 32) & 255);
-        switch ((u32)(told >> 40)) {
-            case TO_BFLOAT16: piece<TO_BFLOAT16, summed>(source, target, first, nbytes, finite, sums); break;
-            case TO_FLOAT16: piece<TO_FLOAT16, summed>(source, target, first, nbytes, finite, sums); break;
-            default: piece<NONE, summed>(source, target, first, nbytes, finite, sums);
-        }
+template <bool summed, u32 width>
+__device__ __forceinline__ void any_piece(ulonglong2 places, ulonglong2 rest, u32 me, Sums& sums) {
+    const u8* source = (const u8*)places.x;
+    u8* target = (u8*)places.y;
+    u64 first = rest.x, told = rest.y;
+    u32 nbytes = (u32)told;
+    Finite finite = finite_for((u32)(told >> 32) & 255);
+    switch ((u32)(told >> 40)) {
+        case TO_BFLOAT16: piece<TO_BFLOAT16, summed, width>(source, target, first, nbytes, me, finite, sums); break;
+        case TO_FLOAT16: piece<TO_FLOAT16, summed, width>(source, target, first, nbytes, me, finite, sums); break;
+        default: piece<NONE, summed, width>(source, target, first, nbytes, me, finite, sums);
     }
+}
+
+// Pieces from `begin` to `end`, one for each group of `width` threads at a time.
+template <bool summed, u32 width>
+__device__ __forceinline__ void pieces_of(const u64* table, int begin, int end, Sums& sums) {
+    const ulonglong2* rows = (const ulonglong2*)table;
+    const int groups = THREADS / width;
+    int p = begin + blockIdx.x * groups + threadIdx.x / width, step = gridDim.x * groups;
+    ulonglong2 places = {0, 0}, rest = {0, 0};
+    if (p < end) places = rows[2 * p], rest = rows[2 * p + 1];
+    for (; p < end; p += step) {
+        ulonglong2 its_places = places, its_rest = rest;
+        int next = p + step;
+        if (next < end) places = rows[2 * next], rest = rows[2 * next + 1];  // arrives meanwhile
+        any_piece<summed, width>(its_places, its_rest, threadIdx.x % width, sums);
+    }
+}
+
+// Long pieces by whole blocks, then short ones by warps: a block would wait for each.
+template <bool summed>
+__device__ __forceinline__ Sums all_pieces(const u64* table, int pieces, int longs) {
+    Sums sums = {0, 0, 0};
+    pieces_of<summed, THREADS>(table, 0, longs, sums);
+    pieces_of<summed, 32>(table, longs, pieces, sums);
     return sums;
 }
 
-// `summed`: whether the digest is wanted. results: its two sums, and whether any value is not finite.
-extern "C" __global__ void __launch_bounds__(THREADS) one_pass(const u64* table, int pieces, int summed, u64* results) {
-    Sums sums = summed ? all_pieces<true>(table, pieces) : all_pieces<false>(table, pieces);
+// The first `longs` pieces are long. `summed`: whether the digest is wanted. results: its two sums, and whether any value is not finite.
+extern "C" __global__ void __launch_bounds__(THREADS) one_pass(const u64* table, int pieces, int longs, int summed, u64* results) {
+    Sums sums = summed ? all_pieces<true>(table, pieces, longs) : all_pieces<false>(table, pieces, longs);
     __shared__ u64 shared[2][THREADS / 32];
     for (int step = 16; step; step /= 2) {
         sums.first += __shfl_down_sync(~0u, sums.first, step);

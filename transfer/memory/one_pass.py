@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transfer.agreement.manifest import ALIGNMENT
 from transfer.memory.far_copy import FarCopy, is_far
 from transfer.memory.garbage import uncollected
-from transfer.memory.pieces import is_direct, merged, ranges_of, table_of
+from transfer.memory.pieces import Table, is_direct, merged, ranges_of
 from transfer.memory.sums import offsets_of, sums_digest
 
 LOG = logging.getLogger(__name__)
@@ -32,12 +33,19 @@ PLACES: tuple[Callable[[torch.Tensor], Any], ...] = (  # all that tells where, a
 )
 
 
+class Lying(Enum):
+    """Where what a pass reads lies."""
+
+    anywhere = "anywhere"
+    slot = "slot"  # as its targets do, in a slot: the gaps between tensors are zero, and may be copied, too
+    slots = "slots"  # in slots of several ranks: memory of this GPU and of others is best read at the same time
+
+
 class OnePass:
     """Copies `sources` to `targets`, tensor by tensor, or only reads them, on one GPU; both must stay where they are.
 
-    `padded`: both sides lie in slots, whose gaps between tensors are zero and may be copied, too. `owner`: the sources
-    are memory of this GPU, opened here, whatever device torch takes them for. `offsets`: where each pair stands in the
-    digest, if not one after the other.
+    `lying`: where the sources are. `owner`: they are memory of this GPU, opened here, whatever device torch takes them
+    for. `offsets`: where each pair stands in the digest, if not one after the other.
     """
 
     def __init__(
@@ -45,7 +53,7 @@ class OnePass:
         sources: Sequence[torch.Tensor],
         targets: Sequence[torch.Tensor] | None,
         device: torch.device,
-        padded: bool = False,
+        lying: Lying = Lying.anywhere,
         owner: torch.device | None = None,
         offsets: Sequence[int] | None = None,
     ) -> None:
@@ -64,12 +72,12 @@ class OnePass:
             for (s, t), fits, offset in zip(pairs, direct, offsets or offsets_of(written), strict=True)
             for each in ranges_of(s if fits else t, t if fits and not reads else None, offset)
         ]
-        self.ranges = merged(ranges, ALIGNMENT if padded else 1)
+        self.ranges = merged(ranges, ALIGNMENT if lying is Lying.slot else 1)
         others = owner not in (None, device)
         far = [each for each in self.ranges if others and is_far(each)]
         near = [each for each in self.ranges if not (others and is_far(each))]
         self._far = FarCopy(far, device) if far else None
-        self.table = torch.from_numpy(table_of(near)).to(device)
+        self.table = Table.of(near, device, mixed=lying is Lying.slots)
         self._results = torch.zeros(3, dtype=torch.int64, device=device)
         self._targets = targets  # the kernel has their addresses; those of the sources are whoever's calls `run`
         self._graphs: dict[bool, Recorded] = {}  # by whether there is a digest
@@ -121,10 +129,10 @@ class OnePass:
         assert found is not None
         return found
 
-    def _launch(self, with_digest: bool, table: torch.Tensor) -> None:
+    def _launch(self, with_digest: bool, table: Table) -> None:
         if len(table):
-            blocks = min(len(table), BLOCKS_PER_SM * _multiprocessors(self._device))
-            arguments = [table, len(table), int(with_digest), self._results]
+            blocks = table.blocks(THREADS, BLOCKS_PER_SM * _multiprocessors(self._device))
+            arguments = [table.pieces, len(table), table.longs, int(with_digest), self._results]
             _kernel(self._device)((blocks, 1, 1), (THREADS, 1, 1), arguments)
 
 

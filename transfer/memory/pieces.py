@@ -5,10 +5,14 @@ A range is (source, target or 0, offset in the digest's slot, bytes in the targe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 PIECE = 2**17  # bytes that one block of threads copies at a time
+SHORT = 2**13  # bytes of a piece up to which a warp alone copies it
+WARP = 32  # threads
 KINDS = {  # what the kernel calls the dtypes whose values may be not finite
     torch.bfloat16: 1,
     torch.float16: 2,
@@ -92,10 +96,37 @@ def merged(ranges: list[Range], gap: int) -> list[Range]:
     return joined
 
 
-def table_of(ranges: list[Range]) -> np.ndarray:
-    """The kernel's table, [pieces, 4] int64."""
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The kernel's table: pieces [n, 4] int64, the first `longs` for a block of threads each, the others for a warp."""
+
+    pieces: torch.Tensor
+    longs: int
+
+    @classmethod
+    def of(cls, ranges: list[Range], device: torch.device, mixed: bool = False) -> Table:
+        """All that these ranges are cut into, on `device`; `mixed` evenly, from wherever they come."""
+        rows, sizes = _rows(ranges)
+        if mixed:
+            order = np.random.default_rng(0).permutation(len(rows))
+            rows, sizes = rows[order], sizes[order]
+        short = sizes <= SHORT
+        rows = rows[np.argsort(short, kind="stable")]
+        return cls(torch.from_numpy(rows).to(device), int(np.count_nonzero(~short)))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def blocks(self, threads: int, most: int) -> int:
+        """How many blocks of so many threads have something to do, but not more than `most`."""
+        short = len(self) - self.longs
+        return min(most, max(self.longs, -(-short * WARP // threads)))
+
+
+def _rows(ranges: list[Range]) -> tuple[np.ndarray, np.ndarray]:
+    """The table's rows, and the bytes of each."""
     if not ranges:
-        return np.zeros((0, 4), np.int64)
+        return np.zeros((0, 4), np.int64), np.zeros(0, np.int64)
     source, target, offset, nbytes, kind, cast = (np.array(column, np.uint64) for column in zip(*ranges, strict=True))
     counts = -(-nbytes.astype(np.int64) // PIECE)
     which = np.repeat(np.arange(len(ranges)), counts)
@@ -107,4 +138,4 @@ def table_of(ranges: list[Range]) -> np.ndarray:
     table[:, 1] = np.where(target[which] > 0, target[which] + start, np.uint64(0))
     table[:, 2] = (offset[which] + start) // np.uint64(8)
     table[:, 3] = size | kind[which] << np.uint64(32) | cast[which] << np.uint64(40)
-    return table.view(np.int64)
+    return table.view(np.int64), size.astype(np.int64)

@@ -8,8 +8,9 @@ import torch
 
 from transfer.backends.base import Staged
 from transfer.memory.digest import digest_of
-from transfer.memory.one_pass import OnePass, available
+from transfer.memory.one_pass import Lying, OnePass, available
 from transfer.memory.pieces import is_direct
+from transfer.memory.rows import Rows
 from transfer.memory.sums import SUMS
 from transfer.vllm.described import Copy, Described, parts_at
 from transfer.vllm.recorder import Recording
@@ -38,7 +39,9 @@ class Replay:
         self._pass: OnePass | None = None
         if direct:
             sources = [copy.source for copy in direct]
-            self._pass = OnePass(sources, self._targets, device, owner=owner, offsets=self._places)
+            of_ranks = any(isinstance(tensor, Rows) for tensor in staged.values())
+            lying = Lying.slots if of_ranks else Lying.anywhere
+            self._pass = OnePass(sources, self._targets, device, lying, owner, self._places)
         self._device = device
 
     @property

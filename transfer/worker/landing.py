@@ -13,7 +13,7 @@ from transfer.agreement.manifest import Manifest
 from transfer.backends.base import Staged
 from transfer.memory.digest import digest_of
 from transfer.memory.finite import NotFinite, not_finite
-from transfer.memory.one_pass import OnePass, available
+from transfer.memory.one_pass import Lying, OnePass, available
 from transfer.memory.regions import slot_bytes, views_of
 from transfer.memory.rows import Rows, copy_rows, parts_of, places_of
 from transfer.memory.sums import SUMS
@@ -74,7 +74,8 @@ class Landing:
         for staged in slots:
             placed = [staged[entry.name] for entry in self._manifest.entries]
             sources, places = list(parts_of(placed)), places_of(placed)
-            one_pass = partial(OnePass, device=self.device, padded=places is None, owner=owner, offsets=places)
+            lying = Lying.slot if places is None else Lying.slots
+            one_pass = partial(OnePass, device=self.device, lying=lying, owner=owner, offsets=places)
             self._reads[id(staged)] = staged, one_pass(sources, None)
             if copied:
                 self._copies[id(staged)] = staged, one_pass(sources, self._cut(staged))
