@@ -62,7 +62,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     ranks.told(None)  # others wait here, where they notice a rank's end, and not in a collective of a GPU
     lay_out(site, matter)
     if isinstance(config.rollout, VllmRolloutConfig):
-        transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level)
+        transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level, ranks)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.models.adapter import has_adapter
 from rlhf.models.merging import merge_into, merged
+from rlhf.ranks.ranks import ALONE, Ranks
 from transfer.agreement.wire import RemoteError, TransferError
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     Weights = Mapping[str, torch.Tensor]
 
 
-def for_vllm(transfer: Transfer, policy: PreTrainedModel, senders: Sequence[Sender], sleep_level: int) -> Transfer:
-    """The session with what the policy and the configuration ask for."""
+def for_vllm(
+    transfer: Transfer, policy: PreTrainedModel, senders: Sequence[Sender], sleep_level: int, ranks: Ranks = ALONE
+) -> Transfer:
+    """The session with what the policy and the configuration ask for; `senders` of the first of `ranks` alone."""
     if has_adapter(policy):
         transfer = MergingTransfer(transfer, policy)
-    return SleepingTransfer(transfer, senders, sleep_level) if sleep_level else transfer
+    return SleepingTransfer(transfer, senders, sleep_level, ranks) if sleep_level else transfer
 
 
 class AroundTransfer:
@@ -98,15 +101,21 @@ class MergingTransfer(AroundTransfer):
 
 
 class SleepingTransfer(AroundTransfer):
-    """Its workers sleep, at this level, from each `withdraw` to the next `push`."""
+    """Its workers sleep, at this level, from each `withdraw` to the next `push`.
 
-    def __init__(self, inner: Transfer, senders: Sequence[Sender], level: int) -> None:
+    Their GPUs may be those of any of the trainer's `ranks`: none goes on before all of them sleep, and none of them
+    wakes before all ranks have given back what they hold without need.
+    """
+
+    def __init__(self, inner: Transfer, senders: Sequence[Sender], level: int, ranks: Ranks = ALONE) -> None:
         super().__init__(inner)
         self._senders = senders
         self._level = level
+        self._ranks = ranks
 
     def push(self, weights: Weights) -> int:
         """Wake the workers, and give them the weights before they take memory for anything else."""
+        self._make_room()
         self._tell("wake_up", {"tags": ["weights"]})
         version = super().push(weights)
         self._tell("wake_up", {"tags": ["kv_cache"]})
@@ -116,6 +125,15 @@ class SleepingTransfer(AroundTransfer):
         """Send the workers to sleep; they finish what they sample first."""
         super().withdraw()
         self._tell("sleep", {"level": self._level})
+        self._ranks.gathered(None)
+
+    def _make_room(self) -> None:
+        """Give the memory that gradients and activations have left to the workers, on every rank's GPU."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._ranks.gathered(None)
 
     def _tell(self, verb: str, body: Mapping[str, Any]) -> None:
         """Each worker in turn; one that has died is asleep enough, and the session will start it again."""

@@ -2,6 +2,9 @@
 
 import ctypes
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from transfer.memory.sums import added, sums_digest
 from transfer.worker.landing import Landing
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
 SIZES = [0, 1, 2, 3, 5, 31, 128, 1000]
 CASTS = {1: torch.bfloat16, 2: torch.float16}
@@ -256,3 +260,17 @@ def test_weights_that_are_copied_on_a_gpu_land_in_one_block():
     assert landing.copy(staged, unchecked=True, with_digest=True) == digest_of([held["a"], held["b"]])
     assert {float(each[0]) for each in held.values()} == {2.0, 3.0} and float(held["tied"][5]) == 2.0
     assert held["b"].data_ptr() - held["a"].data_ptr() == manifest.entries[1].offset
+
+
+@gpu
+def test_the_kernel_is_there_also_for_a_thread_that_has_not_asked_cuda_for_anything():
+    program = (
+        "import threading, torch\n"
+        "from transfer.memory.one_pass import available\n"
+        "torch.ones(1, device='cuda')\n"  # the context is this thread's
+        "found = []\n"
+        "thread = threading.Thread(target=lambda: found.append(available(torch.device('cuda:0'))))\n"
+        "thread.start(), thread.join()\n"
+        "assert found == [True], found\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

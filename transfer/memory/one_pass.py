@@ -196,4 +196,5 @@ def _multiprocessors(device: torch.device) -> int:
 def _kernel(device: torch.device) -> Callable[..., Any]:
     source = Path(__file__).with_name("one_pass.cu").read_text(encoding="utf-8")
     with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # a thread that asks CUDA for the first time has no context yet
         return torch.cuda._compile_kernel(source, "one_pass")
