@@ -20,6 +20,7 @@ from rlhf.checkpoint.resumable import resumable
 from rlhf.checkpoint.store import FOLDER, Store
 from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
+from rlhf.config.model import AUTO
 from rlhf.preflight.before_torch import look
 from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
 from rlhf.shell.own_modules import look_in
@@ -126,6 +127,7 @@ def composed(folder: Path, overrides: Sequence[str], given: Where = NOWHERE) -> 
     told = {override.partition("=")[0].lstrip("+~") for override in overrides}
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key, GONE) != now.get(key, GONE)]
     others = [key for key in differ if now.get(key, GONE) == without.get(key, GONE) and key not in told]
+    others = [key for key in others if not _chooses(key, before.get(key), config)]
     new = [key for key in others if _is_new(key, began, config)]
     if changed := [key for key in others if key not in new]:
         raise ValueError(
@@ -210,6 +212,20 @@ def _is_new(key: str, before: Any, config: Any) -> bool:
             return _at(_plain(config), path) == _default(config, path) != GONE
         before = before[name]
     return False
+
+
+def _chooses(key: str, before: Any, config: Any) -> bool:
+    """Whether what is now left to the run (`auto`) is what the key said before."""
+    from hydra.errors import CompactHydraException
+
+    names = key.split(".")
+    if _at(_plain(config), names) != AUTO or before is None:
+        return False
+    try:
+        found: Any = functools.reduce(getattr, names, checked(config))
+    except (CompactHydraException, AttributeError):  # which is told later
+        return False
+    return bool(getattr(found, "value", found) == before)
 
 
 def _default(config: Any, path: Sequence[str]) -> Any:

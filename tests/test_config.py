@@ -12,6 +12,7 @@ from hydra.errors import CompactHydraException
 from rlhf.compose import CONF, misplaced, schemas
 from rlhf.config import all_logprobs, needs_logprobs
 from rlhf.rollout.spec_of_run import _engine
+from transfer.config import Take
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
@@ -304,3 +305,19 @@ def test_all_log_probs_are_asked_for_where_the_objective_computes_with_them_or_t
 def test_vllm_prepares_for_the_rows_that_a_worker_gets_at_once(compose_run, overrides, rows):
     run = compose_run("rollout=vllm", "transfer.take=copy", *overrides)
     assert _engine(run)["engine_args"]["max_num_seqs"] == rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "take"),
+    [
+        ((), Take.view),
+        (("transfer.staging=live",), Take.view),
+        (("trainer=replicas", "trainer.ranks=2"), Take.view),
+        (("trainer=sharded", "trainer.ranks=2"), Take.copy),
+        (("rollout=vllm",), Take.copy),
+        (("rollout.gpus=[1]",), Take.copy),
+        (("rollout.gpus=[1]", "transfer.take=view"), Take.view),
+    ],
+)
+def test_weights_are_viewed_unless_they_can_only_be_copied(compose_run, overrides, take):
+    assert compose_run(*overrides).transfer.take is take

@@ -27,6 +27,7 @@ from rlhf.monitor.heartbeat import Heartbeat
 from rlhf.monitor.metrics import Recorder
 from rlhf.run import run
 from rlhf.shell.ending import RunError, alone
+from transfer.config import Take
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ("task.held_out=16", "task.prompts=256")
@@ -283,6 +284,18 @@ def test_a_key_that_is_new_and_has_not_its_default_or_stands_in_no_schema_is_ref
     rewritten(folder, "config", older)
     with pytest.raises(ValueError, match=f"than its overrides compose now: {refused}"):
         resume.composed(folder, [])
+
+
+def test_a_key_that_is_left_to_the_run_by_now_goes_on_where_it_chooses_what_the_run_had(started, capsys):
+    folder = started("experiment=smoke")
+    rewritten(folder, "config", lambda told: told["transfer"].update(take="view"))
+    config, _ = resume.composed(folder, [])
+    assert config.transfer.take is Take.view and capsys.readouterr().out == ""
+    rewritten(folder, "config", lambda told: told["transfer"].update(take="copy"))
+    with pytest.raises(ValueError, match=r"transfer.take is auto \(was copy\)"):
+        resume.composed(folder, [])
+    config, _ = resume.composed(folder, ["transfer.take=copy"])
+    assert config.transfer.take is Take.copy
 
 
 def test_another_default_choice_is_refused_by_its_group_even_if_all_keys_are_the_same(started, capsys):

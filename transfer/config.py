@@ -23,6 +23,7 @@ class Staging(enum.Enum):
 class Take(enum.Enum):
     """How a worker takes a staged update."""
 
+    auto = "auto"  # view, or copy where weights can only be copied: of several ranks, into vLLM, to other GPUs
     view = "view"  # its parameters are the slot; finishing swaps pointers
     copy = "copy"  # into memory of its own, whose addresses never move
 
@@ -113,7 +114,7 @@ class IpcConfig(TransferConfig):
     """Memory that both processes map: memfd shared memory on CPU, CUDA IPC on GPUs."""
 
     staging: Staging = Staging.arena
-    take: Take = Take.view
+    take: Take = Take.auto
     slots: int = 2  # of the arena
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class IpcConfig(TransferConfig):
     @property
     def exposes(self) -> bool:
         """Whether workers serve the trainer's own memory, and stop while it changes."""
-        return self.staging is Staging.live and self.take is Take.view
+        return self.staging is Staging.live and self.take is not Take.copy
 
 
 NO_KEEP = (
@@ -201,11 +202,18 @@ class HandlesConfig(TransferConfig):
             raise ValueError("transfer=handles needs servers that run already: set transfer.sender.url=[http://...]")
 
 
+def taken(take: Take, ranks: int = 1) -> Take:
+    """What `take` is for weights of so many ranks."""
+    if take is not Take.auto:
+        return take
+    return Take.copy if ranks > 1 else Take.view
+
+
 def check_takes_shards(config: TransferConfig) -> None:
     """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer."""
     ours = "weights that are sharded over ranks travel by transfer=ipc with staging=arena and take=copy"
     match config:
-        case IpcConfig(staging=Staging.arena, take=Take.copy):
+        case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy):
             return
         case IpcConfig(staging=Staging.live):
             raise ValueError(f"transfer.staging must be arena (got live): {ours}")

@@ -17,7 +17,7 @@ from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
 from rlhf.config.rules import at_least
 from rlhf.config.task import TaskConfig
 from rlhf.config.trainer import ShardedConfig, TrainerConfig
-from rlhf.config.transfer_rules import check_transfer
+from rlhf.config.transfer_rules import check_transfer, choose_take
 from transfer.agreement.shown import shown
 from transfer.config import (
     TransferConfig,
@@ -157,6 +157,7 @@ class RunConfig:
                 )
         if self.task.most_answers > 1:
             self._check_conversation()
+        choose_take(self, sharded=isinstance(self.trainer, ShardedConfig))
         check_transfer(self)
         if isinstance(self.trainer, ShardedConfig):
             self._check_sharded()
@@ -272,4 +273,5 @@ class EvaluationConfig:
             raise ValueError(
                 f"model.lora.rank must be 0: a run's policy/ has its adapter merged (got {self.model.lora.rank})"
             )
+        choose_take(self, sharded=False)
         check_transfer(self)

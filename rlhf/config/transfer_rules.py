@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from rlhf.config.run import EvaluationConfig, RunConfig
 
 
+def choose_take(run: RunConfig | EvaluationConfig, sharded: bool) -> None:
+    """Let `transfer.take=auto` be what fits: workers view the trainer's slots, unless they can only be copied."""
+    if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.auto:
+        copied = sharded or isinstance(run.rollout, VllmRolloutConfig) or run.rollout.gpus is not None
+        run.transfer.take = Take.copy if copied else Take.view
+
+
 def check_transfer(run: RunConfig | EvaluationConfig) -> None:
     """Raise ValueError where the transfer does not fit the workers or the model."""
     if isinstance(run.transfer, LocalConfig) and run.rollout.workers != 1:

@@ -21,7 +21,7 @@ from rlhf.ranks.place import by_torchrun
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_count
 from rlhf.types import Task
-from transfer.config import DiskConfig, HttpSenderConfig, LocalConfig, RaySenderConfig
+from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig, RaySenderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +38,11 @@ def in_one_line(config: RunConfig, policy: PreTrainedModel) -> str:
     )
     lora = f", an adapter of rank {config.model.lora.rank}" if config.model.lora.rank else ""
     by = "/".join(choice(part) for part in (config.transfer, config.transfer.sender))
+    taken = f", take={config.transfer.take.value}" if isinstance(config.transfer, IpcConfig) else ""
     return (
         f"{choice(config.task)}: {config.steps} steps x {step}; "
         f"{policy.num_parameters():,} parameters{lora} on {policy.device}; "
-        f"{config.rollout.workers} worker(s), weights by {by}"
+        f"{config.rollout.workers} worker(s), weights by {by}{taken}"
     )
 
 

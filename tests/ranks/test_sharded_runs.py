@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_ranks_runs import SAID_ANYHOW, SOON_S, WITHOUT_A_WORD, assert_as_of_one, of_one, runs  # noqa: F401
 
-SHARDED = ("trainer=sharded", "transfer.take=copy")
+SHARDED = ("trainer=sharded",)
 whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pytest.mark.timeout(600)]
 
 
@@ -28,9 +28,8 @@ whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pyte
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_anything_is_made(compose_run, override, said):
-    words = [] if override.startswith("transfer=") else ["transfer.take=copy"]
     with pytest.raises(CompactHydraException, match=said):
-        compose_run("trainer=sharded", *words, override)
+        compose_run("trainer=sharded", override)
 
 
 def of_runs(test):

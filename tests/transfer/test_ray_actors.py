@@ -19,6 +19,9 @@ from transfer.engine import ipc
 from transfer.engine.handles import Exporter
 from transfer.trainer.senders.ray import RaySender
 
+START_S = 240.0
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def ray():
@@ -28,6 +31,14 @@ def ray():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield ray
     ray.shutdown()
+
+
+def started(*actors):
+    """These, once their processes are up: on a busy machine that takes longer than any answer may."""
+    import ray
+
+    ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=START_S)
+    return actors
 
 
 # --- senders ----------------------------------------------------------------------------------------------------------
@@ -83,7 +94,8 @@ class Actor:
 
 
 def test_a_ray_actor_answers_its_refusals_keep_their_status_and_its_death_is_an_error_with_status_0(ray):
-    sender = RaySender(ray.remote(Actor).options(num_cpus=0, max_concurrency=2).remote(), "worker 3", 60.0)
+    (actor,) = started(ray.remote(Actor).options(num_cpus=0, max_concurrency=2).remote())
+    sender = RaySender(actor, "worker 3", 60.0)
     assert sender.call("health", {"a": 1}) == {"seen": {"a": 1}}
     assert sender.call("version", {}) == {wire.BODY: b"\0\xff"}
     with pytest.raises(wire.RemoteError, match=r"worker 3: pause: not now \(status 409\)"):
@@ -101,7 +113,7 @@ def test_a_ray_actor_answers_its_refusals_keep_their_status_and_its_death_is_an_
 @pytest.mark.slow
 def test_updates_through_ray_arrive_in_shared_memory(ray, tmp_path):
     with make_transfer(IpcConfig(sender=SenderConfig()), tmp_path) as transfer:
-        actors = [ray.remote(Actor).options(num_cpus=0).remote(dict(transfer.endpoint)) for _ in range(2)]
+        actors = started(*(ray.remote(Actor).options(num_cpus=0).remote(dict(transfer.endpoint)) for _ in range(2)))
         senders = [RaySender(actor, f"worker {i}", 60.0) for i, actor in enumerate(actors)]
         transfer.open(PlainModel(1).state_dict(), senders)
         for version in range(3):
@@ -121,7 +133,7 @@ def test_updates_through_ray_arrive_in_shared_memory(ray, tmp_path):
 @pytest.fixture(scope="module")
 def actors(ray):
     """Two live actors with vLLM's `update_weights`."""
-    return [ray.remote(num_cpus=0)(OneShotActor).remote() for _ in range(2)]
+    return started(*(ray.remote(num_cpus=0)(OneShotActor).remote() for _ in range(2)))
 
 
 class OneShotActor:

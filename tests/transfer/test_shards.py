@@ -26,7 +26,7 @@ from transfer.config import (
 
 SENDER = SenderConfig(timeout_s=20.0)
 COPY = IpcConfig(sender=SENDER, take=Take.copy)
-VIEW = IpcConfig(sender=SENDER)
+VIEW = IpcConfig(sender=SENDER, take=Take.view)
 
 
 def pushed_by_one(seed, tied, folder, steps=0, dtype=torch.float32):

@@ -21,7 +21,7 @@ from transfer.agreement.manifest import Manifest, same_tensors
 from transfer.agreement.shown import shown
 from transfer.backends.base import Staged
 from transfer.backends.slots import Slots, SlotsOfRanks
-from transfer.config import IpcConfig, Staging, Take
+from transfer.config import IpcConfig, Staging, Take, taken
 from transfer.memory import regions
 from transfer.memory.descriptors import SOCKET, receive_region
 from transfer.memory.digest import Hasher, digest_of
@@ -107,7 +107,7 @@ class LivePublisher:
     takes_shards = False
 
     def __init__(self, config: IpcConfig) -> None:
-        self.exposes = config.take is Take.view
+        self.exposes = config.exposes
         self.keeps = self.exposes  # else workers have copies, and nobody is told when the weights change
         self._slots = Slots()
         self.given: tuple[torch.Tensor, ...] = ()  # as `prepare` was given them
@@ -181,7 +181,7 @@ def _endpoint(config: IpcConfig, slots: Slots) -> dict[str, Any]:
     return {
         "backend": "ipc",
         "staging": config.staging.value,
-        "take": config.take.value,
+        "take": taken(config.take).value,
         "socket": slots.socket,
     }
 

@@ -20,7 +20,7 @@ from transfer.agreement import wire
 from transfer.agreement.manifest import ALIGNMENT, Entry, Manifest, round_up
 from transfer.backends.hold import Hold
 from transfer.backends.process_group import DEPTH, TrainerGroup, WorkerGroup, listener, one_gpu
-from transfer.config import CollectiveConfig, Library, Take
+from transfer.config import CollectiveConfig, Library, Take, taken
 from transfer.memory import regions
 from transfer.memory.digest import Hasher, digest_of
 
@@ -99,7 +99,7 @@ class CollectivePublisher:
         self._takers: Sequence[Hashable] = ()
         self._group: TrainerGroup | None = None
         self._hold = Hold()  # of the broadcast that began last
-        self.endpoint = {"backend": config.library.value, "host": config.host, "take": config.take.value}
+        self.endpoint = {"backend": config.library.value, "host": config.host, "take": taken(config.take).value}
 
     def prepare(self, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Allocate the buckets; what a worker must know of the trainer."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from transfer.agreement.wire import TransferError
 from transfer.backends.base import Publisher, Weights
 from transfer.backends.make import make_publisher
 from transfer.backends.shards import ShardPublisher, Shards, check_placements
-from transfer.config import InFlight, IpcConfig, Staging, TransferConfig, check_takes_shards
+from transfer.config import InFlight, IpcConfig, Staging, TransferConfig, check_takes_shards, taken
 from transfer.trainer.interfaces import Ranks, Sender, Transfer
 from transfer.trainer.push_stats import PushStats
 from transfer.trainer.session import Session
@@ -37,6 +37,8 @@ def make_of_ranks(
     """This rank's transfer; all ranks make theirs at once. What one cannot make, none has: TransferError."""
     line = Line(ranks)
     made: list[Shards] = []
+    if isinstance(config, IpcConfig):
+        config = replace(config, take=taken(config.take, ranks.count))
 
     def socket() -> str | None:
         if not (isinstance(config, IpcConfig) and config.staging is Staging.arena):
