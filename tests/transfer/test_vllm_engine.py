@@ -17,6 +17,8 @@ from transfer.agreement.wire import TransferError
 from transfer.backends.slots import Slots
 from transfer.config import DiskConfig, IpcConfig, SenderConfig, Staging, Take, Verify
 from transfer.memory.digest import digest_of
+from transfer.memory.regions import slot_bytes, views_of
+from transfer.memory.sums import sums_of
 from transfer.trainer.senders.direct import DirectSender
 from transfer.vllm.described import Described
 from transfer.vllm.engine import RlhfIpcEngine
@@ -286,6 +288,36 @@ def test_rows_that_lie_with_several_ranks_are_put_together_for_the_loader_once_a
     rank.close()
     for each in slots:
         each.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_ranks_of_an_engine_share_the_sums_of_a_digest_and_the_first_alone_reads_for_another_kind(ranks, count):
+    weights = checkpoint(0)
+    manifest = Manifest.of(weights)
+    slots, endpoint, where, write = as_ranks_hold(weights, ranks)
+    write(1, 5)
+    engine = [RankWeights(FusedModel(), torch.device("cpu"), None, number, count) for number in range(count)]
+    for rank in engine:
+        rank.prepare(endpoint, manifest.to_json(), where)
+    landing = RemoteLanding(manifest, torch.device("cpu"), Ranks(rpc_of(engine)))
+    memory = torch.cat([_bytes_of(of_rank.views[1], manifest, ranks, number) for number, of_rank in enumerate(slots)])
+    staged = {"version": 0, "where": {"slot": 1}}
+    assert landing.digest(staged, "sums:") == sums_of([memory])
+    digest = digest_of(checkpoint(5)[entry.name] for entry in manifest.entries)
+    assert landing.digest(staged, digest) == digest
+    assert [rank.digest(**staged, like=digest) for rank in engine] == [digest] + [""] * (count - 1)
+    for each in [*engine, *slots]:
+        each.close()
+
+
+def _bytes_of(views, manifest, ranks, number):
+    """A rank's slot, from its first byte to its last."""
+    layout = local(manifest, ranks, number, ["norm.weight"])
+    block = torch.zeros(slot_bytes(layout), dtype=torch.uint8)
+    for name, view in views_of(block, layout).items():
+        view.copy_(views[name])
+    return block
 
 
 def test_rows_of_a_rank_that_are_not_finite_are_not_given_to_the_loader():

@@ -65,8 +65,11 @@ class TensorParallelWorker(BenchWorker):
         manifest = Manifest.from_json(spec.manifest)
         places = [torch.device(device) for device in devices]
         self._parts = [Part(manifest, rank, len(places), device) for rank, device in enumerate(places)]
-        pairs = zip(self._parts, places, strict=True)
-        self._ranks = [RankWeights(part, device, part) for part, device in pairs]
+        count = len(places)
+        self._ranks = [
+            RankWeights(part, device, part, number, count)
+            for number, (part, device) in enumerate(zip(self._parts, places, strict=True))
+        ]
         self._pool = ThreadPoolExecutor(len(devices))
         ranks = Ranks(self._rpc)
         landing = RemoteLanding(manifest, places[0], ranks)

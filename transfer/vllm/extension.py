@@ -26,7 +26,8 @@ class WeightsExtension:
             if self.rlhf_rank is None:
                 model = worker.model_runner.get_model()
                 own_way = OwnWay(model, worker.device, worker.vllm_config)
-                self.rlhf_rank = RankWeights(model, worker.device, own_way)
+                count = worker.vllm_config.parallel_config.world_size
+                self.rlhf_rank = RankWeights(model, worker.device, own_way, worker.rank % count, count)
             with torch.no_grad():
                 said = getattr(self.rlhf_rank, verb)(**body)
         except (ValueError, OSError, RuntimeError, Refused, NotFinite) as error:

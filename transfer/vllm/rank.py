@@ -20,8 +20,10 @@ from transfer.backends.make import make_intake
 from transfer.config import Take
 from transfer.memory.digest import digest_of
 from transfer.memory.finite import not_finite
-from transfer.memory.rows import parts_of, places_of, whole_of
-from transfer.vllm.described import Described
+from transfer.memory.one_pass import OnePass, available
+from transfer.memory.rows import Rows, parts_of, places_of, whole_of
+from transfer.memory.sums import SUMS
+from transfer.vllm.described import Described, parts_at
 from transfer.vllm.recorder import Recording, Unsupported, record
 from transfer.vllm.replay import Replay, synchronize
 
@@ -40,9 +42,15 @@ class Loader(Protocol):
 
 
 class RankWeights:
-    """Takes updates into `model`, a vLLM model or its shard, where it is; `own_way` is vLLM's."""
+    """Takes updates into `model`, a vLLM model or its shard, where it is; `own_way` is vLLM's.
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, own_way: Loader) -> None:
+    `number` of `count`: which of the engine's ranks this is.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device, own_way: Loader, number: int = 0, count: int = 1
+    ) -> None:
+        self._number, self._count = number, count
         self._model = model
         self._device = device
         self._own_way = own_way
@@ -50,6 +58,7 @@ class RankWeights:
         self._manifest = Manifest((), 0)
         self._described = Described(self._manifest)
         self._replays: dict[int, Replay] = {}  # by the staged dict, which a slot has for good
+        self._reads: dict[int, OnePass] = {}  # by the same, of this rank's share of a digest
         self._proven: Recording | None = None
         self._why = ""  # why there is no replay
 
@@ -85,10 +94,11 @@ class RankWeights:
         return {"digest": digest, "finite": finite, "still": self._intake is not None and self._intake.still(version)}
 
     def digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
-        """Of the staged weights."""
+        """Of the staged weights; sums of this rank's share of them, which add up, and else "" of all but the first."""
         staged = self._staged(version, where)
-        placed = [staged[entry.name] for entry in self._manifest.entries]
-        return digest_of(parts_of(placed), like, places_of(placed))
+        if like.startswith(SUMS):
+            return self._sums(staged, like)
+        return "" if self._number else self._whole_digest(staged, like)
 
     def live_digest(self, version: int, where: Mapping[str, Any], like: str) -> str:
         """Of the model's own bytes, put in the trainer's order; ValueError where nobody can tell.
@@ -104,7 +114,7 @@ class RankWeights:
                 "transfer.verify=full reads the model's own weights, which vLLM holds in another form than they came "
                 f"in: use transfer.verify=digest ({self._why})"
             )
-        return self.digest(version, where, like)
+        return self._whole_digest(staged, like)
 
     @property
     def settled(self) -> bool:
@@ -124,7 +134,7 @@ class RankWeights:
 
     def close(self) -> None:
         """Give up the trainer's memory; the model's is its own."""
-        self._replays, self._proven, self._why = {}, None, ""
+        self._replays, self._reads, self._proven, self._why = {}, {}, None, ""
         if self._intake is not None:
             self._intake.close()
             self._intake = None
@@ -133,6 +143,29 @@ class RankWeights:
         if self._intake is None:
             raise ValueError("no trainer has said yet where its weights are: initialise the weight transfer first")
         return self._intake.stage(version, where)
+
+    def _whole_digest(self, staged: Staged, like: str) -> str:
+        placed = [staged[entry.name] for entry in self._manifest.entries]
+        return digest_of(parts_of(placed), like, places_of(placed))
+
+    def _sums(self, staged: Staged, like: str) -> str:
+        """Of every `count`th part: of a tensor's rows those of one of the trainer's ranks, which may be on this GPU."""
+        assert self._intake is not None
+        if (found := self._reads.get(id(staged))) is not None:
+            return found.digest()
+        shares = [
+            (part, place)
+            for number, entry in enumerate(self._manifest.entries)
+            for turn, (_, part, place) in enumerate(parts_at(staged[entry.name], entry.offset))
+            if part.numel() and (turn if isinstance(staged[entry.name], Rows) else number) % self._count == self._number
+        ]
+        parts, places = [part for part, _ in shares], [place for _, place in shares]
+        if not parts or not available(self._device) or not all(part.is_cuda for part in parts):
+            return digest_of(parts, like, places)
+        one_pass = OnePass(parts, None, self._device, owner=self._intake.owner, offsets=places)
+        if any(staged is slot for slot in self._intake.slots):
+            self._reads[id(staged)] = one_pass
+        return one_pass.digest()
 
     def _is_finite(self, staged: Staged) -> bool:
         """Whether all values are that vLLM's own loader is about to take."""

@@ -16,6 +16,7 @@ from transfer.agreement.manifest import Manifest
 from transfer.config import Staging, Take
 from transfer.memory.finite import NotFinite
 from transfer.memory.mark import WENT_ON
+from transfer.memory.sums import SUMS, added
 
 Rpc = Callable[[str, dict[str, Any]], list[dict[str, Any]]]  # verb, body -> what each rank says
 
@@ -91,8 +92,9 @@ class RemoteLanding:
         """Nothing: the ranks look at the first update."""
 
     def digest(self, staged: Mapping[str, Any], like: str) -> str:
-        """Of staged weights, as the first rank reads them."""
-        return str(self._ranks.call("digest", **staged, like=like)[0]["digest"])
+        """Of staged weights: sums that the ranks share among them, or another kind as the first reads them."""
+        digests = [str(said["digest"]) for said in self._ranks.call("digest", **staged, like=like)]
+        return added(digests) if like.startswith(SUMS) else digests[0]
 
     def live_digest(self, like: str, staged: Mapping[str, Any]) -> str:
         """Of the model's own bytes; ValueError where no rank holds all of them in the trainer's form."""
