@@ -22,7 +22,6 @@ import torch
 from transfer.agreement.manifest import Manifest
 from transfer.bench.forked import Forked, ForkedWorker
 from transfer.bench.lab import START_S, TIMEOUT_S, Unavailable
-from transfer.bench.measure import Progress
 from transfer.bench.rank import Told, serve_rank
 from transfer.bench.shapes import Model
 from transfer.config import Verify
@@ -72,7 +71,7 @@ class Setting:
     device: str
     repeats: int
     folder: Path
-    progress: Progress
+    progress: Callable[..., None]
 
 
 @dataclass(slots=True, kw_only=True)

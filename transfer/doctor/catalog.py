@@ -112,6 +112,8 @@ def _on(device: str) -> list[Check]:
     found += [_session("gloo", "http", device), _session("disk", "http", device)]
     one_shot = {"sender": "http", "device": device}
     found.append(_transfer(f"one-shot API, http{_where(device)}", "one_shot", one_shot))
+    shards = _transfer(f"ipc, shards of 2 ranks{_where(device)}", "shards", {"device": device})
+    found.append(shards if device == "cpu" else replace(shards, needs=(*shards.needs, PEERS)))
     if device == "cpu":
         found.append(_transfer("local", "local", {}))
     else:

@@ -81,6 +81,7 @@ def _chosen(best: Result, reasons: list[str], results: Sequence[Result]) -> Choi
 def _also(result: Result, best: Result) -> bool:
     return (
         result.check.group == TRANSFERS
+        and "sender" in result.check.arguments  # else no choice of a transfer
         and result.works
         and "ms" in result.finding.data
         and result is not best

@@ -82,6 +82,35 @@ def session(
     return _moved(milliseconds, plan)
 
 
+def shards(device: str = "cpu") -> Finding:
+    """Push weights that are sharded over two ranks, processes of their own, to a worker that holds all of them."""
+    _require("ipc", "http")
+    from transfer.bench.lab import Unavailable
+    from transfer.bench.ranks import Setting, measured
+    from transfer.bench.shapes import Model
+
+    shape: tuple[int, ...] = (128, ELEMENTS // 128)
+    tensors = {f"layers.{index}.weight": ("float32", shape) for index in range(TENSORS)}
+    with _folder() as folder:
+        setting = Setting(
+            model=Model("1 MiB", tensors),
+            ranks=2,
+            workers=1,
+            parts=1,
+            device=device.partition(":")[0],
+            repeats=PUSHES,
+            folder=folder,
+            progress=lambda *_, **__: None,
+        )
+        try:
+            row = measured(setting).rows[-1]
+        except Unavailable as error:
+            raise Problem(str(error)) from None
+    if row.failed or not row.right:
+        raise Problem(row.failed or "the worker holds other bytes than gathering gives")
+    return _moved([1e3 * seconds for seconds in row.push], row.plan)
+
+
 def local() -> Finding:
     """The same with a sampler that uses the learner's own tensors: no bytes move, only the version."""
     _require("local")
