@@ -27,9 +27,10 @@ def lay_out(site: Site, matter: Matter) -> None:
     if isinstance(algo, AlgoConfig):
         matter.reference = _reference(policy) if algo.kl_coef > 0 else None
         matter.critic = value_model(policy, Head.token) if algo.has_critic else None
-    for name, part in site.config.reward.weighted().items():
-        if site.ranks.first and isinstance(part.reward, ModelRewardConfig) and matter.rewards[name] is None:
-            matter.untrained[name] = value_model(policy, Head.sequence)  # trained and asked by the first rank
+    if site.ranks.first or site.saved is None:  # trained by all ranks, and then asked by the first
+        for name, part in site.config.reward.weighted().items():
+            if isinstance(part.reward, ModelRewardConfig) and part.reward.path is None:
+                matter.untrained[name] = value_model(policy, Head.sequence)
     for model in {id(each): each for each in (policy, matter.reference, matter.critic) if each is not None}.values():
         matter.spread.lay(model)
 

@@ -71,7 +71,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     sampler = ToldSampler(ranks, own)
     probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
-    trained = train_rewards(site, matter, own) if ranks.first else State()
+    trained = train_rewards(site, matter, own)
     record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory

@@ -10,6 +10,8 @@ from rlhf.assembly.policy_files import BASE, POLICY
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.keeper import Saved
 from rlhf.checkpoint.state import load_module
+from rlhf.learning.microbatched import MicroBatched
+from rlhf.learning.spread import Whole
 from rlhf.models.policy import reload
 from rlhf.stages.sft import sft
 
@@ -29,8 +31,10 @@ def warm_up(site: Site, matter: Matter, base: str | None) -> None:
             reload(policy, Path(base))
         return
     if config.sft.steps:
+        site.ranks.told(None)  # others wait here until the first is there, and not in a collective of a GPU
+        by = MicroBatched(config.optim, config.microbatch_tokens, Whole(site.ranks))
         stage = site.bars.stage("SFT", config.sft.steps)
-        for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, config.optim, config.seed):
+        for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, by, config.seed):
             stage.advance(numbers)
 
 
