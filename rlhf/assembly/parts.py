@@ -60,7 +60,8 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
         warm_up(site, matter, base)
     senders = _senders(site, workers, meanwhile) if workers is not None else []
     ranks.told(None)  # others wait here, where they notice a rank's end, and not in a collective of a GPU
-    lay_out(site, matter)
+    if not matter.spread.sharded:  # by the warm-up
+        lay_out(site, matter)
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level, ranks)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}

@@ -6,6 +6,8 @@ With one micro-batch a rank, or none, those of one process with all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +16,19 @@ from composed import composed_run
 from forked_ranks import pool
 from torch import Tensor
 
+from rlhf.assembly.layout import lay_out
+from rlhf.assembly.matter import Matter
+from rlhf.assembly.site import Site
+from rlhf.assembly.warm_up import warm_up
 from rlhf.config import AdamWConfig, ModelRewardConfig, SftConfig
 from rlhf.learning.microbatched import MicroBatched
 from rlhf.learning.spread import Sharded, Whole
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.models.value import Head, score_layer, value_model
+from rlhf.monitor.heartbeat import Heartbeat
+from rlhf.monitor.progress import Bars
+from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import Ranks
 from rlhf.stages.reward_model import train_reward_model
 from rlhf.stages.sft import sft
@@ -146,3 +155,39 @@ def test_ranks_with_other_numbers_of_micro_batches_do_not_hang_and_repeat(two, s
         assert_the_same(ours, first)
     alone, _ = of_ranks(Ranks(), stage, 1000)
     assert [step["loss"] for step in first[0]] == pytest.approx([step["loss"] for step in alone[0]], rel=1e-4)
+
+
+# --- models of a run --------------------------------------------------------------------------------------------------
+
+
+def models_after_the_warm_up(ranks: Ranks, words: str) -> dict[str, list[Tensor]]:
+    """Weights of the policy and of all that is made of it, as RL begins."""
+    sharded = ["trainer=sharded", f"trainer.ranks={ranks.count}"] if ranks.count > 1 else []
+    warm = ["sft.steps=3", f"sft.batch_size={len(TEXTS)}", f"tokens_per_microbatch={TOKENS['sft'][1]}"]
+    config = composed_run(*MICRO, *warm, "reward=model", "transfer.take=copy", *sharded, *words.split())
+    bars = Bars(on=False)
+    site = Site(config, Path(), bars, Heartbeat(Path(), bars.pulse, bars.say), 0.0, Place(), ranks)
+    policy, tokenizer = micro_model(words)
+    task: Any = SimpleNamespace(demonstrations=[(asked(tokenizer, text), text[::-1]) for text in TEXTS])
+    matter = Matter(task, tokenizer, policy, {})
+    warm_up(site, matter, None)
+    assert matter.spread.sharded == (ranks.count > 1), "before it"
+    if not matter.spread.sharded:
+        lay_out(site, matter)
+    assert matter.reference is not None and matter.critic is not None
+    models = {"policy": policy, "reference": matter.reference, "critic": matter.critic, **matter.untrained}
+    assert {name for name, model in models.items() if any(map(is_dtensor, model.parameters()))} == (
+        {"policy", "reference", "critic"} if ranks.count > 1 else set()
+    )
+    return {name: [whole(p) for p in model.parameters()] for name, model in models.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_that_are_sharded_before_the_warm_up_are_those_that_one_process_makes_after_it(two, dtype):
+    words = f"algo=ppo algo.kl_coef=0.1 model.dtype={dtype}"
+    alone = models_after_the_warm_up(Ranks(), words)
+    assert list(alone) == ["policy", "reference", "critic", ""]
+    assert not all(map(torch.equal, alone["policy"], micro_model(words)[0].parameters())), "it has learned"
+    for ours in two.call(models_after_the_warm_up, words):
+        for name, weights in alone.items():
+            assert all(torch.equal(mine, one.to(mine.dtype)) for mine, one in zip(ours[name], weights, strict=True))
