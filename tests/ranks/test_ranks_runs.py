@@ -124,8 +124,10 @@ def test_a_rank_that_ends_or_hangs_in_a_step_ends_the_run_with_one_line_that_say
     ended.assert_nothing_is_left()
 
 
-def test_a_rank_that_is_killed_during_a_long_warm_up_ends_it(runs):
-    ended = runs.train(*REPLICAS, "sft.steps=10000000", harm="warm-up kill")
+@pytest.mark.parametrize("trainer", ["replicas", "sharded"])
+def test_a_rank_that_is_killed_during_a_long_warm_up_ends_it(runs, trainer):
+    words = (f"trainer={trainer}", "trainer.ranks=2", "transfer.take=copy", "sft.steps=10000000")
+    ended = runs.train(*words, harm="warm-up kill")
     assert ended.code == 1 and ended.seconds < SOON_S, ended.errors
     assert_one_line_says(ended, WITHOUT_A_WORD)
     ended.assert_nothing_is_left()
