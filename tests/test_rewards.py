@@ -22,6 +22,7 @@ from rlhf.config import (
     SumRewardConfig,
     TinyModelConfig,
 )
+from rlhf.learning.microbatched import MicroBatched
 from rlhf.models.policy import make_policy
 from rlhf.models.reward_model import load_reward_model
 from rlhf.models.saving import save_model
@@ -33,7 +34,7 @@ from rlhf.rewards import FunctionReward, WeightedSum, combine, usable
 from rlhf.rewards.model import ModelReward
 from rlhf.run import run
 from rlhf.shell.ending import RunError
-from rlhf.stages.reward_model import margins, pair_scores, train_reward_model
+from rlhf.stages.reward_model import answers_of, margins, micro_batches, pair_scores, train_reward_model
 from rlhf.types import Pair, Prompt, RewardReport
 from transfer.agreement.journal import Journal
 
@@ -179,12 +180,39 @@ def reward_model() -> ModelReward:
 PAIRS = [Pair(prompt, chosen, rejected) for prompt in PROMPTS for chosen, rejected in (("a", "b"), ("aa", "ab"))]
 
 
-def trained(**options: float) -> ModelReward:
+def trained(tokens: int = 1000, **options: float) -> ModelReward:
     reward = reward_model()
     config = ModelRewardConfig(**{"steps": 30, "lr": 1e-2, "prompts_per_batch": 6} | options)
-    for numbers in train_reward_model(reward.model, reward.tokenizer, PAIRS, config, AdamWConfig(), seed=0):
+    by = MicroBatched(AdamWConfig(), tokens)
+    for numbers in train_reward_model(reward.model, reward.tokenizer, PAIRS, config, by, seed=0):
         assert set(numbers) == {"loss", "accuracy", "margin"}
     return reward
+
+
+@pytest.mark.parametrize("budget", [1, 8, 20, 60, 1000])
+def test_pairs_are_computed_in_micro_batches_of_so_many_tokens_with_all_pairs_of_a_prompt_that_fit(budget):
+    sides = [("a", "b"), ("a", "c"), ("b", "c")]
+    groups = [[Pair(Prompt("?" * n, ()), *pair) for pair in sides[: 1 + n % 3]] for n in (5, 1, 3, 2)]
+    pairs = [pair for group in groups for pair in group]
+    length_of = {row: len(row[0]) + 1 for row in answers_of(pairs)}
+
+    def tokens(part):
+        return len(answers_of(part)) * max(length_of[row] for row in answers_of(part))
+
+    parts = micro_batches(groups, length_of, budget)
+    assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs)), "each once"
+    assert all(tokens(part) <= budget or len(part) == 1 for part in parts)
+    for group in groups:
+        assert tokens(group) > budget or any(all(pair in part for pair in group) for part in parts)
+    if budget == 1000:
+        assert parts == [pairs], "as they are"
+
+
+def test_micro_batches_change_no_reward_model_but_in_the_order_of_sums():
+    whole, cut = trained(steps=3), trained(steps=3, tokens=8)
+    one, other = (margins(each.model, each.tokenizer, PAIRS).detach() for each in (whole, cut))
+    assert torch.allclose(one, other, atol=1e-3) and float(one.abs().max()) > 0.01, "it has learned"
+    assert not all(map(torch.equal, whole.model.parameters(), cut.model.parameters())), "they were cut"
 
 
 def test_a_trained_reward_model_saved_and_loaded_again_rewards_exactly_alike(tmp_path):

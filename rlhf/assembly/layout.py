@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.site import Site
@@ -14,6 +16,7 @@ from rlhf.learning.pass_choice import choose_passes
 from rlhf.learning.spread import Sharded, Whole
 from rlhf.models.adapter import has_adapter
 from rlhf.models.value import Head, value_model
+from transfer.agreement.dtensor import is_dtensor, local_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,17 +30,43 @@ def lay_out(site: Site, matter: Matter) -> None:
     if isinstance(algo, AlgoConfig):
         matter.reference = _reference(policy) if algo.kl_coef > 0 else None
         matter.critic = value_model(policy, Head.token) if algo.has_critic else None
-    for name, part in site.config.reward.weighted().items():
-        if site.ranks.first and isinstance(part.reward, ModelRewardConfig) and matter.rewards[name] is None:
-            matter.untrained[name] = value_model(policy, Head.sequence)  # trained and asked by the first rank
+    if site.ranks.first or site.saved is None:  # trained by all ranks, and then asked by the first
+        for name, part in site.config.reward.weighted().items():
+            if isinstance(part.reward, ModelRewardConfig) and part.reward.path is None:
+                matter.untrained[name] = value_model(policy, Head.sequence)
     for model in {id(each): each for each in (policy, matter.reference, matter.critic) if each is not None}.values():
         matter.spread.lay(model)
 
 
+def will_be_sharded(site: Site) -> bool:
+    """Whether no rank is to hold all of what it trains."""
+    return site.ranks.count > 1 and isinstance(site.config.trainer, ShardedConfig)
+
+
+@torch.no_grad()
+def follow(matter: Matter, dtype: torch.dtype) -> None:
+    """Let a sharded policy be one in `dtype`, though its shards are fp32, and all copies of it what it is now."""
+    policy = matter.policy
+    for parameter in policy.parameters():
+        mine = local_part(parameter)
+        mine.copy_(mine.to(dtype))
+    _overwrite(matter.reference, policy)
+    for model in (matter.critic, *matter.untrained.values()):
+        _overwrite(model and model.base_model, policy.base_model)
+
+
+def _overwrite(copied: torch.nn.Module | None, policy: torch.nn.Module) -> None:
+    """Shards by shards, and a model that is whole by all shards of a tensor, one after the other."""
+    if copied is None:
+        return
+    now: dict[str, Any] = policy.state_dict(keep_vars=True)
+    for name, mine in copied.state_dict(keep_vars=True).items():
+        theirs = now[name]
+        mine.copy_(theirs.full_tensor() if is_dtensor(theirs) and not is_dtensor(mine) else theirs)
+
+
 def _spread(site: Site, policy: PreTrainedModel) -> Whole:
-    if site.ranks.count > 1 and isinstance(site.config.trainer, ShardedConfig):
-        return Sharded(site.ranks, policy.device)
-    return Whole(site.ranks)
+    return Sharded(site.ranks, policy.device) if will_be_sharded(site) else Whole(site.ranks)
 
 
 def _reference(policy: PreTrainedModel) -> PreTrainedModel:

@@ -60,7 +60,8 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
         warm_up(site, matter, base)
     senders = _senders(site, workers, meanwhile) if workers is not None else []
     ranks.told(None)  # others wait here, where they notice a rank's end, and not in a collective of a GPU
-    lay_out(site, matter)
+    if not matter.spread.sharded:  # by the warm-up
+        lay_out(site, matter)
     if isinstance(config.rollout, VllmRolloutConfig):
         transfer = for_vllm(transfer, policy, senders, config.rollout.sleep_level, ranks)
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
@@ -71,7 +72,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     sampler = ToldSampler(ranks, own)
     probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
-    trained = train_rewards(site, matter, own) if ranks.first else State()
+    trained = train_rewards(site, matter, own)
     record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory

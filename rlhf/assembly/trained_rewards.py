@@ -1,8 +1,9 @@
-"""The rewards that a run trains itself, before RL: reward models on preference pairs."""
+"""The rewards that a run trains itself, before RL: reward models on preference pairs, by all ranks of the trainer."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,31 +12,60 @@ from rlhf.assembly.site import Site
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.whole import whole
 from rlhf.config import ModelRewardConfig
+from rlhf.learning.microbatched import MicroBatched
+from rlhf.learning.spread import Whole
 from rlhf.models.saving import export_model
 from rlhf.rewards.model import ModelReward
-from rlhf.stages.reward_model import margins, pairs_from, split, train_reward_model
-from rlhf.types import Sampler
+from rlhf.stages.dpo import as_json, from_json
+from rlhf.stages.reward_model import check_pairs, margins, pairs_from, split, train_reward_model
+from rlhf.types import Pair, Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PAIRS_SEED = 500_009  # added to the run's seed where preference pairs are sampled
 
+Divided = tuple[list[Pair], list[Pair]]  # to train on, and held out
+
 
 def train_rewards(site: Site, matter: Matter, sampler: Sampler) -> State:
-    """Fill in the rewards that the run trains itself; what of them a run that goes on will need."""
+    """Train the rewards that the run trains itself, and let the first rank have them; what it saves of them."""
     state = State()
-    for name, part in site.config.reward.weighted().items():
-        if matter.rewards[name] is None:
-            assert isinstance(part.reward, ModelRewardConfig)
-            trained = ModelReward(matter.untrained[name], matter.tokenizer, clip=part.reward.clip)
-            if site.saved is None:
-                _train_reward(site, trained, part.reward, matter, sampler)
-            trained.model.requires_grad_(False)
-            matter.rewards[name] = trained
-            state |= trained.state(name)
+    for name, model in matter.untrained.items():
+        config = site.config.reward.weighted()[name].reward
+        assert isinstance(config, ModelRewardConfig)
+        pairs = _trained(site, matter, model, config, sampler) if site.saved is None else None
+        if site.ranks.first:
+            reward = ModelReward(model, matter.tokenizer, clip=config.clip)
+            if pairs is not None:
+                _note(site, matter, reward, pairs)
+            model.requires_grad_(False)
+            matter.rewards[name] = reward
+            state |= reward.state(name)
+    matter.untrained.clear()  # the others need theirs no more
     return state
 
 
-def _train_reward(site: Site, reward: ModelReward, config: Any, matter: Matter, sampler: Sampler) -> None:
-    """Pairs from the data or from the policy, training, and the held-out accuracy and margin into the notes."""
+def _trained(
+    site: Site, matter: Matter, model: PreTrainedModel, config: ModelRewardConfig, sampler: Sampler
+) -> Divided:
+    """Train the model, a copy in each rank, on the pairs that the first one has; the pairs."""
+    seed, task = site.config.seed + PAIRS_SEED, matter.task
+    pairs = site.ranks.heard(
+        partial(_pairs, site, matter, config, sampler),
+        lambda pairs: as_json(*pairs),
+        lambda told: from_json(told, task),
+    )
+    by = MicroBatched(site.config.optim, site.config.microbatch_tokens, Whole(site.ranks))
+    by.spread.lay(model)
+    stage = site.bars.stage("reward model", config.steps)
+    for numbers in train_reward_model(model, matter.tokenizer, pairs[0], config, by, seed):
+        stage.advance(numbers)
+    return pairs
+
+
+def _pairs(site: Site, matter: Matter, config: ModelRewardConfig, sampler: Sampler) -> Divided:
+    """From the data or from the policy; ValueError where there are none to train on."""
     task, seed = matter.task, site.config.seed + PAIRS_SEED
     pairs = list(task.preferences)
     if not pairs:
@@ -45,9 +75,13 @@ def _train_reward(site: Site, reward: ModelReward, config: Any, matter: Matter, 
             rollouts = sampler.sample(prompts, n=config.samples, temperature=temperature, seed=seed)
             pairs = pairs_from(rollouts, task, config.label_noise, seed)
     training, held_out = split(pairs, config.held_out, seed)
-    stage = site.bars.stage("reward model", config.steps)
-    for numbers in train_reward_model(reward.model, reward.tokenizer, training, config, site.config.optim, seed):
-        stage.advance(numbers)
+    check_pairs(training)
+    return training, held_out
+
+
+def _note(site: Site, matter: Matter, reward: ModelReward, pairs: Divided) -> None:
+    """The scale of a trained one, its accuracy and margin on held-out pairs, and its folder."""
+    training, held_out = pairs
     reward.calibrate([p.prompt for p in training] * 2, [p.chosen for p in training] + [p.rejected for p in training])
     if held_out:
         with torch.no_grad():

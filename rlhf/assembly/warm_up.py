@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.assembly.layout import follow, lay_out, will_be_sharded
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import BASE, POLICY
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.keeper import Saved
 from rlhf.checkpoint.state import load_module
+from rlhf.learning.microbatched import MicroBatched
+from rlhf.learning.spread import Whole
 from rlhf.models.policy import reload
 from rlhf.stages.sft import sft
 
@@ -29,9 +32,22 @@ def warm_up(site: Site, matter: Matter, base: str | None) -> None:
             reload(policy, Path(base))
         return
     if config.sft.steps:
-        stage = site.bars.stage("SFT", config.sft.steps)
-        for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, config.optim, config.seed):
-            stage.advance(numbers)
+        site.ranks.told(None)  # others wait here until the first is there, and not in a collective of a GPU
+        _train(site, matter)
+
+
+def _train(site: Site, matter: Matter) -> None:
+    """By SFT; what will be sharded is so now, with its copies, which nobody could make of shards afterwards."""
+    config, policy, dtype = site.config, matter.policy, matter.policy.dtype
+    sharded = will_be_sharded(site)
+    if sharded:
+        lay_out(site, matter)
+    by = MicroBatched(config.optim, config.microbatch_tokens, matter.spread if sharded else Whole(site.ranks))
+    stage = site.bars.stage("SFT", config.sft.steps)
+    for numbers in sft(policy, matter.tokenizer, matter.task.demonstrations, config.sft, by, config.seed):
+        stage.advance(numbers)
+    if sharded:
+        follow(matter, dtype)
 
 
 def _reload_rows(policy: PreTrainedModel, saved: Saved) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.config import ModelRewardConfig, OptimConfig
+from rlhf.config import ModelRewardConfig
 from rlhf.learning.batches import batches
 from rlhf.learning.losses import bradley_terry
-from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.microbatched import MicroBatched
+from rlhf.models.encoding import prompt_ids
+from rlhf.models.stop_tokens import ended
 from rlhf.models.value import score_texts
-from rlhf.types import Pair, Rollouts, Task, Tokenizer
+from rlhf.types import Pair, Prompt, Rollouts, Task, Tokenizer
+
+Answered = tuple[str, str]  # the texts of a prompt and of an answer
 
 
 def pairs_from(rollouts: Rollouts, task: Task, label_noise: float, seed: int) -> list[Pair]:
@@ -49,16 +54,13 @@ def train_reward_model(
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     config: ModelRewardConfig,
-    optim: OptimConfig,
+    by: MicroBatched,
     seed: int,
 ) -> Iterator[dict[str, float]]:
     """Take `config.steps` steps on Bradley and Terry's loss, in place; yields each step's loss, accuracy and margin."""
-    if not pairs:
-        raise ValueError(
-            "no preference pairs to train the reward model on: every prompt's sampled answers have equal gold scores; "
-            "raise reward.prompts or reward.samples, or change sft.steps so that the policy is right only sometimes"
-        )
-    optimizer = make_optimizer(model, optim, config.lr)
+    check_pairs(pairs)
+    optimizer = by.optimizer(model, config.lr)
+    length_of = _lengths(tokenizer, pairs)
     by_prompt: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.prompt.text, []).append(pair)
@@ -68,18 +70,65 @@ def train_reward_model(
     for step, batch in enumerate(batches(len(groups), config.prompts_per_batch, config.steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - step / config.steps))
-        chosen_B, rejected_B = pair_scores(model, tokenizer, [pair for i in batch for pair in groups[i]])
-        loss = bradley_terry(chosen_B, rejected_B, centring=config.centring).mean()
-        loss.backward()
-        clip_gradients(optimizer, optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        margins_B = (chosen_B - rejected_B).detach()
-        yield {
-            "loss": float(loss.detach()),
-            "accuracy": float((margins_B > 0).float().mean()),
-            "margin": float(margins_B.mean()),
-        }
+        chosen = [groups[i] for i in batch]
+        count = sum(map(len, chosen))
+
+        def shares(part: Sequence[Pair], count: int = count) -> dict[str, Tensor]:
+            chosen_N, rejected_N = pair_scores(model, tokenizer, part)
+            loss_N = bradley_terry(chosen_N, rejected_N, centring=config.centring)
+            margin_N = (chosen_N - rejected_N).detach()
+            numbers = {"loss": loss_N, "accuracy": (margin_N > 0).float(), "margin": margin_N}
+            return {name: value_N.sum() / count for name, value_N in numbers.items()}
+
+        yield by.step(model, optimizer, micro_batches(chosen, length_of, by.tokens), shares)
+
+
+def check_pairs(pairs: Sequence[Pair]) -> None:
+    """ValueError where there are none."""
+    if not pairs:
+        raise ValueError(
+            "no preference pairs to train the reward model on: every prompt's sampled answers have equal gold scores; "
+            "raise reward.prompts or reward.samples, or change sft.steps so that the policy is right only sometimes"
+        )
+
+
+def micro_batches(groups: Sequence[Sequence[Pair]], length_of: Mapping[Answered, int], budget: int) -> list[list[Pair]]:
+    """The pairs of prompts in parts of at most `budget` tokens, or one pair; all as they are where they fit in one.
+
+    A prompt's pairs stay together where they fit in one part, as they have answers in common.
+    """
+
+    def tokens(pairs: Sequence[Pair]) -> int:
+        rows = answers_of(pairs)
+        return len(rows) * max(length_of[row] for row in rows)
+
+    everything = [pair for group in groups for pair in group]
+    if tokens(everything) <= budget:
+        return [everything]
+    parts: list[list[Pair]] = []
+    for group in sorted(groups, key=lambda group: max(length_of[row] for row in answers_of(group))):
+        whole = tokens(group) <= budget
+        for unit in [list(group)] if whole else [[pair] for pair in group]:
+            if parts and tokens([*parts[-1], *unit]) <= budget:
+                parts[-1] += unit
+            else:
+                parts.append(unit)
+    return parts
+
+
+def answers_of(pairs: Sequence[Pair]) -> dict[Answered, Prompt]:
+    """What is computed for these pairs: the texts of a prompt and an answer, once, with the prompt."""
+    rows = [(pair.prompt.text, pair.chosen) for pair in pairs] + [(pair.prompt.text, pair.rejected) for pair in pairs]
+    return dict(zip(rows, [pair.prompt for pair in pairs] * 2, strict=True))
+
+
+def _lengths(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> dict[Answered, int]:
+    """Tokens of each prompt with each of its answers and what ends it."""
+    rows = answers_of(pairs)
+    prompts = list(rows.values())
+    answers = ended(tokenizer, prompts, [answer for _, answer in rows])
+    asked = prompt_ids(tokenizer, prompts)
+    return {row: len(a) + len(b) for row, a, b in zip(rows, asked, answers, strict=True)}
 
 
 def margins(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> torch.Tensor:
@@ -92,9 +141,9 @@ def pair_scores(
     model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[Pair]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """s_chosen and s_rejected, each [pairs]; an answer in several pairs is computed once."""
-    rows = [(pair.prompt.text, pair.chosen) for pair in pairs] + [(pair.prompt.text, pair.rejected) for pair in pairs]
-    prompts = dict(zip(rows, [pair.prompt for pair in pairs] * 2, strict=True))
+    prompts = answers_of(pairs)
     place = {row: index for index, row in enumerate(prompts)}
     scores_U = score_texts(model, tokenizer, list(prompts.values()), [answer for _, answer in prompts])
-    chosen_B, rejected_B = scores_U[[place[row] for row in rows]].chunk(2)
+    sides = [(p.prompt.text, p.chosen) for p in pairs] + [(p.prompt.text, p.rejected) for p in pairs]
+    chosen_B, rejected_B = scores_U[[place[side] for side in sides]].chunk(2)
     return chosen_B, rejected_B

@@ -11,6 +11,7 @@ from rlhf.config import AdamWConfig, SftConfig, TinyModelConfig
 from rlhf.learning import losses, output_layer
 from rlhf.learning.advantages import explained_variance, whiten
 from rlhf.learning.kl_control import KlController
+from rlhf.learning.microbatched import MicroBatched
 from rlhf.learning.passes import PADDED, Packed
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.stages.sft import sft
@@ -173,12 +174,13 @@ def test_what_the_environment_says_may_be_impossible_for_the_policy(make_learner
 
 def test_the_warm_up_does_not_mind_a_prompt_that_is_impossible_for_the_policy(make_learner):
     found, tokenizer = [], make_tokenizer(TinyModelConfig(), "abcdefghi", chat=False)
+    by = MicroBatched(AdamWConfig(), tokens=100)
     for logit in (-math.inf, -1e4):
         policy = make_learner().policy
         never_says(policy, logit)
         asked = Prompt("ai", (3, IMPOSSIBLE, 4))
         config = SftConfig(steps=2, batch_size=1, lr=0.01)
-        found.append([step["loss"] for step in sft(policy, tokenizer, [(asked, "bc")], config, AdamWConfig(), 0)])
+        found.append([step["loss"] for step in sft(policy, tokenizer, [(asked, "bc")], config, by, 0)])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 

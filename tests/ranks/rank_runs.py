@@ -22,8 +22,8 @@ ASLEEP_S = 600.0  # how long harm sleeps: whoever waits for it is late
 HARM, WHEN = "TEST_HARM", "harmed"  # a variable; a file with the time at which it was done
 SMALL = (
     *("experiment=smoke", "logger=[console,jsonl]", "task.held_out=8", "task.prompts=64", "prompts_per_step=4"),
-    *("sft.steps=4", "steps=3", "checkpoint.every=1", "tokens_per_microbatch=220", "plugins=[mine]"),
-    *("reward=function", "reward.function=mine:score", "hydra.run.dir=run"),
+    *("sft.steps=4", "sft.batch_size=24", "steps=3", "checkpoint.every=1", "tokens_per_microbatch=220"),
+    *("reward=function", "reward.function=mine:score", "plugins=[mine]", "hydra.run.dir=run"),
 )
 MINE = f'''
 """A reward that harms the run while a step is sampled, and a learner that does so while it learns."""
@@ -112,6 +112,8 @@ def joined(rows, device):
     if HARM == "warm-up kill" and "rlhf.beside" in sys.modules["__main__"].__spec__.name:
         Path("{WHEN}").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
+    with open("warm-up", "a") as file:
+        print(len(rows), file=file)
     return join(rows, device)
 
 
@@ -208,3 +210,7 @@ class Runs:
         """How many micro-batches each rank has had."""
         files = sorted(self.folder.glob("shares-*"))
         return [len(path.read_text().splitlines()) for path in files]
+
+    def of_warm_up(self) -> list[int]:
+        """The rows of each micro-batch of the warm-up, of all ranks."""
+        return list(map(int, (self.folder / "warm-up").read_text().split()))

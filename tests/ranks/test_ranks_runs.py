@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from rank_runs import ASLEEP_S, Ended, Runs
+from rank_runs import ASLEEP_S, SMALL, Ended, Runs
 
 SOON_S = 30.0  # 2 s on a quiet machine; who waits for what sleeps waits for ASLEEP_S
 WITHOUT_A_WORD = "rank 1 of the trainer has ended without a word: was it killed, or out of memory?"
@@ -31,6 +31,7 @@ def of_one(tmp_path_factory):
     assert len(steps) == len({row["train/loss"] for row in steps}) == 3 and list(made.digests()) == [0, 1, 2, 3]
     (micro_batches,) = made.shares()
     assert micro_batches > 3, "some steps have two"
+    assert len(made.of_warm_up()) == 2 * 4 and sum(made.of_warm_up()) == 24 * 4, "and all of the warm-up's"
     return made.numbers(), made.digests()
 
 
@@ -51,6 +52,7 @@ def test_two_ranks_have_the_numbers_and_weights_of_one_process_and_write_nothing
     assert_as_of_one(runs, of_one)
     ended.assert_nothing_is_left()
     assert len(runs.shares()) == 2 and all(runs.shares())
+    assert len(runs.of_warm_up()) == 2 * 4, "divided, not computed twice"
     logs = [path.name for path in (runs.folder / "run").glob("rank-*")]
     assert logs == ["rank-1.log"] and (runs.folder / "run/rank-1.log").read_text() == ""
     journals = {path.name for path in (runs.folder / "run/journal").iterdir()}
@@ -73,6 +75,24 @@ def test_ranks_that_torchrun_has_started_are_those_that_a_run_starts_itself(runs
     ended.assert_nothing_is_left()
     assert all(runs.shares()) and len(runs.shares()) == 2
     assert ended.output.count("written: ") == 1, "the first rank alone says something"
+
+
+def test_a_reward_model_and_the_run_that_it_judges_are_the_same_whoever_trains_it(tmp_path):
+    words = [word for word in SMALL if not word.startswith("reward")]
+    words += ["reward=model", "reward.steps=4", "reward.prompts=24", "reward.prompts_per_batch=4", "transfer.take=copy"]
+    made = []
+    for name, trainer in {"one": (), "replicas": REPLICAS, "sharded": ("trainer=sharded", "trainer.ranks=2")}.items():
+        (tmp_path / name).mkdir()
+        runs = Runs(tmp_path / name)
+        ended = runs.command(["-m", "rlhf.train", *words, *trainer])
+        assert ended.code == 0, ended.errors
+        ended.assert_nothing_is_left()
+        summary = json.loads((runs.folder / "run/summary.json").read_text())
+        notes = {key: value for key, value in summary.items() if key.startswith("reward_model")}
+        weights = (runs.folder / "run/reward_model/model.safetensors").read_bytes()
+        made.append((runs.numbers(), runs.digests(), notes, weights))
+    assert len(made[0][2]) == 3 and made[0][2]["reward_model_margin"] != 0, "it is trained"
+    assert made[1] == made[0] and made[2] == made[0]
 
 
 def test_a_rank_that_is_killed_while_the_first_waits_for_a_reward_ends_the_run_at_once_and_a_resume_goes_on(
@@ -104,8 +124,10 @@ def test_a_rank_that_ends_or_hangs_in_a_step_ends_the_run_with_one_line_that_say
     ended.assert_nothing_is_left()
 
 
-def test_a_rank_that_is_killed_during_a_long_warm_up_ends_it(runs):
-    ended = runs.train(*REPLICAS, "sft.steps=10000000", harm="warm-up kill")
+@pytest.mark.parametrize("trainer", ["replicas", "sharded"])
+def test_a_rank_that_is_killed_during_a_long_warm_up_ends_it(runs, trainer):
+    words = (f"trainer={trainer}", "trainer.ranks=2", "transfer.take=copy", "sft.steps=10000000")
+    ended = runs.train(*words, harm="warm-up kill")
     assert ended.code == 1 and ended.seconds < SOON_S, ended.errors
     assert_one_line_says(ended, WITHOUT_A_WORD)
     ended.assert_nothing_is_left()
@@ -166,4 +188,5 @@ def test_a_check_makes_one_step_with_all_ranks_and_leaves_nothing(runs):
     assert {path.name for path in runs.folder.iterdir()} - {"mine.py", "stdout", "stderr", "__pycache__"} == {
         "shares-0",
         "shares-1",
+        "warm-up",
     }
