@@ -10,7 +10,7 @@ from rlhf.checkpoint.whole import whole
 from rlhf.config import HfModelConfig, RunConfig
 from rlhf.models.adapter import add_adapter, base_digest, load_adapter, save_adapter
 from rlhf.models.merging import merged
-from rlhf.models.saving import export_model, save_model
+from rlhf.models.saving import brought_by, export_model, save_model
 from rlhf.shell.ending import RunError
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def write_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: Site) -> None:
     """`policy/`, a plain Hugging Face folder; of one with an adapter, merged, and beside it the adapter alone."""
     base, dtype = base_of(site.config, site.folder), site.config.model.save_dtype
+    if dtype is None and brought_by(tokenizer) is None:
+        dtype = site.config.model.dtype  # also where what is trained are fp32 shards
     with whole(site.folder / POLICY) as folder:
         export_model(policy if base is None else merged(policy), tokenizer, folder, dtype)
     if base is not None:

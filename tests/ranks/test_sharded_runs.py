@@ -86,3 +86,15 @@ def test_a_rank_with_shards_that_is_killed_ends_the_run_with_one_line(runs, harm
     (said,) = [line for line in ended.lines if not SAID_ANYHOW.match(line)]
     assert said.endswith(WITHOUT_A_WORD), ended.errors  # a push says what it was at, too
     ended.assert_nothing_is_left()
+
+
+@of_runs
+def test_a_policy_in_bfloat16_is_left_in_bfloat16_with_the_values_of_one_process(rlhf_train, tmp_path):
+    words = ("experiment=smoke", "model=micro", "model.dtype=bfloat16", "steps=2", "sft.steps=2", "evaluate_every=2")
+    left = []
+    for trainer in (("trainer=one",), ("trainer=sharded", "trainer.ranks=2")):
+        folder = tmp_path / str(len(left))
+        assert rlhf_train(*words, *trainer, f"hydra.run.dir={folder}").returncode == 0
+        left.append(load_file(folder / "policy/model.safetensors"))
+    assert {tensor.dtype for tensor in left[1].values()} == {torch.bfloat16}
+    assert left[0].keys() == left[1].keys() and all(torch.equal(left[0][name], left[1][name]) for name in left[0])
