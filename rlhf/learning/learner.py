@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint.state import State
 from rlhf.config import RunConfig
 from rlhf.config.algo import AlgoConfig, KlIn, Truncated
+from rlhf.config.model import AUTO
 from rlhf.learning import advantages as adv
 from rlhf.learning import losses
 from rlhf.learning.correction import effective_share
@@ -24,7 +26,7 @@ from rlhf.learning.estimates import Signal, estimate
 from rlhf.learning.forward import Batch, collate
 from rlhf.learning.gradient_sums import add_rows
 from rlhf.learning.kl_control import KlController
-from rlhf.learning.microbatches import Sizes
+from rlhf.learning.microbatches import Sizes, balanced
 from rlhf.learning.objective import clipped, correction_weights, policy_loss
 from rlhf.learning.optimizer import clip_gradients, make_optimizer
 from rlhf.learning.passes import PADDED, Passes
@@ -293,6 +295,12 @@ class Learner:
         return losses.counted(add_rows(out_BT, self.spread.ranks), batch.mask_BT)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
-        """Split rows into parts of at most `tokens_per_microbatch` tokens (microbatches.py)."""
+        """Split rows into parts of at most `tokens_per_microbatch` tokens (microbatches.py).
+
+        Where that is left to the run, smaller ones on GPUs, so that each rank has as many.
+        """
         sizes = Sizes([len(prompt) for prompt in batch.prompts], batch.prompt_of_B, batch.lengths())
-        return self.passes.split(sizes, rows, self.fitting_tokens or self.config.microbatch_tokens)
+        cut, budget = partial(self.passes.split, sizes, rows), self.fitting_tokens or self.config.microbatch_tokens
+        if self.device.type == "cuda" and self.config.tokens_per_microbatch == AUTO:
+            return balanced(cut, budget, self.spread.ranks.count)
+        return cut(budget)

@@ -7,7 +7,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 ROW_STEP = 32  # few batch shapes, as kernels are prepared for each
@@ -52,6 +52,23 @@ def split(sizes: Sizes, rows: Sequence[int], budget: int) -> list[list[int]]:
     orders = (sorted(rows, key=by_prompt), sorted(rows, key=by_length))
     plans = [parts, *(_cut(sizes, order, budget) for order in orders)]
     return min(plans, key=lambda plan: sum(map(sizes.tokens, plan)))
+
+
+def balanced(cut: Callable[[int], list[list[int]]], budget: int, ranks: int) -> list[list[int]]:
+    """The parts that `cut` makes of the smallest budget up to this one with which each rank has as many, if any."""
+    parts = cut(budget)
+    if len(parts) % ranks == 0:
+        return parts
+    wanted = -(-len(parts) // ranks) * ranks
+    low, high = 0, budget  # parts of `high` tokens are few enough
+    while high - low > max(1, budget // 64):
+        middle = (low + high) // 2
+        found = cut(middle)
+        if len(found) <= wanted:
+            parts, high = found, middle
+        else:
+            low = middle
+    return parts
 
 
 def _cut(sizes: Sizes, rows: Iterable[int], budget: int) -> list[list[int]]:

@@ -1,11 +1,12 @@
 """Which rows are computed together: all of them once, within the budget, with little padding."""
 
 import random
+from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.learning.microbatches import Sizes, length_groups, split
+from rlhf.learning.microbatches import Sizes, balanced, fill, length_groups, split
 
 
 @st.composite
@@ -39,6 +40,27 @@ def test_every_row_is_in_one_micro_batch_none_exceeds_the_budget_and_none_pads_m
     assert sorted(row for part in parts for row in part) == sorted(rows)
     assert all(sizes.tokens(part) <= budget or len(part) == 1 for part in parts)
     assert tokens(sizes, parts) <= tokens(sizes, in_order(sizes, rows, budget))
+
+
+@given(batches(), st.integers(1, 400), st.integers(1, 5), st.booleans())
+def test_ranks_get_as_many_micro_batches_each_where_that_can_be_and_none_exceeds_the_budget(
+    sizes, budget, ranks, packed
+):
+    rows = range(len(sizes.prompt_of_B))
+    cut = partial(fill, sizes, rows, shared=True) if packed else partial(split, sizes, rows)
+    plain, parts = cut(budget), balanced(cut, budget, ranks)
+    assert sorted(row for part in parts for row in part) == list(rows)
+    assert len(plain) <= len(parts) <= -(-len(plain) // ranks) * ranks
+    assert max(map(sizes.tokens, parts)) <= max(map(sizes.tokens, plain)) or packed
+    if len(plain) % ranks == 0:
+        assert parts == plain
+
+
+def test_one_micro_batch_of_many_equal_rows_becomes_one_for_each_rank():
+    sizes = Sizes([10] * 8, [row // 8 for row in range(64)], [20] * 64)
+    for ranks in (2, 3, 4):
+        parts = balanced(partial(fill, sizes, range(64), shared=True), 10_000, ranks)
+        assert len(parts) == ranks and max(map(len, parts)) <= 64 / ranks + 8
 
 
 def test_tokens_of_a_micro_batch_are_those_of_its_two_tensors():
