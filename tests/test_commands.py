@@ -84,7 +84,8 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     f"{TRAIN}trainer=replicas": RANKS,
     f"{TRAIN}trainer=replicas trainer.ranks=2": RANKS,
     f"{TRAIN}trainer=replicas mode=check": RANKS,
-    f"{TRAIN}trainer=sharded trainer.ranks=2 transfer.take=copy": SHARDS,
+    f"{TRAIN}trainer=sharded trainer.ranks=2": SHARDS,
+    f"{TRAIN}trainer=sharded trainer.ranks=2 rollout=vllm rollout.sleep_level=1": VLLM,
     f"{TRAIN}-m experiment=from_scratch algo=grpo,ppo,dr_grpo,rloo,reinforce_pp,reinforce_pp_baseline,dapo,gspo,"
     "cispo,sapo seed=0,1,2 transfer=local": "thirty jobs: tests/test_learning.py runs them, but shorter",
     f"{TRAIN}algo=rloo seed=3 --cfg job": "composing is all that it does",
@@ -107,9 +108,8 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     "hydra.sweeper.direction=maximize objective=gold 'optim.lr=interval(1e-4,1e-2)' "
     "hydra.sweep.dir=outputs/lr": PACKAGE,
     f"{TRAIN}experiment=gpu_smoke": VLLM,
-    f"{TRAIN}rollout=vllm transfer.take=copy model.heads=2 'rollout.engine_args={{gpu_memory_utilization: 0.4}}'": VLLM,
-    f"{TRAIN}rollout=vllm transfer.take=copy 'transfer.sender.url=[http://127.0.0.1:8000]' model=hf "
-    "model.path=FOLDER": VLLM,
+    f"{TRAIN}rollout=vllm model.heads=2 'rollout.engine_args={{gpu_memory_utilization: 0.4}}'": VLLM,
+    f"{TRAIN}rollout=vllm 'transfer.sender.url=[http://127.0.0.1:8000]' model=hf model.path=FOLDER": VLLM,
 }
 ELSEWHERE: dict[str, str] = {  # command -> who runs it
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && python -m rlhf.train": (

@@ -316,7 +316,6 @@ def test_vllm_prepares_for_the_rows_that_a_worker_gets_at_once(compose_run, over
         (("trainer=sharded", "trainer.ranks=2"), Take.copy),
         (("rollout=vllm",), Take.copy),
         (("rollout.gpus=[1]",), Take.copy),
-        (("rollout.gpus=[1]", "transfer.take=view"), Take.view),
     ],
 )
 def test_weights_are_viewed_unless_they_can_only_be_copied(compose_run, overrides, take):

@@ -23,7 +23,7 @@ class Staging(enum.Enum):
 class Take(enum.Enum):
     """How a worker takes a staged update."""
 
-    auto = "auto"  # view, or copy where weights can only be copied: of several ranks, into vLLM, to other GPUs
+    auto = "auto"  # copy of a trainer of several ranks, else view; a run chooses by its workers, too (docs/transfer.md)
     view = "view"  # its parameters are the slot; finishing swaps pointers
     copy = "copy"  # into memory of its own, whose addresses never move
 
@@ -132,8 +132,8 @@ class IpcConfig(TransferConfig):
 
 
 NO_KEEP = (
-    "transfer.staging=live with transfer.take=view takes weights away before they change: no completion can span an "
-    "update, so rollout.in_flight must be wait or abort (got keep)"
+    "transfer.staging=live with transfer.take=view (or auto) takes weights away before they change: no completion can "
+    "span an update, so rollout.in_flight must be wait or abort (got keep)"
 )
 
 

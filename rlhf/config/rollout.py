@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -48,6 +49,11 @@ class RolloutConfig:
         positive("rollout.temperature", self.temperature)
         positive("rollout.timeout_s", self.timeout_s)
 
+    @property
+    def gpus_each(self) -> int:
+        """How many GPUs a worker computes on."""
+        return 1
+
 
 @dataclass(slots=True, kw_only=True)
 class HfRolloutConfig(RolloutConfig):
@@ -79,6 +85,12 @@ class VllmRolloutConfig(RolloutConfig):
     sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
     found_paused: bool = False  # servers of transfer.sender.url: a trainer that died may have left them paused
     keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
+
+    @property
+    def gpus_each(self) -> int:
+        """How many GPUs a worker computes on."""
+        sizes = [self.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data")]
+        return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
     def __post_init__(self) -> None:
         RolloutConfig.__post_init__(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlhf.config.model import Device
@@ -16,6 +17,7 @@ from transfer.config import (
     IpcConfig,
     Library,
     LocalConfig,
+    RaySenderConfig,
     Staging,
     Take,
 )
@@ -28,7 +30,7 @@ def choose_take(run: RunConfig | EvaluationConfig, sharded: bool) -> None:
     """Let `transfer.take=auto` be what fits: workers view the trainer's slots, unless they can only be copied."""
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.auto:
         copied = sharded or isinstance(run.rollout, VllmRolloutConfig) or run.rollout.gpus is not None
-        run.transfer.take = Take.copy if copied else Take.view
+        run.transfer = replace(run.transfer, take=Take.copy if copied else Take.view)
 
 
 def check_transfer(run: RunConfig | EvaluationConfig) -> None:
@@ -60,6 +62,8 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
         raise ValueError(
             "transfer=nccl moves weights between GPUs: set model.device=cuda (got cpu), or use transfer=gloo"
         )
+    if run.rollout.gpus is not None:
+        _check_gpus(run, run.rollout.gpus)
     sender = run.transfer.sender
     ours = not isinstance(run.rollout, VllmRolloutConfig)  # vLLM's servers are told where the memory is
     if isinstance(sender, HttpSenderConfig) and sender.url and isinstance(run.transfer, IpcConfig) and ours:
@@ -67,6 +71,25 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
             "transfer.sender.url names workers that already run, and transfer=ipc shares memory only with workers "
             "that this run starts: use transfer=disk with a folder that both sides see, or leave url empty"
         )
+
+
+def _check_gpus(run: RunConfig | EvaluationConfig, gpus: list[int]) -> None:
+    """Raise ValueError where the workers cannot be on these GPUs."""
+    rollout, sender = run.rollout, run.transfer.sender
+    each = rollout.gpus_each
+    count = rollout.workers * each
+    if len(gpus) != count:
+        raise ValueError(f"rollout.gpus must name {count}: {each} for each of {rollout.workers} workers (got {gpus})")
+    if any(len({*gpus[start : start + each]}) < each for start in range(0, len(gpus), each)):
+        raise ValueError(f"rollout.gpus must name {each} different ones for each worker (got {gpus})")
+    if run.model.device is Device.cpu:
+        raise ValueError("rollout.gpus is for workers on GPUs: leave it out, or set model.device=cuda (got cpu)")
+    if isinstance(run.transfer, LocalConfig) or (isinstance(sender, HttpSenderConfig) and sender.url):
+        raise ValueError("rollout.gpus is for workers that this run starts: leave it out")
+    if isinstance(sender, RaySenderConfig) and sender.address is not None:
+        raise ValueError("a Ray that is there gives its actors their GPUs: leave out rollout.gpus")
+    if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
+        raise ValueError("workers on GPUs of their own copy weights: set transfer.take=copy, or leave out rollout.gpus")
 
 
 def _check_vllm(run: RunConfig | EvaluationConfig) -> None:

@@ -13,6 +13,7 @@ from rlhf.config.model import AUTO
 from rlhf.learning.learner import Learner
 from rlhf.learning.pass_choice import context_of, random_batch
 from rlhf.learning.passes import Packed
+from transfer.agreement.dtensor import local_part
 
 LADDER = (1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768)  # few sizes; larger ones are no faster
 TRIALS = ((4096, 8192), (512, 1024))  # the second where the first does not fit
@@ -27,17 +28,18 @@ def fits(learner: Learner) -> bool:
 
 
 def fitting_tokens(learner: Learner) -> int:
-    """Tokens of a micro-batch."""
-    for few, many in TRIALS:
-        try:
-            low, high = _peak(learner, few), _peak(learner, many)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            continue
-        most = MOST * torch.cuda.get_device_properties(learner.device).total_memory
-        room = _free(learner.device) * (1 - SPARE) - _to_come(learner)
-        return fitting(min(room, most), (few, low), (many, high))
-    return LADDER[0]
+    """Tokens of a micro-batch; ranks may try another number of times, as no trial needs the others."""
+    with learner.spread.whole(learner.critic, learner.policy):
+        for few, many in TRIALS:
+            try:
+                low, high = _peak(learner, few), _peak(learner, many)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                continue
+            most = MOST * torch.cuda.get_device_properties(learner.device).total_memory
+            room = _free(learner.device) * (1 - SPARE) - _to_come(learner)
+            return fitting(min(room, most), (few, low), (many, high))
+        return LADDER[0]
 
 
 def fitting(room: float, small: tuple[int, int], large: tuple[int, int]) -> int:
@@ -71,4 +73,5 @@ def _to_come(learner: Learner) -> int:
     """Bytes of moments that optimisers have not made yet."""
     optimizers = [learner.optimizer, learner.critic_optimizer]
     parameters = [p for o in optimizers if o is not None for g in o.param_groups for p in g["params"] if not o.state]
-    return sum(2 * p.numel() * p.element_size() for p in parameters)
+    held = map(local_part, parameters)
+    return sum(2 * p.numel() * p.element_size() for p in held)

@@ -137,12 +137,15 @@ class Learner:
         return totals
 
     def drop_gradients(self, batch: Batch) -> None:
-        """Compute what an update on this batch would, and forget it: no weight changes."""
+        """Inside `spread.whole`, compute what an update on this batch would, and forget it: no weight changes.
+
+        Its rows weigh nothing, as gradients of shards are forgotten only by their sum.
+        """
         zeros_BT = torch.zeros_like(batch.mask_BT)
         for name in ("advantages_BT", "ref_BT", "values_BT", "returns_BT"):
             setattr(batch, name, zeros_BT)
         try:
-            self._accumulate(batch, torch.ones_like(batch.mask_BT[:, 0]))
+            self._accumulate(batch, torch.zeros_like(batch.mask_BT[:, 0]))
         finally:  # also where memory did not suffice
             for optimizer in (self.optimizer, self.critic_optimizer):
                 if optimizer is not None:

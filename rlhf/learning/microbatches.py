@@ -65,7 +65,7 @@ def balanced(cut: Callable[[int], list[list[int]]], budget: int, ranks: int) -> 
         middle = (low + high) // 2
         found = cut(middle)
         if len(found) <= wanted:
-            parts, high = found, middle
+            parts, high = found if len(found) == wanted else parts, middle
         else:
             low = middle
     return parts

@@ -5,29 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from rlhf.config.rollout import RolloutConfig, VllmRolloutConfig
+from rlhf.config.rollout import RolloutConfig
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
-def visible_to_workers(rollout: RolloutConfig, copied: bool, variables: Mapping[str, str] = os.environ) -> list[str]:
+def visible_to_workers(
+    rollout: RolloutConfig, copied: bool, after: int = 0, variables: Mapping[str, str] = os.environ
+) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each worker; [] where all see what the trainer sees. ValueError for GPUs not found here.
 
-    Without `rollout.gpus` workers take GPUs in turn where weights are `copied`, else all share the trainer's.
+    Without `rollout.gpus` workers take GPUs in turn, from number `after` on, where weights are `copied`, else all share
+    the trainer's.
     """
     import torch
 
-    count, each = torch.cuda.device_count(), _gpus_of_a_worker(rollout)
+    count, each = torch.cuda.device_count(), rollout.gpus_each
     chosen = rollout.gpus
     if chosen is None:
         if count < 2 or not copied:
             return []
-        chosen = [index % count for index in range(rollout.workers * each)]
-    if len(chosen) != rollout.workers * each:
-        raise ValueError(
-            f"rollout.gpus must name {rollout.workers * each}: {each} for each of {rollout.workers} workers "
-            f"(got {chosen})"
-        )
+        chosen = [(after + index) % count for index in range(rollout.workers * each)]
+    if each > count:
+        raise ValueError(f"a worker of rollout.engine_args needs {each} GPUs, and {count} are visible here")
     if beyond := [index for index in chosen if index >= count]:
         raise ValueError(f"rollout.gpus names {beyond}, and {count} GPUs are visible here, from 0")
     names = [name.strip() for name in variables.get(VARIABLE, "").split(",") if name.strip()]
@@ -43,10 +43,3 @@ def claim(visible: Sequence[str]) -> None:
 
 def _ordered(names: Sequence[str], own: Sequence[int]) -> str:
     return ",".join([names[index] for index in own] + [name for i, name in enumerate(names) if i not in own])
-
-
-def _gpus_of_a_worker(rollout: RolloutConfig) -> int:
-    if not isinstance(rollout, VllmRolloutConfig):
-        return 1
-    sizes = [rollout.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
-    return max(1, sizes[0] * sizes[1]) if all(isinstance(size, int) for size in sizes) else 1

@@ -13,7 +13,7 @@ from rlhf.config.algo import DpoConfig
 from rlhf.rollout.build import architecture_of
 from rlhf.rollout.gpus import visible_to_workers
 from rlhf.rollout.spec import WorkerSpec
-from transfer.config import InFlight, IpcConfig, Take
+from transfer.config import CollectiveConfig, InFlight, IpcConfig, Library, Take
 
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
 LEAST_ROWS = 32  # that vLLM prepares for
@@ -38,7 +38,7 @@ def worker_spec(
         endpoint=dict(endpoint),
         dtype=dtype.name,
         device=parameter.device.type,
-        visible=visible_to_workers(config.rollout, _copied(config)) if parameter.device.type == "cuda" else [],
+        visible=_visible(config) if parameter.device.type == "cuda" else [],
         attention=policy.config._attn_implementation,
         code=_code_of(policy),
         **_engine(config),
@@ -100,6 +100,9 @@ def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
     ]
 
 
-def _copied(config: RunConfig | EvaluationConfig) -> bool:
-    """Whether workers have memory of their own for the weights, on whatever GPU."""
-    return not isinstance(config.transfer, IpcConfig) or config.transfer.take is Take.copy
+def _visible(config: RunConfig | EvaluationConfig) -> list[str]:
+    """The GPUs of each worker: not the trainer's, where there is another, if weights go from GPU to GPU by NCCL."""
+    transfer = config.transfer
+    by_nccl = isinstance(transfer, CollectiveConfig) and transfer.library is Library.nccl
+    copied = not isinstance(transfer, IpcConfig) or transfer.take is Take.copy
+    return visible_to_workers(config.rollout, copied, after=int(by_nccl))

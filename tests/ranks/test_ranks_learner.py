@@ -20,6 +20,7 @@ from test_learner import sampled
 from torch import Tensor
 
 from rlhf.learning.learner import Learner
+from rlhf.learning.pass_choice import random_batch
 from rlhf.learning.passes import PADDED, Packed, Passes
 from rlhf.learning.spread import Sharded, Whole
 from rlhf.models.adapter import add_adapter, has_adapter
@@ -395,3 +396,19 @@ def _where_added(ranks: Ranks, parts: int) -> list[bool]:
 
 def test_a_rank_with_packed_rows_adds_up_in_its_last_backward_pass_and_one_without_rows_by_one_token(three):
     assert three.call(_where_added, 2) == [[False] * 2, [True] * 2, [True] * 2]
+
+
+def _steps_after_a_trial(ranks: Ranks, words: str, tried: bool) -> list[Any]:
+    learner = learner_of(words, ranks, sharded=True, passes=Packed(compiled=False))
+    if tried:
+        with learner.spread.whole(learner.critic, learner.policy):
+            for _ in range(2 + ranks.number):  # no trial needs the other rank
+                learner.drop_gradients(random_batch(learner.policy, [4], [0, 0], [5, 3]))
+    return steps(learner, 2, [sampled(0), sampled(1)])
+
+
+@pytest.mark.parametrize("words", [f"{ALGOS[6]} algo.entropy_coef=0.1", slow((f"{ALGOS[1]} algo.entropy_coef=0.1",))])
+def test_what_a_trial_of_a_micro_batch_leaves_is_in_no_update_of_shards(two, words):
+    plain, tried = (two.call(_steps_after_a_trial, words, after) for after in (False, True))
+    for ours, theirs in zip(tried, plain, strict=True):
+        assert_the_same(ours, theirs)

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+from hydra.errors import CompactHydraException
 
 from rlhf.config import HfRolloutConfig, VllmRolloutConfig
 from rlhf.rollout.gpus import visible_to_workers
+
+TWO_EACH = ["rollout=vllm", "rollout.engine_args={tensor_parallel_size: 2}"]
 
 
 @pytest.fixture
@@ -41,6 +44,31 @@ def test_a_worker_sees_its_own_gpus_first_and_the_others_behind_them(four_gpus, 
     assert visible_to_workers(rollout, copied=True, variables=variables) == expected
 
 
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["rollout.gpus=[0,1]"], r"must name 1: 1 for each of 1 workers \(got \[0, 1\]\)"),
+        (
+            ["rollout=vllm", "+rollout.engine_args.tensor_parallel_size=2", "rollout.gpus=[0]"],
+            "must name 2: 2 for each",
+        ),
+        ([*TWO_EACH, "rollout.gpus=[1,1]"], "must name 2 different ones for each worker"),
+        (["rollout.gpus=[0]", "model.device=cpu"], "for workers on GPUs"),
+        (["rollout.gpus=[0]", "transfer=local"], "for workers that this run starts"),
+        (["rollout.gpus=[0]", "transfer.sender.url=[http://127.0.0.1:1]", "transfer=disk"], "that this run starts"),
+        (["rollout.gpus=[0]", "transfer/sender=ray", "transfer.sender.address=auto"], "leave out rollout.gpus"),
+        (["rollout.gpus=[0]", "transfer.take=view"], "set transfer.take=copy, or leave out rollout.gpus"),
+    ],
+)
+def test_gpus_that_do_not_go_with_the_workers_are_refused_before_anything_is_made(compose_run, overrides, said):
+    with pytest.raises(CompactHydraException, match=said):
+        compose_run(*overrides)
+
+
+def test_workers_begin_behind_the_trainers_gpu_where_they_cannot_share_it(four_gpus):
+    assert visible_to_workers(hf(workers=2), True, after=1, variables={}) == ["1,0,2,3", "2,0,1,3"]
+
+
 def test_workers_that_view_the_trainers_memory_stay_on_its_gpu(four_gpus):
     assert visible_to_workers(hf(workers=2), copied=False) == []
 
@@ -49,13 +77,13 @@ def test_workers_that_view_the_trainers_memory_stay_on_its_gpu(four_gpus):
     "rollout, said",
     [
         (hf(gpus=[4]), r"names \[4\], and 4 GPUs are visible here"),
-        (hf(gpus=[0, 1]), r"must name 1: 1 for each of 1 workers \(got \[0, 1\]\)"),
-        (tensor_parallel(2, gpus=[0]), r"must name 2: 2 for each of 1 workers"),
     ],
 )
 def test_gpus_that_cannot_be_are_refused_with_the_key(four_gpus, rollout, said):
     with pytest.raises(ValueError, match=rf"rollout\.gpus {said}"):
         visible_to_workers(rollout, copied=True, variables={})
+    with pytest.raises(ValueError, match=r"needs 8 GPUs, and 4 are visible here"):
+        visible_to_workers(tensor_parallel(8), copied=True, variables={})
     with pytest.raises(ValueError, match=r"rollout\.gpus must be GPUs by their numbers from 0"):
         hf(gpus=[-1])
 

@@ -776,6 +776,6 @@ def test_the_tables_merge_what_is_alike_and_do_without_rich(rich, monkeypatch, c
     listed = results(on_cpu)
     table.show(listed, choose(listed))
     out = capsys.readouterr().out
-    assert "ipc arena+view, http, cuda:0" in out and "and 12 more" in " ".join(out.split())
+    assert "ipc arena+view, http, cuda:0" in out and "and 13 more" in " ".join(out.split())
     assert "FAILS" in out and "Choose here: transfer=ipc" in out and out.count("broken") < 5
     assert ("│" in out) is rich

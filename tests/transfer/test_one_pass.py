@@ -124,7 +124,7 @@ def test_parts_of_rows_are_copied_stretch_by_stretch(heads, rows, first, dtype):
     assert torch.equal(target, source.to(dtype))
     wide = torch.zeros(heads, rows, 512, dtype=dtype)
     one_pass = OnePass([source], [wide[:, :, 256:]], CPU)
-    carried_out(one_pass.table)
+    assert carried_out(one_pass.table) == digest_of([source.to(dtype)], "sums:"), "wherever it goes"
     assert torch.equal(wide[:, :, 256:], source.to(dtype)) and not wide[:, :, :256].any()
     assert len(one_pass.ranges) == heads * rows and "by torch" not in one_pass.plan
 

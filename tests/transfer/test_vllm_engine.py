@@ -196,6 +196,7 @@ def test_a_tensor_made_from_weights_beside_the_parameters_keeps_the_own_way(tmp_
         (lambda m: m.norm.data.add_(m.staged["norm.weight"]), "computes norm"),
         (lambda m: m.norm.data.copy_(m.staged["norm.weight"] + 1), "computes norm"),
         (lambda m: m.norm.data.fill_(m.staged["norm.weight"][0].item()), "reads the value"),
+        (lambda m: m.norm.data.copy_(m.staged["norm.weight"].mul_(2)), "changes a weight that it is given"),
         (lambda m: m.norm.data[:4].copy_(m.staged["norm.weight"][:4]), "does not write all of norm"),
         (lambda m: setattr(m.norm, "data", m.staged["norm.weight"]), "gives norm other memory"),
         (lambda m: [m.norm.data[s].copy_(m.staged["norm.weight"][s]) for s in (slice(0, 5), slice(4, 8))], "twice"),
@@ -224,6 +225,15 @@ def test_recording_writes_nothing_and_finds_every_copy():
     found = record(model, lambda: model.load_weights(staged.items()), staged.values())
     assert all(bool((parameter == 7).all()) for parameter in model.parameters())
     assert len(found.copies) == 5 and len(found.constants) == 1
+
+
+def test_a_loader_that_moves_weights_to_its_device_first_is_recorded_as_one_that_copies_them():
+    staged, model, move = checkpoint(0), FusedModel(), torch.ops.aten._to_copy
+    found = record(model, lambda: model.load_weights((n, move(t)) for n, t in staged.items()), staged.values())
+    assert len(found.copies) == 5
+    with pytest.raises(Unsupported, match="computes"):
+        wider = lambda: model.load_weights((n, move(t, dtype=torch.float64)) for n, t in staged.items())  # noqa: E731
+        record(model, wider, staged.values())
 
 
 def test_weights_that_are_not_finite_never_reach_the_model(tmp_path):

@@ -191,7 +191,7 @@ class ShardPublisher(ArenaPublisher):
         super().close()
 
     def _drop(self) -> None:
-        self._sharded = False
+        self._sharded, self._passes = False, {}
         if self._on_host is not None:
             self._on_host.close()
             self._on_host = None

@@ -65,7 +65,8 @@ def ranges_of(source: torch.Tensor, target: torch.Tensor | None, offset: int) ->
     stretch = stretch_of(source, target)
     starts, ends = _starts(source, stretch), _starts(target, stretch)
     nbytes = stretch * target.itemsize
-    return [(place + s, there + t, offset + t, nbytes, kind, cast) for s, t in zip(starts, ends, strict=True)]
+    pairs = enumerate(zip(starts, ends, strict=True))
+    return [(place + s, there + t, offset + index * nbytes, nbytes, kind, cast) for index, (s, t) in pairs]
 
 
 def _starts(tensor: torch.Tensor, stretch: int) -> list[int]:

@@ -20,11 +20,16 @@ from typing import Any, Literal
 
 import torch
 
+from transfer.agreement.shown import shown
+from transfer.config import Staging, Take
 from transfer.engine.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from transfer.memory.mark import WENT_ON
 from transfer.memory.sums import SUMS
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.reload import OwnWay
+
+TAKES = (Take.view.value, Take.copy.value)
+STAGINGS = tuple(each.value for each in Staging)
 
 
 @dataclass
@@ -67,9 +72,14 @@ class RlhfIpcEngine(WeightTransferEngine[RlhfInitInfo, RlhfUpdateInfo]):
     def init_transfer_engine(self, init_info: RlhfInitInfo) -> None:
         """Map the trainer's memory; ValueError for any other than shared memory."""
         endpoint = init_info.endpoint
-        sockets = [endpoint.get("socket", ""), *list(endpoint.get("sockets") or ())]
-        if endpoint.get("backend") != "ipc" or not all(str(socket).startswith("\0") for socket in sockets):
+        others = endpoint.get("sockets", [])
+        sockets = [endpoint.get("socket"), *(others if isinstance(others, list) else [others])]
+        unnamed = all(isinstance(socket, str) and socket.startswith("\0") for socket in sockets)
+        if endpoint.get("backend") != "ipc" or not unnamed:
             raise ValueError("the backend rlhf_ipc takes weights from shared memory alone (transfer=ipc)")
+        for key, values in (("take", TAKES), ("staging", STAGINGS)):
+            if endpoint.get(key) not in values:
+                raise ValueError(f"endpoint.{key} must be one of {', '.join(values)} (got {shown(endpoint.get(key))})")
         self._rank.prepare(endpoint, init_info.manifest, init_info.where)
         self._version = None
 

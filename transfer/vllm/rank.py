@@ -56,7 +56,7 @@ class RankWeights:
         self._own_way = own_way
         self._intake: Intake | None = None
         self._manifest = Manifest((), 0)
-        self._described = Described(self._manifest)
+        self._described: Described | None = None
         self._replays: dict[int, Replay] = {}  # by the staged dict, which a slot has for good
         self._reads: dict[int, OnePass] = {}  # by the same, of this rank's share of a digest
         self._proven: Recording | None = None
@@ -74,7 +74,6 @@ class RankWeights:
         self._manifest = Manifest.from_json(manifest)
         intake.prepare(self._manifest, where, self._device)
         self._intake = intake
-        self._described = Described(self._manifest)
 
     def copy(self, version: int, where: Mapping[str, Any], with_digest: bool) -> dict[str, Any]:
         """Make the staged weights the model's; `digest` if it cost nothing, and whether all were `finite`.
@@ -134,7 +133,7 @@ class RankWeights:
 
     def close(self) -> None:
         """Give up the trainer's memory; the model's is its own."""
-        self._replays, self._reads, self._proven, self._why = {}, {}, None, ""
+        self._replays, self._reads, self._proven, self._described, self._why = {}, {}, None, None, ""
         if self._intake is not None:
             self._intake.close()
             self._intake = None
@@ -194,7 +193,8 @@ class RankWeights:
         try:
             if made := _derived(self._model):
                 raise Unsupported(f"{made} may be made from weights")
-            found = self._recorded()
+            self._described = Described(self._manifest)
+            found = self._recorded(self._described.tensors)
             replay = self._replayed(found, staged)
             if not replay.holds_now():
                 raise Unsupported("the model holds its weights in another form than they come in")
@@ -205,12 +205,11 @@ class RankWeights:
         self._proven, self._replays[id(staged)] = found, replay
         LOG.info("weights are copied from now on: %s", self.plan)
 
-    def _recorded(self) -> Recording:
-        described = self._described.tensors
+    def _recorded(self, described: Mapping[str, torch.Tensor]) -> Recording:
         return record(self._model, lambda: self._own_way.load(self._named(described)), described.values())
 
     def _replayed(self, found: Recording, staged: Staged) -> Replay:
-        assert self._intake is not None
+        assert self._intake is not None and self._described is not None
         return Replay(found, self._described, staged, self._intake.owner)
 
 

@@ -60,8 +60,12 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS and any(_storage(each) in self._staged for each in args if _is_tensor(each)):
             raise Unsupported(f"its loader reads the value of a weight ({func})")
+        if func is aten._to_copy.default and _storage(args[0]) in self._staged and _moves(args[0], kwargs or {}):
+            return args[0]  # wherever it is to go, the copy into the model brings it there
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs or {}):
+                if _storage(tensor) in self._staged:
+                    raise Unsupported(f"its loader changes a weight that it is given ({func})")
                 if (name := self._names.get(_storage(tensor))) is not None:
                     return self._note(func, args, name)
         return func(*args, **(kwargs or {}))
@@ -77,6 +81,12 @@ class _Recorder(TorchDispatchMode):
         else:
             raise Unsupported(f"its loader computes {name} ({func}), which can not be done again by copies alone")
         return target
+
+
+def _moves(tensor: torch.Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether a copy with these options has the same values, and the same layout, on some device."""
+    same = options.get("dtype") in (None, tensor.dtype) and options.get("layout") in (None, tensor.layout)
+    return same and options.get("memory_format") in (None, torch.preserve_format)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -31,7 +31,7 @@ class Replay:
         direct = [copy for copy, fits in zip(self._copies, fit, strict=True) if fits]
         self._others = [copy for copy, fits in zip(self._copies, fit, strict=True) if not fits]
         places = [copy.place for copy in direct]
-        contiguous = all(copy.source.is_contiguous() for copy in direct)
+        contiguous = all(copy.source.is_contiguous() and copy.target.is_contiguous() for copy in direct)
         whole = not self._others and contiguous and _read_once(direct, self._parts)
         self._summed = whole and all(place % 8 == 0 for place in places)  # else the kernel's sums are not the slot's
         self._targets = [copy.target for copy in direct]

@@ -142,6 +142,8 @@ class Landing:
         """Whether the kernel can get from these slots into the module, or read them."""
         staged = [*(part for slot in slots for part in parts_of(slot.values())), *(mine for _, mine in self._all)]
         here = all(mine.device == self.device for _, mine in self._all)
+        if not _in_slots(slots):  # then there will be no block
+            here = here and all(mine.is_contiguous() for _, mine in self._all)
         on_gpu = all(tensor.is_cuda for tensor in staged)
         return bool(slots) and here and on_gpu and available(self.device)
 
