@@ -119,6 +119,7 @@ class History:
             case "publish", {"version": version, "digest": digest}:
                 self._published.add((version, digest))
             case "pushed", {"boot": boot, "epoch": epoch, "version": version}:
+                self._epoch = max(self._epoch, epoch)  # it takes another after a failure
                 self._pushed |= {w: max((epoch, version), self._pushed.get(w, (0, 0))) for w in self._workers[epoch]}
                 self._reached[boot] = version
             case "consume", {"boot": boot, "seeds": seeds}:

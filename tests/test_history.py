@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -205,6 +206,26 @@ def test_a_sample_that_is_too_old_is_seen_by_the_lag_that_is_allowed(history):
     history.all("consume", "trainer.jsonl")[2]["oldest"] -= 1
     history.refused("consumed too old a sample")
     history.check(lag=1)
+
+
+def test_where_nobody_remembers_a_trainer_versions_begin_anew_also_under_an_epoch_that_was_taken_after_a_failure(
+    tmp_path,
+):
+    def serves(opened: int, epoch: int, version: int, digest: str) -> None:
+        """A trainer, and the only worker, which was just started."""
+        trainer, worker = Journal(tmp_path / "trainer.jsonl"), Journal(tmp_path / "worker-0.jsonl")
+        trainer.write("open", epoch=opened)
+        trainer.write("publish", epoch=epoch, version=version, digest=digest)
+        for each in range(1, epoch + 1):
+            worker.write("init", epoch=each)
+        for op in ("start", "update", "finish"):
+            worker.write(op, epoch=epoch, version=version, digest=digest, result="done")
+        trainer.write("pushed", epoch=epoch, version=version, digest=digest)
+        worker.write("serve", versions=[version], digest=digest, began=time.monotonic())
+
+    serves(opened=1, epoch=2, version=3, digest="a")
+    serves(opened=2, epoch=2, version=0, digest="b")
+    assert check(tmp_path)["serve"] == 2
 
 
 def test_only_the_last_line_of_a_killed_writer_may_be_broken(history):

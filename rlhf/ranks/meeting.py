@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,19 +118,41 @@ def _process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if store is None:
         store = dist.TCPStore(ranks.host, port, None, False, wait_for_workers=False)
     with _interface(ranks.host):
+        on_gpu = device.type == "cuda"
         with ranks.explained():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            form = partial(
+                dist.init_process_group,
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=store,
                 rank=ranks.number,
                 world_size=ranks.count,
                 timeout=timedelta(seconds=ranks.timeout_s),
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if on_gpu else None,
             )
+            if on_gpu:  # whose current device is this thread's alone
+                form()
+            else:
+                _interruptible(form)
         try:
             yield
         finally:
             dist.destroy_process_group()
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Do it in a thread of its own: a rank that waits in it for one that is gone would hear of that by no signal."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="process group", daemon=True).start()
+    done.result()
 
 
 def _store(host: str) -> dist.TCPStore:

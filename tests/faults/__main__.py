@@ -1,6 +1,7 @@
 """`python -m tests.faults --kills 1000`: kill trainers and workers at random moments, and count what must be zero.
 
-With `--stops 500` they are stopped (SIGSTOP) and go on (SIGCONT) instead, in every way that weights travel.
+With `--ranks` a trainer is several processes with sharded weights, of which any is killed; the others must end by
+themselves. With `--stops 500` they are stopped (SIGSTOP) and go on (SIGCONT) instead, in every way that weights travel.
 
 A line every 2 s tells how far it is; the table at the end shows each zero beside what it was counted over. The first
 thing that is wrong ends it with exit code 1, and its folder with the journals stays.
@@ -27,7 +28,7 @@ from random import Random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the processes started
 
-from tests.faults.cases import CASES, STOPS, Case
+from tests.faults.cases import CASES, RANKS, STOPS, Case
 from tests.faults.harness import Broken, Stage, Workers
 from tests.faults.sabotage import PLANTED
 from tests.faults.stops import StoppingStage
@@ -42,6 +43,7 @@ CLONE_NEWNS = 0x20000  # linux/sched.h
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 1 << 18  # linux/mount.h
 
 Made = Callable[[Stage, Path, Random], Workers]
+SHOWN = ("kills ", "stops ", "survivors ", "messages", "journal: ", "reads ")  # by how their names begin
 ZEROS = {  # what must be zero, and over what it is counted
     "torn or mislabelled": ("answers read", "reads answered"),
     "stale": ("completions in journals", "journal: serve"),
@@ -84,6 +86,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--stops", type=int, default=0, help="so many stops in place of kills")
+    parser.add_argument(
+        "--ranks", action="store_true", help="trainers of 2 and 3 ranks, of which any is killed; over http"
+    )
     parser.add_argument("--over", choices=["http", "ray", "both"], default="both", help="both: a sixteenth over Ray")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", default="", help="only cases with this in their name, such as 'view'")
@@ -93,6 +98,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where the journals are; without one, among temporary files")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one half of "both"
     arguments = parser.parse_args()
+    if arguments.ranks:
+        if arguments.stops or arguments.over == "ray":
+            parser.error("--ranks is for kills, over http")
+        arguments.over = "http"
     arguments.number = arguments.stops or arguments.kills
     arguments.what = "stops" if arguments.stops else "kills"
     arguments.round = arguments.round or (12 if arguments.stops else 25)
@@ -141,7 +150,7 @@ class Game:
 
     def play(self) -> None:
         """Play until the end."""
-        ways = STOPS if self._arguments.stops else CASES
+        ways = STOPS if self._arguments.stops else RANKS if self._arguments.ranks else CASES
         cases = [case for case in ways[self._arguments.over] if self._arguments.case in case.name]
         if not cases:
             raise SystemExit(f"no case over {self._arguments.over} has {self._arguments.case!r} in its name")
@@ -159,13 +168,20 @@ class Game:
             return ray_company(self._arguments.plant, bool(self._arguments.stops))
         from tests.faults.worker import http_company
 
-        return http_company(self._arguments.plant, bool(self._arguments.stops))
+        return http_company(self._arguments.plant, bool(self._arguments.stops), self._arguments.ranks)
+
+    def _kind(self) -> type[Stage]:
+        if self._arguments.ranks:
+            from tests.faults.rank_kills import RanksStage
+
+            return RanksStage
+        return StoppingStage if self._arguments.stops else Stage
 
     def _round(self, number: int, case: Case, made: Made) -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"faults-{self._arguments.over}-{number}-", dir=self._arguments.folder))
         random = Random(f"{self._arguments.seed} {self._arguments.over} {number}")
         stops = bool(self._arguments.stops)
-        stage = (StoppingStage if stops else Stage)(case, folder, random.getrandbits(32), self._arguments.plant, stops)
+        stage = self._kind()(case, folder, random.getrandbits(32), self._arguments.plant, stops)
         try:
             stage.open(made(stage, folder, random))
             for _ in range(min(self._arguments.round, self._arguments.number - number * self._arguments.round)):
@@ -208,10 +224,8 @@ def table(arguments: argparse.Namespace, counts: Counter[str], wrong: list[list[
     how = {"kills": "kill -9", "stops": "SIGSTOP, SIGCONT"}[arguments.what]
     done = f"{counts[arguments.what]:,} of {arguments.number:,} {arguments.what}"
     lines = [f"{done} ({how}) in {seconds:.0f} s, seed {arguments.seed}", ""]
-    shown = [
-        name for name in sorted(counts) if name.startswith(("kills ", "stops ", "messages", "journal: ", "reads "))
-    ]
-    lines += [f"  {name:34}{counts[name]:>9,}" for name in [*shown, "started over"]]
+    shown = [name for name in sorted(counts) if name.startswith(SHOWN)]
+    lines += [f"  {name:34}{counts[name]:>9,}" for name in [*shown, "started over", "opened again"]]
     found = Counter(zero for zero, _ in wrong)
     lines += ["", "  counted over                          N  must be zero"]
     for zero, (name, key) in ZEROS.items():

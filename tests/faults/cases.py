@@ -35,6 +35,8 @@ class Case:
     workers: int = 2
     in_flight: InFlight = InFlight.wait
     size: str = "small"
+    ranks: int = 1  # of the trainer; several have sharded weights
+    by_gloo: bool = False  # whether these talk by torch.distributed, or by connections as those of a run do
 
     @property
     def lease_s(self) -> float:
@@ -94,4 +96,14 @@ def to_stop_elsewhere() -> Iterator[Case]:
         yield Case(f"disk {verify.value}, {workers}", DiskConfig(sender=QUICK, verify=verify), workers)
 
 
+RANKS = {
+    "http": [
+        Case("2 ranks digest, gloo", ipc(HTTP, ARENA, COPY, DIGEST), ranks=2, by_gloo=True),
+        Case("3 ranks full, keep", ipc(HTTP, ARENA, COPY, FULL), in_flight=InFlight.keep, ranks=3),
+        Case("3 ranks digest, gloo, one worker", ipc(HTTP, ARENA, COPY, DIGEST), workers=1, ranks=3, by_gloo=True),
+        Case("2 ranks off", ipc(HTTP, ARENA, COPY, OFF), ranks=2),
+        Case("3 ranks off, gloo", ipc(HTTP, ARENA, COPY, OFF), ranks=3, by_gloo=True),
+        Case("2 ranks full, one worker, big", ipc(HTTP, ARENA, COPY, FULL), workers=1, size="big", ranks=2),
+    ]
+}
 STOPS = {"http": [*to_stop(QUICK), *to_stop_elsewhere()], "ray": list(to_stop(QUICK_RAY))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
@@ -63,6 +64,8 @@ class Workers(AbstractContextManager["Workers"], Protocol):
 class Stage:
     """One case, from the first start to the last check."""
 
+    overlap: float | None = None  # as the workers say
+
     def __init__(self, case: Case, folder: Path, seed: int, planted: str, stops: bool = False) -> None:
         self.case, self._folder, self._planted, self._stops = case, folder, planted, stops
         self.counts: Counter[str] = Counter()
@@ -71,11 +74,15 @@ class Stage:
         self._stack = ExitStack()
         self._readers: list[Reader] = []
         self._number = 0  # of the trainer
+        self._ranks: list[Any] = []  # its processes
         self._struck = 0.0  # when the last victim was there again
         self._descriptors: dict[int, list[int]] = defaultdict(list)  # by process
         self._seen: dict[int, psutil.Process] = {}
         with make_transfer(case.config, folder) as transfer:
             self._endpoint = dict(transfer.endpoint)
+        if case.ranks > 1:
+            others = [f"{SOCKET}{secrets.token_hex(16)}" for _ in range(1, case.ranks)]
+            self._endpoint["sockets"] = [self._endpoint["socket"], *others]
 
     def specs(self, token: str) -> list[PlainSpec]:
         """What the workers are built from."""
@@ -96,22 +103,31 @@ class Stage:
 
     def disturb(self) -> None:
         """Kill somebody, start it again, and look at all that was served meanwhile."""
-        if self._random.random() >= self._workers.overlap:
+        if self._random.random() >= (self._workers.overlap if self.overlap is None else self.overlap):
             self._await_push(self._random.choice([1, 1, 2, 5]))
             self._sample()
         self.counts["kills"] += 1
         self.counts["kills and stops"] += 1
-        if self._random.random() < 0.45:
-            self.counts["kills of the trainer"] += 1
-            self._kill_trainer()
-        else:
-            self.counts["kills of a worker"] += 1
-            index = self._random.randrange(self.case.workers)
-            pid = self._workers.pid(index)
-            self._strike(pid)
-            self._workers.killed(index, pid, self._random.choice([0.0, 0.0, 0.01, 0.05, 0.3]))
+        self._kill_somebody()
         self._struck = time.monotonic()
         self.look()
+
+    def _kill_somebody(self) -> None:
+        if self._random.random() < 0.45:
+            self.counts["kills of the trainer"] += 1
+            self._strike(self._pid())
+            self._replace_trainer()
+        else:
+            self.counts["kills of a worker"] += 1
+            self._kill_worker()
+
+    def _kill_worker(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Kill one and, after what is done meanwhile, start it again."""
+        index = self._random.randrange(self.case.workers)
+        pid = self._workers.pid(index)
+        self._strike(pid)
+        meanwhile()
+        self._workers.killed(index, pid, self._random.choice([0.0, 0.0, 0.01, 0.05, 0.3]))
 
     def look(self) -> None:
         """Broken, if anything that was served, or that a trainer saw, was wrong."""
@@ -148,6 +164,7 @@ class Stage:
         if self._readers:
             self.counts += self._workers.counts()
         self.counts["started over"] += self._ledger.started_over
+        self.counts["opened again"] += self._ledger.opened_again
         self.counts["processes started"] += len(self._seen)
         return self.counts
 
@@ -167,13 +184,19 @@ class Stage:
         self._number += 1
         self.counts["trainers started"] += 1
         self._commands, theirs = FORKS.Pipe()
-        self._trainer = FORKS.Process(target=train, args=(orders, theirs), daemon=True)
-        self._trainer.start()
+        self._ranks = self._started(orders, theirs)
         theirs.close()
-        self._remember(self._pid())
+        for rank in range(self.case.ranks):
+            self._remember(self._pid(rank))
 
-    def _kill_trainer(self) -> None:
-        self._strike(self._pid())
+    def _started(self, orders: Orders, harness: Connection) -> list[Any]:
+        """The trainer's processes."""
+        process = FORKS.Process(target=train, args=(orders, harness), daemon=True)
+        process.start()
+        return [process]
+
+    def _replace_trainer(self) -> None:
+        """Start another one, after the end of one that was killed."""
         self._end_trainer()
         if self._random.random() < 0.02:
             self._check_lease()
@@ -181,16 +204,18 @@ class Stage:
         self._start_trainer()
 
     def _end_trainer(self) -> None:
-        self._trainer.kill()
-        self._trainer.join(SETTLED_S)
-        if self._trainer.exitcode is None:
-            raise Broken("left behind", "the trainer has outlived its kill")
-        self._trainer.close()
+        for process in self._ranks:
+            process.kill()
+            process.join(SETTLED_S)
+            if process.exitcode is None:
+                raise Broken("left behind", "the trainer has outlived its kill")
+            process.close()
+        self._ranks = []
         self._commands.close()
 
-    def _pid(self) -> int:
-        assert self._trainer.pid is not None
-        return self._trainer.pid
+    def _pid(self, rank: int = 0) -> int:
+        """The trainer's process, or that of one of its ranks."""
+        return self._ranks[rank].pid
 
     def _await_push(self, count: int = 1) -> None:
         """Until all workers hold a version that was pushed after the last kill; so often."""
@@ -204,7 +229,7 @@ class Stage:
                 raise Broken(
                     "stuck", f"no push within {HEALED_S:g} s after a kill; the last event: {self._ledger.last}"
                 )
-            if not self._trainer.is_alive():
+            if not all(process.is_alive() for process in self._ranks):
                 self.look()
                 raise Broken("error", "the trainer has died by itself")
             time.sleep(0.001)
@@ -225,11 +250,14 @@ class Stage:
         if self._random.random() < 0.5:
             step = self._random.choice(UPDATE if self._random.random() < 0.9 else [INIT])
             self._workers.trap(step, self._random.random() < 0.5, pid, strike, self._commands)
-            self.counts["kills at a step of the protocol"] += _ended(pid, TRAPPED_S)
+            self.counts["kills at a step of the protocol"] += ended(pid, TRAPPED_S)
         else:
             time.sleep(self._random.uniform(0, 0.03))
         strike()
         over.set()
+        self._note_moment()
+
+    def _note_moment(self) -> None:
         self._ledger.follow()
         self.counts[MOMENTS.get(self._ledger.last["op"], "kills between updates")] += 1
 
@@ -247,7 +275,8 @@ class Stage:
     # --- what must not grow -------------------------------------------------------------------------------------------
 
     def _sample(self) -> None:
-        for pid in [self._pid(), *map(self._workers.pid, range(self.case.workers))]:
+        ours = map(self._pid, range(self.case.ranks))
+        for pid in [*ours, *map(self._workers.pid, range(self.case.workers))]:
             self._remember(pid)
             self._watch(pid, self._descriptors[pid])
 
@@ -261,11 +290,15 @@ class Stage:
             counts[-1] = process.num_fds()
 
     def _remember(self, pid: int) -> None:
-        self._seen.setdefault(pid, psutil.Process(pid))
+        if pid not in self._seen:
+            with suppress(psutil.NoSuchProcess):  # it has killed itself as soon as it was there
+                self._seen[pid] = psutil.Process(pid)
 
     def _check_survivors(self) -> None:
         for pid in map(self._workers.pid, range(self.case.workers)):
-            _settled(lambda pid=pid: _mappings(pid) <= 1, lambda pid=pid: f"{_mappings(pid)} arenas are mapped")
+            _settled(
+                lambda pid=pid: _mappings(pid) <= self.case.ranks, lambda pid=pid: f"{_mappings(pid)} arenas are mapped"
+            )
         self.counts["processes watched"] += sum(len(counts) >= 2 * SAMPLES for counts in self._descriptors.values())
 
 
@@ -277,7 +310,7 @@ def _settled(holds: Callable[[], bool], wrong: Callable[[], str]) -> None:
         time.sleep(0.01)
 
 
-def _ended(pid: int, within_s: float) -> bool:
+def ended(pid: int, within_s: float) -> bool:
     """Whether the process ends within this time."""
     deadline = time.monotonic() + within_s
     while psutil.pid_exists(pid):

@@ -34,6 +34,8 @@ class Ledger:
         self.last: dict[str, Any] = {"op": "", "t": 0.0}
         self.pushed: dict[str, Any] = {"t": 0.0, "trainer": -1}
         self.pushes = 0
+        self._opened = -1  # the trainer that has opened last
+        self.opened_again = 0  # how often one did so that had been replaced
         self.started_over = 0  # how often no worker remembered any trainer
 
     def follow(self) -> None:
@@ -58,6 +60,8 @@ class Ledger:
                 if event["epoch"] <= self._epoch:
                     self._floors.append((event["t"], (0, 0)))
                     self.started_over += 1
+                self.opened_again += event["trainer"] == self._opened
+                self._opened = event["trainer"]
                 self._epoch = event["epoch"]
             case "publish":
                 content.fill(self._weights, event["trainer"], event["push"])
@@ -65,6 +69,7 @@ class Ledger:
                 assert event["digest"] in (None, digest), f"published is other than what was made: {event}"
                 self._published[event["version"], digest] = event["t"], event["epoch"]
             case "pushed":
+                self._epoch = max(self._epoch, event["epoch"])  # it takes another after a failure
                 self._floors.append((event["t"], (event["epoch"], event["version"])))
                 self.pushed = event
                 self.pushes += 1

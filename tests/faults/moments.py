@@ -1,23 +1,31 @@
-"""Moments of an update at which a process stops itself (SIGSTOP) when the harness has asked for it, by a file."""
+"""Moments of an update at which a process stops itself, or a rank kills itself, when the harness asks, by a file."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tests.faults import content
-from transfer.backends import arena, disk, process_group
+from transfer.backends import arena, disk, process_group, shards
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, Staging, Take, TransferConfig
 from transfer.trainer.publication import Publication
+from transfer.trainer.ranks import Leading, Line
 from transfer.trainer.session import Session
 from transfer.trainer.two_phase_commit import TwoPhaseCommit
 from transfer.worker import plain_worker
 from transfer.worker.landing import Landing
 from transfer.worker.receiver import Receiver
 from transfer.worker.update import Updates
+
+OPENING = ["started", "meet", "met", "make", "made", "prepare", "prepared"]
+OPENING_FIRST = ["agree", "agreed"]
+PUSHING = ["fill", "filled", "look", *["half a slot"] * 3, "slot written", "say", "said"]
+PUSHING_FIRST = ["write", "digest", "digested", "wrote", "tell", "heard", "released", "outcome"]
 
 
 def of_worker(config: TransferConfig) -> list[str]:
@@ -38,23 +46,59 @@ def of_trainer(config: TransferConfig) -> list[str]:
     return found + {CollectiveConfig: ["send"]}.get(type(config), [])
 
 
+def of_rank(number: int, opens: bool) -> list[str]:
+    """Those that a rank comes to while its trainer opens the transfer, or while it pushes."""
+    of_any, of_first = (OPENING, OPENING_FIRST) if opens else (PUSHING, PUSHING_FIRST)
+    return of_any + of_first * (number == 0)
+
+
 def wish(folder: Path, who: str) -> Path:
     """The file that holds the moment at which `who` is to stop."""
     return folder / f"stop-{who}"
 
 
+def ask(folder: Path, who: str, moment: str) -> None:
+    """Wish that `who` stops, or dies, at this moment."""
+    file = wish(folder, who)
+    new = file.with_name(f".{file.name}")
+    new.write_text(moment)
+    new.replace(file)
+
+
+def came(folder: Path, who: str, within_s: float) -> bool:
+    """Whether `who` comes to the moment that was asked for in time; else nothing happens there any more."""
+    file = wish(folder, who)
+    if within(within_s, lambda: not file.exists()):
+        return True
+    try:
+        file.unlink()
+    except FileNotFoundError:  # it has come to it just now
+        return True
+    return False
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether it holds within this time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
 class Moments:
     """Those of one process, `who` of the journals in `folder`."""
 
-    def __init__(self, folder: Path, who: str) -> None:
-        self._wish = wish(folder, who)
+    def __init__(self, folder: Path, who: str, signum: int = signal.SIGSTOP) -> None:
+        self._wish, self._signum = wish(folder, who), signum
 
     def reached(self, moment: str) -> None:
-        """Stop here, if that is wished; a wish that was taken back meanwhile is none."""
+        """Stop, or die, here, if that is wished; a wish that was taken back meanwhile is none."""
         try:
             if self._wish.read_text() == moment:
                 self._wish.unlink()
-                os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(os.getpid(), self._signum)
         except FileNotFoundError:
             return
 
@@ -106,3 +150,47 @@ def in_trainer(folder: Path, sender: type) -> None:
     moments.around(arena, "_copy", before="filling a slot")
     moments.around(sender, "call", before="tell", after="heard")
     moments.around(process_group.TrainerGroup, "_start", before="send")
+
+
+def in_rank(folder: Path, number: int, sender: type) -> Moments:
+    """Let this process kill itself at the moments of a rank of a trainer whose messages go by `sender`."""
+    from torch import distributed
+
+    from transfer.trainer import ranks
+
+    moments = Moments(folder, f"rank-{number}", signal.SIGKILL)
+    moments.around(distributed, "init_process_group", before="meet", after="met")
+    moments.around(ranks, "Shards", before="make", after="made")
+    moments.around(shards.Shards, "_prepare", before="prepare", after="prepared")
+    moments.around(content, "fill", before="fill", after="filled")
+    moments.around(shards.Shards, "_write", before="look", after="slot written")
+    moments.around(Line, "_said", before="say", after="said")
+    if number == 0:
+        moments.around(Leading, "_open", before="agree", after="agreed")
+        moments.around(Leading, "_outcome", before="outcome")
+        moments.around(Publication, "write", before="write", after="wrote")
+        moments.around(shards, "_digest", before="digest", after="digested")
+        moments.around(TwoPhaseCommit, "run", after="released")
+        moments.around(sender, "call", before="tell", after="heard")
+    held = shards.Shards._held
+
+    def in_two_halves(self: shards.Shards, weights: Any) -> Any:
+        return Halves(held(self, weights), moments)
+
+    shards.Shards._held = in_two_halves  # type: ignore[method-assign]
+    return moments
+
+
+class Halves(dict[str, Any]):
+    """A dict of which one moment comes to whoever has taken half."""
+
+    def __init__(self, held: Any, moments: Moments) -> None:
+        super().__init__(held)
+        self._moments = moments
+
+    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+        """First one half, then the other."""
+        pairs = iter(super().items())
+        yield from islice(pairs, len(self) // 2)
+        self._moments.reached("half a slot")
+        yield from pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import secrets
 import time
@@ -14,8 +15,12 @@ from typing import Any
 import torch
 
 from transfer.agreement import protocol
+from transfer.agreement.wire import TransferError
 from transfer.backends import arena
+from transfer.backends.shards import Shards
+from transfer.memory.rows import whole_of
 from transfer.trainer import session
+from transfer.trainer.ranks import Line
 from transfer.worker.gate import Gate
 from transfer.worker.standing import Standing
 from transfer.worker.update import Updates
@@ -40,7 +45,7 @@ def label_before_flip() -> None:
         self._standing.state = protocol.reported(torn, protocol.Event.FLIPPED)
         for name, staged in self._staged.items():
             for tensor in self._place._tensors[name]:
-                tensor.data = staged
+                tensor.data = whole_of(staged, tensor.shape, tensor.dtype, tensor.device)
                 time.sleep(0.0005)
 
     Gate.exclusive = nobody_waits
@@ -144,6 +149,36 @@ def trusts_the_trainer() -> None:
     Verification._check_still = lambda self: None
 
 
+def leaves_rows_out() -> None:
+    """A rank beside the first leaves its rows now and then as they are in the slot."""
+    write, turns = Shards._write, itertools.count()
+
+    def careless(self: Shards, *arguments: Any) -> dict[str, Any]:
+        if self._number and next(turns) % 3 == 2:
+            return {"bad": None, "sums": None}
+        return write(self, *arguments)
+
+    Shards._write = careless
+
+
+def outlives_the_others() -> None:
+    """A rank waits for one that is gone."""
+    from rlhf.ranks.watch import Watch
+
+    said = Line._said
+
+    def patient(self: Line, *arguments: Any) -> Any:
+        try:
+            return said(self, *arguments)
+        except TransferError:
+            time.sleep(PATIENCE_S)
+            raise
+
+    Line._said = patient
+    Watch._lost = lambda self, connection: time.sleep(PATIENCE_S)
+
+
+PATIENCE_S = 60.0
 LEAKED = "planted-by-tests-faults-"
 PLANTED: dict[str, Callable[[], None]] = {
     "label-before-flip": label_before_flip,
@@ -156,4 +191,6 @@ PLANTED: dict[str, Callable[[], None]] = {
     "leaks-shared-memory": leaks_shared_memory,
     "forgets-to-withdraw": forgets_to_withdraw,
     "trusts-the-trainer": trusts_the_trainer,
+    "leaves-rows-out": leaves_rows_out,
+    "outlives-the-others": outlives_the_others,
 }

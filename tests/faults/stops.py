@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -75,30 +74,10 @@ class StoppingStage(Stage):
 
     def _stopped_itself(self, who: str, pid: int, moment: str) -> bool:
         """Whether it came to this moment in time; else it will not stop there any more."""
-        wish = moments.wish(self._folder, who)
-        new = wish.with_name(f".{wish.name}")
-        new.write_text(moment)
-        new.replace(wish)
-        process = self._seen[pid]
-        is_stopped = partial(_is, process, psutil.STATUS_STOPPED)
-        if _within(TRAPPED_S, lambda: not wish.exists()):
-            return _within(TRAPPED_S, is_stopped)
-        try:
-            wish.unlink()
-        except FileNotFoundError:  # it has come to it just now
-            return _within(TRAPPED_S, is_stopped)
-        return False
+        is_stopped = partial(_is, self._seen[pid], psutil.STATUS_STOPPED)
+        moments.ask(self._folder, who, moment)
+        return moments.came(self._folder, who, TRAPPED_S) and moments.within(TRAPPED_S, is_stopped)
 
 
 def _is(process: psutil.Process, status: str) -> bool:
     return process.status() == status
-
-
-def _within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Whether it holds within this time."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.0005)
-    return True

@@ -26,6 +26,12 @@ FOUND = {  # what is planted: what of it may be seen first
 LONGEST_S = 1800
 FEW_STOPS = ("10", "--round", "2", "--over", "http", "--case", "copy off")
 FOUND_BY_STOPS = {"trusts-the-trainer": {"torn or mislabelled"}}
+OF_A_VIEW = {"writes-what-is-served", "forgets-to-withdraw"}  # from a trainer of several ranks workers copy
+FOUND_BY_RANKS = {
+    **{planted: seen for planted, seen in FOUND.items() if planted not in OF_A_VIEW},
+    "leaves-rows-out": {"torn or mislabelled"},
+    "outlives-the-others": {"left behind"},
+}
 
 
 def faults(*arguments: str, limit_s: int) -> tuple[int, str]:
@@ -67,6 +73,34 @@ def test_a_planted_fault_is_found_within_a_few_kills(planted):
     assert any(zeros(output).values())
 
 
+@pytest.mark.parametrize("size", [in_ci(("18", "--round", "3")), in_full(("300",), LONGEST_S + 60)])
+def test_kills_of_any_rank_of_a_trainer_and_of_workers_tear_nothing_and_the_other_ranks_end(size):
+    code, output = faults("--ranks", "--kills", *size, limit_s=LONGEST_S)
+    assert code == 0 and output.startswith(f"{size[0]} of {size[0]} kills")
+    assert len(zeros(output)) == 9 and not any(zeros(output).values())
+    for whom in ("the first rank", "another rank", "a worker"):
+        assert re.search(rf"^  kills of {whom} +[1-9]", output, re.MULTILINE), whom
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("planted", FOUND_BY_RANKS)
+def test_a_planted_fault_is_found_within_a_few_kills_of_ranks(planted):
+    kills = "15" if planted == "leaks-shared-memory" else "60"
+    case = ("--case", "off") if planted == "leaves-rows-out" else ()  # else the digest is wrong with the rows
+    code, output = faults("--ranks", "--kills", kills, "--round", "15", "--plant", planted, *case, limit_s=150)
+    assert code == 1
+    assert {name for name, number in zeros(output).items() if number} <= FOUND_BY_RANKS[planted]
+    assert any(zeros(output).values())
+
+
+def test_ranks_are_killed_over_http_alone():
+    for options in (("--stops", "5"), ("--over", "ray")):
+        command = [sys.executable, "-m", "tests.faults", "--ranks", *options]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 2 and "--ranks is for kills, over http" in ended.stderr
+
+
 @pytest.mark.parametrize("size", [in_ci(FEW_STOPS), in_full(("500",), LONGEST_S + 60)])
 def test_stops_tear_nothing(size):
     code, output = faults("--stops", *size, limit_s=LONGEST_S)
@@ -88,4 +122,6 @@ def test_every_fault_that_can_be_planted_is_looked_for():
     command = [sys.executable, "-m", "tests.faults", "--help"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
     choices = re.search(r"--plant \{,(.*?)\}", text, re.DOTALL)
-    assert choices is not None and set(re.sub(r"\s", "", choices[1]).split(",")) == set(FOUND | FOUND_BY_STOPS)
+    assert choices is not None and set(re.sub(r"\s", "", choices[1]).split(",")) == set(
+        FOUND | FOUND_BY_STOPS | FOUND_BY_RANKS
+    )

@@ -7,17 +7,18 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +30,11 @@ from transfer.agreement.wire import RemoteError, TransferError
 from transfer.memory import descriptors
 from transfer.trainer.senders.http import HttpSender
 
+if TYPE_CHECKING:
+    from tests.faults.ranks import Seat, Talk
+
 AGAIN_S = 0.005
+REPLACED = "another trainer has taken over these workers"  # an error of the session's
 UP_S = 5.0  # deadline for a worker that was killed to be there again
 
 
@@ -42,7 +47,7 @@ class Orders:
     number: int  # how many trainers were started before
     seed: int
     workers: tuple[str, ...]  # their URLs, or their actors' names
-    socket: str
+    socket: str  # of this rank
     token: str = ""
     ray: str = ""  # the cluster's address
     planted: str = ""
@@ -52,7 +57,7 @@ class Orders:
 class Publications(Journal):
     """The trainer's journal, which also tells from what the content of a version follows."""
 
-    def __init__(self, path: Path, trainer: int) -> None:
+    def __init__(self, path: Path | None, trainer: int) -> None:
         super().__init__(path)
         self.push = {"trainer": trainer, "push": 0}
 
@@ -90,8 +95,11 @@ class Commands:
             os._exit(1)
 
 
-def train(orders: Orders, harness: Connection) -> None:
-    """The trainer's process; ends when it is killed, or when something goes wrong that must not."""
+def train(orders: Orders, harness: Connection, seat: Seat | None = None) -> None:
+    """The trainer's process, or that of a rank of it with this seat.
+
+    It ends when it is killed, or another rank is, or when something goes wrong that must not.
+    """
     commands = Commands(harness)
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
@@ -101,56 +109,89 @@ def train(orders: Orders, harness: Connection) -> None:
     # workers outlive their trainers here: the next one must listen where they were told to ask
     descriptors.secrets = SimpleNamespace(token_hex=lambda _: orders.socket)  # type: ignore[assignment]
     try:
-        journal = Publications(orders.folder / "journal" / "trainer.jsonl", orders.number)
-        with make_transfer(orders.case.config, orders.folder, orders.case.in_flight, journal) as transfer:
-            Trainer(orders, transfer, journal, senders(orders, commands)).run()
+        if seat is None:
+            push_for_ever(orders, commands)
+        else:
+            train_with_others(orders, commands, seat)
+    except SystemExit:  # of a rank, in order
+        raise
     except BaseException:
         report(orders.folder, "error", traceback.format_exc())
         raise
 
 
+def train_with_others(orders: Orders, commands: Commands, seat: Seat) -> None:
+    """As one rank of several; its exit code is LOST if another one is gone."""
+    from tests.faults.ranks import LOST, Lost, met
+
+    moments.in_rank(orders.folder, seat.number, sender_kind(orders)).reached("started")
+    try:
+        with met(seat, orders.folder) as talk:
+            push_for_ever(orders, commands, talk)
+    except Lost:
+        sys.exit(LOST)
+
+
+def push_for_ever(orders: Orders, commands: Commands, talk: Talk | None = None) -> None:
+    """Make a transfer, whose journal and senders are the first rank's, and push."""
+    first = talk is None or talk.number == 0
+    journal = Publications(orders.folder / "journal" / "trainer.jsonl" if first else None, orders.number)
+    with make_transfer(orders.case.config, orders.folder, orders.case.in_flight, journal, talk) as transfer:
+        Trainer(orders, transfer, journal, senders(orders, commands) if first else [], talk).run()
+
+
 class Trainer:
     """Pushes until it is killed."""
 
-    def __init__(self, orders: Orders, transfer: Transfer, journal: Publications, senders: Sequence[Sender]) -> None:
+    def __init__(
+        self,
+        orders: Orders,
+        transfer: Transfer,
+        journal: Publications,
+        senders: Sequence[Sender],
+        talk: Talk | None = None,
+    ) -> None:
         self._folder, self._number = orders.folder, orders.number
-        self._transfer, self._journal, self._senders = transfer, journal, senders
+        self._transfer, self._journal, self._senders, self._talk = transfer, journal, senders, talk
         self._weights = content.zeros(orders.case.size)
+        self._sent = self._weights if talk is None else talk.shards(self._weights)
         self._random = Random(orders.seed)
+        self._replaced = False  # by what a trainer that is dead had said to a worker which did not take it then
 
     def run(self) -> None:
         """Open the transfer, and push for ever."""
-        while not self._opened():
-            time.sleep(AGAIN_S)
+        self._open()
         for push in itertools.count():
-            while not self._withdrawn():
-                time.sleep(AGAIN_S)
+            while not self._tried(self._transfer.withdraw):
+                pass
             content.fill(self._weights, self._number, push)
             self._journal.push["push"] = push
             self._journal.write("intend")
-            try:
-                version = self._transfer.push(self._weights)
-            except TransferError:
-                time.sleep(AGAIN_S)
+            pushed = self._tried(self._transfer.push, self._sent)
+            if not pushed:
+                if self._replaced:
+                    self._open()
                 continue
             if self._random.random() < 0.3:
                 for sender in self._senders:
-                    self._look(sender, version)
+                    self._look(sender, pushed[0])
             time.sleep(self._random.choice([0.0, 0.001, 0.004]))
 
-    def _opened(self) -> bool:
-        try:
-            self._transfer.open(self._weights, self._senders)
-        except TransferError:
-            return False
-        return True
+    def _open(self) -> None:
+        while not self._tried(self._transfer.open, self._sent, self._senders):
+            pass
 
-    def _withdrawn(self) -> bool:
+    def _tried(self, verb: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What it gives, in a list; nothing if it fails, and may be tried again: the ranks still have each other."""
         try:
-            self._transfer.withdraw()
-        except TransferError:
-            return False
-        return True
+            return [verb(*arguments)]
+        except TransferError as error:
+            if self._talk is not None and self._talk.lost:
+                raise
+            self._replaced = self._talk is not None and REPLACED in str(error)
+            self._journal.write("missed", error=str(error))
+            time.sleep(AGAIN_S)
+            return []
 
     def _look(self, sender: Sender, version: int) -> None:
         """What was acknowledged is what is served, also by a worker that was started again since."""

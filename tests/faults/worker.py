@@ -159,7 +159,9 @@ class HttpWorkers:
 
 
 @contextmanager
-def http_company(planted: str, stops: bool) -> Iterator[Callable[[Stage, Path, Random], HttpWorkers]]:
+def http_company(
+    planted: str, stops: bool, ranks: bool = False
+) -> Iterator[Callable[[Stage, Path, Random], HttpWorkers]]:
     """What makes the workers of a case."""
-    FORKS.set_forkserver_preload(PRELOADED)
+    FORKS.set_forkserver_preload([*PRELOADED, *["torch._dynamo", "tests.faults.ranks"] * ranks])
     yield lambda stage, folder, random: HttpWorkers(stage.specs(secrets.token_hex()), folder, random, planted, stops)

@@ -14,6 +14,7 @@ from forked_ranks import Pool, pool
 from hypothesis import given, settings
 
 from rlhf.learning.gradient_sums import add_rows
+from rlhf.ranks.meeting import _process_group
 from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.shell.ending import RunError, unbroken
 
@@ -129,6 +130,14 @@ def _gathers(ranks: Ranks, late: int = -1, seconds: float = 0.0) -> None:
     ranks.gathered(None)
 
 
+def _meets(ranks: Ranks, late: int, seconds: float) -> None:
+    dist.destroy_process_group()  # that of the pool
+    if ranks.number == late:
+        time.sleep(seconds)
+    with _process_group(ranks, torch.device("cpu")):
+        raise AssertionError("nobody is late")
+
+
 def _fails(ranks: Ranks, number: int) -> None:
     if ranks.number == number:
         raise ZeroDivisionError("a device-side\nassert")
@@ -162,6 +171,7 @@ def killed(ranks: Pool, number: int, work, *arguments) -> tuple[str, float]:
         pytest.param(_computes, (), id="what it computes alone", marks=pytest.mark.slow),
         pytest.param(_adds, (2, 60.0), id="a collective"),
         pytest.param(_gathers, (1, 60.0), id="it listens to a rank"),
+        pytest.param(_meets, (2, 60.0), id="they form their process group"),
     ],
 )
 def test_a_rank_that_is_killed_ends_all_and_the_first_names_it_whatever_it_waits_for(work, arguments):
