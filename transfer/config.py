@@ -211,9 +211,9 @@ def taken(take: Take, ranks: int = 1) -> Take:
 
 def check_takes_shards(config: TransferConfig) -> None:
     """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer."""
-    ours = "weights that are sharded over ranks travel by transfer=ipc with staging=arena and take=copy"
+    ours = "weights that are sharded over ranks travel by transfer=ipc (staging=arena, take=copy) or disk"
     match config:
-        case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy):
+        case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy) | DiskConfig():
             return
         case IpcConfig(staging=Staging.live):
             raise ValueError(f"transfer.staging must be arena (got live): {ours}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import content
-from transfer.backends import arena, disk, process_group, shards
+from transfer.backends import arena, disk, process_group, rank_rows, shards
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, Staging, Take, TransferConfig
 from transfer.trainer.publication import Publication
 from transfer.trainer.ranks import Leading, Line
@@ -172,12 +172,12 @@ def in_rank(folder: Path, number: int, sender: type) -> Moments:
         moments.around(shards, "_digest", before="digest", after="digested")
         moments.around(TwoPhaseCommit, "run", after="released")
         moments.around(sender, "call", before="tell", after="heard")
-    held = shards.Shards._held
+    held = rank_rows.RowsOfRank.held
 
-    def in_two_halves(self: shards.Shards, weights: Any) -> Any:
+    def in_two_halves(self: rank_rows.RowsOfRank, weights: Any) -> Any:
         return Halves(held(self, weights), moments)
 
-    shards.Shards._held = in_two_halves  # type: ignore[method-assign]
+    rank_rows.RowsOfRank.held = in_two_halves  # type: ignore[method-assign]
     return moments
 
 

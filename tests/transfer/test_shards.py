@@ -70,6 +70,57 @@ def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_st
             assert ours.outcomes("recover", of=[1], url=url)[0][0] == "raises"
 
 
+@pytest.mark.parametrize("ranks, tied, dtype", [(2, True, torch.bfloat16), (3, False, torch.float32)])
+def test_shards_arrive_by_files_of_which_each_rank_writes_its_own_rows(ranks, tied, dtype, tmp_path):
+    files = tmp_path / "files"
+    with trainer(ranks, tmp_path, seed=1, tied=tied) as ours:
+        endpoint = ours.call("make", config=DiskConfig(sender=SENDER, path=str(files), keep=1))[0]
+        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, tied, dtype).state_dict())) as worker:
+            ours.call("open", url=worker.url)
+            for version in range(3):
+                pushed = ours.call("push")
+                assert [each[0] for each in pushed] == [version] * ranks and len({each[1:] for each in pushed}) == 1
+                assert worker.serves() == (version, pushed_by_one(1, tied, tmp_path / str(version), version, dtype))
+                ours.call("withdraw")
+                ours.call("train")
+            names = sorted(path.name for path in files.glob("*.*") if not path.name.startswith("."))
+            rows = [f"00000001-00000002-{rank:05d}-of-{ranks:05d}.safetensors" for rank in range(1, ranks + 1)]
+            assert [name for name in names if "-00000002" in name] == [*rows, "00000001-00000002.json"]
+            assert len(names) <= 2 * (ranks + 1), "older versions go with all of their files"
+            assert max(path.stat().st_size for path in files.glob("*.safetensors")) < 1500 + 4 * sum(
+                tensor.numel() for tensor in Decoder(0, tied).state_dict().values()
+            ), "no file has all rows"
+            url = worker.restart()
+            assert ours.outcomes("recover", of=[0], url=url) == [("gives", True)]
+            assert worker.serves()[0] == 2
+            ours.call("spoil", rank=1, name="lm_head.weight")
+            assert "has values that are not finite" in texts(ours.errors("push"))
+            assert worker.serves()[0] == 2 and not list(files.glob("*-00000003*")), "nothing of what failed stays"
+
+
+def test_a_file_of_a_rank_that_is_damaged_or_another_is_refused(tmp_path):
+    from transfer.backends.disk import DiskIntake, rows_name, write_file
+    from transfer.backends.disk_shards import read_rows
+
+    manifest = Manifest.of({"w": torch.zeros(5, 2), "n": torch.zeros(3)})
+    of_ranks = ({"w": torch.ones(3, 2), "n": torch.ones(3)}, {"w": torch.ones(2, 2)})
+    one, two = (write_file(tmp_path, rows_name(1, 4, rank, 2), rows) for rank, rows in enumerate(of_ranks))
+    files = [{"bytes": size, "xxh3_128": found} for size, found in (one, two)]
+    held = read_rows(str(tmp_path), (1, 4), files, manifest, ["n"])
+    assert [sorted(each) for each in held] == [["n", "w"], ["w"]]
+    with pytest.raises(ValueError, match="is damaged"):
+        read_rows(str(tmp_path), (1, 4), [files[0], {**files[1], "xxh3_128": files[0]["xxh3_128"]}], manifest, ["n"])
+    with pytest.raises(ValueError, match="rank 0 holds other rows"):
+        read_rows(str(tmp_path), (1, 4), files, manifest, [])
+    intake = DiskIntake({"folder": str(tmp_path)})
+    intake.prepare(manifest, {"ranks": 2, "whole": ["n"]}, torch.device("cpu"))
+    for where in ({"epoch": 1, "bytes": 3, "xxh3_128": "a"}, {"epoch": 1, "files": files[:1]}):
+        with pytest.raises(ValueError, match=r"where\.files must be 2"):
+            intake.stage(4, where)
+    with pytest.raises(ValueError, match=r"where\.whole names tensors"):
+        intake.prepare(manifest, {"ranks": 2, "whole": ["m"]}, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("verify", [Verify.off, Verify.full])
 def test_a_worker_has_every_rank_s_rows_to_the_bit_and_messages_stay_small(verify, tmp_path):
     config = IpcConfig(sender=SENDER, take=Take.copy, verify=verify)
@@ -163,9 +214,8 @@ def test_ranks_that_hold_other_tensors_are_refused_in_all(tmp_path):
     [
         (VIEW, "transfer.take must be copy (got view)"),
         (IpcConfig(sender=SENDER, staging=Staging.live, take=Take.copy), "transfer.staging must be arena (got live)"),
-        (DiskConfig(sender=SENDER), "transfer must be ipc (got disk)"),
     ],
-    ids=["view", "live", "disk"],
+    ids=["view", "live"],
 )
 def test_shards_are_refused_by_transfers_that_do_not_take_them(config, said, tmp_path):
     with trainer(2, tmp_path, seed=1, tied=True) as ours:
@@ -175,6 +225,7 @@ def test_shards_are_refused_by_transfers_that_do_not_take_them(config, said, tmp
 
 def test_which_transfers_take_shards_is_known_without_a_trainer():
     check_takes_shards(COPY)
+    check_takes_shards(DiskConfig(sender=SENDER))
     refused = {
         "gloo": CollectiveConfig(sender=SENDER),
         "handles": HandlesConfig(sender=HttpSenderConfig(url=["http://127.0.0.1:1"])),
@@ -258,7 +309,7 @@ def test_a_worker_whose_module_is_sharded_is_refused(dtensor, tmp_path):
 
 
 def test_shards_of_other_dimensions_are_refused_with_their_placement(dtensor):
-    from transfer.backends.shards import check_placements
+    from transfer.backends.rank_rows import check_placements
 
     check_placements({"w": dtensor(torch.zeros(4, 2))}, 1, 0)
     with pytest.raises(ValueError, match=r"w must be sharded on dim 0 over the 1 ranks.*Shard\(dim=1\)"):

@@ -7,8 +7,22 @@ have fewer, or none. A tensor that has no dim 0, or is not sharded at all, belon
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from transfer.agreement.manifest import Entry, Manifest
+from transfer.agreement.wire import is_int
+
+MAX_RANKS = 4096
+
+
+def is_ranks(value: Any) -> bool:
+    """Whether a message may say that a trainer has so many."""
+    return is_int(value) and 1 <= value <= MAX_RANKS
+
+
+def is_names(value: Any) -> bool:
+    """Whether this is a list of tensors' names."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def rows_of(rows: int, ranks: int, rank: int) -> tuple[int, int]:

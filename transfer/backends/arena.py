@@ -18,6 +18,7 @@ import torch
 
 from transfer.agreement import wire
 from transfer.agreement.manifest import Manifest, same_tensors
+from transfer.agreement.shards import is_names, is_ranks
 from transfer.agreement.shown import shown
 from transfer.backends.base import Staged
 from transfer.backends.slots import Slots, SlotsOfRanks
@@ -30,7 +31,6 @@ from transfer.memory.mark import MARK_BYTES, Mark
 from transfer.memory.one_pass import Lying, OnePass, addresses, available
 
 MAX_SLOTS = 64
-MAX_RANKS = 4096
 
 
 class ArenaPublisher:
@@ -274,14 +274,6 @@ def _is_socket(value: Any) -> bool:
     return isinstance(value, str) and SOCKET.fullmatch(value) is not None
 
 
-def _is_ranks(value: Any) -> bool:
-    return wire.is_int(value) and 1 <= value <= MAX_RANKS
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
 def _are_regions(value: Any) -> bool:
     keys = {"device": wire.is_str, "handle": wire.is_str}
     return isinstance(value, list) and all(
@@ -292,8 +284,8 @@ def _are_regions(value: Any) -> bool:
 
 WHERE: dict[str, Callable[[Any], bool]] = {
     "slots": _is_slots,
-    "ranks": _is_ranks,
-    "whole": _is_names,
+    "ranks": is_ranks,
+    "whole": is_names,
     "regions": _are_regions,
     "device": wire.is_str,
     "handle": wire.is_str,

@@ -29,12 +29,14 @@ import torch
 
 from transfer.agreement import wire
 from transfer.agreement.manifest import Manifest
+from transfer.agreement.shards import is_names, is_ranks
+from transfer.agreement.shown import shown
 from transfer.backends.folder_lock import FolderLock
 from transfer.config import DiskConfig
 from transfer.memory.digest import digest_of
 
 WEIGHTS = "weights"  # in a run's folder, where transfer.path is not set
-FILES = re.compile(r"(\d{8,}-)?\d{8,}\.(json|safetensors)")  # there were names without an epoch
+FILES = re.compile(r"(\d{8,}-)?\d{8,}(-\d{5,}-of-\d{5,})?\.(json|safetensors)")  # there were names without an epoch
 ABANDONED_S = 3600.0  # the write of a version takes less
 MAX_RECORD_BYTES = 64 * 2**20  # of the JSON file, and of what a safetensors file holds beside its tensors
 
@@ -50,7 +52,7 @@ class DiskPublisher:
     given: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: DiskConfig, folder: Path) -> None:
-        self._folder, self._lock = _held(Path(config.path) if config.path else folder / WEIGHTS)
+        self._folder, self._lock = _held(folder_of(config, folder))
         self._keep = config.keep
         self._manifest: Manifest | None = None
         self._epoch = 0
@@ -75,29 +77,26 @@ class DiskPublisher:
         self, version: int, weights: Mapping[str, torch.Tensor], served: Collection[int], with_digest: bool
     ) -> tuple[dict[str, Any], str | None]:
         """Write one version; the file's names, size and hash, and the digest of the tensors."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         assert self._manifest is not None
-        data = {e.name: _on_host(weights[e.name], e.torch_dtype) for e in self._manifest.entries}
+        data = {e.name: on_host(weights[e.name], e.torch_dtype) for e in self._manifest.entries}
+        size, file_hash = write_file(self._folder, _weights_name(self._epoch, version), data)
+        self._record(version, {"bytes": self._manifest.nbytes, "xxh3_128": file_hash}, served)
+        told = {"epoch": self._epoch, "bytes": size, "xxh3_128": file_hash}
+        return told, digest_of(data.values()) if with_digest else None
+
+    def _record(self, version: int, files: Mapping[str, Any], served: Collection[int]) -> None:
+        """Write what makes the version be one, now that its `files` are there; and remove older ones."""
+        assert self._manifest is not None
+        record = {"epoch": self._epoch, "version": version, **files, "manifest": self._manifest.to_json()}
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=self._folder) as temporary:
-            path = Path(temporary) / "weights"
-            try:
-                save_file(data, path)
-            except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
-                raise OSError(str(error)) from error
-            size, file_hash = path.stat().st_size, _hash(path.read_bytes())
-            self._publish(path, _weights_name(self._epoch, version))
-            record = {"epoch": self._epoch, "version": version, "bytes": self._manifest.nbytes, "xxh3_128": file_hash}
-            path.write_text(json.dumps({**record, "manifest": self._manifest.to_json()}), encoding="utf-8")
-            self._publish(path, _record_name(self._epoch, version))
+            path = Path(temporary) / "record"
+            path.write_text(json.dumps(record), encoding="utf-8")
+            _publish(path, self._folder, _record_name(self._epoch, version))
         if self._written.get(version, self._epoch) != self._epoch:  # nobody was told to finish that one
             self._remove(version)
         self._written.pop(version, None)
         self._written[version] = self._epoch
         self._remove_old({*served, *list(self._written)[-self._keep :]})
-        told = {"epoch": self._epoch, "bytes": size, "xxh3_128": file_hash}
-        return told, digest_of(data.values()) if with_digest else None
 
     def release(self) -> None:
         """Nothing: the files are copies."""
@@ -106,19 +105,17 @@ class DiskPublisher:
         """Give the folder back; the last versions stay, for whoever comes late."""
         self._lock.close()
 
-    def _publish(self, temporary: Path, name: str) -> None:
-        _flush(temporary, os.O_RDONLY)
-        temporary.replace(self._folder / name)
-        _flush(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-
     def _remove_old(self, kept: Collection[int]) -> None:
         for version in [v for v in self._written if v not in kept]:
             self._remove(version)
 
     def _remove(self, version: int) -> None:
-        epoch = self._written.pop(version)
-        (self._folder / _record_name(epoch, version)).unlink(missing_ok=True)
-        (self._folder / _weights_name(epoch, version)).unlink(missing_ok=True)
+        for name in self._names(self._written.pop(version), version):
+            (self._folder / name).unlink(missing_ok=True)
+
+    def _names(self, epoch: int, version: int) -> list[str]:
+        """Of all files that a version may have, the record's first."""
+        return [_record_name(epoch, version), _weights_name(epoch, version)]
 
 
 def remove_versions(folder: Path) -> None:
@@ -140,34 +137,49 @@ class DiskIntake:
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._folder = str(endpoint["folder"])
         self._manifest: Manifest | None = None
+        self._ranks, self._whole = 1, list[str]()  # of the trainer, and what they have alike, where they hold shards
         self._device = torch.device("cpu")
 
     def prepare(self, manifest: Manifest, where: Mapping[str, Any], device: torch.device) -> None:
         """Remember what a version must hold."""
-        wire.only(dict(where), {}, "where")
+        wire.only(dict(where), PREPARED, "where")
+        self._ranks, self._whole = where.get("ranks", 1), list(where.get("whole", ()))
+        if unknown := sorted({*self._whole} - {entry.name for entry in manifest.entries}):
+            raise ValueError(f"where.whole names tensors that are not in the manifest: {shown(unknown)}")
         self._manifest, self._device = manifest, device
 
     def stage(self, version: int, where: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Read and check one version; ValueError if the files are not the ones that the trainer wrote."""
-        from safetensors.torch import load
-
         wire.only(dict(where), WHERE, "where")
         assert self._manifest is not None
-        epoch, size = where.get("epoch", 0), where.get("bytes", 0)
+        epoch, files = where.get("epoch", 0), where.get("files")
+        if (files is None) is (self._ranks > 1) or (files is not None and len(files) != self._ranks):
+            raise ValueError(f"where.files must be {self._ranks} if the trainer has several ranks, else be left out")
         name = _record_name(epoch, version)
         record = wire.loads(_read(self._folder, name, MAX_RECORD_BYTES), MAX_RECORD_BYTES)
         described = record.get("epoch"), record.get("version")
         if described != (epoch, version) or Manifest.from_json(record.get("manifest")) != self._manifest:
             raise ValueError(f"{name} describes other weights than were agreed on")
-        name, most = _weights_name(epoch, version), self._manifest.nbytes + MAX_RECORD_BYTES
-        if size > most:
-            raise ValueError(f"{name} is announced with {size:,} bytes, more than its weights can have ({most:,})")
-        raw = _read(self._folder, name, size)
-        if len(raw) != size or _hash(raw) != where.get("xxh3_128"):
-            raise ValueError(f"{name} is damaged: its hash is not the one that the trainer sent")
-        found = load(raw)
+        if files is not None:
+            return self._joined((epoch, version), files)
+        name, told = _weights_name(epoch, version), (where.get("bytes", 0), where.get("xxh3_128", ""))
+        found = read_file(self._folder, name, self._manifest.nbytes, *told)
         _check(found, self._manifest)
         return {entry.name: found[entry.name].to(self._device) for entry in self._manifest.entries}
+
+    def _joined(self, at: tuple[int, int], files: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """All rows of each tensor, put together here."""
+        from transfer.backends.disk_shards import read_rows
+
+        assert self._manifest is not None
+        held = read_rows(self._folder, at, files, self._manifest, self._whole)
+        joined = {}
+        for entry in self._manifest.entries:
+            parts = [of_rank[entry.name] for of_rank in held if entry.name in of_rank]
+            empty = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else empty
+            joined[entry.name] = whole.to(self._device)
+        return joined
 
     def still(self, version: int) -> bool:
         """Always: what is staged is the worker's own."""
@@ -196,8 +208,55 @@ def _record_name(epoch: int, version: int) -> str:
     return f"{epoch:08d}-{version:08d}.json"
 
 
-def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rows_name(epoch: int, version: int, rank: int, count: int) -> str:
+    """The file with a rank's rows of a version."""
+    return f"{epoch:08d}-{version:08d}-{rank + 1:05d}-of-{count:05d}.safetensors"
+
+
+def folder_of(config: DiskConfig, folder: Path) -> Path:
+    """Where versions are, of a run in this folder."""
+    return Path(config.path) if config.path else folder / WEIGHTS
+
+
+def on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as a file holds it."""
     return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def write_file(folder: Path, name: str, data: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+    """Write a safetensors file whole, or not at all; its bytes and hash. OSError if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
+        path = Path(temporary) / "weights"
+        try:
+            save_file(dict(data), path)
+        except SafetensorError as error:  # a full disk, say: its Rust half raises no OSError
+            raise OSError(str(error)) from error
+        told = path.stat().st_size, _hash(path.read_bytes())
+        _publish(path, folder, name)
+    return told
+
+
+def read_file(folder: str, name: str, nbytes: int, size: int, file_hash: str) -> dict[str, torch.Tensor]:
+    """The tensors, of `nbytes`, in a file that was announced with this size and hash; ValueError if it is another."""
+    from safetensors.torch import load
+
+    most = nbytes + MAX_RECORD_BYTES
+    if size > most:
+        raise ValueError(f"{name} is announced with {size:,} bytes, more than its weights can have ({most:,})")
+    raw = _read(folder, name, size)
+    if len(raw) != size or _hash(raw) != file_hash:
+        raise ValueError(f"{name} is damaged: its hash is not the one that the trainer sent")
+    found: dict[str, torch.Tensor] = load(raw)
+    return found
+
+
+def _publish(temporary: Path, folder: Path, name: str) -> None:
+    _flush(temporary, os.O_RDONLY)
+    temporary.replace(folder / name)
+    _flush(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _hash(raw: bytes) -> str:
@@ -243,8 +302,20 @@ def _check(found: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
         raise ValueError("the file holds other tensors than its manifest says")
 
 
+def _are_files(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and each.keys() == {"bytes", "xxh3_128"}
+        and wire.is_int(each["bytes"])
+        and wire.is_str(each["xxh3_128"])
+        for each in value
+    )
+
+
+PREPARED: dict[str, Callable[[Any], bool]] = {"ranks": is_ranks, "whole": is_names}
 WHERE: dict[str, Callable[[Any], bool]] = {  # of an update
     "epoch": wire.is_int,
     "bytes": wire.is_int,
     "xxh3_128": wire.is_str,
+    "files": _are_files,
 }

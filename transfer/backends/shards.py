@@ -12,16 +12,16 @@ rows from each straight into its parameters (slots.py, memory/rows.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from transfer.agreement.dtensor import any_dtensor, is_dtensor, local_part
+from transfer.agreement.dtensor import any_dtensor, local_part
 from transfer.agreement.manifest import Manifest
-from transfer.agreement.shards import local
 from transfer.backends.arena import ArenaPublisher
 from transfer.backends.base import Weights
+from transfer.backends.rank_rows import RowsOfRank, Together, not_sharded
 from transfer.backends.slots import Slots, SlotsOfRanks, begin_of
 from transfer.config import IpcConfig
 from transfer.memory.digest import Hasher
@@ -30,37 +30,13 @@ from transfer.memory.one_pass import OnePass, available
 from transfer.memory.rows import parts_of
 from transfer.memory.sums import added, sums_of
 
-Together = Callable[[Mapping[str, Any], Weights], list[Any]]  # a step, by all ranks at once: what each says
-
-
-def is_shard(tensor: Any) -> bool:
-    """Whether other ranks hold other rows of this tensor: a DTensor, and not the same in all ranks."""
-    return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
-
-
-def check_placements(weights: Weights, ranks: int, rank: int) -> None:
-    """ValueError, with a name, unless each DTensor is sharded on dim 0 over all ranks in their order, or not at all."""
-    for name, tensor in weights.items():
-        if not is_shard(tensor):
-            continue
-        mesh, placements = cast("Any", tensor).device_mesh, cast("Any", tensor).placements
-        over_all = mesh.ndim == 1 and mesh.size() == ranks and mesh.get_local_rank() == rank
-        if not (over_all and placements[0].is_shard(0)):
-            raise ValueError(
-                f"{name} must be sharded on dim 0 over the {ranks} ranks, in their order (it is {placements} over a "
-                f"mesh of {list(mesh.shape)}, here {mesh.get_coordinate()})"
-            )
-
 
 class Shards:
     """What rank `number` of `count` holds of every tensor, and its slots for it, in memory that workers map."""
 
     def __init__(self, number: int, count: int) -> None:
-        self._number = number
-        self._count = count
-        self._manifest = Manifest((), 0)  # of what this rank holds
+        self._rows = RowsOfRank(number, count)
         self._begin = 0  # of its slot among those of all ranks
-        self._whole: set[str] = set()
         self._passes: dict[int, OnePass] = {}  # by slot
         self.slots = Slots()
 
@@ -82,24 +58,19 @@ class Shards:
 
     def _prepare(self, manifest: Manifest, slots: int, whole: Collection[str], weights: Weights) -> dict[str, Any]:
         self._passes = {}
-        self._manifest = local(manifest, self._count, self._number, whole)
-        self._begin = begin_of(manifest, self._count, self._number, whole)
-        self._whole = set(whole)
-        if weights.keys() != manifest.by_name.keys():
-            other = sorted(weights.keys() ^ manifest.by_name.keys())
-            raise ValueError(f"it has other weights than the first rank: {', '.join(other[:10])}")
-        self._held(weights)
-        return self.slots.allocate(self._manifest, {name: local_part(each) for name, each in weights.items()}, slots)
+        self._rows.prepare(manifest, whole, weights)
+        self._begin = begin_of(manifest, self._rows.count, self._rows.number, whole)
+        return self.slots.allocate(self._rows.layout, {name: local_part(each) for name, each in weights.items()}, slots)
 
     @torch.no_grad()
     def _write(self, slot: int, weights: Weights, with_digest: bool) -> dict[str, Any]:
         """The first tensor whose rows here are not all finite, `bad`, and of rows on a GPU the `sums`, if wanted."""
-        held = self._held(weights)
+        held = self._rows.held(weights)
         if available(self.slots.device):
             sums, finite = self._pass(slot, held).run(with_digest)
-            bad = None if finite else not_finite(held, self._manifest) or next(iter(held))
+            bad = None if finite else not_finite(held, self._rows.layout) or next(iter(held))
             return {"bad": bad, "sums": sums}
-        bad = not_finite(held, self._manifest)
+        bad = not_finite(held, self._rows.layout)
         views = {name: self.slots.views[slot][name] for name in held}
         if bad is None:
             for name, tensor in held.items():
@@ -119,22 +90,7 @@ class Shards:
         return self._passes[slot]
 
     def _places(self, names: Iterable[str]) -> list[int]:
-        return [self._begin + self._manifest.by_name[name].offset for name in names]
-
-    @torch.no_grad()
-    def _held(self, weights: Weights) -> dict[str, torch.Tensor]:
-        """This rank's rows, by entry, if it has any; ValueError if they are not those that the manifest gives to it."""
-        held = {}
-        for entry in self._manifest.entries:
-            if entry.name in self._whole and self._number:
-                continue
-            tensor = weights[entry.name]
-            mine = local_part(tensor)
-            if mine.shape != entry.shape or is_shard(tensor) is (entry.name in self._whole):
-                raise ValueError(f"it holds {list(mine.shape)} of {entry.name}, not {list(entry.shape)}")
-            if mine.numel():
-                held[entry.name] = mine
-        return held
+        return [self._begin + self._rows.layout.by_name[name].offset for name in names]
 
 
 class ShardPublisher(ArenaPublisher):
@@ -156,7 +112,7 @@ class ShardPublisher(ArenaPublisher):
         self._drop()
         if not any_dtensor(weights.values()):
             return super().prepare(manifest, weights)
-        whole = [entry.name for entry in manifest.entries if not is_shard(weights[entry.name])]
+        whole = not_sharded(manifest, weights)
         self._versions, self.finds_nonfinite = [None] * self._count, True
         step = {"do": "prepare", "manifest": manifest.to_json(), "slots": self._count, "whole": whole}
         on_gpus = [each for each in self._together(step, weights) if "handle" in each]

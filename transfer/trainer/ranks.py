@@ -11,24 +11,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from transfer.agreement.dtensor import any_dtensor
 from transfer.agreement.journal import Journal
 from transfer.agreement.wire import TransferError
 from transfer.backends.base import Publisher, Weights
+from transfer.backends.disk_shards import DiskShardPublisher, DiskShards
 from transfer.backends.make import make_publisher
-from transfer.backends.shards import ShardPublisher, Shards, check_placements
-from transfer.config import InFlight, IpcConfig, Staging, TransferConfig, check_takes_shards, taken
+from transfer.backends.rank_rows import check_placements
+from transfer.backends.shards import ShardPublisher, Shards
+from transfer.config import DiskConfig, InFlight, IpcConfig, Staging, TransferConfig, check_takes_shards, taken
 from transfer.trainer.interfaces import Ranks, Sender, Transfer
 from transfer.trainer.push_stats import PushStats
 from transfer.trainer.session import Session
 
 SHARDS, WHOLE = "shards", "whole tensors"
+OfRank = Shards | DiskShards
 
 
 def make_of_ranks(
@@ -36,23 +39,17 @@ def make_of_ranks(
 ) -> Transfer:
     """This rank's transfer; all ranks make theirs at once. What one cannot make, none has: TransferError."""
     line = Line(ranks)
-    made: list[Shards] = []
+    made: list[OfRank] = []
     if isinstance(config, IpcConfig):
         config = replace(config, take=taken(config.take, ranks.count))
 
     def socket() -> str | None:
-        if not (isinstance(config, IpcConfig) and config.staging is Staging.arena):
-            return None  # sharded weights will be refused
-        made.append(Shards(ranks.number, ranks.count))
-        return made[0].socket
+        made.extend(_of_rank(config, folder, ranks))
+        return made[0].socket if made else None
 
     def leading() -> Leading:
         sockets = line.by_all(socket)
-        publisher: Publisher
-        if made and isinstance(config, IpcConfig):
-            publisher = ShardPublisher(config, made[0], sockets, line.taking_along(made[0].carry_out))
-        else:
-            publisher = make_publisher(config, folder)
+        publisher = _publisher(config, folder, made, sockets, line)
         return Leading(Session(publisher, config, in_flight, journal), config, line)
 
     try:
@@ -64,6 +61,28 @@ def make_of_ranks(
         for shards in made:
             shards.close()
         raise
+
+
+def _of_rank(config: TransferConfig, folder: Path, ranks: Ranks) -> Iterator[OfRank]:
+    """This rank's part in sending shards; none where they will be refused."""
+    match config:
+        case IpcConfig(staging=Staging.arena):
+            yield Shards(ranks.number, ranks.count)
+        case DiskConfig():
+            yield DiskShards(config, folder, ranks.number, ranks.count)
+
+
+def _publisher(
+    config: TransferConfig, folder: Path, made: Sequence[OfRank], sockets: Sequence[str], line: Line
+) -> Publisher:
+    """The first rank's sending half."""
+    for of_rank in made:
+        together = line.taking_along(of_rank.carry_out)
+        if isinstance(config, DiskConfig):
+            return DiskShardPublisher(config, folder, line.count, together)
+        if isinstance(config, IpcConfig):
+            return ShardPublisher(config, cast("Shards", of_rank), sockets, together)
+    return make_publisher(config, folder)
 
 
 class Line:
@@ -226,7 +245,7 @@ class Leading(_OfRank):
 class Following(_OfRank):
     """Another rank's transfer: its part in what the first does, with `shards` of its own, and what came of it."""
 
-    def __init__(self, line: Line, shards: Shards | None, endpoint: Mapping[str, Any]) -> None:
+    def __init__(self, line: Line, shards: OfRank | None, endpoint: Mapping[str, Any]) -> None:
         self.endpoint = endpoint
         self.last = PushStats()  # what the first rank's last push took
         self.epoch = 0  # of the first rank, when it said something last

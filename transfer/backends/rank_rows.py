@@ -1,0 +1,71 @@
+"""What one rank of a trainer with sharded weights holds of each tensor, as every backend sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
+
+import torch
+
+from transfer.agreement.dtensor import is_dtensor, local_part
+from transfer.agreement.manifest import Manifest
+from transfer.agreement.shards import local
+from transfer.backends.base import Weights
+
+Together = Callable[[Mapping[str, Any], Weights], list[Any]]  # a step, by all ranks at once: what each says
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether other ranks hold other rows of this tensor: a DTensor, and not the same in all ranks."""
+    return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def check_placements(weights: Weights, ranks: int, rank: int) -> None:
+    """ValueError, with a name, unless each DTensor is sharded on dim 0 over all ranks in their order, or not at all."""
+    for name, tensor in weights.items():
+        if not is_shard(tensor):
+            continue
+        mesh, placements = cast("Any", tensor).device_mesh, cast("Any", tensor).placements
+        over_all = mesh.ndim == 1 and mesh.size() == ranks and mesh.get_local_rank() == rank
+        if not (over_all and placements[0].is_shard(0)):
+            raise ValueError(
+                f"{name} must be sharded on dim 0 over the {ranks} ranks, in their order (it is {placements} over a "
+                f"mesh of {list(mesh.shape)}, here {mesh.get_coordinate()})"
+            )
+
+
+class RowsOfRank:
+    """The rows of rank `number` of `count`, of weights that `prepare` was told of; `layout` is what it holds."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self.number, self.count = number, count
+        self.layout = Manifest((), 0)
+        self.whole: set[str] = set()  # the names of tensors that are not sharded
+
+    def prepare(self, manifest: Manifest, whole: Collection[str], weights: Weights) -> None:
+        """From now on of these weights; ValueError if this rank holds others."""
+        self.layout, self.whole = local(manifest, self.count, self.number, whole), set(whole)
+        if weights.keys() != manifest.by_name.keys():
+            other = sorted(weights.keys() ^ manifest.by_name.keys())
+            raise ValueError(f"it has other weights than the first rank: {', '.join(other[:10])}")
+        self.held(weights)
+
+    @torch.no_grad()
+    def held(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """This rank's rows, by entry, if it has any; ValueError if they are not those that the manifest gives to it."""
+        held = {}
+        for entry in self.layout.entries:
+            if entry.name in self.whole and self.number:
+                continue
+            tensor = weights[entry.name]
+            mine = local_part(tensor)
+            if mine.shape != entry.shape or is_shard(tensor) is (entry.name in self.whole):
+                raise ValueError(f"it holds {list(mine.shape)} of {entry.name}, not {list(entry.shape)}")
+            if mine.numel():
+                held[entry.name] = mine
+        return held
+
+
+def not_sharded(manifest: Manifest, weights: Weights) -> list[str]:
+    """The names of entries that every rank has alike, and the first sends."""
+    return [entry.name for entry in manifest.entries if not is_shard(weights[entry.name])]
