@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_command import main_here
 from safetensors.torch import save_file
 from sizes import in_ci, in_full
 
 from transfer.bench import gpu, gpu_bars, gpu_measure, gpu_peers, measure, packing, peers, table
-from transfer.bench.cli import main
 from transfer.bench.gpu import SPARE_BYTES, Gpus
 from transfer.bench.lab import Unavailable
 from transfer.bench.relay import Relay
@@ -124,15 +124,6 @@ def bench(folder, *arguments):
     folder.mkdir(exist_ok=True)
     with Run(folder, "--shapes", shapes_file(folder), *arguments) as run:
         return run.ended()
-
-
-def main_here(*arguments):
-    """The command line in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        main(arguments)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

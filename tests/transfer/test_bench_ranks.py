@@ -2,28 +2,18 @@
 
 import json
 import os
-import signal
 
 import pytest
 import torch
+from bench_command import main_here
 from shared_memory import left_in_shared_memory
 
 from transfer.agreement.manifest import Manifest
 from transfer.bench import ranks_table
-from transfer.bench.cli import main
 from transfer.bench.ranks import Case, Measured, Setting, Timed
 from transfer.bench.shapes import Model
 from transfer.bench.tensor_parallel import Part, part_of
 from transfer.config import Verify
-
-
-def main_here(*arguments):
-    """The command line in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        main(arguments)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
