@@ -1,6 +1,7 @@
 """The engine inside vLLM, with a model that loads as vLLM's do; tests/rollout/test_vllm.py has the real one."""
 
 import dataclasses
+import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,6 +25,7 @@ from transfer.vllm.described import Described
 from transfer.vllm.engine import RlhfIpcEngine
 from transfer.vllm.rank import RankWeights
 from transfer.vllm.recorder import Unsupported, record
+from transfer.vllm.reload import OwnWay as LayerwiseWay
 from transfer.vllm.remote import Ranks, RemoteIntake, RemoteLanding
 from transfer.vllm.replay import Replay
 from transfer.worker.receiver import Receiver
@@ -199,13 +201,19 @@ def test_a_tensor_made_from_weights_beside_the_parameters_keeps_the_own_way(tmp_
         (lambda m: m.norm.data.copy_(m.staged["norm.weight"].mul_(2)), "changes a weight that it is given"),
         (lambda m: m.norm.data[:4].copy_(m.staged["norm.weight"][:4]), "does not write all of norm"),
         (lambda m: setattr(m.norm, "data", m.staged["norm.weight"]), "gives norm other memory"),
+        (lambda m: setattr(m, "norm", torch.nn.Parameter(m.staged["norm.weight"].clone())), "makes norm anew"),
+        (lambda m: m.register_parameter("bias", torch.nn.Parameter(m.staged["norm.weight"] * 1)), "makes bias anew"),
+        (lambda m: m.register_buffer("scale", m.staged["norm.weight"]), "makes scale anew"),
+        (lambda m: setattr(m, "scale", m.staged["norm.weight"]), "makes scale anew"),
         (lambda m: [m.norm.data[s].copy_(m.staged["norm.weight"][s]) for s in (slice(0, 5), slice(4, 8))], "twice"),
     ],
 )
 def test_a_loader_that_does_more_than_copy_is_refused_with_the_reason(change, why):
     staged = checkpoint(0)
     model = FusedModel()
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.register_parameter("bias", None)
+    held = dict(model.named_parameters())
+    before = {name: parameter.clone() for name, parameter in held.items()}
     others = [(name, tensor) for name, tensor in staged.items() if name != "norm.weight"]
 
     def load():
@@ -215,9 +223,41 @@ def test_a_loader_that_does_more_than_copy_is_refused_with_the_reason(change, wh
 
     with pytest.raises(Unsupported, match=why):
         record(model, load, staged.values())
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()), (
-        "nothing is written"
-    )
+    assert all(torch.equal(parameter, before[name]) for name, parameter in held.items()), "nothing is written"
+    assert dict(model.named_parameters()) == held and not hasattr(model, "scale"), "nor made anew"
+    assert model.bias is None
+
+
+def test_a_parameter_that_vllms_loader_adds_is_still_there_after_its_reloading(monkeypatch):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+            self.register_parameter("bias", None)
+
+        def load_weights(self, pairs):
+            given = dict(pairs)
+            self.bias = torch.nn.Parameter(given["bias"].clone(), requires_grad=False)
+            self.weight.data.copy_(given["weight"])
+
+    class Layerwise:  # as vLLM 0.32's: every parameter is deleted, and those that were there before are put back
+        def initialize_layerwise_reload(self, model):
+            self.held = {name: parameter for name, parameter in model._parameters.items() if parameter is not None}
+
+        def finalize_layerwise_reload(self, model, _):
+            for name, loaded in [*model.named_parameters()]:
+                delattr(model, name)
+                if name in self.held:
+                    model.register_parameter(name, self.held[name])
+                    self.held[name].data.copy_(loaded)
+
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.model_loader.reload", Layerwise())
+    model = Head()
+    held = model.weight
+    for value in (1.0, 2.0):
+        pairs = {"weight": torch.full((2,), value), "bias": torch.full((2,), value)}
+        LayerwiseWay(model, torch.device("cpu")).reload(pairs.items())
+        assert model.weight is held and model.weight.tolist() == model.bias.tolist() == [value] * 2
 
 
 def test_recording_writes_nothing_and_finds_every_copy():

@@ -36,6 +36,7 @@ def record(model: torch.nn.Module, load: Callable[[], Any], staged: Iterable[tor
     """What `load` would do with the staged tensors; nothing is written. Unsupported if that is more than copies."""
     recorder = _Recorder(model, staged)
     held = [(name, parameter, parameter.data) for name, parameter in model.named_parameters()]
+    own = [(path, holder, dict(holder)) for path, module in model.named_modules() for holder in _holders(module)]
     try:
         with torch.no_grad(), recorder:
             load()
@@ -43,10 +44,32 @@ def record(model: torch.nn.Module, load: Callable[[], Any], staged: Iterable[tor
         swapped = [name for name, parameter, data in held if parameter.data_ptr() != data.data_ptr()]
         for _, parameter, data in held:
             parameter.data = data
+        anew = [f"{path}.{name}".lstrip(".") for path, holder, before in own for name in _put_back(holder, before)]
     if swapped:
         raise Unsupported(f"its loader gives {swapped[0]} other memory")
+    if anew:
+        raise Unsupported(f"its loader makes {anew[0]} anew")
     _check_coverage(model, recorder.found)
     return recorder.found
+
+
+def _holders(module: torch.nn.Module) -> tuple[dict[str, Any], ...]:
+    """What a module's tensors are found in: its parameters, its buffers, its other attributes."""
+    return module._parameters, module._buffers, vars(module)
+
+
+def _put_back(holder: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """The names whose tensors are not those of `before`; `holder` has these again from now on."""
+    changed = [
+        name
+        for name in {**before, **holder}
+        if holder.get(name) is not before.get(name) and (_is_tensor(holder.get(name)) or _is_tensor(before.get(name)))
+    ]
+    for name in changed:
+        holder.pop(name, None)
+        if name in before:
+            holder[name] = before[name]
+    return changed
 
 
 class _Recorder(TorchDispatchMode):
