@@ -15,6 +15,7 @@ from rlhf.config import AdamWConfig, OptimConfig
 from rlhf.plugins.registry import made
 from transfer.agreement.dtensor import local_part
 
+REGISTER = 64  # elements: any CPU's vector register holds as many, or a fraction
 EPS = 1e-6  # added to a norm that is divided by, as torch does
 Named = list[tuple[str, Tensor]]  # parameters by the names that a checkpoint calls their state by
 
@@ -30,9 +31,25 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> to
 
 
 def adamw(config: AdamWConfig, named: Named, lr: float) -> torch.optim.Optimizer:
-    """Decoupled weight decay."""
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(named, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    """Decoupled weight decay; what a step makes of a row does not depend on the rows beside it, which a rank may lack.
+
+    On a CPU torch's fused kernel rounds the last elements of a tensor in another way than those before, if they fill no
+    register: so it is left out where rows do not fill registers.
+    """
+    fused: list[tuple[str, Any]] = [(name, tensor) for name, tensor in named if _fills_registers(tensor)]
+    others = [(name, tensor) for name, tensor in named if not _fills_registers(tensor)]
+    groups: list[dict[str, Any]] = [{"params": fused, "fused": True}, {"params": others, "foreach": True}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _fills_registers(tensor: Tensor) -> bool:
+    return tensor.is_cuda or (tensor.dim() > 1 and math.prod(tensor.shape[1:]) % REGISTER == 0)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import AdamWConfig
-from rlhf.learning.optimizer import clip_gradients, make_optimizer
+from rlhf.learning.optimizer import adamw, clip_gradients, make_optimizer
 
 
 def model_of(dtype: torch.dtype) -> torch.nn.Module:
@@ -127,3 +127,22 @@ def test_the_squares_of_other_ranks_count_in_the_norm():
     parameter.grad = torch.tensor([3.0, 0.0])
     assert clip_gradients(torch.optim.SGD([parameter], lr=1.0), 1.0, lambda squares: squares + 16.0) == 5.0
     assert parameter.grad[0] == pytest.approx(0.6, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(37,), (37, 3), (37, 100), (37, 64)])
+def test_what_a_step_makes_of_a_row_does_not_depend_on_the_rows_beside_it(shape):
+    def stepped(parts: list[int]) -> torch.Tensor:
+        """20 steps of a tensor whose rows are in so many parts."""
+        draw = torch.Generator().manual_seed(0)
+        names = [f"part {number}" for number in range(len(parts))]
+        held = [part.clone().requires_grad_() for part in torch.randn(shape, generator=draw).split(parts)]
+        optimizer = adamw(AdamWConfig(), list(zip(names, held, strict=True)), lr=1e-2)
+        for step in range(20):
+            gradients = torch.randn(shape, generator=draw) * 10.0 ** -(step % 4)
+            for part, gradient in zip(held, gradients.split(parts), strict=True):
+                part.grad = gradient.clone()
+            optimizer.step()
+        return torch.cat([part.detach() for part in held])
+
+    for parts in ([13, 13, 11], [19, 18], [36, 1], [5, 32], [1] * 37):
+        assert torch.equal(stepped(parts), stepped([37])), parts
