@@ -79,6 +79,20 @@ def test_a_worker_that_cannot_start_is_named_with_the_end_of_its_log(tmp_path):
         process.port(time.monotonic() + 60)
 
 
+def test_a_worker_that_is_dead_before_it_is_told_anything_is_named_with_the_end_of_its_log(tmp_path, monkeypatch):
+    class AwaitedDead(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.wait(60)
+
+    monkeypatch.setattr("transfer.worker.process.subprocess.Popen", AwaitedDead)
+    with (
+        WorkerProcess("worker 3", "no.such.module", "{}", tmp_path / "log") as process,
+        pytest.raises(RuntimeError, match=r"worker 3 died while it started(?s:.*)No module named"),
+    ):
+        process.port(time.monotonic() + 60)
+
+
 def test_a_worker_that_is_too_slow_to_start_is_named_with_the_key_to_change(tmp_path):
     with (
         process_of(WorkerSpec(**QWEN), tmp_path) as process,

@@ -108,9 +108,12 @@ class WorkerProcess:
             start_new_session=True,  # Ctrl-C in the terminal is for the trainer
         )
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # dead already: port() will say so
+        try:
             process.stdin.write(self._spec.encode() + b"\n")
             process.stdin.flush()
+        except BrokenPipeError:  # dead already: port() will say so
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # else whoever closes it would find that the rest cannot be written
         return process
 
     def tail(self) -> str:
