@@ -77,7 +77,9 @@ def pool(count: int, timeout_s: float = TIMEOUT_S) -> Iterator[Pool]:
     for _, theirs in pairs:
         theirs.close()
     try:
-        yield Pool(ours, processes)
+        made = Pool(ours, processes)
+        made.call(_nothing)
+        yield made
     finally:
         for pipe in ours:
             pipe.close()
@@ -85,6 +87,10 @@ def pool(count: int, timeout_s: float = TIMEOUT_S) -> Iterator[Pool]:
             process.join(5)
             process.kill()
             process.join()
+
+
+def _nothing(ranks: Joined) -> None:
+    """Until here all are there, and have their process group."""
 
 
 def _serve(place: Place, meeting: Meeting, pipe: Any, others: list[Any], timeout_s: float) -> None:

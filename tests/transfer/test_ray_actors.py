@@ -28,7 +28,7 @@ def ray():
     ray = pytest.importorskip("ray")
     folders = [str(Path(__file__).parent), str(Path(package.__file__).parent.parent)]
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield ray
     ray.shutdown()
 
