@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -24,14 +24,15 @@ from rlhf.assembly.matter import Matter, gathered, tried
 from rlhf.assembly.parts import built
 from rlhf.assembly.site import Site, meet, opened
 from rlhf.assembly.trainer import train_policy
-from rlhf.config import ConsoleLoggerConfig, LoraConfig, ModelRewardConfig, RunConfig
+from rlhf.config import ConsoleLoggerConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
-from rlhf.models.adapter import add_adapter, sent_weights
+from rlhf.config.trainer import ShardedConfig
 from rlhf.models.saving import saved_dtype
 from rlhf.monitor.loggers import is_service
 from rlhf.preflight.before_torch import Seen
-from rlhf.preflight.memory_estimate import Count, Parts, Sizes, disk, trainer, worker
+from rlhf.preflight.memory_estimate import Parts, disk, human, shards, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
+from rlhf.preflight.policy_sizes import sizes_of
 from rlhf.ranks.place import Place, place_of
 from rlhf.reports.run_folder import is_run
 from rlhf.reports.summary import PHASES, Rows
@@ -39,12 +40,10 @@ from rlhf.rewards.model import ModelReward
 from rlhf.shell.ending import RunError, check_free, explained
 from rlhf.shell.screen import plain_console
 from rlhf.types import Pair, Task
-from transfer.agreement.manifest import Manifest
 from transfer.config import DiskConfig
-from transfer.memory.regions import slot_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 BESIDE = ".rlhf-check-"  # begins the name of the folder in which the step is made
 STALE_S = 3600.0  # older ones are removed, if their checks are gone
@@ -112,37 +111,6 @@ def stand_ins(task: Task, config: RunConfig) -> list[Pair]:
     return [Pair(prompt, good.get(prompt.text, prompt.text[:1]), "") for prompt in prompts]
 
 
-def sizes_of(policy: PreTrainedModel, lora: LoraConfig, dtype: torch.dtype, rewards: Sequence[ModelReward]) -> Sizes:
-    """The policy's sizes as they will be with an adapter, and those of reward models; updates travel in `dtype`."""
-    learning = _shell(policy, lora) if lora.rank else policy
-    sent = {n: t.to(dtype) if lora.rank else t for n, t in sent_weights(learning).items()}
-    manifest = Manifest.planned(sent) if lora.rank else Manifest.of(sent, dtype)
-    return Sizes(
-        policy=count(learning.parameters()),
-        learning=count(p for p in learning.parameters() if p.requires_grad),
-        backbone=count(policy.base_model.parameters()),
-        hidden=policy.config.get_text_config().hidden_size,
-        slot=slot_bytes(manifest),
-        loaded_rewards=sum(count(reward.model.parameters()).nbytes for reward in rewards),
-    )
-
-
-def count(parameters: Iterator[torch.Tensor]) -> Count:
-    """Elements and tensors; modules name tied ones once."""
-    held = list(parameters)
-    return Count(sum(p.numel() for p in held), len(held), held[0].element_size())
-
-
-def _shell(policy: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
-    """The policy with its adapter, without memory."""
-    with torch.device("meta"):
-        shell: Any = type(policy)(policy.config)
-        shell.to(policy.dtype)
-        shell.tie_weights()
-        add_adapter(shell, lora.rank, lora.alpha, lora.target)
-    return shell
-
-
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +152,7 @@ def _tell(site: Site, matter: Matter, folder: Path, told: str) -> None:
     sizes = replace(sizes_of(matter.policy, config.model.lora, dtype, rewards), saved=left.itemsize)
     places = {
         _of_trainer(str(matter.policy.device), ranks): trainer(config, sizes, ranks),
+        **({"the same rank, on the host": shards(config, sizes, ranks)} if _offloads(config, ranks) else {}),
         f"each of {config.rollout.workers} worker(s)": worker(config, sizes),
         "disk": disk(config, sizes),
     }
@@ -200,6 +169,10 @@ def _tell(site: Site, matter: Matter, folder: Path, told: str) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _offloads(config: RunConfig, ranks: int) -> bool:
+    return ranks > 1 and isinstance(config.trainer, ShardedConfig) and config.trainer.offload
 
 
 def _of_trainer(device: str, ranks: int) -> str:
@@ -242,15 +215,6 @@ def _table(console: Console, title: str, lines: Sequence[tuple[str, str]]) -> No
     for line in lines:
         table.add_row(*line)
     console.print(table)
-
-
-def human(nbytes: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
 
 
 def _there(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import torch
 from forked import LIGHT
 from safetensors import safe_open
 
-from rlhf.check import BESIDE, check_run, count, human, one_step, sizes_of
+from rlhf.check import BESIDE, check_run, human, one_step
 from rlhf.checkpoint.state import optimizer_tensors
 from rlhf.config import LoraConfig
 from rlhf.learning.optimizer import make_optimizer
@@ -21,6 +21,7 @@ from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.memory_estimate import Count, checkpoint, gradients, optimizer_state, slots, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
+from rlhf.preflight.policy_sizes import count, sizes_of
 from rlhf.run import run
 from rlhf.shell.ending import RunError, alone
 from rlhf.tasks import make_task, read_task

@@ -12,11 +12,12 @@ from rlhf.assembly.site import Site
 from rlhf.config import ModelRewardConfig
 from rlhf.config.algo import AlgoConfig
 from rlhf.config.trainer import ShardedConfig
+from rlhf.learning.by_layer import ByLayer
 from rlhf.learning.pass_choice import choose_passes
 from rlhf.learning.spread import Sharded, Whole
 from rlhf.models.adapter import has_adapter
 from rlhf.models.value import Head, value_model
-from transfer.agreement.dtensor import is_dtensor, local_part
+from transfer.agreement.dtensor import full, is_dtensor, local_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,8 @@ def lay_out(site: Site, matter: Matter) -> None:
     policy, algo = matter.policy, site.config.algo
     matter.passes = choose_passes(policy, site.config.model, site.bars.say, matter.padded)
     matter.spread = _spread(site, policy)
+    if matter.spread.lockstep:
+        matter.passes = matter.passes.in_lockstep()
     if isinstance(algo, AlgoConfig):
         matter.reference = _reference(policy) if algo.kl_coef > 0 else None
         matter.critic = value_model(policy, Head.token) if algo.has_critic else None
@@ -62,11 +65,16 @@ def _overwrite(copied: torch.nn.Module | None, policy: torch.nn.Module) -> None:
     now: dict[str, Any] = policy.state_dict(keep_vars=True)
     for name, mine in copied.state_dict(keep_vars=True).items():
         theirs = now[name]
-        mine.copy_(theirs.full_tensor() if is_dtensor(theirs) and not is_dtensor(mine) else theirs)
+        mine.copy_(theirs if is_dtensor(mine) else full(theirs))
 
 
 def _spread(site: Site, policy: PreTrainedModel) -> Whole:
-    return Sharded(site.ranks, policy.device) if will_be_sharded(site) else Whole(site.ranks)
+    trainer = site.config.trainer
+    if not (isinstance(trainer, ShardedConfig) and will_be_sharded(site)):
+        return Whole(site.ranks)
+    if trainer.by_layer:
+        return ByLayer(site.ranks, policy.device, trainer.reshard is not False, trainer.offload)
+    return Sharded(site.ranks, policy.device, trainer.offload)
 
 
 def _reference(policy: PreTrainedModel) -> PreTrainedModel:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
 from rlhf.config import HfModelConfig, RunConfig, VllmRolloutConfig
+from rlhf.config.trainer import ShardedConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.spread import Whole
@@ -16,10 +20,13 @@ from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import agreeing_passes
 from rlhf.preflight.before_torch import Seen, look
+from rlhf.preflight.gathering import announced, chosen, settled
 from rlhf.preflight.lengths import check_lengths
 from rlhf.preflight.parts import check_parts
 from rlhf.preflight.plan import check_data, in_one_line
+from rlhf.preflight.policy_sizes import sizes_of
 from rlhf.rewards import given_rewards
+from rlhf.rewards.model import ModelReward
 from rlhf.tasks import make_task
 from rlhf.types import Reward, Task
 
@@ -66,9 +73,28 @@ def gathered(site: Site, seen: Seen | None = None) -> Matter:
     check_passes(policy, config.model, padded)
     rewards = given_rewards(config.reward, task, config.model, moment) if site.ranks.first else {}
     site.bars.say(in_one_line(config, policy))
+    _settle_gathering(site, policy, rewards)
     for note in (*task.notes, *notes):
         site.bars.say(note)
     return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()}, padded)
+
+
+def _settle_gathering(site: Site, policy: PreTrainedModel, rewards: Mapping[str, Reward | None]) -> None:
+    """Let `trainer.gather=auto` be what fits the first rank's GPU, in all ranks, and say so."""
+    config, given, ranks = site.config, site.config.trainer, site.ranks
+    if not isinstance(given, ShardedConfig) or ranks.count == 1:
+        return
+    on_gpu = policy.device.type == "cuda"
+
+    def choose() -> tuple[str, str]:
+        dtype = getattr(torch, (config.rollout.dtype or config.model.dtype).value)
+        models = [reward for reward in rewards.values() if isinstance(reward, ModelReward)]
+        memory = torch.cuda.get_device_properties(policy.device).total_memory if on_gpu else None
+        return chosen(config, sizes_of(policy, config.model.lora, dtype, models), ranks.count, memory)
+
+    gather, why = ranks.heard(choose)
+    config.trainer = settled(given, gather, on_gpu)
+    site.bars.say(announced(config.trainer, given, ranks.count, why))
 
 
 def _rows(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from rlhf.checkpoint.state import (
 )
 from rlhf.checkpoint.store import FOLDER as FOLDER
 from rlhf.checkpoint.store import Best, Store, described, flush, read_json
+from rlhf.models.device import device_of
 from rlhf.ranks.ranks import Ranks
 from rlhf.shell.ending import EXPLAINED, unbroken
 
@@ -147,7 +148,7 @@ class Keeper:
         state = self._state()
         if (self.saved.path / POLICY).is_dir():  # whose weights the policy has already
             state.modules.pop(POLICY, None)
-        load_state(state, self.saved.path, told["attributes"], trainee.policy.device)
+        load_state(state, self.saved.path, told["attributes"], device_of(trainee.policy))
         restore_random(told["random"])
         self._kept = told["step"]
         self._note(told["step"], version)

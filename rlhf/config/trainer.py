@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.model import AUTO
-from rlhf.config.rules import at_least
+from rlhf.config.rules import at_least, one_of
 from transfer.agreement.shown import shown
 from transfer.config import positive
+
+STEP, LAYER = "step", "layer"  # what is gathered at once: all weights of an update, or a decoder layer's of a pass
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,4 +49,23 @@ class ReplicasConfig(TrainerConfig):
 
 @dataclass(slots=True, kw_only=True)
 class ShardedConfig(TrainerConfig):
-    """Every rank has its rows of every weight, gradient and moment (FSDP2); weights are whole while it computes."""
+    """Every rank has its rows of every weight, gradient and moment (FSDP2), and gathers weights to compute."""
+
+    gather: str = AUTO  # step: all weights once an update; layer: each decoder layer when a pass comes to it;
+    # auto: step where a GPU has the memory, and on a CPU
+    reshard: bool | None = None  # gather=layer: drop a layer between its forward and its backward pass; null: true
+    offload: bool = False  # shards, their gradients and moments in the host's memory, not the GPU's
+
+    def __post_init__(self) -> None:
+        TrainerConfig.__post_init__(self)
+        one_of("trainer.gather", self.gather, (AUTO, STEP, LAYER))
+        if self.gather == STEP and self.reshard:
+            raise ValueError(
+                "trainer.gather=step keeps all weights until an update's last backward pass, so that none is dropped "
+                "before: leave out trainer.reshard=true, or set trainer.gather=layer"
+            )
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a layer is gathered for each pass; asked once it is known what `auto` is."""
+        return self.gather == LAYER

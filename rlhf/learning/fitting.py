@@ -28,12 +28,18 @@ def fits(learner: Learner) -> bool:
 
 
 def fitting_tokens(learner: Learner) -> int:
-    """Tokens of a micro-batch; ranks may try another number of times, as no trial needs the others."""
+    """Tokens of a micro-batch; ranks may try another number of times, where no trial needs the others.
+
+    Where it does, only the smallest are tried, and memory must suffice for them.
+    """
+    lockstep = learner.spread.lockstep
     with learner.spread.whole(learner.critic, learner.policy):
-        for few, many in TRIALS:
+        for few, many in TRIALS[-1:] if lockstep else TRIALS:
             try:
                 low, high = _peak(learner, few), _peak(learner, many)
             except torch.OutOfMemoryError:
+                if lockstep:
+                    raise
                 torch.cuda.empty_cache()
                 continue
             most = MOST * torch.cuda.get_device_properties(learner.device).total_memory
@@ -74,4 +80,4 @@ def _to_come(learner: Learner) -> int:
     optimizers = [learner.optimizer, learner.critic_optimizer]
     parameters = [p for o in optimizers if o is not None for g in o.param_groups for p in g["params"] if not o.state]
     held = map(local_part, parameters)
-    return sum(2 * p.numel() * p.element_size() for p in held)
+    return sum(2 * p.numel() * p.element_size() for p in held if p.is_cuda)

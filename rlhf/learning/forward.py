@@ -54,6 +54,10 @@ class Batch:
         places_T = torch.arange(1, self.mask_BT.shape[1] + 1, device=self.mask_BT.device)
         return (self.mask_BT[rows] * places_T).amax(dim=1).long().tolist()
 
+    def of_no_weight(self) -> Batch:
+        """The same, of which no token counts, though it is computed."""
+        return replace(self, mask_BT=torch.zeros_like(self.mask_BT), known_lengths=self.lengths())
+
     def rows(self, rows: Sequence[int]) -> Batch:
         """These rows alone, padding cut to the longest of them."""
         used = sorted({self.prompt_of_B[row] for row in rows})
@@ -109,7 +113,10 @@ class Piece:
         return self.rows, slice(self.start, self.start + self.outputs_btV.shape[1])
 
 
-def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+Groups = Callable[[Sequence[int]], list[tuple[list[int], int]]]  # of rows, by their lengths: see microbatches.py
+
+
+def response_pieces(model: PreTrainedModel, batch: Batch, groups: Groups = length_groups) -> Iterator[Piece]:
     """The model's outputs at the positions that predict each response token (V = 1 for a critic).
 
     Prompts are computed once for all of their rows, and short rows apart from long ones where that saves padding.
@@ -119,7 +126,7 @@ def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
     prompts, cache, first_PV = _prompt_pass(model, batch.prompts, device)
     prompt_of_B = torch.tensor(batch.prompt_of_B, device=device)
     yield Piece(list(range(len(prompt_of_B))), 0, first_PV[prompt_of_B][:, None])
-    for rows, width in length_groups(batch.lengths()):
+    for rows, width in groups(batch.lengths()):
         of_rows = prompt_of_B[rows]
         with recomputing(model, of_rows) as late:
             outputs_btV = model(
@@ -129,16 +136,16 @@ def response_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
                 use_cache=True,
                 **{name: cache if late else _of_rows(cache, of_rows)},
             ).logits
-        yield Piece(rows, 1, outputs_btV)
+        yield Piece(rows, 1, outputs_btV[:, : batch.ids_BT.shape[1] - 1])
 
 
-def whole_pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+def whole_pieces(model: PreTrainedModel, batch: Batch, groups: Groups = length_groups) -> Iterator[Piece]:
     """The same with each row whole, its prompt before it, and padding behind it: no cache, no mask, no positions.
 
     Nothing that comes later changes what a causal model says, so that this is right for all of them.
     """
     lengths = [len(batch.prompts[p]) + length for p, length in zip(batch.prompt_of_B, batch.lengths(), strict=True)]
-    for rows, _ in length_groups(lengths):
+    for rows, _ in groups(lengths):
         yield _whole(model, batch, rows)
 
 

@@ -34,6 +34,7 @@ from rlhf.learning.reference import acting, refresh
 from rlhf.learning.schedules import scale
 from rlhf.learning.spread import Whole
 from rlhf.models.adapter import sent_weights
+from rlhf.models.device import device_of
 from rlhf.shell.ending import RunError
 from rlhf.types import Rollouts
 
@@ -61,7 +62,7 @@ class Learner:
         self.config = config
         self.algo: AlgoConfig = config.rl
         self.kl = KlController(self.algo.kl_coef, self.algo.kl_target, self.algo.kl_horizon)
-        self.device = next(policy.parameters()).device
+        self.device = device_of(policy)
         self.optimizer = make_optimizer(policy, config.optim, config.optim.lr)
         self.critic_optimizer = make_optimizer(critic, config.optim, self.algo.critic_lr) if critic else None
         self._weights = sent_weights(policy)  # the same tensors at each push, which it can see
@@ -204,11 +205,12 @@ class Learner:
         batch = batch.with_lengths()
         models = [model for model in (self.critic, self.policy) if model is not None]  # as their gradients come
         with self.spread.whole(*models):
-            parts = self.spread.ranks.share(self._microbatches(batch, rows))
-            for number, part in enumerate(parts, start=1):
+            parts = self.spread.share(self._microbatches(batch, rows))
+            for number, (part, counts) in enumerate(parts, start=1):
                 if number == len(parts) and self.passes.single:
                     self.spread.expect_last(models)
-                for name, value in self._accumulate(batch.rows(part), weight_of_B[part]).items():
+                own = batch.rows(part) if counts else batch.rows(part).of_no_weight()
+                for name, value in self._accumulate(own, weight_of_B[part]).items():
                     sums[name] = sums.get(name, 0.0) + value.double()
             self.spread.add_gradients(models, [o for o in (self.optimizer, self.critic_optimizer) if o is not None])
         values = torch.stack(list(sums.values())).tolist() if sums else []  # a rank may have no rows
@@ -292,9 +294,11 @@ class Learner:
         batch, out_BT = batch.with_lengths(), torch.zeros_like(batch.mask_BT)
         parts = self._microbatches(batch, range(len(batch.prompt_of_B)) if chosen is None else chosen)
         with self.spread.whole(self.policy, self.reference, self.critic):
-            for part in self.spread.ranks.share(parts):
+            for part, counts in self.spread.share(parts):
                 rows = batch.rows(part)
-                out_BT[part, : rows.ids_BT.shape[1]] = function(rows)
+                of_rows = function(rows)
+                if counts:
+                    out_BT[part, : rows.ids_BT.shape[1]] = of_rows
         return losses.counted(add_rows(out_BT, self.spread.ranks), batch.mask_BT)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:

@@ -40,8 +40,8 @@ class MicroBatched:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        parts: Sequence[Part],
-        shares: Callable[[Part], Mapping[str, Tensor]],
+        parts: Sequence[list[Part]],
+        shares: Callable[[list[Part]], Mapping[str, Tensor]],
     ) -> dict[str, float]:
         """One optimiser step along the sum of `loss` over all parts; sums of all numbers, by name.
 
@@ -49,13 +49,13 @@ class MicroBatched:
         """
         sums: dict[str, Tensor] = {}  # on the device, so that nobody waits for it between micro-batches
         with self.spread.whole(model):
-            mine = self.spread.ranks.share(parts)
-            for number, part in enumerate(mine, start=1):
+            mine = self.spread.share(parts)
+            for number, (part, counts) in enumerate(mine, start=1):
                 if number == len(mine):
                     self.spread.expect_last([model])
                 told = shares(part)
-                told["loss"].backward()
-                for name, value in told.items():
+                (told["loss"] if counts else told["loss"] * 0.0).backward()
+                for name, value in told.items() if counts else ():
                     sums[name] = sums.get(name, 0.0) + value.detach().double()
             self.spread.add_gradients([model], [optimizer])
         clip_gradients(optimizer, self.optim.max_grad_norm, self.spread.over_ranks)

@@ -151,3 +151,9 @@ def length_groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
         cut = 0
     groups = [group for group in (order[:cut], order[cut:]) if group]
     return [(group, lengths[group[-1]]) for group in groups if lengths[group[-1]] > 1]  # one token: the prompt's pass
+
+
+def one_group(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """All rows in one group, also where the prompt's pass has said all: for ranks that need as many passes."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [(order, max(2, lengths[order[-1]]))]

@@ -60,7 +60,7 @@ class _OutputLayer(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, ids_N: Tensor, settings: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         scale, cap, entropy_gradient, compiled = settings
-        logprobs_N, total_N, entropy_N = hidden_NH.new_empty(3, len(hidden_NH), dtype=torch.float32)
+        logprobs_N, total_N, entropy_N = (hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) for _ in range(3))
         reduce = _with(_reduced, scale, cap, compiled)
         for part in _chunks(hidden_NH, len(weight), compiled):
             logits_nV = torch.nn.functional.linear(hidden_NH[part], weight, bias)

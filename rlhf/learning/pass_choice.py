@@ -16,6 +16,7 @@ from rlhf.learning.flash_attention import LARGEST_HEAD
 from rlhf.learning.forward import Batch
 from rlhf.learning.packed_attention import Unsupported, window_of
 from rlhf.learning.passes import PADDED, Packed, Passes
+from rlhf.models.device import device_of
 
 TOLERANCE = {torch.float32: 1e-3}  # of log-probs in a trial, as a share of their spread;
 HALF_TOLERANCE = 0.1  # in bfloat16 and float16, whose own error is about a tenth of it
@@ -144,7 +145,7 @@ def random_batch(
 ) -> Batch:
     """Random tokens: prompts and responses of these lengths; the same for the same model."""
     generator = torch.Generator().manual_seed(0)
-    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    device, vocabulary = device_of(model), model.config.get_text_config().vocab_size
     special = torch.tensor(_special_tokens(model), dtype=torch.long)
 
     def drawn(*size: int) -> torch.Tensor:

@@ -11,10 +11,11 @@ Shapes: P prompts, B rows, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from rlhf.learning import forward, output_layer
 from rlhf.learning.compiled_layers import compiled_layers
 from rlhf.learning.forward import Batch
-from rlhf.learning.microbatches import Sizes, fill, split
+from rlhf.learning.microbatches import Sizes, fill, one_group, split
 from rlhf.learning.packed_attention import attending
 from rlhf.learning.packing import Tokens, packed, shares
 from rlhf.models.recompute import recomputing
@@ -49,12 +50,21 @@ class Passes(Protocol):
     def split(self, sizes: Sizes, rows: Sequence[int], budget: int) -> list[list[int]]:
         """The rows in micro-batches of at most `budget` tokens, or one row."""
 
+    def in_lockstep(self) -> Passes:
+        """The same way, with as many passes through a model for any rows."""
+
 
 class Padded:
     """Rows as tensors, prompts padded on the left and responses on the right, a prompt computed once for its rows."""
 
     single = False
     pieces: forward.Pieces = staticmethod(forward.response_pieces)
+
+    def in_lockstep(self) -> Passes:
+        """A pass for the prompts and one for all responses."""
+        same = copy.copy(self)
+        same.pieces = partial(self.pieces, groups=one_group)  # type: ignore[call-arg]
+        return same
 
     def logprobs(self, model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
         """As Passes has it."""
@@ -101,6 +111,10 @@ class Packed:
         self.compiled = compiled
         self._window = window
 
+    def in_lockstep(self) -> Passes:
+        """It has one for any rows."""
+        return self
+
     def logprobs(self, model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
         """As Passes has it."""
         return self.logprobs_and_entropy(model, batch, temperature, entropy_gradient=False)[0]
@@ -110,17 +124,22 @@ class Packed:
     ) -> tuple[Tensor, Tensor]:
         """As Passes has it."""
         tokens = packed(batch, self._window)
-        layer, hidden_NH = output_layer.OutputLayer.of(model), self._hidden(model, tokens)
-        of_tokens = output_layer.logprobs_and_entropy(
-            hidden_NH, layer, tokens.targets_N, temperature, entropy_gradient, self.compiled
-        )
+
+        def computed() -> tuple[Tensor, Tensor]:
+            layer, hidden_NH = output_layer.OutputLayer.of(model), self._hidden(model, tokens)
+            return output_layer.logprobs_and_entropy(
+                hidden_NH, layer, tokens.targets_N, temperature, entropy_gradient, self.compiled
+            )
+
+        of_tokens = _as_forward(model, computed)
         logprobs_BT, entropy_BT = (_placed(each_N, tokens, batch) for each_N in of_tokens)
         return logprobs_BT, entropy_BT
 
     def values(self, critic: PreTrainedModel, batch: Batch) -> Tensor:
         """As Passes has it."""
         tokens = packed(batch, self._window)
-        return _placed(score_layer(critic)(self._hidden(critic, tokens)).squeeze(-1).float(), tokens, batch)
+        values_N1: Tensor = _as_forward(critic, lambda: score_layer(critic)(self._hidden(critic, tokens)))
+        return _placed(values_N1.squeeze(-1).float(), tokens, batch)
 
     def split(self, sizes: Sizes, rows: Sequence[int], budget: int) -> list[list[int]]:
         """As Passes has it; the rows of a prompt together."""
@@ -140,6 +159,15 @@ class Packed:
                 input_ids=tokens.ids_T[None], position_ids=tokens.positions_T[None], use_cache=False
             )
         return torch.nn.functional.embedding(tokens.predicting_N, output.last_hidden_state[0])
+
+
+def _as_forward(model: torch.nn.Module, computed: Callable[[], Any]) -> Any:
+    """What `computed` makes of the model's parts, as if its forward did: FSDP gathers weights around that."""
+    model.forward = computed
+    try:
+        return model()
+    finally:
+        del model.forward
 
 
 def _placed(values_N: Tensor, tokens: Tokens, batch: Batch) -> Tensor:

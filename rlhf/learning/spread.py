@@ -2,19 +2,21 @@
 
 Sharded models (FSDP2: `fully_shard` by decoder layer, embeddings and head in the root) are made whole for as long as
 micro-batches are computed, each rank its own, however many; gradients are added up once, when all are done. So no
-collective lies inside a micro-batch, and ranks may have different numbers of them, or none.
+collective lies inside a micro-batch, and ranks may have different numbers of them, or none. Or a layer is whole only
+while a pass is in it (by_layer.py): then collectives lie inside, and all ranks compute as many passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from rlhf.learning.compiled_layers import decoder_layers
@@ -22,6 +24,7 @@ from rlhf.learning.gradient_sums import add_gradients, add_in_order, take_first_
 from rlhf.ranks.ranks import ALONE, Ranks
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+Part = TypeVar("Part")
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
@@ -29,9 +32,14 @@ class Whole:
     """Every rank has all weights of every model."""
 
     sharded = False
+    lockstep = False  # whether all ranks have to compute as many passes, forward and backward
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
+
+    def share(self, parts: Sequence[list[Part]]) -> Sequence[tuple[list[Part], bool]]:
+        """What this rank computes of the parts, and whether that counts; inside `whole`."""
+        return [(part, True) for part in self.ranks.share(parts)]
 
     def lay(self, model: Model) -> Model:
         """Let the model lie so, in place, with the weights that the first rank has of it."""
@@ -60,9 +68,11 @@ class Sharded(Whole):
 
     sharded = True
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, offload: bool = False) -> None:
+        """`offload`: shards, gradients and moments are in the host's memory, where the device is a GPU."""
         super().__init__(ranks)
         self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks.count,))
+        self._offload = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
         self._added = False  # in the last backward pass
 
     def lay(self, model: Model) -> Model:
@@ -73,27 +83,36 @@ class Sharded(Whole):
         if half != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         tied = _tied(model)
-        parts: list[Any] = [*decoder_layers(model), model]
-        for part in parts:
-            fully_shard(part, mesh=self._mesh, reshard_after_forward=False, mp_policy=policy)
+        shard: Any = partial(fully_shard, mesh=self._mesh, mp_policy=policy, offload_policy=self._offload)
+        for part in decoder_layers(model):
+            shard(part, reshard_after_forward=self._drops_layers())
+        shard(model, reshard_after_forward=False)
         if half != torch.float32:
             model.float()
-        for group in _groups(model):
+        for group in groups_of(model):
             group.set_gradient_divide_factor(1.0)  # a sum, never a mean: losses are of the whole batch
             group.set_force_sum_reduction_for_comms(True)
             if self._mesh.device_type == "cpu":
                 group.set_custom_reduce_scatter(_InOrder())
-            group.set_reshard_after_backward(False)
-            group.set_requires_gradient_sync(False)
+            self._set(group)
         assert _tied(model) == tied, "sharding has untied weights"
         with torch.no_grad(), self.whole(model), _eager():
             self._one_token(model)  # what computes first is the root for FSDP: no decoder layer is to be it
         return model
 
+    def _drops_layers(self) -> bool:
+        """Whether FSDP is to drop a layer after a forward pass."""
+        return False
+
+    def _set(self, group: FSDPModule) -> None:
+        """How a group is gathered and reduced."""
+        group.set_reshard_after_backward(False)
+        group.set_requires_gradient_sync(False)
+
     @contextmanager
     def whole(self, *models: torch.nn.Module | None) -> Iterator[None]:
         """Around whatever is computed with these models, gradients included."""
-        groups = [group for model in {id(m): m for m in models if m is not None}.values() for group in _groups(model)]
+        groups = [group for model in different(models) for group in groups_of(model)]
         with self.ranks.explained():
             _unshard(groups)
         try:
@@ -103,6 +122,7 @@ class Sharded(Whole):
             for group in groups:
                 group.set_requires_gradient_sync(False)
                 group.reshard()
+                forget_passes(group)
 
     def expect_last(self, models: Sequence[torch.nn.Module]) -> None:
         """Let FSDP add up the gradients in it, layer by layer, while those of earlier layers are computed."""
@@ -157,8 +177,22 @@ def _unshard(groups: Sequence[FSDPModule]) -> None:
         handle.wait()
 
 
-def _groups(model: torch.nn.Module) -> list[FSDPModule]:
+def groups_of(model: torch.nn.Module) -> list[FSDPModule]:
+    """What is gathered at once: the root's own weights, and those of each layer."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def different(models: Sequence[torch.nn.Module | None]) -> list[torch.nn.Module]:
+    """Each of them once."""
+    return list({id(model): model for model in models if model is not None}.values())
+
+
+def forget_passes(group: FSDPModule) -> None:
+    """FSDP notes each forward pass, for its backward pass to come, and forgets none that has no gradient."""
+    state: Any = group._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    if state._fsdp_param_group is not None:
+        state._fsdp_param_group._post_forward_indices.clear()
 
 
 def _tied(model: torch.nn.Module) -> bool:

@@ -22,6 +22,17 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cuda" if available and device is not Device.cpu else "cpu")
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model computes: a GPU also if the shards of its weights are in the host's memory."""
+    import torch
+
+    parameter: Any = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.device_type == parameter.device.type:
+        return parameter.device  # type: ignore[no-any-return]
+    return torch.device(mesh.device_type, torch.cuda.current_device())
+
+
 def check_attention(config: ModelConfig) -> None:
     """ValueError where transformers' FlashAttention is asked for, and its package is not there."""
     from transformers.utils import is_flash_attn_2_available

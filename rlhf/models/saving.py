@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Precision
 from rlhf.models.stop_tokens import as_config, stop_ids
-from transfer.agreement.dtensor import is_dtensor
+from transfer.agreement.dtensor import full, is_dtensor
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def help_export(model: PreTrainedModel) -> None:
 
 def _whole(tensor: Any) -> torch.Tensor:
     """The tensor, of a DTensor's parts on the CPU."""
-    return tensor.full_tensor().cpu() if is_dtensor(tensor) else tensor
+    return full(tensor).cpu() if is_dtensor(tensor) else tensor
 
 
 def _save(

@@ -176,10 +176,13 @@ def peak_of(name: str, half: bool) -> float | None:
 def _peak(policy: PreTrainedModel) -> float | None:
     import torch
 
+    from rlhf.models.device import device_of
+
     exact = torch.get_float32_matmul_precision() == "highest"  # else products of float32 are not of float32
-    if policy.device.type != "cuda" or not (exact or policy.dtype != torch.float32):
+    device = device_of(policy)
+    if device.type != "cuda" or not (exact or policy.dtype != torch.float32):
         return None
-    return peak_of(torch.cuda.get_device_name(policy.device), half=policy.dtype != torch.float32)
+    return peak_of(torch.cuda.get_device_name(device), half=policy.dtype != torch.float32)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

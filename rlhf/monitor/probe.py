@@ -14,6 +14,7 @@ from rlhf.config import Precision, RunConfig
 from rlhf.learning.forward import collate
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.spread import Whole
+from rlhf.models.device import device_of
 from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, Sampler
 
@@ -55,7 +56,7 @@ class Probe:
         if not due:
             return None
         rollouts = self._sampler.sample(self._prompts, n=1, temperature=self._temperature, seed=SEED)
-        batch = collate(rollouts, self._policy.device)
+        batch = collate(rollouts, device_of(self._policy))
         with torch.no_grad(), self._spread.whole(self._policy):
             logprobs_BT = self._passes.logprobs(self._policy, batch, self._temperature)
         worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT * batch.measured_B[:, None]).max())

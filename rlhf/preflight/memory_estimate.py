@@ -41,6 +41,8 @@ class Sizes:
     backbone: Count  # what a reward model and a critic copy: all but an output layer of its own
     hidden: int  # inputs of a critic's or a reward model's head
     slot: int  # bytes of what an update carries, in the workers' dtype
+    layers: int = 0  # elements of all decoder layers
+    largest: int = 0  # elements of the largest of them
     loaded_rewards: int = 0  # bytes of reward models that are not trained here
     saved: int = FLOAT32  # bytes of an element of what is left in the end
 
@@ -127,24 +129,44 @@ def trainer(config: RunConfig, sizes: Sizes, ranks: int = 1) -> Parts:
 
 
 def sharded(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
-    """What a rank holds of models that are sharded: fp32 shards, and all weights and gradients while it computes."""
-    parts = {"policy, whole while it computes": sizes.policy.nbytes, **_shards("policy", sizes.policy, ranks)}
+    """What a rank holds of models that are sharded, on its GPU, or beside a CPU: shards, and what is gathered."""
+    settings = config.trainer
+    assert isinstance(settings, ShardedConfig)
+    parts = _gathered("policy", sizes.policy, settings, sizes)
     if reference(config, sizes):
-        whole, shards = sizes.policy.nbytes, _share(FLOAT32 * sizes.policy.elements, ranks)
-        parts |= {"reference, whole while it computes": whole, "reference, shards": shards}
+        parts |= _gathered("reference", sizes.policy, settings, sizes, learns=False)
     if critic(config, sizes):
-        model = value_head(sizes, bias=True)
-        parts |= {"critic, whole while it computes": model.nbytes, **_shards("critic", model, ranks)}
+        parts |= _gathered("critic", value_head(sizes, bias=True), settings, sizes)
     parts["reward model"] = trained_reward(config, sizes) + sizes.loaded_rewards
-    parts |= {name: _share(nbytes, ranks) for name, nbytes in slots(config, sizes).items()}
+    parts |= {} if settings.offload else shards(config, sizes, ranks)
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 
 
+def shards(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
+    """What a rank has of all models for itself, in fp32, and its slots: with `trainer.offload` on the host."""
+    parts = _shards("policy", sizes.policy, ranks)
+    if reference(config, sizes):
+        parts["reference, shards"] = _share(FLOAT32 * sizes.policy.elements, ranks)
+    if critic(config, sizes):
+        parts |= _shards("critic", value_head(sizes, bias=True), ranks)
+    return parts | {name: _share(nbytes, ranks) for name, nbytes in slots(config, sizes).items()}
+
+
+def _gathered(name: str, model: Count, settings: ShardedConfig, sizes: Sizes, learns: bool = True) -> Parts:
+    """What is whole of a model while it computes: all, or all but decoder layers and two of these."""
+    if not settings.by_layer:
+        whole = {f"{name}, whole while it computes": model.nbytes}
+        return whole | ({f"{name}, whole gradients": FLOAT32 * model.elements} if learns else {})
+    at_once = min(model.elements, model.elements - sizes.layers + 2 * sizes.largest)
+    kept = at_once if settings.reshard is not False else model.elements
+    whole = {f"{name}, what is whole at once": model.itemsize * kept}
+    return whole | ({f"{name}, gradients of that": FLOAT32 * at_once} if learns else {})
+
+
 def _shards(name: str, model: Count, ranks: int) -> Parts:
-    """Of a model that learns, beside its whole weights."""
+    """Of a model that learns."""
     fp32 = FLOAT32 * model.elements
     return {
-        f"{name}, whole gradients": fp32,
         f"{name}, shards and their gradients": 2 * _share(fp32, ranks),
         f"{name}, optimiser": _share(2 * fp32, ranks) + FLOAT32 * model.tensors,
     }
@@ -193,3 +215,12 @@ def disk(config: RunConfig, sizes: Sizes) -> Parts:
     if isinstance(config.transfer, DiskConfig):
         parts["transfer, versions"] = (config.transfer.keep + 1) * sizes.slot
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
+
+
+def human(nbytes: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"

@@ -32,6 +32,7 @@ from rlhf.learning.schedules import scale
 from rlhf.learning.spread import Whole
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
+from rlhf.models.device import device_of
 from rlhf.models.stop_tokens import ended
 from rlhf.monitor.flops import Row
 from rlhf.shell.ending import RunError
@@ -183,7 +184,7 @@ def tokenised(pairs: Sequence[Pair], tokenizer: Tokenizer, context: int) -> list
 
 def answer_logprobs(policy: PreTrainedModel, rows: Sequence[Preference], passes: Passes = PADDED) -> Tensor:
     """Sums of the answers' token log-probs [N, 2] at temperature 1, in fp32: chosen, rejected."""
-    device = next(policy.parameters()).device
+    device = device_of(policy)
     answers = [answer for row in rows for answer in (row.chosen, row.rejected)]
     width = max(map(len, answers))
     lengths_B = torch.tensor([len(answer) for answer in answers], device=device)
@@ -284,12 +285,14 @@ class DpoLearner:
     def _totals(self, pairs: Preferences, rows: Sequence[int], gradients: bool) -> dict[str, float]:
         """Of this rank's share of the pairs."""
         totals: dict[str, float] = {}
-        for part in self.spread.ranks.share(list(self._parts(pairs.rows, rows))):
+        for part, counts in self.spread.share(list(self._parts(pairs.rows, rows))):
             logprobs_N2 = answer_logprobs(self.policy, [pairs.rows[row] for row in part], self.passes)
             ratio_N2 = logprobs_N2 - pairs.ref_N2[part]
             loss_N = dpo(ratio_N2[:, 0], ratio_N2[:, 1], self.beta)
             if gradients:
-                (loss_N.sum() / len(rows)).backward()
+                (loss_N.sum() / len(rows) * counts).backward()
+            if not counts:
+                continue
             reward_N2 = self.beta * ratio_N2.detach()
             margin_N = reward_N2[:, 0] - reward_N2[:, 1]
             numbers = {
@@ -306,11 +309,13 @@ class DpoLearner:
     @torch.no_grad()
     def _with_reference(self, rows: list[Preference]) -> Preferences:
         parts = list(self._parts(rows, sorted(range(len(rows)), key=lambda row: rows[row].length)))
-        device = next(self.policy.parameters()).device
+        device = device_of(self.policy)
         ref_N2 = torch.zeros(len(rows), 2, device=device)
         with self.spread.whole(self.policy):
-            for part in self.spread.ranks.share(parts):
-                ref_N2[part] = answer_logprobs(self.policy, [rows[row] for row in part], self.passes)
+            for part, counts in self.spread.share(parts):
+                said_N2 = answer_logprobs(self.policy, [rows[row] for row in part], self.passes)
+                if counts:
+                    ref_N2[part] = said_N2
         return Preferences(rows, add_rows(ref_N2, self.spread.ranks))
 
     def _parts(self, pairs: Sequence[Preference], rows: Sequence[int]) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from rlhf.config import SftConfig
 from rlhf.learning.batches import batches
 from rlhf.learning.losses import counted
 from rlhf.learning.microbatched import MicroBatched
+from rlhf.models.device import device_of
 from rlhf.models.encoding import join
 from rlhf.models.recompute import recomputing
 from rlhf.models.stop_tokens import ended
@@ -51,7 +52,7 @@ def _learned(row: Row) -> int:
 
 def _loss(policy: torch.nn.Module, tokens: int, rows: Sequence[Row]) -> dict[str, Tensor]:
     """What these rows have in the loss of a batch with so many tokens to learn."""
-    ids_BL, mask_BL = join(rows, next(policy.parameters()).device)
+    ids_BL, mask_BL = join(rows, device_of(policy))
     with recomputing(policy):
         logits_BLV = policy(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
     loss_BL = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), ids_BL[:, 1:], reduction="none")

@@ -26,6 +26,14 @@ def local_part(tensor: Any) -> Any:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def full(tensor: Any) -> Any:
+    """All of a DTensor, gathered by all ranks where they compute, on a GPU; a whole tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    device = tensor.device_mesh.device_type
+    return (tensor if tensor.device.type == device else tensor.to(device)).full_tensor()
+
+
 def refuse_dtensors(weights: Mapping[str, torch.Tensor], instead: str = OF_A_TRAINER) -> None:
     """ValueError, with a name, if one of them is: what one rank alone reads of it is wrong without a word, or hangs."""
     if any_dtensor(weights.values()):

@@ -63,6 +63,8 @@ class RowsOfRank:
                 raise ValueError(f"it holds {list(mine.shape)} of {entry.name}, not {list(entry.shape)}")
             if mine.numel():
                 held[entry.name] = mine
+        if len({tensor.device for tensor in held.values()}) > 1:  # shards in the host's memory, buffers on the GPU
+            held = {name: tensor.cpu() for name, tensor in held.items()}
         return held
 
 

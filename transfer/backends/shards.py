@@ -60,7 +60,8 @@ class Shards:
         self._passes = {}
         self._rows.prepare(manifest, whole, weights)
         self._begin = begin_of(manifest, self._rows.count, self._rows.number, whole)
-        return self.slots.allocate(self._rows.layout, {name: local_part(each) for name, each in weights.items()}, slots)
+        held = {name: local_part(each) for name, each in weights.items() if name not in self._rows.whole}
+        return self.slots.allocate(self._rows.layout, held, slots)  # on the host, if shards are there
 
     @torch.no_grad()
     def _write(self, slot: int, weights: Weights, with_digest: bool) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from transfer.agreement.dtensor import full
+
 
 @torch.no_grad()
 def full_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -17,6 +19,5 @@ def full_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     whole: dict[int, torch.Tensor] = {}
     for tensor in state.values():
         if id(tensor) not in whole:
-            gather = getattr(tensor, "full_tensor", None)
-            whole[id(tensor)] = tensor if gather is None else gather()
+            whole[id(tensor)] = full(tensor)
     return {name: whole[id(tensor)] for name, tensor in state.items()}
