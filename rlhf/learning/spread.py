@@ -8,6 +8,7 @@ while a pass is in it (by_layer.py): then collectives lie inside, and all ranks 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -71,6 +72,7 @@ class Sharded(Whole):
     def __init__(self, ranks: Ranks, device: torch.device, offload: bool = False) -> None:
         """`offload`: shards, gradients and moments are in the host's memory, where the device is a GPU."""
         super().__init__(ranks)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody changes it in place
         self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks.count,))
         self._offload = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
         self._added = False  # in the last backward pass

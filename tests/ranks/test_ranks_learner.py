@@ -59,7 +59,7 @@ def marked(algos: Sequence[str]) -> list[Any]:
     return [each if each in FAST else slow((each,)) for each in algos]
 
 
-def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False, passes: Passes = PADDED) -> Learner:
+def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool | Sharded = False, passes: Passes = PADDED) -> Learner:
     """The same in every process."""
     config = composed_run(*MICRO, *words.split())
     policy, reference = (
@@ -73,7 +73,7 @@ def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool = False, passes: 
     critic = value_model(policy, Head.token) if config.rl.has_critic else None
     if critic is not None:
         torch.nn.init.normal_(critic.score.weight, std=0.5, generator=torch.Generator().manual_seed(4))
-    spread = Sharded(ranks, torch.device("cpu")) if sharded else Whole(ranks)
+    spread = Sharded(ranks, torch.device("cpu")) if sharded is True else sharded or Whole(ranks)
     reference = policy if has_adapter(policy) else reference.requires_grad_(False)
     for model in {id(each): each for each in (policy, reference, critic) if each is not None}.values():
         spread.lay(model)
