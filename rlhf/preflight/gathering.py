@@ -14,7 +14,7 @@ from rlhf.config.model import AUTO
 from rlhf.config.trainer import LAYER, STEP, ShardedConfig
 from rlhf.preflight.memory_estimate import Sizes, human, trainer, worker
 
-SHARE = 0.8  # of a GPU's memory for what the estimate knows; the rest is for activations
+SHARE = 0.85  # of a GPU's memory, for what the estimate knows; the rest is for activations
 VLLM_SHARE = 0.9  # of a GPU's memory, where gpu_memory_utilization does not say
 
 

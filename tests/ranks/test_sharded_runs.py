@@ -78,6 +78,31 @@ def test_a_run_of_one_process_goes_on_with_shards(runs, of_one):  # noqa: F811
 
 
 @of_runs
+def test_ranks_that_gather_layer_by_layer_have_the_numbers_of_one_process_and_go_on_by_step(
+    runs,  # noqa: F811
+    of_one,  # noqa: F811
+):
+    ended = runs.train(*SHARDED, "trainer.ranks=2", "trainer.gather=layer", harm="terminate asleep")
+    assert ended.code == 75 and ended.seconds < SOON_S, ended.errors
+    assert "2 ranks, weights gathered layer by layer (gather=layer)" in ended.output + ended.errors
+    ended.assert_nothing_is_left()
+    resumed = runs.resume("trainer.gather=step")
+    assert resumed.code == 0, resumed.errors
+    assert "2 ranks, weights gathered once an update (gather=step)" in resumed.output + resumed.errors
+    assert_as_of_one(runs, of_one)
+
+
+@of_runs
+@pytest.mark.parametrize("harm", ["kill-rank asleep", "learning kill"])
+def test_a_rank_that_gathers_layer_by_layer_and_is_killed_ends_the_run_with_one_line(runs, harm):  # noqa: F811
+    ended = runs.train(*SHARDED, "trainer.ranks=2", "trainer.gather=layer", harm=harm)
+    assert ended.code == 1 and ended.seconds < SOON_S < ASLEEP_S, ended.errors
+    (said,) = [line for line in ended.lines if not SAID_ANYHOW.match(line)]
+    assert said.endswith(WITHOUT_A_WORD), ended.errors
+    ended.assert_nothing_is_left()
+
+
+@of_runs
 @pytest.mark.parametrize("harm", ["kill-rank asleep", "learning kill", "pushing kill-rank"])
 def test_a_rank_with_shards_that_is_killed_ends_the_run_with_one_line(runs, harm):  # noqa: F811
     ended = runs.train(*SHARDED, "trainer.ranks=2", harm=harm)
