@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.config import ModelRewardConfig, RunConfig, VllmRolloutConfig
+from rlhf.config import ModelRewardConfig, Precision, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import AlgoConfig
+from rlhf.config.model import AUTO
 from rlhf.config.trainer import ShardedConfig
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, LocalConfig, Staging, Take
 
@@ -130,15 +131,14 @@ def trainer(config: RunConfig, sizes: Sizes, ranks: int = 1) -> Parts:
 
 def sharded(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
     """What a rank holds of models that are sharded, on its GPU, or beside a CPU: shards, and what is gathered."""
-    settings = config.trainer
-    assert isinstance(settings, ShardedConfig)
-    parts = _gathered("policy", sizes.policy, settings, sizes)
+    assert isinstance(config.trainer, ShardedConfig)
+    parts = _gathered("policy", sizes.policy, config, sizes)
     if reference(config, sizes):
-        parts |= _gathered("reference", sizes.policy, settings, sizes, learns=False)
+        parts |= _gathered("reference", sizes.policy, config, sizes, learns=False)
     if critic(config, sizes):
-        parts |= _gathered("critic", value_head(sizes, bias=True), settings, sizes)
+        parts |= _gathered("critic", value_head(sizes, bias=True), config, sizes)
     parts["reward model"] = trained_reward(config, sizes) + sizes.loaded_rewards
-    parts |= {} if settings.offload else shards(config, sizes, ranks)
+    parts |= {} if config.trainer.offload else shards(config, sizes, ranks)
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 
 
@@ -152,15 +152,29 @@ def shards(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
     return parts | {name: _share(nbytes, ranks) for name, nbytes in slots(config, sizes).items()}
 
 
-def _gathered(name: str, model: Count, settings: ShardedConfig, sizes: Sizes, learns: bool = True) -> Parts:
-    """What is whole of a model while it computes: all, or all but decoder layers and two of these."""
+def _gathered(name: str, model: Count, config: RunConfig, sizes: Sizes, learns: bool = True) -> Parts:
+    """What is whole of a model while it computes: all, or all but decoder layers and two of these.
+
+    Where rows are padded, responses go backward before their prompts, and what they add to a weight's gradient waits.
+    """
+    settings = config.trainer
+    assert isinstance(settings, ShardedConfig)
     if not settings.by_layer:
         whole = {f"{name}, whole while it computes": model.nbytes}
         return whole | ({f"{name}, whole gradients": FLOAT32 * model.elements} if learns else {})
     at_once = min(model.elements, model.elements - sizes.layers + 2 * sizes.largest)
     kept = at_once if settings.reshard is not False else model.elements
     whole = {f"{name}, what is whole at once": model.itemsize * kept}
-    return whole | ({f"{name}, gradients of that": FLOAT32 * at_once} if learns else {})
+    if not learns:
+        return whole
+    waiting = 0 if _packs(config) else model.nbytes
+    return whole | {f"{name}, gradients of that": FLOAT32 * at_once, f"{name}, gradients that wait": waiting}
+
+
+def _packs(config: RunConfig) -> bool:
+    """Whether rows are packed, if the model allows it, as it is on a GPU."""
+    by_itself = config.model.attention == AUTO and config.model.dtype is Precision.bfloat16
+    return by_itself or config.model.attention == "packed"
 
 
 def _shards(name: str, model: Count, ranks: int) -> Parts:

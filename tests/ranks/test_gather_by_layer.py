@@ -250,6 +250,39 @@ def test_a_rank_never_holds_more_than_the_root_and_two_layers_which_is_what_a_ch
         assert most["groups"] == 2, "of six: the root and a layer"
         assert most["bytes"] == told["policy, what is whole at once"]
         assert told["policy, gradients of that"] == told["policy, what is whole at once"] * (2 if words == HALF else 1)
+        whole_gradients = told["policy, shards and their gradients"] if passes == "padded" else 0
+        assert told.get("policy, gradients that wait", 0) == whole_gradients
+
+
+def _order(ranks: Ranks, passes: str) -> list[int]:
+    """In which of its backward passes of one micro-batch each layer is reduced, as they end."""
+    learner = layered(f"{GRPO} model.layers={LAYERS}", ranks, passes)
+    learner.learn(learner.score(sampled(0)), REWARDS)
+    passed: dict[int, int] = {}
+    reduced: list[int] = []
+    plain = FSDPParamGroup.post_backward
+
+    def noting(group: Any, *arguments: Any) -> None:
+        passed[id(group)] = passed.get(id(group), 0) + 1
+        had = any(each.unsharded_param.grad is not None for each in group.fsdp_params)
+        plain(group, *arguments)
+        if had:
+            reduced.append(passed[id(group)])
+
+    FSDPParamGroup.post_backward = noting
+    try:
+        split_into(learner, ranks.count)
+        learner.learn(learner.score(sampled(0)), REWARDS)
+    finally:
+        FSDPParamGroup.post_backward = plain
+    return reduced
+
+
+@pytest.mark.parametrize(("passes", "last"), [("padded", 2), ("packed", 1)])
+def test_gradients_of_padded_responses_wait_for_those_of_prompts_and_packed_ones_are_reduced_at_once(two, passes, last):
+    root = 1  # once, when all is done
+    for reduced in two.call(_order, passes):
+        assert reduced == [*[last] * LAYERS, root]
 
 
 def test_without_resharding_all_layers_are_kept_until_their_backward_pass_which_is_what_a_check_says(two):
