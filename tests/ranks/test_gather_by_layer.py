@@ -69,7 +69,7 @@ def slow(*values: Any) -> Any:
     ("words", "passes"),
     [
         (f"{GRPO} model.layers=2", "padded"),
-        (PPO, "packed"),
+        slow(PPO, "packed"),
         slow(f"{PPO} model.layers=2", "padded"),
         slow(GRPO, "whole"),
         slow(GSPO, "padded"),
@@ -80,7 +80,7 @@ def slow(*values: Any) -> Any:
         slow(f"{GRPO} updates_per_step=2 algo.kl_coef=0.1 algo.ref_every=1", "packed"),
     ],
 )
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, slow(3)])
 def test_a_micro_batch_a_rank_or_none_gives_all_numbers_and_weights_of_one_process(request, ranks, words, passes):
     rollouts = [sampled(0), sampled(1)]
     alone = steps(learner_of(words, passes=PASSES[passes]), 2, rollouts)
@@ -116,7 +116,7 @@ def _gradients(ranks: Ranks, words: str, passes: str, parts: int) -> tuple[list[
     ("ranks", "words", "passes", "parts"),
     [
         (2, PPO, "padded", 5),
-        (3, GRPO, "packed", 4),
+        slow(3, GRPO, "packed", 4),
         slow(2, GRPO, "padded", 7),
         slow(2, GSPO, "padded", 5),
         slow(3, PPO, "packed", 7),
@@ -244,7 +244,7 @@ def _whole_at_once(ranks: Ranks, words: str, passes: str, reshard: bool) -> tupl
     return most, told
 
 
-@pytest.mark.parametrize(("words", "passes"), [(GRPO, "padded"), (HALF, "packed"), slow(CHECKPOINTING, "padded")])
+@pytest.mark.parametrize(("words", "passes"), [slow(GRPO, "padded"), (HALF, "packed"), slow(CHECKPOINTING, "padded")])
 def test_a_rank_never_holds_more_than_the_root_and_two_layers_which_is_what_a_check_says(two, words, passes):
     for most, told in two.call(_whole_at_once, words, passes, True):
         assert most["groups"] == 2, "of six: the root and a layer"
@@ -278,6 +278,7 @@ def _order(ranks: Ranks, passes: str) -> list[int]:
     return reduced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("passes", "last"), [("padded", 2), ("packed", 1)])
 def test_gradients_of_padded_responses_wait_for_those_of_prompts_and_packed_ones_are_reduced_at_once(two, passes, last):
     root = 1  # once, when all is done
@@ -285,6 +286,7 @@ def test_gradients_of_padded_responses_wait_for_those_of_prompts_and_packed_ones
         assert reduced == [*[last] * LAYERS, root]
 
 
+@pytest.mark.slow
 def test_without_resharding_all_layers_are_kept_until_their_backward_pass_which_is_what_a_check_says(two):
     for most, told in two.call(_whole_at_once, GRPO, "padded", False):
         assert most["groups"] == LAYERS + 1
@@ -317,7 +319,8 @@ def _warmed_up(ranks: Ranks, tokens: int, words: str) -> tuple[list[dict[str, fl
     return warmed_up(tokens, ByLayer(ranks, CPU), words)
 
 
-@pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (3, 2), slow(3, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (3, 2), (3, 1)])
 def test_sft_by_layer_is_that_of_one_process_where_a_rank_has_one_micro_batch_or_none(request, ranks, parts):
     tokens, words = TOKENS["sft"][parts - 1], "model.layers=2"
     alone, had = of_ranks(ALONE, "sft", tokens, words)
@@ -326,6 +329,7 @@ def test_sft_by_layer_is_that_of_one_process_where_a_rank_has_one_micro_batch_or
         assert told == alone[0] and all(map(torch.equal, weights, alone[1]))
 
 
+@pytest.mark.slow
 def test_sft_by_layer_with_other_numbers_of_micro_batches_does_not_hang_and_repeats(two):
     first, again = (two.call(_warmed_up, 1, "") for _ in range(2))
     for told, weights in [*first, *again]:
@@ -350,6 +354,7 @@ def _dpo_steps(ranks: Ranks, tokens: int, passes: str) -> tuple[list[dict[str, f
     return dpo_steps(tokens, ByLayer(ranks, CPU), PASSES[passes].in_lockstep())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "passes"), [(2, "padded"), (3, "packed")])
 def test_pairs_by_layer_are_those_of_one_process_also_where_held_out_ones_are_fewer_than_ranks(request, ranks, passes):
     told, weights = dpo_steps(60, Whole(), PASSES[passes])
@@ -378,6 +383,7 @@ def _steps_after_a_trial(ranks: Ranks, tried: bool) -> list[Any]:
     return steps(learner, 2, [sampled(0)])
 
 
+@pytest.mark.slow
 def test_what_a_trial_of_a_micro_batch_leaves_is_in_no_update(two):
     plain, tried = (two.call(_steps_after_a_trial, after) for after in (False, True))
     for ours, theirs in zip(tried, plain, strict=True):
