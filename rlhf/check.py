@@ -30,7 +30,7 @@ from rlhf.config.trainer import ShardedConfig
 from rlhf.models.saving import saved_dtype
 from rlhf.monitor.loggers import is_service
 from rlhf.preflight.before_torch import Seen
-from rlhf.preflight.memory_estimate import Parts, disk, human, shards, trainer, worker
+from rlhf.preflight.memory_estimate import Parts, Sizes, disk, human, shards, trainer, worker
 from rlhf.preflight.plan import arithmetic, files
 from rlhf.preflight.policy_sizes import sizes_of
 from rlhf.ranks.place import Place, place_of
@@ -150,12 +150,7 @@ def _tell(site: Site, matter: Matter, folder: Path, told: str) -> None:
     dtype = getattr(torch, (config.rollout.dtype or config.model.dtype).value)
     left = getattr(torch, saved_dtype(matter.policy, matter.tokenizer, config.model.save_dtype))
     sizes = replace(sizes_of(matter.policy, config.model.lora, dtype, rewards), saved=left.itemsize)
-    places = {
-        _of_trainer(str(matter.policy.device), ranks): trainer(config, sizes, ranks),
-        **({"the same rank, on the host": shards(config, sizes, ranks)} if _offloads(config, ranks) else {}),
-        f"each of {config.rollout.workers} worker(s)": worker(config, sizes),
-        "disk": disk(config, sizes),
-    }
+    places = _places(config, sizes, str(matter.policy.device), ranks)
     lines = [line for place, parts in places.items() for line in _of_place(place, parts)]
     _table(console, "Memory, without activations and caches", lines)
     _table(console, f"Written into {told}", list(files(config)))
@@ -171,12 +166,16 @@ def _tell(site: Site, matter: Matter, folder: Path, told: str) -> None:
         )
 
 
-def _offloads(config: RunConfig, ranks: int) -> bool:
-    return ranks > 1 and isinstance(config.trainer, ShardedConfig) and config.trainer.offload
-
-
-def _of_trainer(device: str, ranks: int) -> str:
-    return f"trainer, on {device}" if ranks == 1 else f"each of the trainer's {ranks} ranks, the first on {device}"
+def _places(config: RunConfig, sizes: Sizes, device: str, ranks: int) -> dict[str, Parts]:
+    """What is needed where: of the trainer on `device`, of its host, of a worker, of the disk."""
+    one = f"trainer, on {device}" if ranks == 1 else f"each of the trainer's {ranks} ranks, the first on {device}"
+    offloads = ranks > 1 and isinstance(config.trainer, ShardedConfig) and config.trainer.offload
+    return {
+        one: trainer(config, sizes, ranks),
+        **({"each of these, on its host": shards(config, sizes, ranks)} if offloads else {}),
+        f"each of {config.rollout.workers} worker(s)": worker(config, sizes),
+        "disk": disk(config, sizes),
+    }
 
 
 def _of_place(place: str, parts: Parts) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from rlhf.config import RunConfig, VllmRolloutConfig
 from rlhf.config.model import AUTO
 from rlhf.config.trainer import LAYER, STEP, ShardedConfig
 from rlhf.preflight.memory_estimate import Sizes, human, trainer, worker
+from transfer.config import HttpSenderConfig
 
 SHARE = 0.85  # of a GPU's memory, for what the estimate knows; the rest is for activations
 VLLM_SHARE = 0.9  # of a GPU's memory, where gpu_memory_utilization does not say
@@ -42,12 +43,14 @@ def settled(given: ShardedConfig, gather: str, on_gpu: bool) -> ShardedConfig:
 
 def _of_workers(config: RunConfig, sizes: Sizes, ranks: int, memory: int) -> int:
     """Bytes that workers have of a rank's GPU while it learns."""
-    rollout = config.rollout
-    if rollout.gpus is not None:
+    rollout, sender = config.rollout, config.transfer.sender
+    elsewhere = rollout.gpus is not None or (isinstance(sender, HttpSenderConfig) and bool(sender.url))
+    if elsewhere:
         return 0
     if isinstance(rollout, VllmRolloutConfig):
         share = rollout.engine_args.get("gpu_memory_utilization", VLLM_SHARE)
-        return 0 if rollout.sleep_level else int(memory * float(share))
+        known = share if isinstance(share, (int, float)) else VLLM_SHARE
+        return 0 if rollout.sleep_level else int(memory * known)
     return math.ceil(rollout.workers / ranks) * sum(worker(config, sizes).values())
 
 

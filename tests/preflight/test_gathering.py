@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hydra.errors import CompactHydraException
 
+from rlhf.check import _places
 from rlhf.config.trainer import LAYER, STEP, ShardedConfig
 from rlhf.preflight.gathering import announced, chosen, settled
 from rlhf.preflight.memory_estimate import Count, Sizes, shards, trainer
@@ -48,6 +49,7 @@ def composed(compose_run):
         (1.5, 2, ("rollout=vllm", "rollout.engine_args={gpu_memory_utilization: 0.4}"), STEP),
         (1.5, 2, ("rollout=vllm",), LAYER),  # vLLM takes 0.9 of a GPU, if nobody says what
         (7, 2, ("rollout.workers=4",), LAYER),  # two of them on each GPU
+        (1.5, 2, ("rollout=vllm", "transfer/sender=http", "transfer.sender.url=[http://far:8000]"), STEP),
         (1.5, 2, ("trainer.gather=layer",), LAYER),
         (32, 2, ("trainer.gather=step",), STEP),
     ],
@@ -113,6 +115,9 @@ def test_what_is_offloaded_is_counted_on_the_host_and_not_on_the_gpu(composed):
     assert {name: nbytes for name, nbytes in held.items() if nbytes} == on_gpu | on_host
     assert {name.partition(", ")[2] for name in on_gpu} == {"what is whole at once", "gradients of that"}
     assert {name.partition(",")[0] for name in on_host} == {"policy", "reference", "critic", "transfer"}
+    told = _places(config, counted, "cuda:0", 4)
+    assert list(told)[:2] == ["each of the trainer's 4 ranks, the first on cuda:0", "each of these, on its host"]
+    assert list(told.values())[:2] == [on_gpu, on_host]
     root_and_two_layers = counted.policy.elements - counted.layers + 2 * counted.largest
     assert on_gpu["policy, what is whole at once"] == on_gpu["reference, what is whole at once"]
     assert on_gpu["policy, what is whole at once"] == 2 * root_and_two_layers
