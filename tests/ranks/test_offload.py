@@ -10,21 +10,44 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import pool
 from safetensors.torch import load_file
 from test_learner import sampled
-from test_ranks_learner import ALGOS, learner_of, steps
+from test_ranks_learner import ALGOS, assert_the_same, learner_of, steps
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from rlhf.learning.by_layer import ByLayer
 from rlhf.learning.passes import PADDED, Packed
 from rlhf.learning.spread import Sharded
 from rlhf.models.device import device_of
-from rlhf.ranks.ranks import ALONE
+from rlhf.ranks.ranks import ALONE, Ranks
 from transfer.agreement.dtensor import full, is_dtensor, local_part
 from transfer.agreement.manifest import Manifest
 from transfer.backends.shards import Shards
 
-pytestmark = pytest.mark.gpu
 CLOSE = 1e-5  # AdamW of a CPU and of a GPU round in their own ways
+
+
+def _steps(ranks: Ranks, words: str, gather: str) -> list[Any]:
+    """With FSDP's own offloading on a CPU, where nothing has to move."""
+    spread = (ByLayer if gather == "layer" else Sharded)(ranks, torch.device("cpu"))
+    spread._offload = CPUOffloadPolicy(pin_memory=False)
+    return steps(learner_of(words, ranks, spread, PADDED.in_lockstep()), 4, [sampled(0), sampled(1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [ALGOS[1], ALGOS[6]], ids=["ppo", "bfloat16"])
+def test_what_fsdp_offloads_is_computed_as_if_it_were_not(words):
+    with pool(2) as two:
+        for gather in ("step", "layer"):
+            plain = two.call(_plain_steps, words, gather)[0]
+            for each in two.call(_steps, words, gather):
+                assert_the_same(each, plain)
+
+
+def _plain_steps(ranks: Ranks, words: str, gather: str) -> list[Any]:
+    spread = (ByLayer if gather == "layer" else Sharded)(ranks, torch.device("cpu"), offload=True)
+    return steps(learner_of(words, ranks, spread, PADDED.in_lockstep()), 4, [sampled(0), sampled(1)])
 
 
 def held(folder: str, device: str, gather: str, offload: bool, words: str) -> dict[str, Any]:
@@ -62,6 +85,7 @@ def in_a_process(*arguments: Any) -> dict[str, Any]:
         return made.apply(held, arguments)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("words", [ALGOS[1], ALGOS[6]], ids=["ppo", "bfloat16"])
 @pytest.mark.parametrize("gather", ["step", "layer"])
@@ -81,6 +105,7 @@ def test_what_is_offloaded_is_on_the_host_and_computes_what_a_gpu_that_holds_all
             torch.testing.assert_close(mine, one, rtol=CLOSE, atol=CLOSE if "bfloat16" not in words else 2e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("gather", ["step", "layer"])
