@@ -69,6 +69,7 @@ class Stored:
     shape: torch.Size
     dtype: torch.dtype
     pieces: list[tuple[int, Any]]  # first row, and a slice of a file; in order
+    of_ranks: bool = False  # that have shards, in fp32 whatever a model computes in
 
     def rows(self, first: int, end: int) -> Tensor:
         """Rows `first` to `end` - 1; of a tensor without dim 0, all of it."""
@@ -104,7 +105,7 @@ def stored(folder: Path, name: str) -> Iterator[dict[str, Stored]]:
             for key in file.keys():  # noqa: SIM118 - no dict
                 piece = file.get_slice(key)
                 shape = torch.Size(shapes.get(key, piece.get_shape()))
-                known = found.setdefault(key, Stored(shape, DTYPES[piece.get_dtype()], []))
+                known = found.setdefault(key, Stored(shape, DTYPES[piece.get_dtype()], [], key in shapes))
                 first = sum(each.get_shape()[0] for _, each in known.pieces)
                 known.pieces.append((first, piece))
         yield found

@@ -16,7 +16,7 @@ import dataclasses
 import enum
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoint.shards import Stored, stored
-from transfer.agreement.dtensor import local_part
+from transfer.agreement.dtensor import is_dtensor, local_part
 
 MASTER = "master"  # an optimiser's fp32 copy of a weight
 STEP = "step"  # how many an optimiser has taken of a weight
@@ -132,13 +132,14 @@ def load_state(state: State, folder: Path, values: Mapping[str, Any], device: to
     try:
         for name, module in state.modules.items():
             load_module(module, folder, name)
-        for name, (_, optimizer) in state.optimizers.items():
-            with stored(folder, name + OPTIMIZER) as saved:
+        for name, (module, optimizer) in state.optimizers.items():
+            with stored(folder, name + OPTIMIZER) as saved, stored(folder, name) as weights:
                 load_optimizer(optimizer, saved)
+                _load_masters(optimizer, module, weights)
         for name, held in state.tensors.items():
             with stored(folder, name) as saved:
                 for key, tensor in saved.items():
-                    held.setdefault(key, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+                    held.setdefault(key, _room_for(key, tensor, state.modules.values(), device))
                     _overwrite(key, held[key], tensor)
         _set_attributes(state, values)
     except (KeyError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
@@ -155,7 +156,27 @@ def load_module(module: torch.nn.Module, folder: Path, name: str) -> None:
         if not saved:
             raise RuntimeError(f"it has no {name}.safetensors")
         for key, tensor in weights_of(module).items():
-            _overwrite(key, tensor, saved[key])
+            shards = is_dtensor(tensor) or saved[key].of_ranks  # in fp32, and the model perhaps in bfloat16
+            other = shards and {saved[key].dtype, tensor.dtype} <= {torch.float32, torch.bfloat16, torch.float16}
+            _check_like(key, saved[key], saved[key].dtype if other else tensor.dtype, tensor.shape)
+            saved[key].read_into(tensor)
+
+
+def _load_masters(optimizer: torch.optim.Optimizer, module: torch.nn.Module, weights: Mapping[str, Stored]) -> None:
+    """Of ranks with shards the weights themselves are what was stepped: masters here are those."""
+    own = dict(module.named_parameters())
+    for name, weight in _stepped(optimizer).items():
+        if weight is not own[name] and name in weights and weights[name].of_ranks:
+            _overwrite(name, weight, weights[name])
+
+
+def _room_for(key: str, saved: Stored, modules: Iterable[torch.nn.Module], device: torch.device) -> Tensor:
+    """For a tensor that is made of a module's: for this rank's rows of it, where those are shards."""
+    for module in modules:
+        like = weights_of(module).get(key)
+        if like is not None and is_dtensor(like) and like.shape == saved.shape:
+            return torch.empty_like(like, dtype=saved.dtype, requires_grad=False)
+    return torch.empty(saved.shape, dtype=saved.dtype, device=device)
 
 
 def _set_attributes(state: State, values: Mapping[str, Any]) -> None:

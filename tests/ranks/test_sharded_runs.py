@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_ranks_runs import SAID_ANYHOW, SOON_S, WITHOUT_A_WORD, assert_as_of_one, of_one, runs  # noqa: F401
 
 SHARDED = ("trainer=sharded",)
+TWO, ONE = ["trainer=sharded", "trainer.ranks=2"], ["trainer=one", "trainer.ranks=1"]
 whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pytest.mark.timeout(600)]
 
 
@@ -75,6 +76,33 @@ def test_a_run_of_one_process_goes_on_with_shards(runs, of_one):  # noqa: F811
     resumed = runs.resume("trainer=sharded", "trainer.ranks=2")
     assert resumed.code == 0, resumed.errors
     assert_as_of_one(runs, of_one)
+
+
+@of_runs
+@pytest.mark.parametrize(
+    ("words", "goes_on"),
+    [
+        ([*TWO, "model.dtype=bfloat16"], ONE),
+        ([*TWO, "model.dtype=bfloat16", "algo.ref_decay=0.5", "algo.kl_coef=0.1"], ["trainer.gather=layer"]),
+        ([*TWO, "algo.ref_decay=0.5", "algo.kl_coef=0.1"], ONE),
+        (["transfer.take=copy", "model.dtype=bfloat16", "algo=ppo", "algo.critic_warmup_steps=0"], TWO),
+        ([*TWO, "model.dtype=bfloat16", "algo=ppo", "algo.critic_warmup_steps=0"], ONE),
+    ],
+    ids=["bfloat16", "a moving reference in bfloat16", "a moving reference", "one with a critic", "with a critic"],
+)
+def test_checkpoints_in_bfloat16_or_with_a_moving_reference_are_gone_on_with_as_if_never_stopped(
+    tmp_path_factory, words, goes_on
+):
+    whole, stopped = (Runs(tmp_path_factory.mktemp(name)) for name in ("whole", "stopped"))
+    ended = whole.train(*words)
+    assert ended.code == 0, ended.errors
+    ended = stopped.train(*words, harm="terminate asleep")
+    assert ended.code == 75, ended.errors
+    resumed = stopped.resume(*goes_on)
+    assert resumed.code == 0, resumed.errors
+    assert stopped.numbers() == whole.numbers()
+    left = [load_file(each.folder / "run/policy/model.safetensors") for each in (stopped, whole)]
+    assert left[0].keys() == left[1].keys() and all(torch.equal(left[0][name], left[1][name]) for name in left[0])
 
 
 @of_runs
