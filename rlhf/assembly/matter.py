@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,7 @@ def _settle_gathering(site: Site, policy: PreTrainedModel, rewards: Mapping[str,
         dtype = getattr(torch, (config.rollout.dtype or config.model.dtype).value)
         models = [reward for reward in rewards.values() if isinstance(reward, ModelReward)]
         memory = torch.cuda.get_device_properties(policy.device).total_memory if on_gpu else None
-        return chosen(config, sizes_of(policy, config.model.lora, dtype, models), ranks.count, memory)
+        return chosen(config, partial(sizes_of, policy, config.model.lora, dtype, models), ranks.count, memory)
 
     gather, why = ranks.heard(choose)
     config.trainer = settled(given, gather, on_gpu)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from rlhf.config import RunConfig, VllmRolloutConfig
@@ -19,7 +20,7 @@ SHARE = 0.85  # of a GPU's memory, for what the estimate knows; the rest is for 
 VLLM_SHARE = 0.9  # of a GPU's memory, where gpu_memory_utilization does not say
 
 
-def chosen(config: RunConfig, sizes: Sizes, ranks: int, memory: int | None) -> tuple[str, str]:
+def chosen(config: RunConfig, counted: Callable[[], Sizes], ranks: int, memory: int | None) -> tuple[str, str]:
     """What `gather` is, and why, where that was left to the machine; `memory`: bytes of a rank's GPU, None on a CPU."""
     given = config.trainer
     assert isinstance(given, ShardedConfig)
@@ -27,7 +28,7 @@ def chosen(config: RunConfig, sizes: Sizes, ranks: int, memory: int | None) -> t
         return given.gather, ""
     if memory is None:
         return STEP, ""
-    by_step = copy.copy(config)
+    sizes, by_step = counted(), copy.copy(config)
     by_step.trainer = settled(given, STEP, on_gpu=True)
     need = sum(trainer(by_step, sizes, ranks).values())
     room = max(0, int(SHARE * memory) - _of_workers(config, sizes, ranks, memory))

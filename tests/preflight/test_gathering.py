@@ -58,20 +58,20 @@ def test_once_an_update_where_the_estimate_fits_a_gpu_and_layer_by_layer_where_i
     composed, billions, ranks, overrides, gather
 ):
     config = composed(*overrides)
-    found, why = chosen(config, sizes(billions), ranks, H200)
+    found, why = chosen(config, lambda: sizes(billions), ranks, H200)
     assert found == gather
     assert bool(why) == ("trainer.gather" not in " ".join(overrides))
     assert config.trainer.gather in ("auto", gather), "what was composed is as it was"
 
 
 def test_on_a_cpu_it_is_once_an_update_however_large_the_model_is(composed):
-    assert chosen(composed(), sizes(700), 2, None) == (STEP, "")
+    assert chosen(composed(), lambda: sizes(700), 2, None) == (STEP, "")
 
 
 def test_the_line_says_what_was_chosen_and_why(composed):
     config = composed("trainer.reshard=false", "trainer.offload=true")
     given = config.trainer
-    gather, why = chosen(config, sizes(32), 2, H200)
+    gather, why = chosen(config, lambda: sizes(32), 2, H200)
     told = announced(settled(given, gather, on_gpu=True), given, 2, why)
     assert told == (
         "trainer: 2 ranks, weights gathered layer by layer (gather=layer), and kept between forward and backward "
