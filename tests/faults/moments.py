@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import content
-from transfer.backends import arena, disk, process_group, rank_rows, shards
+from transfer.backends import arena, disk, group_ends, rank_rows, shards
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, Staging, Take, TransferConfig
 from transfer.trainer.publication import Publication
 from transfer.trainer.ranks import Leading, Line
@@ -128,7 +128,7 @@ def in_worker(journal: str) -> None:
     moments.around(Receiver, "withdraw_weights", before="withdraw")
     moments.around(plain_worker, "digest_of", before="serve")
     moments.around(disk, "_read", before="read")
-    moments.around(process_group.WorkerGroup, "_start", before="receive")
+    moments.around(group_ends.WorkerGroup, "_start", before="receive")
     copy = Landing.copy
 
     def in_two_halves(self: Landing, staged: Any, *arguments: Any) -> Any:
@@ -149,7 +149,7 @@ def in_trainer(folder: Path, sender: type) -> None:
     moments.around(Session, "withdraw", before="withdraw")
     moments.around(arena, "_copy", before="filling a slot")
     moments.around(sender, "call", before="tell", after="heard")
-    moments.around(process_group.TrainerGroup, "_start", before="send")
+    moments.around(group_ends.TrainerGroup, "_start", before="send")
 
 
 def in_rank(folder: Path, number: int, sender: type) -> Moments:

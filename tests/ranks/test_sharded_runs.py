@@ -22,7 +22,6 @@ whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pyte
         ("transfer.take=view", r"transfer.take must be copy \(got view\)"),
         ("transfer.staging=live", r"transfer.staging must be arena \(got live\)"),
         ("transfer=local", r"transfer must be ipc \(got local\)"),
-        ("transfer=gloo", r"transfer must be ipc \(got gloo\)"),
         ("model.lora.rank=2", r"set trainer=replicas, or model.lora.rank=0 \(got trainer=sharded and 2\)"),
     ],
 )

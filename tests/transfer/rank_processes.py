@@ -124,6 +124,11 @@ class Rank:
             senders = [DirectSender(self._receiver, "worker 0")]
         self._transfer.open(self.weights, senders)
 
+    def buckets_of(self, size: int) -> None:
+        """From now on a broadcast is sent in buckets of so many bytes."""
+        if self._ranks.number == 0:
+            self._transfer._session._publisher._size = size
+
     def differing(self) -> list[str]:
         """Whose values the receiver has not to the bit, as the first rank sees it."""
         whole = full_weights(self.weights)
@@ -262,7 +267,7 @@ class Worker:
         journal = str(folder / "journal" / "worker.jsonl")
         spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, journal=journal)
         log = folder / "worker.log"
-        self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=1)
+        self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=2)
 
     def __enter__(self) -> Worker:
         self.process.__enter__()
