@@ -8,11 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +24,8 @@ import transfer.trainer.ranks  # noqa: F401 - before processes are forked that n
 from transfer import make_receiver, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
+from transfer.backends.buckets import Packer
+from transfer.backends.collective_rows import CollectiveShards
 from transfer.config import InFlight, TransferConfig
 from transfer.trainer.senders.direct import DirectSender
 from transfer.trainer.senders.http import HttpSender
@@ -29,6 +33,7 @@ from transfer.trainer.sources import full_weights
 from transfer.worker.plain_worker import PlainSpec
 from transfer.worker.process import WorkerProcess
 
+ITSELF = -1  # a process's own id
 FORK = multiprocessing.get_context("fork")
 DEADLINE_S = 60.0
 
@@ -128,6 +133,37 @@ class Rank:
         """From now on a broadcast is sent in buckets of so many bytes."""
         if self._ranks.number == 0:
             self._transfer._session._publisher._size = size
+
+    def sums_instead(self) -> None:
+        """From now on the digest is the one that shards on GPUs have."""
+        if self._ranks.number == 0:
+            self._transfer._session._publisher._on_gpus = True
+
+    def harm(self, rank: int, during: str, after: int = 3, pid: int = 0, sleep_s: float = 0.0) -> None:
+        """Once, while a rank sends `_say_rows` or a `broadcast` of its shares: kill `pid`, or sleep, or else raise."""
+        if self._ranks.number != rank:
+            return
+        send, pack = getattr(CollectiveShards, during), Packer.pack
+
+        def harmed(shards: CollectiveShards, *arguments: Any) -> Any:
+            left = iter(range(after))
+
+            def packed(*given: Any) -> None:
+                if next(left, None) is None:
+                    Packer.pack = pack  # type: ignore[method-assign]
+                    _harm(os.getpid() if pid == ITSELF else pid, sleep_s)
+                pack(*given)
+
+            setattr(CollectiveShards, during, send)
+            Packer.pack = packed  # type: ignore[method-assign]
+            return send(shards, *arguments)
+
+        setattr(CollectiveShards, during, harmed)
+
+    def held(self) -> tuple[int, int]:
+        """This process's descriptors and threads."""
+        process = psutil.Process()
+        return process.num_fds(), process.num_threads()
 
     def differing(self) -> list[str]:
         """Whose values the receiver has not to the bit, as the first rank sees it."""
@@ -240,6 +276,15 @@ def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Ite
             process.join()
 
 
+def _harm(pid: int, sleep_s: float) -> None:
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+    elif sleep_s:
+        time.sleep(sleep_s)
+    else:
+        raise RuntimeError("a fault of the test")
+
+
 def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) -> None:
     for other in others:  # the test's ends
         other.close()
@@ -279,8 +324,6 @@ class Worker:
         self.process.__exit__(*exception)
 
     def connect(self) -> None:
-        import time
-
         self.url = f"http://127.0.0.1:{self.process.port(time.monotonic() + DEADLINE_S)}"
         self._sender = HttpSender(self.url, None, "worker 0", 20.0)
 

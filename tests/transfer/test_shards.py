@@ -9,7 +9,7 @@ from shared_memory import left_in_shared_memory
 from worker_process import in_process
 
 from transfer import make_receiver, make_transfer
-from transfer.agreement.manifest import ALIGNMENT, Manifest
+from transfer.agreement.manifest import Manifest
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,
@@ -96,36 +96,6 @@ def test_shards_arrive_by_files_of_which_each_rank_writes_its_own_rows(ranks, ti
             ours.call("spoil", rank=1, name="lm_head.weight")
             assert "has values that are not finite" in texts(ours.errors("push"))
             assert worker.serves()[0] == 2 and not list(files.glob("*-00000003*")), "nothing of what failed stays"
-
-
-@pytest.mark.parametrize(
-    "ranks, tied, dtype, take",
-    [(2, True, torch.bfloat16, Take.view), (3, False, torch.float32, Take.copy), (3, True, torch.float32, Take.view)],
-)
-def test_shards_arrive_by_a_broadcast_of_each_rank_also_in_a_worker_that_was_started_again(
-    ranks, tied, dtype, take, tmp_path
-):
-    with trainer(ranks, tmp_path, seed=1, tied=tied) as ours:
-        endpoint = ours.call("make", config=CollectiveConfig(sender=SENDER, take=take))[0]
-        with Worker(endpoint, tmp_path, Manifest.of(Decoder(0, tied, dtype).state_dict())) as worker:
-            ours.call("open", url=worker.url)
-            for version in range(3):
-                ours.call("buckets_of", size=2**20 if version == 0 else ALIGNMENT)
-                pushed = ours.call("push")
-                assert [each[0] for each in pushed] == [version] * ranks and len({each[1:] for each in pushed}) == 1
-                expected = pushed_by_one(1, tied, tmp_path / str(version), version, dtype)
-                assert worker.status()["digest"] == expected and worker.serves() == (version, expected)
-                ours.call("withdraw")
-                if version < 2:
-                    ours.call("train")
-            url = worker.restart()
-            assert ours.outcomes("recover", of=[0], url=url) == [("gives", True)], "whatever the other ranks do"
-            assert worker.serves() == (2, expected)
-            ours.call("train")
-            url = worker.restart()
-            assert ours.outcomes("recover", of=[0], url=url) == [("gives", False)], "the rows are others by now"
-            assert {each[0] for each in ours.call("push")} == {3}
-            assert worker.serves() == (3, pushed_by_one(1, tied, tmp_path / "3", 3, dtype))
 
 
 def test_a_file_of_a_rank_that_is_damaged_or_another_is_refused(tmp_path):

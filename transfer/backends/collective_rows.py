@@ -123,16 +123,24 @@ class CollectiveShards:
         )
 
     def broadcast(self, group: Group, packer: Packer, size: int, timeout_s: float) -> None:
-        """This rank's part in a broadcast of all rows."""
-        shares = self.shares(size)
+        """This rank's part in a broadcast of all rows; ConnectionError: it was ended elsewhere."""
+        shares, failed = self.shares(size), ""
 
         def tensor(index: int) -> torch.Tensor:
+            nonlocal failed
             share, buffer = shares[index], self._memory[index % DEPTH]
             if share.rank == self._rows.number:
-                packer.pack(share.pieces, buffer)
+                try:
+                    packer.pack(share.pieces, buffer)
+                except RuntimeError as error:
+                    failed = f"its rows cannot be sent: {error}"
+                    raise
             return buffer[: share.nbytes]
 
-        group.broadcast(timeout_s, len(shares), tensor, root=lambda index: shares[index].rank)
+        try:
+            group.broadcast(timeout_s, len(shares), tensor, root=lambda index: shares[index].rank)
+        except ConnectionError as error:
+            raise (OSError(failed) if failed else error) from None
 
     @torch.no_grad()
     def sums(self, version: int) -> str:

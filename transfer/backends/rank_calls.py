@@ -31,6 +31,7 @@ COME_S = 10.0  # for a rank's connection, which is there already
 HEAR_S = 2.0  # for the others to say how a broadcast has ended once it has here
 MAX_WORDS = 2**20  # bytes of one message, without those behind it
 LENGTH = struct.Struct(">I")
+KINDS = {"aborted": ConnectionAbortedError, "broken": ConnectionError}  # of errors that follow from another one's
 Say = Callable[[Mapping[str, Any], torch.Tensor], None]
 Act = Callable[[Mapping[str, Any], Say], Mapping[str, Any]]
 
@@ -135,13 +136,13 @@ class Calls:
             self._alone.release()
 
     def next(self, rank: int, number: int) -> dict[str, Any]:
-        """What a rank says next about a call; ConnectionError, also for what it could not do."""
+        """What a rank says next about a call; OSError, also for what it could not do."""
         with self._kept(rank):
             while (said := self._wires[rank].hear()).get("call") != number:
                 if said["bytes"]:
                     self._wires[rank].take(torch.empty(said["bytes"], dtype=torch.uint8))
         if "error" in said:
-            raise (ConnectionAbortedError if said.get("aborted") else ConnectionError)(f"rank {rank}: {said['error']}")
+            raise KINDS.get(str(said.get("kind")), OSError)(f"rank {rank}: {said['error']}")
         return said
 
     def take(self, rank: int, into: torch.Tensor) -> None:
@@ -190,11 +191,11 @@ class Call:
         self._calls, self._number = calls, number
 
     def answers(self) -> list[dict[str, Any]]:
-        """What each other rank says last; ConnectionError."""
+        """What each other rank says last; OSError."""
         return [self._calls.next(rank, self._number) for rank in self._calls.ranks]
 
     def take(self, rank: int, into: torch.Tensor) -> None:
-        """The next bytes that a rank sends, as many as there is room for; ConnectionError."""
+        """The next bytes that a rank sends, as many as there is room for; OSError."""
         if self._calls.next(rank, self._number)["bytes"] != len(into):
             raise ConnectionError(f"rank {rank} has sent other rows than were asked for")
         self._calls.take(rank, into)
@@ -202,7 +203,7 @@ class Call:
     def beside(self, work: Callable[[], None], trouble: Callable[[], None]) -> None:
         """Do this rank's part of what was asked for; `trouble` is called as soon as another fails in its own.
 
-        What is raised is the first error that tells more than that something was given up.
+        What is raised is the first error that does not merely say that somebody else has ended a connection.
         """
         found: list[Exception] = []
         over = threading.Event()
@@ -217,7 +218,8 @@ class Call:
             thread.join(HEAR_S)
             over.set()
             thread.join()
-        errors = sorted([*found, *own], key=lambda error: isinstance(error, ConnectionAbortedError))
+        kinds = tuple(KINDS.values())
+        errors = sorted([*found, *own], key=lambda error: sum(isinstance(error, kind) for kind in kinds))
         found.clear()
         own.clear()
         if errors:
@@ -261,4 +263,5 @@ class Answering:
         try:
             return self._act(request, lambda value, data: self._wire.say({**value, "call": number}, data))
         except Exception as error:
-            return {"error": str(error) or type(error).__name__, "aborted": isinstance(error, ConnectionAbortedError)}
+            kind = next((name for name, kind in KINDS.items() if isinstance(error, kind)), None)
+            return {"error": str(error) or type(error).__name__, "kind": kind}
