@@ -102,10 +102,14 @@ class Rank:
         self._senders: list[HttpSender] = []
         self.weights: dict[str, torch.Tensor] = {}
 
-    def build(self, sharded: bool, **dials: Any) -> None:
+    def build(self, sharded: bool, device: str = "cpu", **dials: Any) -> None:
+        """On the host, or each rank on a GPU of its own."""
         self.module = Decoder(**dials)
+        if device == "cuda":
+            torch.cuda.set_device(self._ranks.number)
+            self.module.cuda()
         if sharded:
-            mesh = init_device_mesh("cpu", (self._ranks.count,))
+            mesh = init_device_mesh(device, (self._ranks.count,))
             for layer in self.module.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.module, mesh=mesh)
@@ -252,12 +256,12 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Iterator[Trainer]:
+def trainer(count: int, folder: Path, sharded: bool = True, device: str = "cpu", **dials: Any) -> Iterator[Trainer]:
     """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this."""
     pairs = [FORK.Pipe() for _ in range(count)]
     ours = [pair[0] for pair in pairs]
     processes = [
-        FORK.Process(target=_serve, args=(rank, count, folder, theirs, ours), daemon=True)
+        FORK.Process(target=_serve, args=(rank, count, folder, device, theirs, ours), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in processes:
@@ -266,7 +270,7 @@ def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Ite
         theirs.close()
     made = Trainer(ours, processes)
     try:
-        made.call("build", sharded=sharded, **dials)
+        made.call("build", sharded=sharded, device=device, **dials)
         yield made
     finally:
         for pipe, process in zip(ours, processes, strict=True):
@@ -285,14 +289,13 @@ def _harm(pid: int, sleep_s: float) -> None:
         raise RuntimeError("a fault of the test")
 
 
-def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) -> None:
+def _serve(rank: int, count: int, folder: Path, device: str, pipe: Any, others: list[Any]) -> None:
     for other in others:  # the test's ends
         other.close()
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=timedelta(seconds=DEADLINE_S / 2)
-    )
+    rendezvous, backend = f"file://{folder}/store", "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    patience = timedelta(seconds=DEADLINE_S / 2)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=count, timeout=patience)
     state = Rank(folder)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -308,9 +311,9 @@ def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) ->
 class Worker:
     """A plain worker behind HTTP for such a trainer."""
 
-    def __init__(self, endpoint: dict[str, Any], folder: Path, manifest: Manifest) -> None:
+    def __init__(self, endpoint: dict[str, Any], folder: Path, manifest: Manifest, device: str = "cpu") -> None:
         journal = str(folder / "journal" / "worker.jsonl")
-        spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, journal=journal)
+        spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, device=device, journal=journal)
         log = folder / "worker.log"
         self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=2)
 

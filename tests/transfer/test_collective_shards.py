@@ -1,8 +1,11 @@
 """Sharded weights by a broadcast of each rank: what arrives, and what holds when a rank or a worker fails meanwhile."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +131,23 @@ def test_the_sums_that_ranks_on_gpus_add_up_are_those_that_a_worker_finds(take, 
                 assert worker.status()["digest"].startswith("sums:")
                 assert worker.serves() == (version, pushed_by_one(3, False, tmp_path / str(version), version))
                 ours.call("train")
+
+
+def pushed_by_ranks_of_a_process_of_their_own(folder, device):
+    command = [sys.executable, str(Path(__file__).with_name("gpu_ranks.py")), str(folder), device]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "ok", ended.stdout + ended.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices, and three for two ranks")
+def test_nccl_moves_the_rows_of_every_rank_to_another_gpu_and_ends_soon_when_a_worker_or_a_rank_is_killed(tmp_path):
+    pushed_by_ranks_of_a_process_of_their_own(tmp_path, "cuda")
+
+
+@pytest.mark.slow
+def test_what_is_tried_on_gpus_holds_for_gloo(tmp_path):
+    pushed_by_ranks_of_a_process_of_their_own(tmp_path, "cpu")
 
 
 def test_whole_tensors_that_all_ranks_have_are_sent_by_the_first_alone(tmp_path):

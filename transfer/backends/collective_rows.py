@@ -39,7 +39,7 @@ class CollectiveShards:
         self._rows = RowsOfRank(number, count)
         self._manifest = Manifest((), 0)
         self._begin = 0  # of its rows in sums over those of all ranks, bytes
-        self._device = torch.device("cpu")  # that the library moves bytes between
+        self._device = self._home = torch.device("cpu")  # that the library moves bytes between; where the rows lie
         self._size = 0  # of a bucket, bytes
         self._memory: list[torch.Tensor] = []
         self._shares: tuple[int, list[Share]] = 0, []
@@ -81,11 +81,14 @@ class CollectiveShards:
         self._rows.prepare(self._manifest, step["whole"], weights)
         self._begin = begin_of(self._manifest, count, rank, step["whole"])
         self._shares, self._version = (0, []), None
-        on_gpu = any(tensor.is_cuda for tensor in weights.values())
+        self._home = next((tensor.device for tensor in weights.values() if tensor.is_cuda), torch.device("cpu"))
         if self._config.library is Library.nccl:
             self._device = gpu_of(weights)
         self.allocate()
-        return {"on_gpu": on_gpu, "gpu": regions.device_uuid(self._device) if self._device.type == "cuda" else None}
+        return {
+            "on_gpu": self._home.type == "cuda",
+            "gpu": regions.device_uuid(self._device) if self._device.type == "cuda" else None,
+        }
 
     def allocate(self) -> None:
         """Other buffers than those from which a broadcast that was given up may still be sent."""
@@ -166,7 +169,7 @@ class CollectiveShards:
 
     def _act(self, request: Mapping[str, Any], say: Say) -> dict[str, Any]:
         """What the first rank asks for."""
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+        with torch.cuda.device(self._home) if self._home.type == "cuda" else nullcontext():
             match request["do"]:
                 case "send":
                     self._send(request)

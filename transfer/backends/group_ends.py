@@ -153,8 +153,8 @@ class RankGroup(JoiningGroup):
 def one_gpu(detail: str) -> str:
     """Why NCCL cannot be used between processes on one GPU, and what to change."""
     return (
-        f"transfer=nccl needs a GPU of its own for the trainer and for each worker ({detail}): use transfer=ipc on one "
-        "GPU, or transfer=gloo"
+        f"transfer=nccl needs a GPU of its own for each rank of the trainer and each worker ({detail}): use "
+        "transfer=ipc on one GPU, or transfer=gloo"
     )
 
 
