@@ -29,6 +29,10 @@ GLOO = CollectiveConfig(sender=SENDER)
 LOOPBACK = "127.0.0.1"
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def manifest_of(tied, dtype=torch.float32):
     return Manifest.of(Decoder(0, tied, dtype).state_dict())
 
@@ -74,7 +78,11 @@ def test_the_shares_of_all_ranks_are_every_byte_once_each_from_the_rank_that_hol
 
 @pytest.mark.parametrize(
     "ranks, tied, dtype, take",
-    [(2, True, torch.bfloat16, Take.view), (3, False, torch.float32, Take.copy), (3, True, torch.float32, Take.view)],
+    [
+        (2, True, torch.bfloat16, Take.view),
+        slow(3, False, torch.float32, Take.copy),
+        slow(3, True, torch.float32, Take.view),
+    ],
 )
 def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_started_again(
     ranks, tied, dtype, take, tmp_path
@@ -102,7 +110,9 @@ def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_st
             assert worker.serves() == (3, pushed_by_one(1, tied, tmp_path / "3", 3, dtype))
 
 
-@pytest.mark.parametrize("verify, take", [(Verify.off, Take.view), (Verify.full, Take.copy), (Verify.full, Take.view)])
+@pytest.mark.parametrize(
+    "verify, take", [(Verify.off, Take.view), slow(Verify.full, Take.copy), slow(Verify.full, Take.view)]
+)
 def test_a_worker_has_every_rank_s_rows_to_the_bit_and_messages_stay_small(verify, take, tmp_path):
     config = CollectiveConfig(sender=SENDER, take=take, verify=verify)
     with trainer(3, tmp_path, seed=3, tied=False) as ours:
@@ -118,6 +128,7 @@ def test_a_worker_has_every_rank_s_rows_to_the_bit_and_messages_stay_small(verif
         assert 0 < told[0] < 3 * 400 and told == [told[0]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take", [Take.view, Take.copy])
 def test_the_sums_that_ranks_on_gpus_add_up_are_those_that_a_worker_finds(take, tmp_path):
     config = CollectiveConfig(sender=SENDER, take=take, verify=Verify.full)
@@ -164,6 +175,7 @@ def test_whole_tensors_that_all_ranks_have_are_sent_by_the_first_alone(tmp_path)
 # --- what fails, in all ranks alike -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_in_one_rank_alone_fails_the_push_in_all_and_nothing_is_sent(tmp_path):
     with trainer(2, tmp_path, seed=1, tied=False) as ours:
         endpoint = ours.call("make", config=GLOO)[0]
@@ -177,11 +189,8 @@ def test_a_value_that_is_not_finite_in_one_rank_alone_fails_the_push_in_all_and_
             assert worker.serves() == before
 
 
-@pytest.mark.parametrize("during", ["_say_rows", "broadcast"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank, during", [slow(1, "_say_rows"), slow(0, "broadcast"), (1, "broadcast")])
 def test_an_error_in_one_rank_while_it_sends_is_told_to_all_and_the_next_push_succeeds(rank, during, tmp_path):
-    if (rank, during) == (0, "_say_rows"):
-        pytest.skip("the first rank sends itself nothing")
     with trainer(2, tmp_path, seed=1, tied=False) as ours:
         endpoint = ours.call("make", config=GLOO)[0]
         with Worker(endpoint, tmp_path, manifest_of(tied=False)) as worker:
@@ -200,13 +209,10 @@ def test_an_error_in_one_rank_while_it_sends_is_told_to_all_and_the_next_push_su
             assert version > 0 and worker.serves() == (version, pushed_by_one(1, False, tmp_path / "one", 1))
 
 
-@pytest.mark.parametrize("during", ["_say_rows", "broadcast"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank, during", [slow(2, "_say_rows"), slow(0, "broadcast"), (2, "broadcast")])
 def test_a_rank_that_is_killed_while_it_sends_ends_the_push_in_the_others_and_the_worker_keeps_its_version(
     rank, during, tmp_path
 ):
-    if (rank, during) == (0, "_say_rows"):
-        pytest.skip("the first rank sends itself nothing")
     with trainer(3, tmp_path, seed=1, tied=True) as ours:
         endpoint = ours.call("make", config=GLOO)[0]
         with Worker(endpoint, tmp_path, manifest_of(tied=True)) as worker:
@@ -231,6 +237,7 @@ def test_a_rank_that_is_killed_while_it_sends_ends_the_push_in_the_others_and_th
                 time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_receives_ends_the_push_in_all_and_gets_the_next_one(tmp_path):
     with trainer(2, tmp_path, seed=1, tied=True) as ours:
         endpoint = ours.call("make", config=GLOO)[0]
@@ -269,6 +276,7 @@ def test_a_rank_that_lags_behind_its_push_sends_nothing_of_later_weights_even_if
             assert worker.serves() == (version, pushed_by_one(1, True, tmp_path / "one", 1))
 
 
+@pytest.mark.slow
 def test_transfers_that_are_opened_again_leave_no_connections_and_threads(tmp_path):
     with trainer(2, tmp_path, seed=1, tied=True) as ours:
         endpoint = ours.call("make", config=GLOO)[0]

@@ -13,13 +13,13 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-import select
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -152,8 +152,8 @@ class Calls:
 
     def speaking(self, ranks: Sequence[int]) -> list[int]:
         """Of these ranks those that have said something, or are gone; after a moment."""
-        ready, _, _ = select.select([self._wires[rank] for rank in ranks], [], [], LOOK_S)
-        return [rank for rank in ranks if self._wires[rank] in ready]
+        ready = wait([self._wires[rank].fileno() for rank in ranks], LOOK_S)
+        return [rank for rank in ranks if self._wires[rank].fileno() in ready]
 
     @property
     def ranks(self) -> list[int]:
@@ -228,13 +228,15 @@ class Call:
     def _collect(self, found: list[Exception], over: threading.Event, trouble: Callable[[], None]) -> None:
         waiting = self._calls.ranks
         while waiting and not over.is_set():
-            for rank in self._calls.speaking(waiting):
-                waiting.remove(rank)
-                try:
+            try:
+                for rank in self._calls.speaking(waiting):
+                    waiting.remove(rank)
                     self._calls.next(rank, self._number)
-                except Exception as error:
-                    found.append(error)
-                    trouble()
+            except Exception as error:
+                found.append(error)
+                trouble()
+                if not isinstance(error, OSError):  # the connections were closed
+                    return
         if waiting:
             found.append(TimeoutError(f"rank {waiting[0]} does not come back"))
 
@@ -244,7 +246,12 @@ class Answering:
 
     def __init__(self, where: Mapping[str, Any], rank: int, act: Act) -> None:
         self._act = act
-        self._wire = Wire(socket.create_connection((where["host"], where["port"]), COME_S), None)
+        place = where["host"], where["port"]
+        try:
+            self._wire = Wire(socket.create_connection(place, COME_S), None)
+        except OSError as error:
+            at = f"{place[0]}:{place[1]}"
+            raise ConnectionError(f"the first rank cannot be reached at {at} (transfer.host): {error}") from error
         self._wire.say({"key": where["key"], "rank": rank})
         threading.Thread(target=self._answer, name="rank calls", daemon=True).start()
 
