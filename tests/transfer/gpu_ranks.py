@@ -1,10 +1,10 @@
-"""Ranks of a trainer that broadcast their rows, in a process without CUDA from which they can be forked:
+"""Two ranks of a trainer that broadcast their rows, in a process without CUDA from which they can be forked:
 
-    python gpu_ranks.py FOLDER DEVICE
+    python gpu_ranks.py FOLDER DEVICE LIBRARY
 
-On `cuda` they send by NCCL from all GPUs but the last, at most two of them, to a worker on the one behind theirs; on
-`cpu` the same by gloo, to try it out. A worker that is killed while it receives and a rank that is, NCCL does not
-notice: it must end soon all the same. The last line of stdout is `ok`.
+On `cuda` each has a GPU, and the worker, by `nccl`, the one behind theirs, by `gloo` that of the first rank. A worker
+that is killed while it receives, and a rank that is while it sends, NCCL does not notice: a push must end soon all the
+same. The last line of stdout is `ok`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from rank_processes import ITSELF, Decoder, Trainer, Worker, trained, trainer
 
 from transfer.agreement.manifest import ALIGNMENT, Manifest
@@ -35,14 +34,15 @@ def expected(steps: int, on_gpus: bool) -> str:
 
 def main() -> None:
     """Push, and let a worker and a rank be killed."""
-    folder, device = Path(sys.argv[1]), sys.argv[2]
+    folder, device, library = Path(sys.argv[1]), sys.argv[2], Library(sys.argv[3])
     on_gpus = device == "cuda"
-    count = min(2, torch.cuda.device_count() - 1) if on_gpus else 2
-    config = CollectiveConfig(sender=SENDER, library=Library.nccl if on_gpus else Library.gloo)
-    with trainer(count, folder, device=device, seed=1, tied=False) as ours:
+    config = CollectiveConfig(sender=SENDER, library=library)
+    with trainer(2, folder, device=device, seed=1, tied=False) as ours:
         endpoint = ours.call("make", config=config)[0]
         manifest = Manifest.of(Decoder(seed=0, tied=False).state_dict())
-        with Worker(endpoint, folder, manifest, f"cuda:{count}" if on_gpus else "cpu") as worker:
+        with Worker(
+            endpoint, folder, manifest, f"cuda:{2 * (library is Library.nccl)}" if on_gpus else "cpu"
+        ) as worker:
             ours.call("open", url=worker.url)
             for steps in range(3):
                 ours.call("buckets_of", size=2**20 if steps == 0 else ALIGNMENT)
@@ -52,18 +52,17 @@ def main() -> None:
                     ours.call("train")
             assert ours.outcomes("recover", of=[0], url=worker.restart()) == [("gives", True)]
             assert worker.serves() == (2, expected(2, on_gpus))
-            killed_while_it_receives(ours, worker, count)
+            killed_while_it_receives(ours, worker)
             version, digest = worker.serves()
             assert version > 2 and digest == expected(3, on_gpus)
-            if count > 1:
-                a_rank_is_killed(ours)
-                assert worker.serves() == (version, digest)
+            a_rank_is_killed(ours)
+            assert worker.serves() == (version, digest)
     print("ok")
 
 
-def killed_while_it_receives(ours: Trainer, worker: Worker, count: int) -> None:
+def killed_while_it_receives(ours: Trainer, worker: Worker) -> None:
     """The push fails soon, and the next one succeeds."""
-    ours.call("harm", rank=count - 1, during="broadcast", pid=worker.process.pid)
+    ours.call("harm", rank=1, during="broadcast", pid=worker.process.pid)
     began = time.monotonic()
     assert all("worker 0" in error for error in ours.errors("push"))
     assert time.monotonic() - began < SOON_S

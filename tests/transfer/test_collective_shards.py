@@ -144,21 +144,24 @@ def test_the_sums_that_ranks_on_gpus_add_up_are_those_that_a_worker_finds(take, 
                 ours.call("train")
 
 
-def pushed_by_ranks_of_a_process_of_their_own(folder, device):
-    command = [sys.executable, str(Path(__file__).with_name("gpu_ranks.py")), str(folder), device]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+on_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+beside = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs a third CUDA device")
+
+
+@pytest.mark.parametrize(
+    "device, library",
+    [
+        pytest.param("cuda", "nccl", marks=[*on_gpus, beside]),
+        pytest.param("cuda", "gloo", marks=on_gpus),
+        slow("cpu", "gloo"),
+    ],
+)
+def test_rows_of_ranks_with_gpus_of_their_own_arrive_also_around_kills_of_a_worker_and_of_a_rank(
+    device, library, tmp_path
+):
+    command = [sys.executable, str(Path(__file__).with_name("gpu_ranks.py")), str(tmp_path), device, library]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "ok", ended.stdout + ended.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices, and three for two ranks")
-def test_nccl_moves_the_rows_of_every_rank_to_another_gpu_and_ends_soon_when_a_worker_or_a_rank_is_killed(tmp_path):
-    pushed_by_ranks_of_a_process_of_their_own(tmp_path, "cuda")
-
-
-@pytest.mark.slow
-def test_what_is_tried_on_gpus_holds_for_gloo(tmp_path):
-    pushed_by_ranks_of_a_process_of_their_own(tmp_path, "cpu")
 
 
 def test_whole_tensors_that_all_ranks_have_are_sent_by_the_first_alone(tmp_path):
