@@ -256,12 +256,22 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def trainer(count: int, folder: Path, sharded: bool = True, device: str = "cpu", **dials: Any) -> Iterator[Trainer]:
-    """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this."""
+def trainer(
+    count: int,
+    folder: Path,
+    sharded: bool = True,
+    device: str = "cpu",
+    patience_s: float = DEADLINE_S / 2,
+    **dials: Any,
+) -> Iterator[Trainer]:
+    """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this.
+
+    `patience_s`: for each other, and until gloo has noticed at the latest that one has just ended.
+    """
     pairs = [FORK.Pipe() for _ in range(count)]
     ours = [pair[0] for pair in pairs]
     processes = [
-        FORK.Process(target=_serve, args=(rank, count, folder, device, theirs, ours), daemon=True)
+        FORK.Process(target=_serve, args=(rank, count, (folder, device, patience_s), theirs, ours), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in processes:
@@ -289,12 +299,13 @@ def _harm(pid: int, sleep_s: float) -> None:
         raise RuntimeError("a fault of the test")
 
 
-def _serve(rank: int, count: int, folder: Path, device: str, pipe: Any, others: list[Any]) -> None:
+def _serve(rank: int, count: int, dials: tuple[Path, str, float], pipe: Any, others: list[Any]) -> None:
     for other in others:  # the test's ends
         other.close()
     torch.set_num_threads(1)
+    folder, device, patience_s = dials
     rendezvous, backend = f"file://{folder}/store", "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    patience = timedelta(seconds=DEADLINE_S / 2)
+    patience = timedelta(seconds=patience_s)
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=count, timeout=patience)
     state = Rank(folder)
     with contextlib.suppress(EOFError, OSError):

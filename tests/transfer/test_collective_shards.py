@@ -216,7 +216,7 @@ def test_an_error_in_one_rank_while_it_sends_is_told_to_all_and_the_next_push_su
 def test_a_rank_that_is_killed_while_it_sends_ends_the_push_in_the_others_and_the_worker_keeps_its_version(
     rank, during, tmp_path
 ):
-    with trainer(3, tmp_path, seed=1, tied=True) as ours:
+    with trainer(3, tmp_path, patience_s=10.0, seed=1, tied=True) as ours:
         endpoint = ours.call("make", config=GLOO)[0]
         with Worker(endpoint, tmp_path, manifest_of(tied=True)) as worker:
             ours.call("open", url=worker.url)

@@ -14,7 +14,7 @@ import torch
 
 from transfer.agreement.manifest import ALIGNMENT, Manifest, round_up
 from transfer.backends.base import Weights
-from transfer.backends.buckets import Packer, Share, begin_in, shares_of
+from transfer.backends.buckets import Packer, Share, begin_in, most_bytes, shares_of
 from transfer.backends.collective import gpu_of
 from transfer.backends.group_ends import RankGroup
 from transfer.backends.hold import Hold
@@ -63,6 +63,7 @@ class CollectiveShards:
         """No row is read any more for the push, or for what came before it."""
         self._hold.end()
         self._late.end()
+        self._synchronize()
 
     def close(self) -> None:
         """Answer the first rank no more, and leave the group."""
@@ -161,7 +162,7 @@ class CollectiveShards:
         return added([*found, digest_of(parts, SUMS, places)])
 
     def _synchronize(self) -> None:
-        """What is queued may write the weights."""
+        """What is queued may write the weights, or read them."""
         for device in {tensor.device for tensor in self._held.values() if tensor.is_cuda}:
             torch.cuda.synchronize(device)
 
@@ -190,9 +191,9 @@ class CollectiveShards:
         self.broadcast(self._group, packer, request["size"], request["timeout_s"])
 
     def _say_rows(self, request: Mapping[str, Any], say: Say) -> None:
-        packer = self.packer(request["version"], request["late"])
-        room = torch.empty(self._size, dtype=torch.uint8)
-        for share in self.shares(request["size"]):
+        packer, shares = self.packer(request["version"], request["late"]), self.shares(request["size"])
+        room = torch.empty(most_bytes(shares), dtype=torch.uint8)
+        for share in shares:
             if share.rank == self._rows.number:
                 packer.pack(share.pieces, room)
                 say({}, room[: share.nbytes])

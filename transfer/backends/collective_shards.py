@@ -100,17 +100,18 @@ class CollectiveShardPublisher(CollectivePublisher):
         """Let all ranks look at their rows, which are sent when the workers receive them; NotFinite."""
         if self._calls is None:
             return super().write(version, weights, served, with_digest)
-        found = self._together({"do": "write", "version": version}, weights)
-        if bad := [each["bad"] for each in found if each["bad"] is not None]:
-            raise NotFinite(tensor=min(bad, key=self._order.__getitem__))
-        self._version, self._late = version, False
-        self._digest = None
-        if with_digest:
-            try:
-                self._digest = self._digest_now()
-            except OSError:
+        self._late, self._digest = False, None
+        try:
+            found = self._together({"do": "write", "version": version}, weights)
+            if bad := [each["bad"] for each in found if each["bad"] is not None]:
+                raise NotFinite(tensor=min(bad, key=self._order.__getitem__))
+            self._version = version
+            self._digest = self._digest_now() if with_digest else None
+        except BaseException as error:
+            self._end_push()
+            if isinstance(error, OSError):
                 self._ask_why()
-                raise
+            raise
         return {"bucket": self._size}, self._digest
 
     def holds(self, version: int) -> bool:
@@ -131,8 +132,8 @@ class CollectiveShardPublisher(CollectivePublisher):
 
     def release(self) -> None:
         """No row is read for the update any more; TransferError, in the ranks' own words, if one of them is gone."""
-        pushing, self._late = not self._late, True
-        self._shards.release()
+        pushing = not self._late
+        self._end_push()
         super().release()
         if pushing:
             self._ask_why()
@@ -142,6 +143,10 @@ class CollectiveShardPublisher(CollectivePublisher):
         self._drop_ranks()
         super().close()
         self._shards.close()
+
+    def _end_push(self) -> None:
+        self._late = True
+        self._shards.release()
 
     def _send(
         self, calls: Calls, group: TrainerGroup, request: Mapping[str, Any], packer: Packer, limit_s: float
