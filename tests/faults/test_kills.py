@@ -30,7 +30,7 @@ OF_A_VIEW = {"writes-what-is-served", "forgets-to-withdraw"}  # from a trainer o
 FOUND_BY_RANKS = {
     **{planted: seen for planted, seen in FOUND.items() if planted not in OF_A_VIEW},
     "leaves-rows-out": {"torn or mislabelled"},
-    "leaves-shares-out": {"torn or mislabelled"},
+    "leaves-shares-out": {"torn or mislabelled", "stale"},  # whoever looks first, a reader or the trainer
     "outlives-the-others": {"left behind"},
 }
 
