@@ -211,16 +211,14 @@ def taken(take: Take, ranks: int = 1) -> Take:
 
 def check_takes_shards(config: TransferConfig) -> None:
     """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer."""
-    ours = "weights that are sharded over ranks travel by transfer=ipc (staging=arena, take=copy) or disk"
+    ours = "weights that are sharded over ranks travel by transfer=ipc (staging=arena, take=copy), disk, gloo or nccl"
     match config:
-        case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy) | DiskConfig():
+        case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy) | DiskConfig() | CollectiveConfig():
             return
         case IpcConfig(staging=Staging.live):
             raise ValueError(f"transfer.staging must be arena (got live): {ours}")
         case IpcConfig(take=take):
             raise ValueError(f"transfer.take must be copy (got {take.value}): {ours}")
-        case CollectiveConfig(library=library):
-            raise ValueError(f"transfer must be ipc (got {library.value}): {ours}")
     name = type(config).__name__.removesuffix("Config").lower()
     raise ValueError(f"transfer must be ipc (got {name}): {ours}")
 

@@ -20,6 +20,8 @@ from rlhf.config.trainer import ShardedConfig, TrainerConfig
 from rlhf.config.transfer_rules import check_transfer, choose_take
 from transfer.agreement.shown import shown
 from transfer.config import (
+    CollectiveConfig,
+    Library,
     TransferConfig,
     check_takes_shards,
     positive,
@@ -184,6 +186,12 @@ class RunConfig:
             raise ValueError(
                 "the adapter's base is frozen and whole in every rank: set trainer=replicas, or model.lora.rank=0 "
                 f"(got trainer=sharded and {self.model.lora.rank})"
+            )
+        nccl = isinstance(self.transfer, CollectiveConfig) and self.transfer.library is Library.nccl
+        if nccl and isinstance(self.trainer, ShardedConfig) and self.trainer.offload:
+            raise ValueError(
+                "transfer=nccl sends weights from GPUs, and trainer.offload=true has them in the host's memory: set "
+                "transfer=ipc, disk or gloo, or trainer.offload=false"
             )
 
     def _check_conversation(self) -> None:

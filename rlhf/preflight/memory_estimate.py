@@ -149,7 +149,8 @@ def shards(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
         parts["reference, shards"] = _share(FLOAT32 * sizes.policy.elements, ranks)
     if critic(config, sizes):
         parts |= _shards("critic", value_head(sizes, bias=True), ranks)
-    return parts | {name: _share(nbytes, ranks) for name, nbytes in slots(config, sizes).items()}
+    divided = 1 if isinstance(config.transfer, CollectiveConfig) else ranks  # every rank has both buckets
+    return parts | {name: _share(nbytes, divided) for name, nbytes in slots(config, sizes).items()}
 
 
 def _gathered(name: str, model: Count, config: RunConfig, sizes: Sizes, learns: bool = True) -> Parts:

@@ -98,6 +98,7 @@ def test_resharding_that_was_asked_for_is_of_layers_and_left_where_auto_is_none(
             ("trainer.gather=step", "trainer.reshard=true"),
             r"leave out trainer.reshard=true, or set trainer.gather=layer",
         ),
+        (("trainer.offload=true", "transfer=nccl"), r"set transfer=ipc, disk or gloo, or trainer.offload=false"),
     ],
 )
 def test_keys_that_cannot_be_obeyed_are_refused_in_one_line(composed, overrides, said):

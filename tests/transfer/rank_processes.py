@@ -8,11 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +24,8 @@ import transfer.trainer.ranks  # noqa: F401 - before processes are forked that n
 from transfer import make_receiver, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
+from transfer.backends.buckets import Packer
+from transfer.backends.collective_rows import CollectiveShards
 from transfer.config import InFlight, TransferConfig
 from transfer.trainer.senders.direct import DirectSender
 from transfer.trainer.senders.http import HttpSender
@@ -29,6 +33,7 @@ from transfer.trainer.sources import full_weights
 from transfer.worker.plain_worker import PlainSpec
 from transfer.worker.process import WorkerProcess
 
+ITSELF = -1  # a process's own id
 FORK = multiprocessing.get_context("fork")
 DEADLINE_S = 60.0
 
@@ -97,10 +102,14 @@ class Rank:
         self._senders: list[HttpSender] = []
         self.weights: dict[str, torch.Tensor] = {}
 
-    def build(self, sharded: bool, **dials: Any) -> None:
+    def build(self, sharded: bool, device: str = "cpu", **dials: Any) -> None:
+        """On the host, or each rank on a GPU of its own."""
         self.module = Decoder(**dials)
+        if device == "cuda":
+            torch.cuda.set_device(self._ranks.number)
+            self.module.cuda()
         if sharded:
-            mesh = init_device_mesh("cpu", (self._ranks.count,))
+            mesh = init_device_mesh(device, (self._ranks.count,))
             for layer in self.module.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.module, mesh=mesh)
@@ -123,6 +132,42 @@ class Rank:
             self._receiver = make_receiver(self._transfer.endpoint, self.received)
             senders = [DirectSender(self._receiver, "worker 0")]
         self._transfer.open(self.weights, senders)
+
+    def buckets_of(self, size: int) -> None:
+        """From now on a broadcast is sent in buckets of so many bytes."""
+        if self._ranks.number == 0:
+            self._transfer._session._publisher._size = size
+
+    def sums_instead(self) -> None:
+        """From now on the digest is the one that shards on GPUs have."""
+        if self._ranks.number == 0:
+            self._transfer._session._publisher._on_gpus = True
+
+    def harm(self, rank: int, during: str, after: int = 3, pid: int = 0, sleep_s: float = 0.0) -> None:
+        """Once, while a rank sends `_say_rows` or a `broadcast` of its shares: kill `pid`, or sleep, or else raise."""
+        if self._ranks.number != rank:
+            return
+        send, pack = getattr(CollectiveShards, during), Packer.pack
+
+        def harmed(shards: CollectiveShards, *arguments: Any) -> Any:
+            left = iter(range(after))
+
+            def packed(*given: Any) -> None:
+                if next(left, None) is None:
+                    Packer.pack = pack  # type: ignore[method-assign]
+                    _harm(os.getpid() if pid == ITSELF else pid, sleep_s)
+                pack(*given)
+
+            setattr(CollectiveShards, during, send)
+            Packer.pack = packed  # type: ignore[method-assign]
+            return send(shards, *arguments)
+
+        setattr(CollectiveShards, during, harmed)
+
+    def held(self) -> tuple[int, int]:
+        """This process's descriptors and threads."""
+        process = psutil.Process()
+        return process.num_fds(), process.num_threads()
 
     def differing(self) -> list[str]:
         """Whose values the receiver has not to the bit, as the first rank sees it."""
@@ -211,12 +256,22 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Iterator[Trainer]:
-    """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this."""
+def trainer(
+    count: int,
+    folder: Path,
+    sharded: bool = True,
+    device: str = "cpu",
+    patience_s: float = DEADLINE_S / 2,
+    **dials: Any,
+) -> Iterator[Trainer]:
+    """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this.
+
+    `patience_s`: for each other, and until gloo has noticed at the latest that one has just ended.
+    """
     pairs = [FORK.Pipe() for _ in range(count)]
     ours = [pair[0] for pair in pairs]
     processes = [
-        FORK.Process(target=_serve, args=(rank, count, folder, theirs, ours), daemon=True)
+        FORK.Process(target=_serve, args=(rank, count, (folder, device, patience_s), theirs, ours), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in processes:
@@ -225,7 +280,7 @@ def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Ite
         theirs.close()
     made = Trainer(ours, processes)
     try:
-        made.call("build", sharded=sharded, **dials)
+        made.call("build", sharded=sharded, device=device, **dials)
         yield made
     finally:
         for pipe, process in zip(ours, processes, strict=True):
@@ -235,14 +290,23 @@ def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Ite
             process.join()
 
 
-def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) -> None:
+def _harm(pid: int, sleep_s: float) -> None:
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+    elif sleep_s:
+        time.sleep(sleep_s)
+    else:
+        raise RuntimeError("a fault of the test")
+
+
+def _serve(rank: int, count: int, dials: tuple[Path, str, float], pipe: Any, others: list[Any]) -> None:
     for other in others:  # the test's ends
         other.close()
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=timedelta(seconds=DEADLINE_S / 2)
-    )
+    folder, device, patience_s = dials
+    rendezvous, backend = f"file://{folder}/store", "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    patience = timedelta(seconds=patience_s)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=count, timeout=patience)
     state = Rank(folder)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -258,11 +322,11 @@ def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) ->
 class Worker:
     """A plain worker behind HTTP for such a trainer."""
 
-    def __init__(self, endpoint: dict[str, Any], folder: Path, manifest: Manifest) -> None:
+    def __init__(self, endpoint: dict[str, Any], folder: Path, manifest: Manifest, device: str = "cpu") -> None:
         journal = str(folder / "journal" / "worker.jsonl")
-        spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, journal=journal)
+        spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, device=device, journal=journal)
         log = folder / "worker.log"
-        self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=1)
+        self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=2)
 
     def __enter__(self) -> Worker:
         self.process.__enter__()
@@ -274,8 +338,6 @@ class Worker:
         self.process.__exit__(*exception)
 
     def connect(self) -> None:
-        import time
-
         self.url = f"http://127.0.0.1:{self.process.port(time.monotonic() + DEADLINE_S)}"
         self._sender = HttpSender(self.url, None, "worker 0", 20.0)
 
