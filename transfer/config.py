@@ -209,10 +209,17 @@ def taken(take: Take, ranks: int = 1) -> Take:
     return Take.copy if ranks > 1 else Take.view
 
 
-def check_takes_shards(config: TransferConfig) -> None:
-    """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer."""
+def check_takes_shards(config: TransferConfig, hosts: int = 1) -> None:
+    """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer.
+
+    `hosts`: on how many these are; from several, weights go to workers on the same host alone.
+    """
     ours = "weights that are sharded over ranks travel by transfer=ipc (staging=arena, take=copy) or disk"
+    if hosts > 1:
+        ours = "weights that are sharded over ranks of several hosts travel by transfer=ipc (staging=arena, take=copy)"
     match config:
+        case DiskConfig() if hosts > 1:
+            raise ValueError(f"transfer must be ipc (got disk): {ours}")
         case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy) | DiskConfig():
             return
         case IpcConfig(staging=Staging.live):

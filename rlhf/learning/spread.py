@@ -56,13 +56,17 @@ class Whole:
 
 
 class Sharded(Whole):
-    """Every rank has its rows (dim 0) of every weight, gradient and moment of an optimiser; weights in fp32."""
+    """Every rank has its rows (dim 0) of every weight, gradient and moment of an optimiser; weights in fp32.
+
+    The ranks of each host hold all rows: of several hosts each holds the same (HSDP).
+    """
 
     sharded = True
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         super().__init__(ranks)
-        self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks.count,))
+        shape = (ranks.count,) if ranks.hosts == 1 else (ranks.hosts, ranks.holders)
+        self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=("host", "holder")[-len(shape) :])
         self._added = False  # in the last backward pass
 
     def lay(self, model: Model) -> Model:
@@ -131,7 +135,7 @@ class Sharded(Whole):
 
     def over_ranks(self, squares: float) -> float:
         """The sum of squares of a model's gradients, from that of this rank's part of them."""
-        return sum(self.ranks.gathered(squares))
+        return sum(self.ranks.gathered(squares)[: self.ranks.holders])
 
 
 class _InOrder(ReduceScatter):

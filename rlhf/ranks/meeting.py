@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,10 @@ def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, stack
                 raise RunError(f"{process.name} of the trainer ended while it started; its log ends:\n{process.tail()}")
 
     with closing(Meeting(host, secrets.token_hex(16))) as meeting:
-        others = [Place(number, place.count, number, meeting.invitation) for number in range(1, place.count)]
+        others = [
+            replace(place, number=number, local=number, invitation=meeting.invitation)
+            for number in range(1, place.count)
+        ]
         specs = [spec_of(config, folder, other, resume) for other in others]
         if place.torchrun:
             tell(specs)
@@ -113,11 +117,11 @@ def _process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     assert isinstance(ranks, Joined)
     store: dist.TCPStore | None = None
     if ranks.first:
-        store = _store(ranks.host)
+        store = _store(ranks.address)
     port = ranks.told(store.port if store is not None else None)
     if store is None:
-        store = dist.TCPStore(ranks.host, port, None, False, wait_for_workers=False)
-    with _interface(ranks.host):
+        store = dist.TCPStore(ranks.address, port, None, False, wait_for_workers=False)
+    with _interface(ranks.address):
         on_gpu = device.type == "cuda"
         with ranks.explained():
             form = partial(
