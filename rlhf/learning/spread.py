@@ -147,7 +147,7 @@ class _InOrder(ReduceScatter):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        output_tensor.copy_(add_in_order(input_tensor, dist.get_world_size(group)))
+        output_tensor.copy_(add_in_order(input_tensor, dist.get_world_size(group), group))
 
 
 def _unshard(groups: Sequence[FSDPModule]) -> None:

@@ -71,6 +71,7 @@ def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_st
             assert ours.outcomes("recover", of=[1], url=url)[0][0] == "raises"
 
 
+@pytest.mark.slow
 def test_workers_of_each_host_read_the_rows_of_its_own_ranks_which_hold_all_of_them(tmp_path):
     with trainer(4, tmp_path, hosts=2, seed=1, tied=True) as ours:
         told = ours.call("make", config=COPY)[0]
