@@ -45,6 +45,7 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
             "transfer=local samples with the learner's own weights: rollout.dtype must be null "
             f"(got {run.rollout.dtype.name})"  # type: ignore[union-attr]
         )
+    _check_ray(run)
     if isinstance(run.transfer, IpcConfig) and run.transfer.exposes and run.rollout.in_flight is InFlight.keep:
         raise ValueError(NO_KEEP)
     live = isinstance(run.transfer, IpcConfig) and run.transfer.staging is Staging.live
@@ -114,4 +115,16 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
         raise ValueError(
             "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"
+        )
+
+
+def _check_ray(run: RunConfig | EvaluationConfig) -> None:
+    """A run is in one Ray."""
+    trainer, sender = getattr(run, "trainer", None), run.transfer.sender
+    if trainer is None or trainer.address is None or not isinstance(sender, RaySenderConfig):
+        return
+    if sender.address not in (None, trainer.address):
+        raise ValueError(
+            "workers are in the Ray that has started the trainer's ranks: leave out transfer.sender.address (got "
+            f"{sender.address}, and trainer.address={trainer.address})"
         )

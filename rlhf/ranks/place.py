@@ -33,6 +33,11 @@ class Place:
     hosts: int = 1  # on which the ranks are, equally many on each, one host's behind the other's
 
     @property
+    def holders(self) -> int:
+        """How many ranks a host has."""
+        return self.count // self.hosts
+
+    @property
     def first(self) -> bool:
         """Whether this rank speaks with the outside."""
         return self.number == 0
