@@ -40,8 +40,9 @@ class Host:
         gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         return {"address": ray.util.get_node_ip_address(), "gpus": list(map(str, gpus))}
 
-    def start(self, folder: str, specs: dict[int, str]) -> None:
-        """Start these ranks, whose logs go to `folder`, on a file system that all hosts share."""
+    def start(self, started_in: str, folder: str, specs: dict[int, str]) -> None:
+        """Start these ranks, whose logs go to `folder`, on a file system that all hosts share, as `started_in` is."""
+        os.chdir(started_in)
         for number, spec in specs.items():
             process = WorkerProcess(f"rank {number}", CHILD, spec, log_of(Path(folder), number))
             self._processes[number] = process.__enter__()
@@ -78,8 +79,8 @@ class Hosts:
         of_hosts: list[dict[int, str]] = [{} for _ in self._actors]
         for number, spec in enumerate(specs, start=1):
             of_hosts[number // self._holders][number] = spec
-        folder = str(self._folder.absolute())
-        self._answers([actor.start.remote(folder, of) for actor, of in zip(self._actors, of_hosts, strict=True)])
+        places = os.getcwd(), str(self._folder.absolute())
+        self._answers([actor.start.remote(*places, of) for actor, of in zip(self._actors, of_hosts, strict=True)])
 
     def check(self) -> None:
         """RunError if one of them has ended."""

@@ -58,7 +58,7 @@ def ray_actors(
     options = {"num_cpus": 1, "max_concurrency": RAY_THREADS, "max_restarts": config.restarts}
     actor_class = partial(ray.remote(RayWorker).options, **options, runtime_env={"env_vars": variables})
     if hosts is not None:
-        told = list(_on_hosts(specs(spec, config.workers, folder), spec.visible, hosts))
+        told = list(_on_hosts(specs(spec, config.workers, folder.absolute()), spec.visible, hosts))
     elif sender.address is None:
         told = specs(spec, config.workers, folder)
     else:

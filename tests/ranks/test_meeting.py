@@ -203,7 +203,7 @@ def test_a_rank_that_dies_while_it_starts_is_named_with_its_log_s_end_and_those_
 ):
     (tmp_path / "dying.py").write_text(DYING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(meetings, "CHILD", "dying")
+    monkeypatch.setattr(starting, "CHILD", "dying")
     monkeypatch.setattr("transfer.worker.process.STOP_S", PATIENT_S)
     config = compose_run("experiment=smoke", "trainer=replicas", "trainer.ranks=3")
     began = time.monotonic()
@@ -218,7 +218,7 @@ def test_a_rank_that_dies_while_it_starts_is_named_with_its_log_s_end_and_those_
 def test_ranks_that_do_not_come_in_time_are_named_with_where_their_logs_are(compose_run, tmp_path, monkeypatch):
     (tmp_path / "waiting.py").write_text("import sys\nsys.stdin.read()\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path)]))
-    monkeypatch.setattr(meetings, "CHILD", "waiting")
+    monkeypatch.setattr(starting, "CHILD", "waiting")
     monkeypatch.setattr(meetings, "START_S", 0.5)
     config = compose_run("experiment=smoke", "trainer=replicas", "trainer.ranks=3")
     said = r"have not come: 1, 2; their logs are .*/rank-\*\.log$"
