@@ -157,6 +157,13 @@ def test_the_estimate_has_what_the_choices_need_and_nothing_else(compose_run, ov
     assert there <= set(parts) and not not_there & set(parts)
 
 
+def test_every_rank_with_shards_has_whole_buckets_and_its_share_of_a_slot(compose_run):
+    for transfer, name, shares in (("gloo", "transfer, 2 buckets", 1), ("ipc", "transfer, 2 slots", 2)):
+        config = compose_run(*SMALL, "trainer=sharded", "trainer.ranks=2", f"transfer={transfer}")
+        parts = trainer(config, sizes(config), 2)
+        assert parts[name] == pytest.approx(2 * sizes(config).slot / shares, abs=1)
+
+
 def test_a_worker_that_copies_has_weights_of_its_own_and_one_that_views_has_none(compose_run):
     views, copies = (compose_run(*SMALL, "transfer=ipc", f"transfer.take={take}") for take in ("view", "copy"))
     told = sizes(copies)

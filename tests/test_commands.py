@@ -85,6 +85,7 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     f"{TRAIN}trainer=replicas trainer.ranks=2": RANKS,
     f"{TRAIN}trainer=replicas mode=check": RANKS,
     f"{TRAIN}trainer=sharded trainer.ranks=2": SHARDS,
+    f"{TRAIN}trainer=sharded trainer.ranks=2 transfer=gloo": SHARDS,
     f"{TRAIN}trainer=sharded trainer.ranks=2 rollout=vllm rollout.sleep_level=1": VLLM,
     f"{TRAIN}-m experiment=from_scratch algo=grpo,ppo,dr_grpo,rloo,reinforce_pp,reinforce_pp_baseline,dapo,gspo,"
     "cispo,sapo seed=0,1,2 transfer=local": "thirty jobs: tests/test_learning.py runs them, but shorter",

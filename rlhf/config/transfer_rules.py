@@ -77,17 +77,21 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
 def _check_gpus(run: RunConfig | EvaluationConfig, gpus: list[int]) -> None:
     """Raise ValueError where the workers cannot be on these GPUs."""
     rollout, sender = run.rollout, run.transfer.sender
-    each = rollout.gpus_each
-    count = rollout.workers * each
-    if len(gpus) != count:
-        raise ValueError(f"rollout.gpus must name {count}: {each} for each of {rollout.workers} workers (got {gpus})")
+    each, trainer = rollout.gpus_each, getattr(run, "trainer", None)
+    there = rollout.workers if trainer is None else -(-rollout.workers // trainer.hosts)
+    if len(gpus) != there * each:
+        of_a_host = f" of a host, of trainer.hosts={trainer.hosts}" if trainer is not None and trainer.hosts > 1 else ""
+        raise ValueError(
+            f"rollout.gpus must name {there * each}: {each} for each of {there} workers{of_a_host} (got {gpus})"
+        )
     if any(len({*gpus[start : start + each]}) < each for start in range(0, len(gpus), each)):
         raise ValueError(f"rollout.gpus must name {each} different ones for each worker (got {gpus})")
     if run.model.device is Device.cpu:
         raise ValueError("rollout.gpus is for workers on GPUs: leave it out, or set model.device=cuda (got cpu)")
     if isinstance(run.transfer, LocalConfig) or (isinstance(sender, HttpSenderConfig) and sender.url):
         raise ValueError("rollout.gpus is for workers that this run starts: leave it out")
-    if isinstance(sender, RaySenderConfig) and sender.address is not None:
+    placed = trainer is not None and trainer.address is not None
+    if isinstance(sender, RaySenderConfig) and sender.address is not None and not placed:
         raise ValueError("a Ray that is there gives its actors their GPUs: leave out rollout.gpus")
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
         raise ValueError("workers on GPUs of their own copy weights: set transfer.take=copy, or leave out rollout.gpus")

@@ -136,7 +136,8 @@ def sharded(config: RunConfig, sizes: Sizes, ranks: int) -> Parts:
         model = value_head(sizes, bias=True)
         parts |= {"critic, whole while it computes": model.nbytes, **_shards("critic", model, ranks)}
     parts["reward model"] = trained_reward(config, sizes) + sizes.loaded_rewards
-    parts |= {name: _share(nbytes, ranks) for name, nbytes in slots(config, sizes).items()}
+    divided = 1 if isinstance(config.transfer, CollectiveConfig) else ranks  # every rank has both buckets
+    parts |= {name: _share(nbytes, divided) for name, nbytes in slots(config, sizes).items()}
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 
 

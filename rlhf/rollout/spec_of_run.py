@@ -13,6 +13,7 @@ from rlhf.config.algo import DpoConfig
 from rlhf.rollout.build import architecture_of
 from rlhf.rollout.gpus import visible_to_workers
 from rlhf.rollout.spec import WorkerSpec
+from transfer.agreement.dtensor import is_dtensor
 from transfer.config import CollectiveConfig, InFlight, IpcConfig, Library, Take
 
 JOURNALS = "journal"  # folder of a run: who did what to the weights, a file a process
@@ -38,7 +39,7 @@ def worker_spec(
         endpoint=dict(endpoint),
         dtype=dtype.name,
         device=parameter.device.type,
-        visible=_visible(config) if parameter.device.type == "cuda" else [],
+        visible=_visible(config, _ranks_with(parameter)) if parameter.device.type == "cuda" else [],
         attention=policy.config._attn_implementation,
         code=_code_of(policy),
         **_engine(config),
@@ -100,10 +101,15 @@ def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
     ]
 
 
-def _visible(config: RunConfig | EvaluationConfig) -> list[str]:
-    """The GPUs of each worker: not the trainer's, where there is another, if weights go from GPU to GPU by NCCL."""
+def _ranks_with(parameter: Any) -> int:
+    """How many ranks of the trainer hold a part of it."""
+    return int(parameter.device_mesh.size()) if is_dtensor(parameter) else 1
+
+
+def _visible(config: RunConfig | EvaluationConfig, ranks: int) -> list[str]:
+    """The GPUs of each worker: not those of the `ranks` that send, where there are others, if weights go by NCCL."""
     transfer = config.transfer
     by_nccl = isinstance(transfer, CollectiveConfig) and transfer.library is Library.nccl
     copied = not isinstance(transfer, IpcConfig) or transfer.take is Take.copy
     trainer = (config.trainer.gpus or [0])[0] if isinstance(config, RunConfig) else 0
-    return visible_to_workers(config.rollout, copied, trainer, after=trainer + int(by_nccl))
+    return visible_to_workers(config.rollout, copied, trainer, after=trainer + ranks * by_nccl)

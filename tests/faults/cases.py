@@ -99,10 +99,13 @@ def to_stop_elsewhere() -> Iterator[Case]:
 RANKS = {
     "http": [
         Case("2 ranks digest, gloo", ipc(HTTP, ARENA, COPY, DIGEST), ranks=2, by_gloo=True),
+        Case("2 ranks by gloo digest", CollectiveConfig(sender=HTTP), ranks=2),
         Case("3 ranks full, keep", ipc(HTTP, ARENA, COPY, FULL), in_flight=InFlight.keep, ranks=3),
         Case("3 ranks digest, gloo, one worker", ipc(HTTP, ARENA, COPY, DIGEST), workers=1, ranks=3, by_gloo=True),
         Case("2 ranks off", ipc(HTTP, ARENA, COPY, OFF), ranks=2),
         Case("3 ranks off, gloo", ipc(HTTP, ARENA, COPY, OFF), ranks=3, by_gloo=True),
+        Case("3 ranks by gloo copy full", CollectiveConfig(sender=HTTP, take=COPY, verify=FULL), ranks=3, by_gloo=True),
+        Case("2 ranks by gloo off, one worker", CollectiveConfig(sender=HTTP, verify=OFF), workers=1, ranks=2),
         Case("2 ranks full, one worker, big", ipc(HTTP, ARENA, COPY, FULL), workers=1, size="big", ranks=2),
     ]
 }

@@ -80,7 +80,7 @@ class Stage:
         self._seen: dict[int, psutil.Process] = {}
         with make_transfer(case.config, folder) as transfer:
             self._endpoint = dict(transfer.endpoint)
-        if case.ranks > 1:
+        if case.ranks > 1 and "socket" in self._endpoint:
             others = [f"{SOCKET}{secrets.token_hex(16)}" for _ in range(1, case.ranks)]
             self._endpoint["sockets"] = [self._endpoint["socket"], *others]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import content
-from transfer.backends import arena, disk, process_group, rank_rows, shards
+from transfer.backends import arena, buckets, collective_rows, disk, group_ends, rank_rows, shards
+from transfer.backends.collective_shards import CollectiveShardPublisher
 from transfer.config import CollectiveConfig, DiskConfig, IpcConfig, Staging, Take, TransferConfig
 from transfer.trainer.publication import Publication
 from transfer.trainer.ranks import Leading, Line
@@ -24,7 +25,7 @@ from transfer.worker.update import Updates
 
 OPENING = ["started", "meet", "met", "make", "made", "prepare", "prepared"]
 OPENING_FIRST = ["agree", "agreed"]
-PUSHING = ["fill", "filled", "look", *["half a slot"] * 3, "slot written", "say", "said"]
+PUSHING = ["fill", "filled", "look", "say", "said"]
 PUSHING_FIRST = ["write", "digest", "digested", "wrote", "tell", "heard", "released", "outcome"]
 
 
@@ -46,9 +47,13 @@ def of_trainer(config: TransferConfig) -> list[str]:
     return found + {CollectiveConfig: ["send"]}.get(type(config), [])
 
 
-def of_rank(number: int, opens: bool) -> list[str]:
+def of_rank(number: int, config: TransferConfig, opens: bool) -> list[str]:
     """Those that a rank comes to while its trainer opens the transfer, or while it pushes."""
     of_any, of_first = (OPENING, OPENING_FIRST) if opens else (PUSHING, PUSHING_FIRST)
+    if not opens and isinstance(config, CollectiveConfig):
+        of_any = [*of_any, "broadcast", *["send"] * 3, "sent"]
+    elif not opens:
+        of_any = [*of_any, *["half a slot"] * 3, "slot written"]
     return of_any + of_first * (number == 0)
 
 
@@ -128,7 +133,7 @@ def in_worker(journal: str) -> None:
     moments.around(Receiver, "withdraw_weights", before="withdraw")
     moments.around(plain_worker, "digest_of", before="serve")
     moments.around(disk, "_read", before="read")
-    moments.around(process_group.WorkerGroup, "_start", before="receive")
+    moments.around(group_ends.WorkerGroup, "_start", before="receive")
     copy = Landing.copy
 
     def in_two_halves(self: Landing, staged: Any, *arguments: Any) -> Any:
@@ -149,7 +154,7 @@ def in_trainer(folder: Path, sender: type) -> None:
     moments.around(Session, "withdraw", before="withdraw")
     moments.around(arena, "_copy", before="filling a slot")
     moments.around(sender, "call", before="tell", after="heard")
-    moments.around(process_group.TrainerGroup, "_start", before="send")
+    moments.around(group_ends.TrainerGroup, "_start", before="send")
 
 
 def in_rank(folder: Path, number: int, sender: type) -> Moments:
@@ -161,15 +166,21 @@ def in_rank(folder: Path, number: int, sender: type) -> Moments:
     moments = Moments(folder, f"rank-{number}", signal.SIGKILL)
     moments.around(distributed, "init_process_group", before="meet", after="met")
     moments.around(ranks, "Shards", before="make", after="made")
+    moments.around(ranks, "CollectiveShards", before="make", after="made")
     moments.around(shards.Shards, "_prepare", before="prepare", after="prepared")
+    moments.around(collective_rows.CollectiveShards, "_prepare", before="prepare", after="prepared")
     moments.around(content, "fill", before="fill", after="filled")
     moments.around(shards.Shards, "_write", before="look", after="slot written")
+    moments.around(collective_rows.CollectiveShards, "_write", before="look")
+    moments.around(collective_rows.CollectiveShards, "broadcast", before="broadcast", after="sent")
+    moments.around(buckets.Packer, "pack", before="send")  # of the digest, too
     moments.around(Line, "_said", before="say", after="said")
     if number == 0:
         moments.around(Leading, "_open", before="agree", after="agreed")
         moments.around(Leading, "_outcome", before="outcome")
         moments.around(Publication, "write", before="write", after="wrote")
         moments.around(shards, "_digest", before="digest", after="digested")
+        moments.around(CollectiveShardPublisher, "_hashed", before="digest", after="digested")
         moments.around(TwoPhaseCommit, "run", after="released")
         moments.around(sender, "call", before="tell", after="heard")
     held = rank_rows.RowsOfRank.held

@@ -29,7 +29,7 @@ class RanksStage(Stage):
     def _started(self, orders: Orders, harness: Connection) -> list[Any]:
         places = seats(self.case.ranks, self.case.by_gloo, FORKS.Pipe)
         processes = []
-        for seat, socket in zip(places, self._endpoint["sockets"], strict=True):
+        for seat, socket in zip(places, self._endpoint.get("sockets", [""] * self.case.ranks), strict=True):
             own = dataclasses.replace(orders, socket=socket.removeprefix(SOCKET))
             processes.append(FORKS.Process(target=train, args=(own, harness, seat), daemon=True))
             processes[-1].start()
@@ -60,7 +60,7 @@ class RanksStage(Stage):
         """Kill one at a moment of its work, or as any process is killed."""
         rank = self._random.randrange(self.case.ranks)
         if self._random.random() < 0.7:
-            moment = self._random.choice(moments.of_rank(rank, opens=False))
+            moment = self._random.choice(moments.of_rank(rank, self.case.config, opens=False))
             moments.ask(self._folder, f"rank-{rank}", moment)
             self._kill_at(rank, moment, TRAPPED_S)
         else:
@@ -70,7 +70,7 @@ class RanksStage(Stage):
     def _strike_as_it_opens(self) -> None:
         """Start a trainer of which one rank is killed before the first push."""
         rank = self._random.randrange(self.case.ranks)
-        moment = self._random.choice(moments.of_rank(rank, opens=True))
+        moment = self._random.choice(moments.of_rank(rank, self.case.config, opens=True))
         moments.ask(self._folder, f"rank-{rank}", moment)
         self._start_trainer()
         self._kill_at(rank, moment, OPENS_S)
@@ -122,4 +122,4 @@ class RanksStage(Stage):
     def _sockets(self) -> list[str]:
         """The trainer's, at which workers get memory, that are still there."""
         there = Path("/proc/net/unix").read_text()
-        return [name for name in self._endpoint["sockets"] if name.replace("\0", "@") in there]
+        return [name for name in self._endpoint.get("sockets", []) if name.replace("\0", "@") in there]

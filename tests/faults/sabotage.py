@@ -17,6 +17,7 @@ import torch
 from transfer.agreement import protocol
 from transfer.agreement.wire import TransferError
 from transfer.backends import arena
+from transfer.backends.collective_rows import CollectiveShards
 from transfer.backends.shards import Shards
 from transfer.memory.rows import whole_of
 from transfer.trainer import session
@@ -161,6 +162,19 @@ def leaves_rows_out() -> None:
     Shards._write = careless
 
 
+def leaves_shares_out() -> None:
+    """A rank beside the first sends now and then what is left in its buffers."""
+    packer, turns = CollectiveShards.packer, itertools.count()
+
+    def careless(self: CollectiveShards, *arguments: Any) -> Any:
+        made = packer(self, *arguments)
+        if self._rows.number and next(turns) % 3 == 2:
+            made.pack = lambda pieces, packed: None
+        return made
+
+    CollectiveShards.packer = careless
+
+
 def outlives_the_others() -> None:
     """A rank waits for one that is gone."""
     from rlhf.ranks.watch import Watch
@@ -192,5 +206,6 @@ PLANTED: dict[str, Callable[[], None]] = {
     "forgets-to-withdraw": forgets_to_withdraw,
     "trusts-the-trainer": trusts_the_trainer,
     "leaves-rows-out": leaves_rows_out,
+    "leaves-shares-out": leaves_shares_out,
     "outlives-the-others": outlives_the_others,
 }

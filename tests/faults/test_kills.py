@@ -30,6 +30,7 @@ OF_A_VIEW = {"writes-what-is-served", "forgets-to-withdraw"}  # from a trainer o
 FOUND_BY_RANKS = {
     **{planted: seen for planted, seen in FOUND.items() if planted not in OF_A_VIEW},
     "leaves-rows-out": {"torn or mislabelled"},
+    "leaves-shares-out": {"torn or mislabelled", "stale"},  # whoever looks first, a reader or the trainer
     "outlives-the-others": {"left behind"},
 }
 
@@ -87,7 +88,8 @@ def test_kills_of_any_rank_of_a_trainer_and_of_workers_tear_nothing_and_the_othe
 @pytest.mark.parametrize("planted", FOUND_BY_RANKS)
 def test_a_planted_fault_is_found_within_a_few_kills_of_ranks(planted):
     kills = "15" if planted == "leaks-shared-memory" else "60"
-    case = ("--case", "off") if planted == "leaves-rows-out" else ()  # else the digest is wrong with the rows
+    unverified = {"leaves-rows-out": "off", "leaves-shares-out": "gloo off"}  # else the digest is wrong with the rows
+    case = ("--case", unverified[planted]) if planted in unverified else ()
     code, output = faults("--ranks", "--kills", kills, "--round", "15", "--plant", planted, *case, limit_s=150)
     assert code == 1
     assert {name for name, number in zeros(output).items() if number} <= FOUND_BY_RANKS[planted]

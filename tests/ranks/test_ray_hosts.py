@@ -143,7 +143,7 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
         ),
         (
             "trainer.ranks=2 trainer.hosts=2 trainer.address=auto transfer=disk",
-            r"transfer must be ipc \(got disk\): weights that are sharded over ranks of several hosts",
+            r"over ranks of several hosts travel by transfer=ipc, to workers on each: choose it \(got disk\)",
         ),
     ],
 )

@@ -22,7 +22,6 @@ whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pyte
         ("transfer.take=view", r"transfer.take must be copy \(got view\)"),
         ("transfer.staging=live", r"transfer.staging must be arena \(got live\)"),
         ("transfer=local", r"transfer must be ipc \(got local\)"),
-        ("transfer=gloo", r"transfer must be ipc \(got gloo\)"),
         ("model.lora.rank=2", r"set trainer=replicas, or model.lora.rank=0 \(got trainer=sharded and 2\)"),
     ],
 )
@@ -78,9 +77,32 @@ def test_a_run_of_one_process_goes_on_with_shards(runs, of_one):  # noqa: F811
 
 
 @of_runs
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_that_are_broadcast_change_no_number_also_when_a_worker_is_killed(runs, workers, tmp_path_factory):  # noqa: F811
+    one, several = Runs(tmp_path_factory.mktemp("one")), f"rollout.workers={workers}"
+    assert one.train(several).code == 0
+    ended = runs.train(*SHARDED, "trainer.ranks=2", "transfer=gloo", several, harm="kill-worker")
+    assert ended.code == 0, ended.errors
+    assert "was started again" in ended.output
+    assert_as_of_one(runs, (one.numbers(), one.digests()))
+    ended.assert_nothing_is_left()
+
+
+@of_runs
+def test_a_run_whose_ranks_broadcast_goes_on_after_a_rank_was_killed_in_a_push(runs, of_one):  # noqa: F811
+    ended = runs.train(*SHARDED, "trainer.ranks=2", "transfer=gloo", harm="pushing kill-rank")
+    assert ended.code == 1, ended.errors
+    resumed = runs.resume()
+    assert resumed.code == 0, resumed.errors
+    assert_as_of_one(runs, of_one)
+    resumed.assert_nothing_is_left()
+
+
+@of_runs
+@pytest.mark.parametrize("transfer", ["ipc", "gloo"])
 @pytest.mark.parametrize("harm", ["kill-rank asleep", "learning kill", "pushing kill-rank"])
-def test_a_rank_with_shards_that_is_killed_ends_the_run_with_one_line(runs, harm):  # noqa: F811
-    ended = runs.train(*SHARDED, "trainer.ranks=2", harm=harm)
+def test_a_rank_with_shards_that_is_killed_ends_the_run_with_one_line(runs, harm, transfer):  # noqa: F811
+    ended = runs.train(*SHARDED, "trainer.ranks=2", f"transfer={transfer}", harm=harm)
     assert ended.code == 1 and ended.seconds < SOON_S < ASLEEP_S, ended.errors
     (said,) = [line for line in ended.lines if not SAID_ANYHOW.match(line)]
     assert said.endswith(WITHOUT_A_WORD), ended.errors  # a push says what it was at, too

@@ -8,11 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +24,8 @@ import transfer.trainer.ranks  # noqa: F401 - before processes are forked that n
 from transfer import make_receiver, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.agreement.manifest import Manifest
+from transfer.backends.buckets import Packer
+from transfer.backends.collective_rows import CollectiveShards
 from transfer.config import InFlight, TransferConfig
 from transfer.trainer.senders.direct import DirectSender
 from transfer.trainer.senders.http import HttpSender
@@ -29,6 +33,7 @@ from transfer.trainer.sources import full_weights
 from transfer.worker.plain_worker import PlainSpec
 from transfer.worker.process import WorkerProcess
 
+ITSELF = -1  # a process's own id
 FORK = multiprocessing.get_context("fork")
 DEADLINE_S = 60.0
 
@@ -99,14 +104,16 @@ class Rank:
         self._senders: list[HttpSender] = []
         self.weights: dict[str, torch.Tensor] = {}
 
-    def build(self, sharded: bool, hosts: int = 1, **dials: Any) -> None:
+    def build(self, sharded: bool, device: str = "cpu", hosts: int = 1, **dials: Any) -> None:
+        """On the host, or each rank on a GPU of its own; the ranks of each of `hosts` hold all rows."""
         self.module = Decoder(**dials)
         self._ranks.hosts = hosts
+        if device == "cuda":
+            torch.cuda.set_device(self._ranks.number)
+            self.module.cuda()
         if sharded:
-            holders = self._ranks.count // hosts
-            mesh = init_device_mesh(
-                "cpu", (holders,) if hosts == 1 else (hosts, holders), mesh_dim_names=("h", "r")[hosts == 1 :]
-            )
+            shape = (hosts, self._ranks.count // hosts)[hosts == 1 :]
+            mesh = init_device_mesh(device, shape, mesh_dim_names=("h", "r")[hosts == 1 :])
             for layer in self.module.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.module, mesh=mesh)
@@ -135,6 +142,42 @@ class Rank:
             self._receiver = make_receiver(self._transfer.endpoint, self.received)
             senders = [DirectSender(self._receiver, "worker 0")]
         self._transfer.open(self.weights, senders)
+
+    def buckets_of(self, size: int) -> None:
+        """From now on a broadcast is sent in buckets of so many bytes."""
+        if self._ranks.number == 0:
+            self._transfer._session._publisher._size = size
+
+    def sums_instead(self) -> None:
+        """From now on the digest is the one that shards on GPUs have."""
+        if self._ranks.number == 0:
+            self._transfer._session._publisher._on_gpus = True
+
+    def harm(self, rank: int, during: str, after: int = 3, pid: int = 0, sleep_s: float = 0.0) -> None:
+        """Once, while a rank sends `_say_rows` or a `broadcast` of its shares: kill `pid`, or sleep, or else raise."""
+        if self._ranks.number != rank:
+            return
+        send, pack = getattr(CollectiveShards, during), Packer.pack
+
+        def harmed(shards: CollectiveShards, *arguments: Any) -> Any:
+            left = iter(range(after))
+
+            def packed(*given: Any) -> None:
+                if next(left, None) is None:
+                    Packer.pack = pack  # type: ignore[method-assign]
+                    _harm(os.getpid() if pid == ITSELF else pid, sleep_s)
+                pack(*given)
+
+            setattr(CollectiveShards, during, send)
+            Packer.pack = packed  # type: ignore[method-assign]
+            return send(shards, *arguments)
+
+        setattr(CollectiveShards, during, harmed)
+
+    def held(self) -> tuple[int, int]:
+        """This process's descriptors and threads."""
+        process = psutil.Process()
+        return process.num_fds(), process.num_threads()
 
     def differing(self) -> list[str]:
         """Whose values the receiver has not to the bit, as the first rank sees it."""
@@ -223,12 +266,22 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Iterator[Trainer]:
-    """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this."""
+def trainer(
+    count: int,
+    folder: Path,
+    sharded: bool = True,
+    device: str = "cpu",
+    patience_s: float = DEADLINE_S / 2,
+    **dials: Any,
+) -> Iterator[Trainer]:
+    """A trainer of so many ranks, each with a Decoder of these dials; its processes end with this.
+
+    `patience_s`: for each other, and until gloo has noticed at the latest that one has just ended.
+    """
     pairs = [FORK.Pipe() for _ in range(count)]
     ours = [pair[0] for pair in pairs]
     processes = [
-        FORK.Process(target=_serve, args=(rank, count, folder, theirs, ours), daemon=True)
+        FORK.Process(target=_serve, args=(rank, count, (folder, device, patience_s), theirs, ours), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in processes:
@@ -237,7 +290,7 @@ def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Ite
         theirs.close()
     made = Trainer(ours, processes)
     try:
-        made.call("build", sharded=sharded, **dials)
+        made.call("build", sharded=sharded, device=device, **dials)
         yield made
     finally:
         for pipe, process in zip(ours, processes, strict=True):
@@ -247,14 +300,23 @@ def trainer(count: int, folder: Path, sharded: bool = True, **dials: Any) -> Ite
             process.join()
 
 
-def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) -> None:
+def _harm(pid: int, sleep_s: float) -> None:
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+    elif sleep_s:
+        time.sleep(sleep_s)
+    else:
+        raise RuntimeError("a fault of the test")
+
+
+def _serve(rank: int, count: int, dials: tuple[Path, str, float], pipe: Any, others: list[Any]) -> None:
     for other in others:  # the test's ends
         other.close()
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=timedelta(seconds=DEADLINE_S / 2)
-    )
+    folder, device, patience_s = dials
+    rendezvous, backend = f"file://{folder}/store", "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    patience = timedelta(seconds=patience_s)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=count, timeout=patience)
     state = Rank(folder)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -270,11 +332,11 @@ def _serve(rank: int, count: int, folder: Path, pipe: Any, others: list[Any]) ->
 class Worker:
     """A plain worker behind HTTP for such a trainer."""
 
-    def __init__(self, endpoint: dict[str, Any], folder: Path, manifest: Manifest) -> None:
+    def __init__(self, endpoint: dict[str, Any], folder: Path, manifest: Manifest, device: str = "cpu") -> None:
         journal = str(folder / "journal" / "worker.jsonl")
-        spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, journal=journal)
+        spec = PlainSpec(manifest=manifest.to_json(), endpoint=endpoint, device=device, journal=journal)
         log = folder / "worker.log"
-        self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=1)
+        self.process = WorkerProcess("worker 0", "transfer.worker.plain_worker", spec.to_json(), log, restarts=2)
 
     def __enter__(self) -> Worker:
         self.process.__enter__()
@@ -286,8 +348,6 @@ class Worker:
         self.process.__exit__(*exception)
 
     def connect(self) -> None:
-        import time
-
         self.url = f"http://127.0.0.1:{self.process.port(time.monotonic() + DEADLINE_S)}"
         self._sender = HttpSender(self.url, None, "worker 0", 20.0)
 

@@ -18,8 +18,10 @@ from worker_process import CONTEXT, Float8Model, OddModel, PlainModel, fingerpri
 from transfer import make_receiver, make_transfer
 from transfer.agreement import wire
 from transfer.agreement.manifest import ALIGNMENT, Manifest
-from transfer.backends.collective import Block, buckets_of
-from transfer.backends.process_group import LINGER_S, LOOK_S, POLL_S, TrainerGroup, WorkerGroup
+from transfer.backends.buckets import buckets_of
+from transfer.backends.collective_intake import Block
+from transfer.backends.group_ends import LINGER_S, TrainerGroup, WorkerGroup
+from transfer.backends.process_group import LOOK_S, POLL_S
 from transfer.config import CollectiveConfig, Library, SenderConfig, Take, Verify
 from transfer.memory.digest import digest_of
 from transfer.trainer.senders.direct import DirectSender
@@ -155,12 +157,12 @@ def test_buckets_hold_every_byte_once_and_divide_no_element(size):
     assert [b.start for b in buckets] == list(range(0, manifest.nbytes, size))
     assert all(b.end - b.start <= size for b in buckets) and buckets[-1].end == manifest.nbytes
     for entry in manifest.entries:
-        pieces = [(first, last) for b in buckets for held, first, last in b.pieces if held is entry]
+        pieces = [(first, last) for b in buckets for held, first, last, _ in b.pieces if held is entry]
         assert [byte for first, last in pieces for byte in range(first, last)] == list(range(entry.nbytes))
         assert all(border % entry.torch_dtype.itemsize == 0 for piece in pieces for border in piece)
     for bucket in buckets:
         assert all(
-            bucket.start <= e.offset + first <= e.offset + last <= bucket.end for e, first, last in bucket.pieces
+            bucket.start <= e.offset + first <= e.offset + last <= bucket.end for e, first, last, _ in bucket.pieces
         )
 
 
@@ -209,7 +211,7 @@ def test_memory_of_earlier_updates_is_used_again_and_never_while_it_is_live(take
             made.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr("transfer.backends.collective.Block", CountedBlock)
+    monkeypatch.setattr("transfer.backends.collective_intake.Block", CountedBlock)
     module = PlainModel(seed=0)
     with in_process(CollectiveConfig(sender=SENDER, take=take), tmp_path, module, plain(1)) as (transfer, receiver):
         transfer.push(plain(1))

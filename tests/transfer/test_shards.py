@@ -258,8 +258,8 @@ def test_shards_are_refused_by_transfers_that_do_not_take_them(config, said, tmp
 def test_which_transfers_take_shards_is_known_without_a_trainer():
     check_takes_shards(COPY)
     check_takes_shards(DiskConfig(sender=SENDER))
+    check_takes_shards(CollectiveConfig(sender=SENDER))
     refused = {
-        "gloo": CollectiveConfig(sender=SENDER),
         "handles": HandlesConfig(sender=HttpSenderConfig(url=["http://127.0.0.1:1"])),
         "local": LocalConfig(),
     }

@@ -50,6 +50,9 @@ class DiskShards:
         size, file_hash = write_file(self._folder, name, data)
         return {"bad": None, "bytes": size, "xxh3_128": file_hash}
 
+    def release(self) -> None:
+        """Nothing is read of the weights once they are written."""
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -56,7 +56,7 @@ def make_intake(endpoint: Mapping[str, Any]) -> Intake:
 
             return DiskIntake(endpoint)
         case "gloo" | "nccl":
-            from transfer.backends.collective import CollectiveIntake
+            from transfer.backends.collective_intake import CollectiveIntake
 
             return CollectiveIntake(endpoint)
         case "local":

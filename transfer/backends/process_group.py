@@ -1,27 +1,21 @@
 """A torch.distributed process group of a trainer and workers: apart from torch's default one, ended by any error.
 
-    TrainerGroup   rank 0, with the store in which all meet; `where` is what a worker must be told
-    WorkerGroup    a rank that the store gives it
-
-What is authenticated: the control plane alone, which tells workers the store's port and a random nonce under which its
-keys lie. The store and the library's own connections have no encryption and know nobody: whoever can connect to them
-can read the weights or disturb an update, and a digest is no protection against a forger. So the store, and gloo, are
-bound to `transfer.host` only, loopback by default; give another address in a network that you trust. NCCL binds to the
-interfaces that it chooses (NCCL_SOCKET_IFNAME).
+How its ends meet is in group_ends.py. What is authenticated: the control plane alone, which tells workers the store's
+port and a random nonce under which its keys lie. The store and the library's own connections have no encryption and
+know nobody: whoever can connect to them can read the weights or disturb an update, and a digest is no protection
+against a forger. So the store, and gloo, are bound to `transfer.host` only, loopback by default; give another address
+in a network that you trust. NCCL binds to the interfaces that it chooses (NCCL_SOCKET_IFNAME).
 """
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
-import socket
 import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -31,14 +25,12 @@ import torch.distributed as dist
 
 from transfer.backends.environment import environment
 from transfer.config import Library
-from transfer.memory import regions
 
 LOOK_S = 0.05  # between two looks whether the deadline has passed, or the others have given up
 POLL_S = 0.0002  # between two looks whether a GPU is done
 BURY_S = 2.0  # to wait until a group is gone
-LINGER_S = 2.0  # for a worker that comes late to learn that the group was given up before it was formed
+SHARE = 0.8  # of a message's deadline, for the whole broadcast: its answer needs time, too
 DEPTH = 2  # tensors under way, or being made
-GO, GIVEN_UP = "go", "given up"  # keys of the store
 NCCL_ENVIRONMENT = {  # else a peer that is late or gone ends the whole process
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -69,8 +61,9 @@ class Group(ABC):
         count: int,
         tensor: Callable[[int], torch.Tensor],
         done: Callable[[int, torch.Tensor], None] = lambda index, given: None,
+        root: Callable[[int], int] = lambda index: 0,
     ) -> None:
-        """Form the group, unless it is, and broadcast `count` tensors; `done` is told of each in order.
+        """Form the group, unless it is, and broadcast `count` tensors, each from its `root`; `done` is told in order.
 
         Any error, a TimeoutError at the deadline say, ends the group.
         """
@@ -82,7 +75,7 @@ class Group(ABC):
                 for index in range(count):
                     if len(self._under_way) == DEPTH:
                         self._complete(done)
-                    self._under_way.append((index, given := tensor(index), self._start(given)))
+                    self._under_way.append((index, given := tensor(index), self._start(given, root(index))))
                 while self._under_way:
                     self._complete(done)
         except BaseException as error:
@@ -180,9 +173,9 @@ class Group(ABC):
         if time.monotonic() > self._until:
             raise TimeoutError("the broadcast did not end before its deadline: a peer is late or gone")
 
-    def _start(self, tensor: torch.Tensor) -> Any:
+    def _start(self, tensor: torch.Tensor, root: int) -> Any:
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+        options.rootRank, options.rootTensor, options.asyncOp = root, 0, True
         options.timeout = self._left()
         return self._group.broadcast([tensor], options)
 
@@ -212,118 +205,6 @@ class Group(ABC):
     @contextmanager
     def _watched(self) -> Iterator[None]:
         yield
-
-
-class TrainerGroup(Group):
-    """The trainer's end, with the store in which all meet."""
-
-    def __init__(self, library: Library, device: torch.device, world: int, host: str) -> None:
-        super().__init__(library, device, world)
-        self._host = host
-        self._nonce = secrets.token_hex(16)
-        self._all_here = False
-        with listener(host) as bound:
-            port = bound.getsockname()[1]
-            store = dist.TCPStore(
-                host, port, None, True, wait_for_workers=False, master_listen_fd=os.dup(bound.fileno())
-            )
-        self._store = dist.PrefixStore(self._nonce, store)
-        self.where = {"port": port, "nonce": self._nonce, "world": world}
-
-    def _met(self) -> tuple[dist.Store, int, str]:
-        store = self._store
-        if store is None:  # closed before this thread came so far
-            self._check()
-        assert store is not None
-        self._await(self._all_came, store)
-        self._all_here = True
-        if self._library is Library.nccl:
-            devices = [regions.device_uuid(self._device)]
-            devices += [store.get(f"device/{rank}").decode() for rank in range(1, self._world)]
-            if len(set(devices)) < len(devices):
-                raise ValueError(one_gpu(f"each has one of {', '.join(sorted(set(devices)))}"))
-        store.set(GO, "")
-        return store, 0, self._host
-
-    def _all_came(self, store: dist.Store) -> bool:
-        return store.add("rank", 0) >= self._world - 1
-
-    def _leave_store(self) -> None:
-        store, self._store = self._store, None
-        if store is not None:
-            with suppress(RuntimeError):
-                store.set(GIVEN_UP, "")
-            if not self._all_here:
-                threading.Thread(target=_linger, args=(store,), daemon=True).start()
-
-
-class WorkerGroup(Group):
-    """A worker's end."""
-
-    def __init__(self, library: Library, device: torch.device, host: str, where: Mapping[str, Any]) -> None:
-        super().__init__(library, device, where["world"])
-        self._host, self._port, self._nonce = host, where["port"], where["nonce"]
-        self.named = (self._port, self._nonce)
-
-    def _met(self) -> tuple[dist.Store, int, str]:
-        try:
-            with socket.create_connection((self._host, self._port), self._left().total_seconds()) as probe:
-                address = probe.getsockname()[0]  # of the interface towards the trainer
-        except OSError as error:
-            place = f"{self._host}:{self._port}"
-            raise ConnectionError(f"the trainer cannot be reached at {place} (transfer.host): {error}") from error
-        tcp = dist.TCPStore(self._host, self._port, None, False, timeout=self._left(), wait_for_workers=False)
-        self._store = store = dist.PrefixStore(self._nonce, tcp)
-        rank = store.add("claimed", 1)
-        if rank >= self._world:
-            raise ValueError(f"more workers came than the {self._world - 1} that were told to")
-        if self._library is Library.nccl:
-            store.set(f"device/{rank}", regions.device_uuid(self._device))
-        store.add("rank", 1)
-        self._await(store.check, [GO])  # no closure: the frame of one would hold the store as long as an error
-        return store, rank, address
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Learn meanwhile if the trainer gives up, or is gone: the library itself may not notice."""
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(LOOK_S):
-                try:
-                    gone = (store := self._store) is not None and store.check([GIVEN_UP])
-                except RuntimeError:
-                    gone = True
-                if gone:
-                    self._given_up.set()
-                    return
-
-        threading.Thread(target=look, daemon=True).start()
-        try:
-            yield
-        finally:
-            over.set()
-
-
-def one_gpu(detail: str) -> str:
-    """Why NCCL cannot be used between processes on one GPU, and what to change."""
-    return (
-        f"transfer=nccl needs a GPU of its own for the trainer and for each worker ({detail}): use transfer=ipc on one "
-        "GPU, or transfer=gloo"
-    )
-
-
-def listener(host: str) -> socket.socket:
-    """A listening socket on a free port of this address; ValueError if it is not one of this machine's."""
-    try:
-        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ValueError(f"transfer.host must be an address of the trainer's machine (got {host!r}): {error}") from None
-
-
-def _linger(store: dist.Store) -> None:
-    """Keep a store open for a while: a worker that finds none tries until its deadline."""
-    time.sleep(LINGER_S)
 
 
 def _bury(library: Library, group: Any, works: list[Any]) -> None:

@@ -60,6 +60,9 @@ class Shards:
             return self._write(step["slot"], weights, step["digest"])
         return self._prepare(Manifest.from_json(step["manifest"]), step["slots"], step["whole"], weights)
 
+    def release(self) -> None:
+        """Nothing is read of the weights once they are written."""
+
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""
         self._passes = {}

@@ -21,17 +21,28 @@ from transfer.agreement.dtensor import any_dtensor
 from transfer.agreement.journal import Journal
 from transfer.agreement.wire import TransferError
 from transfer.backends.base import Publisher, Weights
+from transfer.backends.collective_rows import CollectiveShards
+from transfer.backends.collective_shards import CollectiveShardPublisher
 from transfer.backends.disk_shards import DiskShardPublisher, DiskShards
 from transfer.backends.make import make_publisher
 from transfer.backends.rank_rows import check_placements
 from transfer.backends.shards import ShardPublisher, Shards
-from transfer.config import DiskConfig, InFlight, IpcConfig, Staging, TransferConfig, check_takes_shards, taken
+from transfer.config import (
+    CollectiveConfig,
+    DiskConfig,
+    InFlight,
+    IpcConfig,
+    Staging,
+    TransferConfig,
+    check_takes_shards,
+    taken,
+)
 from transfer.trainer.interfaces import Ranks, Sender, Transfer
 from transfer.trainer.push_stats import PushStats
 from transfer.trainer.session import Session
 
 SHARDS, WHOLE = "shards", "whole tensors"
-OfRank = Shards | DiskShards
+OfRank = Shards | DiskShards | CollectiveShards
 
 
 def make_of_ranks(
@@ -71,6 +82,8 @@ def _of_rank(config: TransferConfig, folder: Path, ranks: Ranks) -> Iterator[OfR
             yield Shards(ranks.number % holders, holders)
         case DiskConfig() if ranks.hosts == 1:
             yield DiskShards(config, folder, ranks.number, ranks.count)
+        case CollectiveConfig() if ranks.hosts == 1:
+            yield CollectiveShards(config, ranks.number, ranks.count)
 
 
 def _publisher(
@@ -81,6 +94,8 @@ def _publisher(
         together = line.taking_along(of_rank.carry_out)
         if isinstance(config, DiskConfig):
             return DiskShardPublisher(config, folder, line.count, together)
+        if isinstance(config, CollectiveConfig):
+            return CollectiveShardPublisher(config, cast("CollectiveShards", of_rank), line.count, together)
         if isinstance(config, IpcConfig):
             return ShardPublisher(config, cast("Shards", of_rank), sockets, together, line.hosts)
     return make_publisher(config, folder)
@@ -277,7 +292,11 @@ class Following(_OfRank):
             self._shards.close()
 
     def _follow(self, weights: Weights) -> Any:
-        told = self._line.followed(lambda step: self._carry_out(step, weights))
+        try:
+            told = self._line.followed(lambda step: self._carry_out(step, weights))
+        finally:
+            if self._shards is not None:
+                self._shards.release()
         self.epoch, self.last = told["epoch"], PushStats(**told["last"])
         return told["value"]
 

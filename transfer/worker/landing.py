@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 
@@ -15,7 +14,7 @@ from transfer.memory.digest import digest_of
 from transfer.memory.finite import NotFinite, not_finite
 from transfer.memory.one_pass import Lying, OnePass, available
 from transfer.memory.regions import slot_bytes, views_of
-from transfer.memory.rows import Rows, copy_rows, parts_of, places_of
+from transfer.memory.rows import Rows, copy_rows, in_one_place, parts_of, places_of
 from transfer.memory.sums import SUMS
 
 
@@ -120,7 +119,7 @@ class Landing:
         """Put staged tensors in the place of the module's, unless they are there; those are kept until `forget`."""
         if staged is self._taken:
             return
-        tensors = cast("Mapping[str, torch.Tensor]", staged)  # no backend lets rows in several places be viewed
+        tensors = in_one_place(staged)
         kept = self._taken.keys() >= tensors.keys()
         self._replaced = list(self._taken.values()) if kept else [mine.data for _, mine in self._all]
         for name, mine in self._all:
