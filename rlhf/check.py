@@ -172,7 +172,7 @@ def _places(config: RunConfig, sizes: Sizes, device: str, ranks: int) -> dict[st
     offloads = ranks > 1 and isinstance(config.trainer, ShardedConfig) and config.trainer.offload
     return {
         one: trainer(config, sizes, ranks),
-        **({"each of these, on its host": shards(config, sizes, ranks)} if offloads else {}),
+        **({"each of these, on its host": shards(config, sizes, ranks // config.trainer.hosts)} if offloads else {}),
         f"each of {config.rollout.workers} worker(s)": worker(config, sizes),
         "disk": disk(config, sizes),
     }

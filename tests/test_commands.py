@@ -119,6 +119,8 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && pytest -n 2": ".ci/run runs it",
     "torchrun --nproc-per-node 2 -m rlhf.train trainer=replicas": "tests/ranks/test_ranks_runs.py, but shorter",
     "torchrun --nproc-per-node 8 -m rlhf.train trainer=replicas model.path=FOLDER": RANKS,
+    f"{TRAIN}trainer=sharded trainer.ranks=16 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
+    "rollout.workers=16": "tests/ranks/test_ray_hosts.py, with two ranks",
     "python -m transfer.doctor": "tests/transfer/test_doctor.py",
     "python -m transfer.doctor --quick": "tests/transfer/test_doctor.py",
     "python -m transfer.bench": "tests/transfer/test_bench.py, with fewer rounds",

@@ -209,8 +209,16 @@ def taken(take: Take, ranks: int = 1) -> Take:
     return Take.copy if ranks > 1 else Take.view
 
 
-def check_takes_shards(config: TransferConfig) -> None:
-    """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer."""
+def check_takes_shards(config: TransferConfig, hosts: int = 1) -> None:
+    """ValueError unless weights that are sharded over the ranks of a trainer can travel by this transfer.
+
+    `hosts`: on how many these are; from several, weights go to workers on the same host alone.
+    """
+    if hosts > 1 and not isinstance(config, IpcConfig):
+        raise ValueError(
+            "weights that are sharded over ranks of several hosts travel by transfer=ipc, to workers on each: choose "
+            f"it (got {_choice(config)})"
+        )
     ours = "weights that are sharded over ranks travel by transfer=ipc (staging=arena, take=copy), disk, gloo or nccl"
     match config:
         case IpcConfig(staging=Staging.arena, take=Take.auto | Take.copy) | DiskConfig() | CollectiveConfig():
@@ -219,8 +227,14 @@ def check_takes_shards(config: TransferConfig) -> None:
             raise ValueError(f"transfer.staging must be arena (got live): {ours}")
         case IpcConfig(take=take):
             raise ValueError(f"transfer.take must be copy (got {take.value}): {ours}")
-    name = type(config).__name__.removesuffix("Config").lower()
-    raise ValueError(f"transfer must be ipc (got {name}): {ours}")
+    raise ValueError(f"transfer must be ipc (got {_choice(config)}): {ours}")
+
+
+def _choice(config: TransferConfig) -> str:
+    """By which name the group `transfer` has it."""
+    if isinstance(config, CollectiveConfig):
+        return config.library.value
+    return type(config).__name__.removesuffix("Config").lower()
 
 
 def positive(key: str, value: float) -> None:

@@ -93,7 +93,7 @@ def _writes_nothing(folder: Path) -> None:
 def _workers(site: Site, matter: Matter, transfer: Transfer, base: str | None, stack: ExitStack) -> Workers:
     """The run's workers, which start meanwhile."""
     spec = worker_spec(matter.policy, site.config, transfer.endpoint, base)
-    return stack.enter_context(Workers(spec, site.config, site.folder, matter.policy))
+    return stack.enter_context(Workers(spec, site.config, site.folder, matter.policy, site.hosts))
 
 
 def _senders(site: Site, workers: Workers, meanwhile: Callable[[], None]) -> list[Sender]:

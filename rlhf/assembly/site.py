@@ -20,6 +20,7 @@ from rlhf.monitor.progress import Bars
 from rlhf.ranks.meeting import met
 from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import ALONE, Ranks
+from rlhf.ranks.ray_hosts import Hosts, placed
 from rlhf.rollout.spec_of_run import JOURNALS
 from rlhf.shell import screen
 from rlhf.shell.ending import RunError, alone, full_disk_explained
@@ -37,6 +38,7 @@ class Site:
     began: float
     place: Place  # of this process among the trainer's ranks
     ranks: Ranks = ALONE
+    hosts: Hosts | None = None  # in the Ray that has started the ranks, for workers to be on, too
     notes: dict[str, float] = field(default_factory=dict)  # numbers of the stages before RL, for the summary
     saved: Saved | None = None  # the checkpoint that the run goes on from
     resumable: bool = False  # whether what stops the run says how it goes on
@@ -90,7 +92,9 @@ def _say_how_it_goes_on(site: Site, stack: ExitStack) -> None:
 def meet(site: Site, resume: bool, stack: ExitStack) -> None:
     """Let all ranks of the trainer come together, to go on from one checkpoint; they part with the stack."""
     with site.bars.waiting("ranks") if site.place.count > 1 else nullcontext():
-        site.ranks = stack.enter_context(met(site.config, site.folder, site.place, resume))
+        if site.place.first and site.config.trainer.address is not None:
+            site.hosts = stack.enter_context(placed(site.config, site.folder))
+        site.ranks = stack.enter_context(met(site.config, site.folder, site.place, resume, site.hosts))
     stack.enter_context(site.ranks.explained())
     step = site.ranks.told(int(site.saved.told["step"]) if site.saved else None)
     if not site.place.first and step is not None:

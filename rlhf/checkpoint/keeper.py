@@ -271,7 +271,10 @@ class Keeper:
                 if tensors:
                     write_tensors(folder / f"{name}.safetensors", tensors)
             return {}
-        paths = [write_rows(folder, n, held, self.ranks.number, self.ranks.count) for n, held in files.items() if held]
+        if self.ranks.host:  # the first host's ranks have all rows, too
+            return {}
+        number, count = self.ranks.holder, self.ranks.holders
+        paths = [write_rows(folder, name, held, number, count) for name, held in files.items() if held]
         for path in paths:
             flush(path)
         return {path.name: described(path) for path in paths}

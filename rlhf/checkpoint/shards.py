@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer.agreement.dtensor import is_dtensor, local_part
+from transfer.agreement.dtensor import holder_of, is_dtensor, local_part
 from transfer.agreement.shards import rows_of
 
 SHAPES = "shapes"
@@ -88,7 +88,8 @@ class Stored:
         if not is_dtensor(held):
             mine.data.copy_(self.rows(0, self.shape[0] if self.shape else 0))
         elif len(mine):
-            first = rows_of(self.shape[0], held.device_mesh.size(), held.device_mesh.get_local_rank())[0]  # type: ignore[attr-defined]
+            number, count = holder_of(held)
+            first = rows_of(self.shape[0], count, number)[0]
             mine.copy_(self.rows(first, first + len(mine)))
 
 

@@ -181,7 +181,7 @@ class RunConfig:
         return self.algo
 
     def _check_sharded(self) -> None:
-        check_takes_shards(self.transfer)
+        check_takes_shards(self.transfer, self.trainer.hosts)
         if self.model.lora.rank:
             raise ValueError(
                 "the adapter's base is frozen and whole in every rank: set trainer=replicas, or model.lora.rank=0 "

@@ -45,6 +45,7 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
             "transfer=local samples with the learner's own weights: rollout.dtype must be null "
             f"(got {run.rollout.dtype.name})"  # type: ignore[union-attr]
         )
+    _check_ray(run)
     if isinstance(run.transfer, IpcConfig) and run.transfer.exposes and run.rollout.in_flight is InFlight.keep:
         raise ValueError(NO_KEEP)
     live = isinstance(run.transfer, IpcConfig) and run.transfer.staging is Staging.live
@@ -76,17 +77,21 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
 def _check_gpus(run: RunConfig | EvaluationConfig, gpus: list[int]) -> None:
     """Raise ValueError where the workers cannot be on these GPUs."""
     rollout, sender = run.rollout, run.transfer.sender
-    each = rollout.gpus_each
-    count = rollout.workers * each
-    if len(gpus) != count:
-        raise ValueError(f"rollout.gpus must name {count}: {each} for each of {rollout.workers} workers (got {gpus})")
+    each, trainer = rollout.gpus_each, getattr(run, "trainer", None)
+    there = rollout.workers if trainer is None else -(-rollout.workers // trainer.hosts)
+    if len(gpus) != there * each:
+        of_a_host = f" of a host, of trainer.hosts={trainer.hosts}" if trainer is not None and trainer.hosts > 1 else ""
+        raise ValueError(
+            f"rollout.gpus must name {there * each}: {each} for each of {there} workers{of_a_host} (got {gpus})"
+        )
     if any(len({*gpus[start : start + each]}) < each for start in range(0, len(gpus), each)):
         raise ValueError(f"rollout.gpus must name {each} different ones for each worker (got {gpus})")
     if run.model.device is Device.cpu:
         raise ValueError("rollout.gpus is for workers on GPUs: leave it out, or set model.device=cuda (got cpu)")
     if isinstance(run.transfer, LocalConfig) or (isinstance(sender, HttpSenderConfig) and sender.url):
         raise ValueError("rollout.gpus is for workers that this run starts: leave it out")
-    if isinstance(sender, RaySenderConfig) and sender.address is not None:
+    placed = trainer is not None and trainer.address is not None
+    if isinstance(sender, RaySenderConfig) and sender.address is not None and not placed:
         raise ValueError("a Ray that is there gives its actors their GPUs: leave out rollout.gpus")
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
         raise ValueError("workers on GPUs of their own copy weights: set transfer.take=copy, or leave out rollout.gpus")
@@ -114,4 +119,16 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
     if isinstance(run.transfer, IpcConfig) and run.transfer.take is Take.view:
         raise ValueError(
             "rollout=vllm copies weights into its own memory, whose addresses stay: set transfer.take=copy (got view)"
+        )
+
+
+def _check_ray(run: RunConfig | EvaluationConfig) -> None:
+    """A run is in one Ray."""
+    trainer, sender = getattr(run, "trainer", None), run.transfer.sender
+    if trainer is None or trainer.address is None or not isinstance(sender, RaySenderConfig):
+        return
+    if sender.address not in (None, trainer.address):
+        raise ValueError(
+            "workers are in the Ray that has started the trainer's ranks: leave out transfer.sender.address (got "
+            f"{sender.address}, and trainer.address={trainer.address})"
         )

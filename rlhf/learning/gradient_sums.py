@@ -7,6 +7,7 @@ process with two. NCCL adds in an order of its own, the same each time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,10 +84,10 @@ def _add_in_order(flat: Tensor, count: int) -> None:
     flat.copy_(torch.cat(shares)[: len(flat)])
 
 
-def add_in_order(flat: Tensor, count: int) -> Tensor:
-    """This rank's share, of `count` equal ones, of the sum over the ranks, added in their order."""
+def add_in_order(flat: Tensor, count: int, group: Any = None) -> Tensor:
+    """This rank's share, of `count` equal ones, of the sum over the ranks (of this group), added in their order."""
     got = torch.empty_like(flat)
-    dist.all_to_all_single(got, flat)
+    dist.all_to_all_single(got, flat, group=group)
     mine, *others = got.chunk(count)
     for other in others:
         mine += other

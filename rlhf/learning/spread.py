@@ -65,7 +65,10 @@ class Whole:
 
 
 class Sharded(Whole):
-    """Every rank has its rows (dim 0) of every weight, gradient and moment of an optimiser; weights in fp32."""
+    """Every rank has its rows (dim 0) of every weight, gradient and moment of an optimiser; weights in fp32.
+
+    The ranks of each host hold all rows: of several hosts each holds the same (HSDP).
+    """
 
     sharded = True
 
@@ -73,7 +76,8 @@ class Sharded(Whole):
         """`offload`: shards, gradients and moments are in the host's memory, where the device is a GPU."""
         super().__init__(ranks)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody changes it in place
-        self._mesh: DeviceMesh = init_device_mesh(device.type, (ranks.count,))
+        shape = (ranks.count,) if ranks.hosts == 1 else (ranks.hosts, ranks.holders)
+        self._mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=("host", "holder")[-len(shape) :])
         self._offload = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
         self._added = False  # in the last backward pass
 
@@ -153,7 +157,7 @@ class Sharded(Whole):
 
     def over_ranks(self, squares: float) -> float:
         """The sum of squares of a model's gradients, from that of this rank's part of them."""
-        return sum(self.ranks.gathered(squares))
+        return sum(self.ranks.gathered(squares)[: self.ranks.holders])
 
 
 class _InOrder(ReduceScatter):
@@ -165,7 +169,7 @@ class _InOrder(ReduceScatter):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        output_tensor.copy_(add_in_order(input_tensor, dist.get_world_size(group)))
+        output_tensor.copy_(add_in_order(input_tensor, dist.get_world_size(group), group))
 
 
 def _unshard(groups: Sequence[FSDPModule]) -> None:

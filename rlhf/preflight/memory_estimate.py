@@ -114,7 +114,7 @@ def slots(config: RunConfig, sizes: Sizes) -> Parts:
 def trainer(config: RunConfig, sizes: Sizes, ranks: int = 1) -> Parts:
     """What the trainer's process, or the first of its ranks, holds, or its GPU."""
     if isinstance(config.trainer, ShardedConfig) and ranks > 1:
-        return sharded(config, sizes, ranks)
+        return sharded(config, sizes, ranks // config.trainer.hosts)
     masters = config.optim.master_weights
     rewards = trained_reward(config, sizes) + sizes.loaded_rewards
     parts = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,33 +24,33 @@ from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import ALONE, Joined, Ranks
 from rlhf.ranks.spec import spec_of
 from rlhf.ranks.star import Meeting, Star, join
-from rlhf.ranks.torchrun import tell
+from rlhf.ranks.starting import Processes, Starter, Torchrun
 from rlhf.shell.ending import RunError
 from transfer.backends.environment import environment
-from transfer.worker.process import WorkerProcess
 
 START_S = 180.0  # until all ranks have come: each imports torch, on a machine that may be busy
-LOOPBACK = "127.0.0.1"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-CHILD = "rlhf.beside"  # the module that a rank beside the first runs
 
 
 @contextmanager
-def met(config: RunConfig, folder: Path, place: Place, resume: bool = False) -> Iterator[Ranks]:
-    """All ranks of the trainer, met; the first starts the others where nobody else has, their logs go to `folder`.
+def met(
+    config: RunConfig, folder: Path, place: Place, resume: bool = False, starter: Starter | None = None
+) -> Iterator[Ranks]:
+    """All ranks of the trainer, met; the first lets `starter` start the others, by default torchrun or itself.
 
-    They part together; where one of them fails, all end.
+    Their logs go to `folder`. They part together; where one of them fails, all end.
     """
+    device = _device(config, place)
     if place.count == 1:
         yield ALONE
         return
-    device = _device(config, place)
     with ExitStack() as stack:
         if place.invitation is None:
-            star, host = _all_come(config, folder, place, resume, stack)
+            starter = starter or (Torchrun() if place.torchrun else Processes(folder, stack))
+            star, address = _all_come(config, folder, place, resume, starter), starter.address
         else:
-            star, host = join(place.invitation, place.number), place.invitation.host
-        ranks = Joined(place, star, host, config.trainer.timeout_s)
+            star, address = join(place.invitation, place.number), place.invitation.host
+        ranks = Joined(place, star, address, config.trainer.timeout_s)
         try:
             with _process_group(ranks, device), _told_at_once(ranks), ranks.interrupted():
                 yield ranks
@@ -69,42 +70,33 @@ def _told_at_once(ranks: Joined) -> Iterator[None]:
         raise
 
 
-def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, stack: ExitStack) -> tuple[Star, str]:
-    """The first rank's connections, and its address, once all that it or torchrun has started are there."""
-    host = os.environ["MASTER_ADDR"] if place.torchrun else LOOPBACK
-    started: list[WorkerProcess] = []
-
-    def check() -> None:
-        for process in started:
-            if not process.alive:
-                raise RunError(f"{process.name} of the trainer ended while it started; its log ends:\n{process.tail()}")
-
-    with closing(Meeting(host, secrets.token_hex(16))) as meeting:
-        others = [Place(number, place.count, number, meeting.invitation) for number in range(1, place.count)]
-        specs = [spec_of(config, folder, other, resume) for other in others]
-        if place.torchrun:
-            tell(specs)
-        else:
-            for number, spec in enumerate(specs, start=1):
-                process = WorkerProcess(f"rank {number}", CHILD, spec, folder / f"rank-{number}.log")
-                started.append(stack.enter_context(process))
+def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, starter: Starter) -> Star:
+    """The first rank's connections, once all others are there."""
+    with closing(Meeting(starter.address, secrets.token_hex(16))) as meeting:
+        others = [
+            replace(place, number=number, local=number % place.holders, invitation=meeting.invitation)
+            for number in range(1, place.count)
+        ]
+        starter.start([spec_of(config, folder, other, resume) for other in others])
         try:
-            return meeting.all(place.count, time.monotonic() + START_S, check), host
+            return meeting.all(place.count, time.monotonic() + START_S, starter.check)
         except TimeoutError as error:
             raise RunError(f"{error}; their logs are {folder}/rank-*.log") from None
 
 
 def _device(config: RunConfig, place: Place) -> torch.device:
-    """This rank's device, which is torch's current one from now on."""
-    if config.model.device is Device.cpu or not torch.cuda.is_available():
+    """This rank's device; torch's current one from now on, where there are several."""
+    gpus = config.trainer.gpus
+    if config.model.device is Device.cpu or not torch.cuda.is_available() or (place.count == 1 and gpus is None):
         return torch.device("cpu")
-    if place.local >= torch.cuda.device_count():
+    number, there = gpus[place.local] if gpus is not None else place.local, torch.cuda.device_count()
+    if number >= there:
         raise ValueError(
-            f"each rank of the trainer needs a GPU, and {place.count} ranks find {torch.cuda.device_count()}: lower "
-            "trainer.ranks, or set model.device=cpu"
+            f"each rank of the trainer needs a GPU, rank {place.number} the one of number {number}, and {there} are "
+            "visible here, from 0: lower trainer.ranks, change trainer.gpus, or set model.device=cpu"
         )
-    torch.cuda.set_device(place.local)
-    return torch.device("cuda", place.local)
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 @contextmanager
@@ -113,11 +105,11 @@ def _process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     assert isinstance(ranks, Joined)
     store: dist.TCPStore | None = None
     if ranks.first:
-        store = _store(ranks.host)
+        store = _store(ranks.address)
     port = ranks.told(store.port if store is not None else None)
     if store is None:
-        store = dist.TCPStore(ranks.host, port, None, False, wait_for_workers=False)
-    with _interface(ranks.host):
+        store = dist.TCPStore(ranks.address, port, None, False, wait_for_workers=False)
+    with _interface(ranks.address):
         on_gpu = device.type == "cuda"
         with ranks.explained():
             form = partial(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.config.model import AUTO, Device, ModelConfig
 from rlhf.config.trainer import OneConfig, TrainerConfig
@@ -30,6 +30,12 @@ class Place:
     local: int = 0  # number among the ranks of this host: of its GPU
     invitation: Invitation | None = None
     torchrun: bool = False  # which has started all ranks
+    hosts: int = 1  # on which the ranks are, equally many on each, one host's behind the other's
+
+    @property
+    def holders(self) -> int:
+        """How many ranks a host has."""
+        return self.count // self.hosts
 
     @property
     def first(self) -> bool:
@@ -48,13 +54,24 @@ def place_of(config: TrainerConfig, model: ModelConfig, environment: Mapping[str
             )
         return Place()
     if started is None:
-        return Place(count=_gpus(model) if config.ranks == AUTO else config.ranks)
+        if config.hosts > 1 and config.address is None:
+            raise ValueError(
+                f"the ranks of {config.hosts} hosts (trainer.hosts) are started by a Ray, which trainer.address names, "
+                "or by torchrun on each host"
+            )
+        return Place(count=_gpus(model) if config.ranks == AUTO else config.ranks, hosts=config.hosts)
+    if config.address is not None:
+        raise ValueError("torchrun has started all ranks: leave out trainer.address")
     if config.ranks not in (AUTO, started.count):
         raise ValueError(
             f"torchrun has started {started.count} processes: trainer.ranks must be as many, or auto "
             f"(got {config.ranks})"
         )
-    return started
+    if started.count % config.hosts:
+        raise ValueError(
+            f"torchrun has started {started.count} processes: trainer.hosts must divide that (got {config.hosts})"
+        )
+    return replace(started, hosts=config.hosts)
 
 
 def by_torchrun(environment: Mapping[str, str] = os.environ) -> Place | None:

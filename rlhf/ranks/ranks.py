@@ -35,6 +35,9 @@ class Ranks:
 
     number = 0
     count = 1
+    hosts = (
+        1  # of equally many ranks, one host's behind the other's; each host's ranks hold all rows of sharded weights
+    )
     listening = True  # whether all others will hear what the first asks for, before anything else
 
     def __init__(self) -> None:
@@ -44,6 +47,21 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank speaks with the outside."""
         return self.number == 0
+
+    @property
+    def host(self) -> int:
+        """The number of the host that this rank is on."""
+        return self.number // self.holders
+
+    @property
+    def holders(self) -> int:
+        """How many ranks a host has, which hold all rows of sharded weights between them."""
+        return self.count // self.hosts
+
+    @property
+    def holder(self) -> int:
+        """The number of this rank among those of its host."""
+        return self.number % self.holders
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
         """Those of the parts that this rank computes: contiguous, as many as others have, or one less."""
@@ -100,10 +118,13 @@ ALONE = Ranks()
 class Joined(Ranks):
     """One of several ranks, by its connections to the first, or the first's to all."""
 
-    def __init__(self, place: Place, star: Star, host: str, timeout_s: float) -> None:
+    def __init__(self, place: Place, star: Star, address: str, timeout_s: float) -> None:
         super().__init__()
-        self.number, self.count = place.number, place.count
-        self.host, self.timeout_s = host, timeout_s  # of the first rank; for another rank to come to where this one is
+        self.number, self.count, self.hosts = place.number, place.count, place.hosts
+        self.address, self.timeout_s = (
+            address,
+            timeout_s,
+        )  # of the first rank; for another rank to come to where this one is
         self._star, self._closed = star, False
         self._unexplained: Exception | None = None
         self.watch = Watch(star, place.number)

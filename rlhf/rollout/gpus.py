@@ -11,21 +11,23 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_to_workers(
-    rollout: RolloutConfig, copied: bool, after: int = 0, variables: Mapping[str, str] = os.environ
+    rollout: RolloutConfig, copied: bool, trainer: int = 0, after: int = 0, variables: Mapping[str, str] = os.environ
 ) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each worker; [] where all see what the trainer sees. ValueError for GPUs not found here.
 
     Without `rollout.gpus` workers take GPUs in turn, from number `after` on, where weights are `copied`, else all share
-    the trainer's.
+    the trainer's, or its first rank's, of number `trainer`.
     """
     import torch
 
     count, each = torch.cuda.device_count(), rollout.gpus_each
     chosen = rollout.gpus
     if chosen is None:
-        if count < 2 or not copied:
+        if count < 2 or not (copied or trainer):
             return []
-        chosen = [(after + index) % count for index in range(rollout.workers * each)]
+        chosen = [trainer] * rollout.workers * each
+        if copied:
+            chosen = [(after + index) % count for index in range(rollout.workers * each)]
     if each > count:
         raise ValueError(f"a worker of rollout.engine_args needs {each} GPUs, and {count} are visible here")
     if beyond := [index for index in chosen if index >= count]:

@@ -29,6 +29,7 @@ from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
 from transfer.worker.process import WorkerProcess
 
 if TYPE_CHECKING:
+    from rlhf.ranks.ray_hosts import Hosts
     from rlhf.rollout.ray_workers import Connect
     from transfer import Sender
 
@@ -39,8 +40,16 @@ MOST_MIB = 2**40  # that a worker may say it has of a GPU
 class Workers:
     """The run's `config.rollout.workers` workers, reached as `config.transfer` says; their logs go to `folder`."""
 
-    def __init__(self, spec: WorkerSpec, config: RunConfig | EvaluationConfig, folder: Path, policy: Any) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        config: RunConfig | EvaluationConfig,
+        folder: Path,
+        policy: Any,
+        hosts: Hosts | None = None,
+    ) -> None:
         self._spec, self._config, self._folder, self._policy = spec, config, folder, policy
+        self._hosts = hosts  # that Ray's actors are placed on
         self._stack = ExitStack()
         self._senders: list[Sender] | None = None
 
@@ -96,7 +105,7 @@ class Workers:
             case _, HttpSenderConfig() as sender:
                 return running(rollout.workers, sender)
             case _, RaySenderConfig() as sender:
-                return ray_actors(self._spec, rollout, sender, self._folder)
+                return ray_actors(self._spec, rollout, sender, self._folder, self._hosts)
         raise AssertionError(transfer)
 
 

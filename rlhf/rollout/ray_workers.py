@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.spec_of_run import specs
 from rlhf.rollout.worker import Worker, parts_of
 from rlhf.shell.ending import RunError
+from transfer.backends.shards import on_host
 from transfer.config import RaySenderConfig
 from transfer.worker.process import python_path
 from transfer.worker.ray_start import check_cpus, joined_ray, private_ray
 from transfer.worker.stacks import dumps_stacks_when_asked
 
 if TYPE_CHECKING:
+    from rlhf.ranks.ray_hosts import Hosts
     from transfer import Sender
 
     Connect = Callable[[], list[Sender]]  # waits until the workers are up
@@ -38,8 +41,12 @@ class RayWorker(Worker):
 
 
 @contextmanager
-def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig, folder: Path) -> Iterator[Connect]:
+def ray_actors(
+    spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig, folder: Path, hosts: Hosts | None = None
+) -> Iterator[Connect]:
     """Workers as Ray actors, in a private Ray unless `sender.address` names one or this process is in one already.
+
+    Where the trainer's ranks are on `hosts` of a Ray, workers are on the same, in turn, and take weights from there.
 
     An actor that dies is started again, `config.restarts` times.
     """
@@ -48,16 +55,19 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
     from transfer.trainer.senders.ray import RaySender
 
     variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": str(spec.threads)}
-    actor_class = ray.remote(RayWorker).options(
-        num_cpus=1, max_concurrency=RAY_THREADS, runtime_env={"env_vars": variables}, max_restarts=config.restarts
-    )
-    told = (
-        specs(spec, config.workers, folder) if sender.address is None else [replace(spec, visible=[])] * config.workers
-    )
+    options = {"num_cpus": 1, "max_concurrency": RAY_THREADS, "max_restarts": config.restarts}
+    actor_class = partial(ray.remote(RayWorker).options, **options, runtime_env={"env_vars": variables})
+    if hosts is not None:
+        told = list(_on_hosts(specs(spec, config.workers, folder.absolute()), spec.visible, hosts))
+    elif sender.address is None:
+        told = specs(spec, config.workers, folder)
+    else:
+        told = [replace(spec, visible=[])] * config.workers
     with ray_running(sender, config.workers), ExitStack() as stack:
         actors: list[Any] = []
-        for worker_spec in told:
-            actors.append(actor_class.remote(worker_spec))
+        for index, worker_spec in enumerate(told):
+            where = {} if hosts is None else {"scheduling_strategy": hosts.placed(index)}
+            actors.append(actor_class(**where).remote(worker_spec))
             stack.callback(ray.kill, actors[-1])
 
         def connected(index: int, deadline: float) -> Sender:
@@ -70,6 +80,17 @@ def ray_actors(spec: WorkerSpec, config: RolloutConfig, sender: RaySenderConfig,
             return [connected(index, deadline) for index in range(len(actors))]
 
         yield connect
+
+
+def _on_hosts(told: Sequence[WorkerSpec], visible: Sequence[str], hosts: Hosts) -> Iterator[WorkerSpec]:
+    """What each worker is told: it maps the memory of the ranks on its host, and computes on that host's GPUs.
+
+    `visible`: of the first workers of a host, as the GPUs are called on the first.
+    """
+    for index, spec in enumerate(told):
+        host, number = index % hosts.count, index // hosts.count
+        own = [hosts.visible(order, host) for order in visible[number : number + 1]]
+        yield replace(spec, endpoint=on_host(spec.endpoint, host), visible=own)
 
 
 @contextmanager

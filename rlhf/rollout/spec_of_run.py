@@ -111,4 +111,5 @@ def _visible(config: RunConfig | EvaluationConfig, ranks: int) -> list[str]:
     transfer = config.transfer
     by_nccl = isinstance(transfer, CollectiveConfig) and transfer.library is Library.nccl
     copied = not isinstance(transfer, IpcConfig) or transfer.take is Take.copy
-    return visible_to_workers(config.rollout, copied, after=ranks * by_nccl)
+    trainer = (config.trainer.gpus or [0])[0] if isinstance(config, RunConfig) else 0
+    return visible_to_workers(config.rollout, copied, trainer, after=trainer + ranks * by_nccl)

@@ -63,7 +63,7 @@ class Talk:
     """transfer.Ranks, which notes when the ranks have lost each other."""
 
     def __init__(self, ranks: Any) -> None:
-        self.number, self.count = ranks.number, ranks.count
+        self.number, self.count, self.hosts = ranks.number, ranks.count, ranks.hosts
         self.lost = False
         self._ranks = ranks
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,9 @@ class Runs:
         self.folder = folder
         (folder / "mine.py").write_text(MINE)
 
-    def train(self, *words: str, harm: str = "") -> Ended:
+    def train(self, *words: str, harm: str = "", meanwhile: Callable[[], None] = lambda: None) -> Ended:
         """`python -m rlhf.train` with the small run and these overrides."""
-        return self.command(["-m", "rlhf.train", *SMALL, *words], harm)
+        return self.command(["-m", "rlhf.train", *SMALL, *words], harm, meanwhile)
 
     def torchrun(self, count: int, *words: str) -> Ended:
         """The same by torchrun."""
@@ -167,8 +168,8 @@ class Runs:
         """Let another one have the same run."""
         shutil.copytree(self.folder / "run", other.folder / "run")
 
-    def command(self, arguments: list[str], harm: str = "") -> Ended:
-        """Python with these arguments, until it ends."""
+    def command(self, arguments: list[str], harm: str = "", meanwhile: Callable[[], None] = lambda: None) -> Ended:
+        """Python with these arguments, until it ends; `meanwhile` is called again and again."""
         before = set(os.listdir("/dev/shm"))
         (self.folder / WHEN).unlink(missing_ok=True)
         variables = {"PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]), HARM: harm}
@@ -182,8 +183,12 @@ class Runs:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a process group of its own, as a terminal gives it
             )
+            until = time.monotonic() + RUN_S
             try:
-                code = process.wait(RUN_S)
+                while (code := process.poll()) is None:
+                    assert time.monotonic() < until, "it does not end"
+                    meanwhile()
+                    time.sleep(0.02)
             finally:
                 process.kill()
         ended, when = time.time(), self.folder / WHEN

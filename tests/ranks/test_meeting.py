@@ -13,8 +13,9 @@ import pytest
 
 from rlhf.ranks import meeting as meetings
 from rlhf.ranks import star as stars
+from rlhf.ranks import starting
 from rlhf.ranks.frames import packed
-from rlhf.ranks.meeting import met
+from rlhf.ranks.meeting import _device, met
 from rlhf.ranks.place import Invitation, Place
 from rlhf.ranks.star import LIFE, TALK, Meeting, Star, join
 from rlhf.shell.ending import RunError
@@ -203,7 +204,7 @@ def test_a_rank_that_dies_while_it_starts_is_named_with_its_log_s_end_and_those_
 ):
     (tmp_path / "dying.py").write_text(DYING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(meetings, "CHILD", "dying")
+    monkeypatch.setattr(starting, "CHILD", "dying")
     monkeypatch.setattr("transfer.worker.process.STOP_S", PATIENT_S)
     config = compose_run("experiment=smoke", "trainer=replicas", "trainer.ranks=3")
     began = time.monotonic()
@@ -218,7 +219,7 @@ def test_a_rank_that_dies_while_it_starts_is_named_with_its_log_s_end_and_those_
 def test_ranks_that_do_not_come_in_time_are_named_with_where_their_logs_are(compose_run, tmp_path, monkeypatch):
     (tmp_path / "waiting.py").write_text("import sys\nsys.stdin.read()\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path)]))
-    monkeypatch.setattr(meetings, "CHILD", "waiting")
+    monkeypatch.setattr(starting, "CHILD", "waiting")
     monkeypatch.setattr(meetings, "START_S", 0.5)
     config = compose_run("experiment=smoke", "trainer=replicas", "trainer.ranks=3")
     said = r"have not come: 1, 2; their logs are .*/rank-\*\.log$"
@@ -230,6 +231,17 @@ def test_each_rank_needs_a_gpu_of_its_own_where_there_are_gpus(compose_run, tmp_
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     config = compose_run("experiment=smoke", "trainer=replicas", "trainer.ranks=3")
-    said = r"3 ranks find 2: lower trainer\.ranks, or set model\.device=cpu"
+    said = r"rank 2 the one of number 2, and 2 are visible here, from 0: lower trainer\.ranks, .*model\.device=cpu"
     with pytest.raises(ValueError, match=said), met(config, tmp_path, Place(2, 3, 2)):
         raise AssertionError("it has no GPU")
+
+
+def test_ranks_take_the_gpus_that_are_named(compose_run, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    several = compose_run("experiment=smoke", "trainer=replicas", "trainer.ranks=2", "trainer.gpus=[2,3]")
+    assert str(_device(several, Place(1, 2, 1))) == "cuda:3"
+    with met(compose_run("experiment=smoke", "trainer.gpus=[1]"), tmp_path, Place()):
+        assert chosen == [3, 1], "also of one process"

@@ -185,6 +185,35 @@ def test_shards_with_other_numbers_of_micro_batches_in_each_rank_do_not_hang_and
     assert first[0][0][0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
 
 
+def _on_hosts(ranks: Ranks, hosts: int, parts: int, rollouts: Sequence[Rollouts]) -> list[Any]:
+    """Of ranks that are spread over so many hosts, each of which holds all rows."""
+    ranks.hosts = hosts
+    try:
+        return _steps(ranks, ALGOS[1], parts, rollouts, True)
+    finally:
+        ranks.hosts = 1
+
+
+def test_two_hosts_that_hold_all_rows_each_and_have_a_micro_batch_each_are_one_process_with_two(two):
+    rollouts = [sampled(0), sampled(1)]
+    alone = steps(learner_of(ALGOS[1]), 2, rollouts)
+    for each in two.call(_on_hosts, 2, 2, rollouts):
+        assert_the_same(each, alone)
+
+
+@pytest.mark.slow
+def test_hosts_of_two_ranks_that_hold_half_of_all_rows_each_stay_equal_and_repeat():
+    rollouts = [sampled(0), sampled(1)]
+    alone = steps(learner_of(ALGOS[1]), 4, rollouts)
+    with pool(4) as four:
+        first, again = (four.call(_on_hosts, 2, 4, rollouts) for _ in range(2))
+    for each in (*first, *again):
+        assert_the_same(each, first[0])
+    for (metrics, weights), (expected, of_one) in zip(first[0], alone, strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6), "but for the order of sums: a host's first"
+        assert all(torch.allclose(mine, one, rtol=0, atol=1e-5) for mine, one in zip(weights, of_one, strict=True))
+
+
 def _tied(ranks: Ranks) -> tuple[bool, list[int]]:
     learner = learner_of(ALGOS[0], ranks, True)
     policy = learner.policy

@@ -101,3 +101,8 @@ def test_a_worker_process_claims_its_gpus_before_anything_asks_cuda(tmp_path):
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
     assert (done.returncode, json.loads(done.stdout)) == (7, "2,0,1"), done.stderr
+
+
+def test_workers_that_view_the_trainers_memory_are_on_its_gpu_and_those_that_copy_begin_with_it(four_gpus):
+    assert visible_to_workers(hf(workers=2), copied=False, trainer=1, variables={}) == ["1,0,2,3"] * 2
+    assert visible_to_workers(hf(workers=2), True, trainer=1, after=1, variables={}) == ["1,0,2,3", "2,0,1,3"]

@@ -78,6 +78,8 @@ def trained(module: torch.nn.Module, steps: int = 1) -> None:
 class Gloo:
     """transfer.Ranks by torch.distributed."""
 
+    hosts = 1
+
     def __init__(self) -> None:
         self.number, self.count = dist.get_rank(), dist.get_world_size()
 
@@ -102,18 +104,24 @@ class Rank:
         self._senders: list[HttpSender] = []
         self.weights: dict[str, torch.Tensor] = {}
 
-    def build(self, sharded: bool, device: str = "cpu", **dials: Any) -> None:
-        """On the host, or each rank on a GPU of its own."""
+    def build(self, sharded: bool, device: str = "cpu", hosts: int = 1, **dials: Any) -> None:
+        """On the host, or each rank on a GPU of its own; the ranks of each of `hosts` hold all rows."""
         self.module = Decoder(**dials)
+        self._ranks.hosts = hosts
         if device == "cuda":
             torch.cuda.set_device(self._ranks.number)
             self.module.cuda()
         if sharded:
-            mesh = init_device_mesh(device, (self._ranks.count,))
+            shape = (hosts, self._ranks.count // hosts)[hosts == 1 :]
+            mesh = init_device_mesh(device, shape, mesh_dim_names=("h", "r")[hosts == 1 :])
             for layer in self.module.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.module, mesh=mesh)
         self.weights = self.module.state_dict()
+
+    def say_hosts(self, hosts: int) -> None:
+        """Be ranks of so many hosts, whatever the weights are."""
+        self._ranks.hosts = hosts
 
     def make(self, config: TransferConfig) -> dict[str, Any]:
         journal = Journal(self._folder / "journal" / "trainer.jsonl") if self._ranks.number == 0 else None
@@ -121,7 +129,9 @@ class Rank:
         return dict(self._transfer.endpoint)
 
     def open(self, url: str, timeout_s: float = 20.0) -> None:
-        self._senders = [HttpSender(url, None, "worker 0", timeout_s)] if url and self._ranks.number == 0 else []
+        """With workers at these addresses, one behind the other."""
+        urls = url.split() if self._ranks.number == 0 else []
+        self._senders = [HttpSender(each, None, f"worker {n}", timeout_s) for n, each in enumerate(urls)]
         self._transfer.open(self.weights, self._senders)
 
     def open_here(self) -> None:

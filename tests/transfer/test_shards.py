@@ -10,6 +10,7 @@ from worker_process import in_process
 
 from transfer import make_receiver, make_transfer
 from transfer.agreement.manifest import Manifest
+from transfer.backends.shards import on_host
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,
@@ -68,6 +69,37 @@ def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_st
             assert {each[0] for each in ours.call("push")} == {3}
             assert worker.serves() == (3, pushed_by_one(1, tied, tmp_path / "3", 3, dtype))
             assert ours.outcomes("recover", of=[1], url=url)[0][0] == "raises"
+
+
+@pytest.mark.slow
+def test_workers_of_each_host_read_the_rows_of_its_own_ranks_which_hold_all_of_them(tmp_path):
+    with trainer(4, tmp_path, hosts=2, seed=1, tied=True) as ours:
+        told = ours.call("make", config=COPY)[0]
+        endpoints = [on_host(told, host) for host in (0, 1)]
+        sockets = [each["sockets"] for each in endpoints]
+        assert [len(each) for each in sockets] == [2, 2] and len({*sockets[0], *sockets[1]}) == 4
+        wanted, folders = Manifest.of(Decoder(0, True).state_dict()), [tmp_path / str(host) for host in (0, 1)]
+        for folder in folders:
+            folder.mkdir()
+        with Worker(endpoints[0], folders[0], wanted) as here, Worker(endpoints[1], folders[1], wanted) as there:
+            ours.call("open", url=f"{here.url} {there.url}")
+            for version in range(2):
+                ours.call("push")
+                expected = version, pushed_by_one(1, True, tmp_path / f"one {version}", version)
+                assert here.serves() == there.serves() == expected
+                ours.call("withdraw")
+                ours.call("train")
+            ours.call("push")
+            ours.call("spoil", rank=3, name="layers.0.k_proj.weight")
+            for error in ours.errors("push"):
+                assert "layers.0.k_proj.weight" in error, "of any host's rank"
+
+
+def test_ranks_of_several_hosts_that_do_not_hold_all_rows_on_each_are_refused(tmp_path):
+    with trainer(2, tmp_path, seed=1, tied=True) as ours:
+        ours.call("say_hosts", hosts=2)
+        ours.call("make", config=COPY)
+        assert all("2 hosts with all rows each" in error for error in ours.errors("open", url=""))
 
 
 @pytest.mark.parametrize("ranks, tied, dtype", [(2, True, torch.bfloat16), (3, False, torch.float32)])
@@ -311,8 +343,8 @@ def test_a_worker_whose_module_is_sharded_is_refused(dtensor, tmp_path):
 def test_shards_of_other_dimensions_are_refused_with_their_placement(dtensor):
     from transfer.backends.rank_rows import check_placements
 
-    check_placements({"w": dtensor(torch.zeros(4, 2))}, 1, 0)
+    check_placements({"w": dtensor(torch.zeros(4, 2))}, 0, 1, 1)
     with pytest.raises(ValueError, match=r"w must be sharded on dim 0 over the 1 ranks.*Shard\(dim=1\)"):
-        check_placements({"w": dtensor(torch.zeros(4, 2), 1)}, 1, 0)
+        check_placements({"w": dtensor(torch.zeros(4, 2), 1)}, 0, 1, 1)
     with pytest.raises(ValueError, match=r"w must be sharded on dim 0 over the 2 ranks"):
-        check_placements({"w": dtensor(torch.zeros(4, 2))}, 2, 0)
+        check_placements({"w": dtensor(torch.zeros(4, 2))}, 0, 2, 1)

@@ -34,6 +34,12 @@ def full(tensor: Any) -> Any:
     return (tensor if tensor.device.type == device else tensor.to(device)).full_tensor()
 
 
+def holder_of(tensor: Any) -> tuple[int, int]:
+    """Which holder of a DTensor's rows this rank is, and of how many: along the last dimension of its mesh."""
+    mesh = tensor.device_mesh
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+
+
 def refuse_dtensors(weights: Mapping[str, torch.Tensor], instead: str = OF_A_TRAINER) -> None:
     """ValueError, with a name, if one of them is: what one rank alone reads of it is wrong without a word, or hangs."""
     if any_dtensor(weights.values()):

@@ -192,6 +192,7 @@ class ArenaIntake:
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self._socket = str(endpoint["socket"])
         self._sockets = list(map(str, endpoint.get("sockets", ())))  # of a trainer of several ranks, one a rank
+        self._host = int(endpoint.get("host", 0))  # of a trainer on several, the one that this worker is on
         self.in_place = Take(endpoint["take"]) is Take.copy
         self.settled = Staging(endpoint["staging"]) is Staging.arena
         self.unchecked = False
@@ -233,8 +234,10 @@ class ArenaIntake:
         ranks, whole, places = where["ranks"], where.get("whole", ()), where.get("regions")
         if ranks != len(self._sockets):
             raise ValueError(f"where.ranks must be {len(self._sockets)}, the number of endpoint.sockets (got {ranks})")
-        if places is not None and len(places) != ranks:
-            raise ValueError(f"where.regions must be {ranks}, one a rank (got {len(places)})")
+        if places is not None:
+            there, places = len(places), places[self._host * ranks : (self._host + 1) * ranks]
+            if there % ranks or len(places) != ranks:
+                raise ValueError(f"where.regions must be {ranks}, one a rank, for each host (got {there})")
         if unknown := sorted({*whole} - {entry.name for entry in manifest.entries}):
             raise ValueError(f"where.whole names tensors that are not in the manifest: {shown(unknown)}")
         if not (self.in_place and self.settled):

@@ -20,17 +20,25 @@ def is_shard(tensor: Any) -> bool:
     return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
-def check_placements(weights: Weights, ranks: int, rank: int) -> None:
-    """ValueError, with a name, unless each DTensor is sharded on dim 0 over all ranks in their order, or not at all."""
+def check_placements(weights: Weights, number: int, count: int, hosts: int) -> None:
+    """ValueError, with a name, unless each DTensor is sharded on dim 0 over a host's ranks in order, or not at all.
+
+    This is rank `number` of `count`; each of `hosts` hosts holds all rows.
+    """
+    shape = (count,) if hosts == 1 else (hosts, count // hosts)
     for name, tensor in weights.items():
         if not is_shard(tensor):
             continue
         mesh, placements = cast("Any", tensor).device_mesh, cast("Any", tensor).placements
-        over_all = mesh.ndim == 1 and mesh.size() == ranks and mesh.get_local_rank() == rank
-        if not (over_all and placements[0].is_shard(0)):
+        in_order = (
+            tuple(mesh.shape) == shape and tuple(mesh.get_coordinate()) == divmod(number, shape[-1])[-mesh.ndim :]
+        )
+        *copies, rows = placements
+        if not (in_order and rows.is_shard(0) and all(each.is_replicate() for each in copies)):
+            of_hosts = f", {hosts} hosts with all rows each" if hosts > 1 else ""
             raise ValueError(
-                f"{name} must be sharded on dim 0 over the {ranks} ranks, in their order (it is {placements} over a "
-                f"mesh of {list(mesh.shape)}, here {mesh.get_coordinate()})"
+                f"{name} must be sharded on dim 0 over the {count} ranks, in their order{of_hosts} (it is {placements} "
+                f"over a mesh of {list(mesh.shape)}, here {mesh.get_coordinate()})"
             )
 
 

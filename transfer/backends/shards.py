@@ -30,6 +30,15 @@ from transfer.memory.one_pass import OnePass, available
 from transfer.memory.rows import parts_of
 from transfer.memory.sums import added, sums_of
 
+OF_HOSTS = "of_hosts"  # in the endpoint: the sockets of each host's ranks
+
+
+def on_host(endpoint: Mapping[str, Any], host: int) -> dict[str, Any]:
+    """What a worker on this one of the trainer's hosts must be told: it maps the memory of the ranks that are there."""
+    told = dict(endpoint)
+    of_hosts = told.pop(OF_HOSTS, None)
+    return told if of_hosts is None else told | {"sockets": of_hosts[host], "host": host}
+
 
 class Shards:
     """What rank `number` of `count` holds of every tensor, and its slots for it, in memory that workers map."""
@@ -102,14 +111,21 @@ class ShardPublisher(ArenaPublisher):
 
     takes_shards = True
 
-    def __init__(self, config: IpcConfig, shards: Shards, sockets: Sequence[str], together: Together) -> None:
+    def __init__(
+        self, config: IpcConfig, shards: Shards, sockets: Sequence[str], together: Together, hosts: int = 1
+    ) -> None:
         super().__init__(config, shards.slots)
-        self._sockets = list(sockets)
+        holders = len(sockets) // hosts
+        of_hosts = [list(sockets[first : first + holders]) for first in range(0, len(sockets), holders)]
+        self._sockets = of_hosts[0]
+        self._ranks = len(sockets)
         self._together = together
         self._sharded = False
         self._on_host: SlotsOfRanks | None = None  # mapped here: what all ranks have written
         self._order: dict[str, int] = {}  # of the entries
         self.endpoint |= {"sockets": self._sockets}
+        if hosts > 1:
+            self.endpoint |= {OF_HOSTS: of_hosts}
 
     def prepare(self, manifest: Manifest, weights: Weights) -> dict[str, Any]:
         """Let all ranks allocate slots for their rows; what a worker must know to map them."""
@@ -126,7 +142,7 @@ class ShardPublisher(ArenaPublisher):
         if not on_gpus:
             self._on_host = SlotsOfRanks.of_host(self._sockets, manifest, self._count, whole)
             return where
-        if len(on_gpus) < len(self._sockets):
+        if len(on_gpus) < self._ranks:
             raise ValueError("all ranks must hold their weights on a GPU, or none of them")
         return where | {"regions": [{"device": each["device"], "handle": each["handle"]} for each in on_gpus]}
 
@@ -142,8 +158,9 @@ class ShardPublisher(ArenaPublisher):
             raise NotFinite(tensor=min(bad, key=self._order.__getitem__))
         if not with_digest:
             return {"slot": slot}, None
-        on_host = self._on_host
-        return {"slot": slot}, added(each["sums"] for each in found) if on_host is None else _digest(on_host, slot)
+        if self._on_host is not None:
+            return {"slot": slot}, _digest(self._on_host, slot)
+        return {"slot": slot}, added(each["sums"] for each in found[: len(self._sockets)])
 
     def close(self) -> None:
         """Stop sharing; workers keep what they have mapped."""

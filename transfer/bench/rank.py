@@ -35,6 +35,8 @@ FAR = "copy of the other ranks' rows to the first GPU"
 class PipedRanks:
     """The ranks as a transfer sees them: the first has a pipe to each other, which have one to it."""
 
+    hosts = 1
+
     def __init__(self, number: int, count: int, pipes: Sequence[Connection]) -> None:
         self.number, self.count = number, count
         self._pipes = pipes

@@ -42,6 +42,10 @@ class Ranks(Protocol):
     def count(self) -> int:
         """How many there are."""
 
+    @property
+    def hosts(self) -> int:
+        """On how many hosts, equally many on each, one host's behind the other's; each host's hold all rows."""
+
     def told(self, value: Any) -> Any:
         """What the first rank gives, in all ranks; JSON."""
 

@@ -76,12 +76,13 @@ def make_of_ranks(
 
 def _of_rank(config: TransferConfig, folder: Path, ranks: Ranks) -> Iterator[OfRank]:
     """This rank's part in sending shards; none where they will be refused."""
+    holders = ranks.count // ranks.hosts
     match config:
         case IpcConfig(staging=Staging.arena):
-            yield Shards(ranks.number, ranks.count)
-        case DiskConfig():
+            yield Shards(ranks.number % holders, holders)
+        case DiskConfig() if ranks.hosts == 1:
             yield DiskShards(config, folder, ranks.number, ranks.count)
-        case CollectiveConfig():
+        case CollectiveConfig() if ranks.hosts == 1:
             yield CollectiveShards(config, ranks.number, ranks.count)
 
 
@@ -96,7 +97,7 @@ def _publisher(
         if isinstance(config, CollectiveConfig):
             return CollectiveShardPublisher(config, cast("CollectiveShards", of_rank), line.count, together)
         if isinstance(config, IpcConfig):
-            return ShardPublisher(config, cast("Shards", of_rank), sockets, together)
+            return ShardPublisher(config, cast("Shards", of_rank), sockets, together, line.hosts)
     return make_publisher(config, folder)
 
 
@@ -104,7 +105,7 @@ class Line:
     """Between the ranks of a trainer; once one of them is gone nothing more is said."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.number, self.count = ranks.number, ranks.count
+        self.number, self.count, self.hosts = ranks.number, ranks.count, ranks.hosts
         self._ranks = ranks
         self._broken: str | None = None
 
@@ -247,7 +248,7 @@ class Leading(_OfRank):
         if len(set(kinds)) > 1:
             raise ValueError(f"all ranks must hold shards of the weights, or all of them whole ones (got {kinds})")
         if kinds[0] == SHARDS:
-            check_takes_shards(self._config)
+            check_takes_shards(self._config, self._line.hosts)
         self._session.open(weights, senders, version, epoch)
         self._kind = kinds[0]
 
@@ -308,7 +309,7 @@ def _kind(weights: Weights, line: Line) -> str:
     """What this rank holds; ValueError for DTensors that are sharded otherwise than can be sent."""
     if not any_dtensor(weights.values()):
         return WHOLE
-    check_placements(weights, line.count, line.number)
+    check_placements(weights, line.number, line.count, line.hosts)
     return SHARDS
 
 

@@ -1,0 +1,152 @@
+"""Ranks that a Ray starts on its hosts, two nodes of this machine: placed, ended, with the numbers of one process."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+
+import psutil
+import pytest
+from hydra.errors import CompactHydraException
+from rank_runs import GONE_S, Runs
+from ray.cluster_utils import Cluster
+from test_ranks_runs import WITHOUT_A_WORD, assert_as_of_one, runs  # noqa: F401
+
+from rlhf.ranks.ray_hosts import Hosts
+from rlhf.rollout.ray_workers import _on_hosts
+from rlhf.rollout.spec import WorkerSpec
+
+NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20}
+whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pytest.mark.timeout(600)]
+
+
+def of_runs(test):
+    for mark in whole_runs:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "temp_dir": folder})
+    made.add_node(**NODE)
+    yield made
+    made.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def ranks_in(cluster):
+    """The processes of ranks that are below the Ray's."""
+    of_nodes = [kind for node in cluster.list_all_nodes() for kind in node.all_processes.values()]
+    ours = [each.process.pid for kind in of_nodes for each in kind]
+    below = [child for pid in ours if psutil.pid_exists(pid) for child in psutil.Process(pid).children(recursive=True)]
+    return [each for each in below if each.is_running() and "rlhf.beside" in " ".join(each.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory):
+    """The numbers and digests of one process, also with two workers."""
+    made = Runs(tmp_path_factory.mktemp("one"))
+    ended = made.train("rollout.workers=2")
+    assert ended.code == 0, ended.errors
+    return made.numbers(), made.digests()
+
+
+def overrides(cluster, *words):
+    return (
+        *("trainer=sharded", "trainer.ranks=2", "trainer.hosts=2", f"trainer.address={cluster.address}"),
+        *("transfer/sender=ray", "rollout.workers=2", *words),
+    )
+
+
+@of_runs
+def test_hosts_that_hold_all_rows_each_have_the_numbers_of_one_process_and_workers_of_each_serve_them(
+    cluster,
+    runs,  # noqa: F811
+    of_one,
+):
+    ended = runs.train(*overrides(cluster))
+    assert ended.code == 0, ended.errors
+    assert_as_of_one(runs, of_one)
+    ended.assert_nothing_is_left()
+    assert ranks_in(cluster) == []
+    assert (runs.folder / "run/rank-1.log").exists()
+    journals = [(runs.folder / f"run/journal/worker-{index}.jsonl").read_text() for index in (0, 1)]
+    assert all(digest in journal for digest in runs.digests().values() for journal in journals)
+
+
+@of_runs
+def test_a_rank_of_another_host_that_is_killed_ends_the_run_in_one_line_and_a_resume_goes_on(
+    cluster,
+    runs,  # noqa: F811
+    of_one,
+):
+    killed = []
+
+    def kill_once_it_learns():
+        if killed or not (runs.folder / "run/checkpoints").is_dir() or not list(runs.folder.glob("run/checkpoints/0*")):
+            return
+        (rank,) = ranks_in(cluster)
+        rank.kill()
+        killed.append(time.monotonic())
+
+    words = overrides(cluster)
+    ended = runs.train(*words, meanwhile=kill_once_it_learns)
+    assert ended.code == 1 and killed and time.monotonic() - killed[0] < GONE_S, ended.errors
+    assert any(WITHOUT_A_WORD in line for line in ended.lines), ended.errors
+    assert "Traceback" not in ended.errors
+    ended.assert_nothing_is_left()
+    assert ranks_in(cluster) == []
+    resumed = runs.resume()
+    assert resumed.code == 0, resumed.errors
+    assert_as_of_one(runs, of_one)
+
+
+@of_runs
+def test_hosts_for_which_the_ray_has_no_room_are_said_with_what_each_needs(cluster, runs, monkeypatch):  # noqa: F811
+    (runs.folder / "mine.py").write_text(
+        (runs.folder / "mine.py").read_text() + "\nimport rlhf.ranks.ray_hosts\nrlhf.ranks.ray_hosts.PLACED_S = 8.0\n"
+    )
+    ended = runs.train(*overrides(cluster, "trainer.ranks=3", "trainer.hosts=3"))
+    assert ended.code == 1 and "has no room for trainer.hosts=3 hosts, this one among them, with 2 CPUs free" in (
+        " ".join(ended.errors.split())
+    ), ended.errors
+    assert "Traceback" not in ended.errors
+    ended.assert_nothing_is_left()
+
+
+def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
+    hosts = object.__new__(Hosts)
+    hosts._actors, hosts.gpus = [None, None], [["0", "1"], ["4", "7"]]
+    endpoint = {"sockets": ["a", "b"], "of_hosts": [["a", "b"], ["c", "d"]]}
+    told = [WorkerSpec(architecture={"model_type": "qwen3"}, endpoint=endpoint)] * 4
+    found = list(_on_hosts(told, ["0,1", "1,0", "0,1", "1,0"], hosts))
+    assert [each.endpoint["sockets"] for each in found] == [["a", "b"], ["c", "d"]] * 2
+    assert [each.endpoint["host"] for each in found] == [0, 1, 0, 1]
+    assert [each.visible for each in found] == [["0,1"], ["4,7"], ["1,0"], ["7,4"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("trainer.ranks=3 trainer.hosts=2", r"trainer.ranks must be a multiple of trainer.hosts.*\(got 3 and 2\)"),
+        ("trainer.ranks=2 trainer.hosts=0", r"trainer.hosts must be at least 1"),
+        ("trainer.address=auto", "trainer.ranks must be a number where a Ray starts them"),
+        ("trainer.ranks=2 trainer.address=ray://host:1", "trainer.address must be auto or like 127.0.0.1:6379"),
+        ("trainer.ranks=2 trainer.gpus=[0,0]", r"trainer.gpus must name different GPUs, from 0 \(got \[0, 0\]\)"),
+        ("trainer.ranks=4 trainer.hosts=2 trainer.gpus=[0]", r"trainer.gpus must name 2, one for each rank of a host"),
+        (
+            "trainer.ranks=2 trainer.address=auto transfer/sender=ray transfer.sender.address=host:1",
+            "leave out transfer.sender.address",
+        ),
+        (
+            "trainer.ranks=2 trainer.hosts=2 trainer.address=auto transfer=disk",
+            r"over ranks of several hosts travel by transfer=ipc, to workers on each: choose it \(got disk\)",
+        ),
+    ],
+)
+def test_hosts_that_cannot_be_are_refused_in_one_line(compose_run, words, said):
+    with pytest.raises(CompactHydraException, match=said):
+        compose_run("experiment=smoke", "trainer=sharded", *words.split())
