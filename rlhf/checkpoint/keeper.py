@@ -32,7 +32,7 @@ from rlhf.checkpoint.state import (
     write_lines,
 )
 from rlhf.checkpoint.store import FOLDER as FOLDER
-from rlhf.checkpoint.store import Best, Store, described, flush, read_json
+from rlhf.checkpoint.store import Best, Store, flush, flushed, read_json
 from rlhf.models.device import device_of
 from rlhf.ranks.ranks import Ranks
 from rlhf.shell.ending import EXPLAINED, unbroken
@@ -275,6 +275,4 @@ class Keeper:
             return {}
         number, count = self.ranks.holder, self.ranks.holders
         paths = [write_rows(folder, name, held, number, count) for name, held in files.items() if held]
-        for path in paths:
-            flush(path)
-        return {path.name: described(path) for path in paths}
+        return flushed(paths)

@@ -20,6 +20,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,16 @@ def described(path: Path) -> dict[str, Any]:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def flushed(paths: Collection[Path]) -> dict[str, dict[str, Any]]:
+    """Each file as a manifest has it, by its name, once it has reached the disk; it is read while it is written."""
+    with ThreadPoolExecutor(max(1, len(paths))) as threads:
+        flushing = [threads.submit(flush, path) for path in paths]
+        found = {path.name: described(path) for path in paths}
+        for each in flushing:
+            each.result()
+    return found
 
 
 def _write(path: Path, text: str) -> None:

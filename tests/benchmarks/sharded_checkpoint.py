@@ -26,7 +26,7 @@ from forked_ranks import pool
 
 from rlhf.checkpoint.shards import stored, write_rows
 from rlhf.checkpoint.state import optimizer_tensors, weights_of
-from rlhf.checkpoint.store import described, flush
+from rlhf.checkpoint.store import flushed
 from rlhf.learning.spread import Sharded
 from rlhf.ranks.ranks import Ranks
 
@@ -58,10 +58,7 @@ def made(ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 def save(ranks: Ranks, tensors: dict[str, dict[str, Any]], folder: Path) -> None:
-    for name, held in tensors.items():
-        path = write_rows(folder, name, held, ranks.number, ranks.count)
-        flush(path)
-        described(path)
+    flushed([write_rows(folder, name, held, ranks.number, ranks.count) for name, held in tensors.items()])
 
 
 def load(ranks: Ranks, tensors: dict[str, dict[str, Any]], folder: Path) -> None:
