@@ -368,6 +368,23 @@ def test_a_worker_that_has_died_need_not_hear_of_the_withdrawal(tmp_path):
         assert [worker.holds() for worker in them] == [{"version": 1, "digest": expected(weights)}] * 2
 
 
+def test_a_worker_that_dies_after_the_session_could_not_be_opened_again_need_not_hear_of_the_withdrawal(tmp_path):
+    policy = PlainModel(1)
+    weights = policy.state_dict(keep_vars=True)
+    with over_http(tmp_path, weights, restarts=1) as (transfer, them):
+        transfer.push(weights)
+        with closing(HttpSender("http://127.0.0.1:1", None, "nobody", 1.0)) as nobody:
+            with pytest.raises(wire.TransferError, match="asking for the status failed: nobody"):
+                transfer.open(weights, [*(worker.sender for worker in them), nobody])
+            them[1].kill()
+            transfer.withdraw()
+            assert all(worker.refuses() for worker in them)
+        learn(policy)
+        transfer.open(weights, [worker.sender for worker in them])
+        assert transfer.push(weights) == 1
+        assert [worker.holds() for worker in them] == [{"version": 1, "digest": expected(weights)}] * 2
+
+
 def test_a_session_that_is_opened_again_moves_the_weights_and_workers_serve_on_until_its_first_push(tmp_path):
     policy = PlainModel(1)
     with through_pipes(tmp_path, policy) as (transfer, workers):

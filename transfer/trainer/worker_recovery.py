@@ -47,7 +47,8 @@ class WorkerRecovery:
         """Those that were started again meanwhile, or are now, and have agreed on the weights."""
         if not members or self._fence.replaced:  # a worker that was started again is the other trainer's to take
             return []
-        status, silent = self._fleet.ask(self._fleet.members, "status", {}, CLEAN_UP_S)
+        asked = list(dict.fromkeys([*self._fleet.members, *members]))  # a fleet that was left may still view our memory
+        status, silent = self._fleet.ask(asked, "status", {}, CLEAN_UP_S)
         if any(self._fence.is_anothers(answer) for answer in status.values()):
             return []
         revived = [member for member in members if member in silent and member.sender.restart()]
