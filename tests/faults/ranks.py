@@ -23,6 +23,7 @@ from rlhf.ranks import meeting
 from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import Joined
 from rlhf.ranks.star import Star
+from rlhf.ranks.starting import LOOPBACK
 from tests.transfer.rank_processes import Gloo
 
 PATIENCE_S = 60.0  # for another rank that is there to come to where this one is
@@ -103,7 +104,7 @@ def met(seat: Seat, folder: Path) -> Iterator[Talk]:
     with open(folder / f"rank-{seat.number}.log", "ab", buffering=0) as file:
         os.dup2(file.fileno(), 2)
     place, star = Place(seat.number, seat.count), Star(list(seat.talk), list(seat.life))
-    joined, talk = Joined(place, star, meeting.LOOPBACK, PATIENCE_S), None
+    joined, talk = Joined(place, star, LOOPBACK, PATIENCE_S), None
     try:
         with meeting._process_group(joined, torch.device("cpu")), meeting._told_at_once(joined), joined.interrupted():
             talk = Talk(Gloo() if seat.by_gloo else joined)
