@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from rlhf.config import RunConfig
-from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import rewarded, usable
 from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
 
 Scored = tuple[Rollouts, list[float | None]]
+
+
+class Notes(Protocol):
+    """What hears how long sampling and rewards took, and what was noted there: the run's recorder, say."""
+
+    sampled: int
+
+    def time(self, phase: str) -> AbstractContextManager[None]: ...
+    def rewarded(self, report: RewardReport) -> None: ...
 
 
 @dataclass(slots=True)
@@ -26,7 +37,13 @@ class Gather:
     sampler: Sampler
     reward: Reward
     config: RunConfig
-    record: Recorder
+    record: Notes
+
+    def settle(self) -> None:
+        """Nothing is drawn but when it is asked for."""
+
+    def write(self, folder: Path, step: int) -> None:
+        """Nothing is there of the step after this one."""
 
     def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored:
         """The samples of the step's prompts, `train[rows]`, and a reward for each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,7 +13,8 @@ from rlhf.learning.batches import batches
 from rlhf.learning.learner import Learner
 from rlhf.monitor.metrics import Recorder
 from rlhf.monitor.probe import Probe
-from rlhf.types import Prompt, Rollouts, Sampler, Task
+from rlhf.ranks.outside import Gathers
+from rlhf.types import Sampler, Task
 from transfer import Transfer
 
 
@@ -23,7 +24,7 @@ class Parts:
 
     task: Task
     sampler: Sampler
-    gather: Callable[[Sequence[Prompt], Sequence[int], int], tuple[Rollouts, list[float | None]]]
+    gather: Gathers
     measure: Callable[[], dict[str, float]]  # of the held-out prompts
     transfer: Transfer
     probe: Probe
@@ -47,6 +48,8 @@ def train(parts: Parts, learner: Learner, config: RunConfig) -> None:
                 parts.transfer.withdraw()
             with record.time("learn"):
                 learned = learner.learn(learner.score(rollouts), rewards_B)
+            with record.time("sample"):
+                parts.gather.settle()
             with record.time("transfer"):
                 version = parts.transfer.push(learner.weights())
             with record.time("verify"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.ahead import Ahead, read
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
@@ -20,13 +22,14 @@ from rlhf.checkpoint.store import Store
 from rlhf.config import VllmRolloutConfig
 from rlhf.gather import Gather
 from rlhf.held_out import evaluated
+from rlhf.learning.batches import batches
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
-from rlhf.ranks.outside import ToldGather, ToldSampler
+from rlhf.ranks.outside import Gathers, ToldGather, ToldSampler
 from rlhf.ranks.ranks import Ranks
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
@@ -67,7 +70,8 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     told = site.saved.told if site.saved else {"step": 0, "version": 0, "epoch": 0}
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
-    client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
+    recover = _until_the_end(transfer.recover, stack)
+    client = RolloutClient(senders, tokenizer, config.rollout, recover, wanted_of(config, policy))
     own = conversing(client, task.environment)
     sampler = ToldSampler(ranks, own)
     probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
@@ -76,13 +80,14 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
-    gather, measure = _judged(site, matter, own, record)
+    gather, measure = _judged(site, matter, own, record, stack)
     writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
     store, by = Store(site.folder / FOLDER), Ranks()
     if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
         writes, by = _writes_nothing, ranks
         trained |= State(modules={POLICY: policy})
     keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
+    keeper.beside = gather.write
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
 
 
@@ -105,14 +110,33 @@ def _senders(site: Site, workers: Workers, meanwhile: Callable[[], None]) -> lis
         return workers.senders()
 
 
-def _judged(site: Site, matter: Matter, sampler: Sampler, record: Recorder) -> tuple[ToldGather, Callable[[], Any]]:
+def _until_the_end(recover: Callable[[Sender], bool], stack: ExitStack) -> Callable[[Sender], bool]:
+    """As the transfer recovers a worker, but none is started again by whoever still samples while the stack ends."""
+    ended = threading.Event()
+    stack.callback(ended.set)
+    return lambda sender: not ended.is_set() and recover(sender)
+
+
+def _judged(
+    site: Site, matter: Matter, sampler: Sampler, record: Recorder, stack: ExitStack
+) -> tuple[ToldGather, Callable[[], Any]]:
     """A step's samples with their rewards, and what is measured of the held-out prompts: by the first rank, for all."""
     if not site.ranks.first:
-        return ToldGather(site.ranks, _elsewhere), partial(site.ranks.heard, _elsewhere)
+        return ToldGather(site.ranks, None), partial(site.ranks.heard, _elsewhere)
     reward = combine(site.config.reward, matter.rewards)
-    gather = Gather(sampler, reward, site.config, record)
+    gather: Gathers = Gather(sampler, reward, site.config, record)
+    if site.config.rollout.ahead.lag:
+        gather = stack.enter_context(closing(_ahead(site, matter, gather, record)))
     measure = partial(evaluated, matter.task, sampler, reward, site.config)
     return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
+
+
+def _ahead(site: Site, matter: Matter, gather: Gathers, record: Recorder) -> Ahead:
+    """What draws each step's samples while the one before is learned from, with those that a checkpoint has."""
+    config, prompts = site.config, matter.task.train
+    order = list(batches(len(prompts), config.prompts_per_step, config.steps, config.seed))
+    assert isinstance(gather, Gather)
+    return Ahead(gather, record, prompts, order, read(site.saved.path, prompts) if site.saved else None)
 
 
 def _elsewhere(*_: Any) -> Any:

@@ -122,6 +122,7 @@ class Keeper:
     extra: State = field(default_factory=State)  # what is to be kept beside the trainee's
     notes: dict[str, Any] = field(default_factory=dict)  # JSON that is to be kept, too
     ranks: Ranks = field(default_factory=Ranks)  # of a trainer whose models are sharded: each writes its own rows
+    beside: Callable[[Path, int], None] = lambda folder, step: None  # writes what else there is after a step
     _trainee: Trainee | None = None
     _mark: Mark | None = None  # None: the state is changing, or there is none yet
     _kept: int | None = None  # the step of the newest checkpoint
@@ -242,6 +243,7 @@ class Keeper:
             "notes": self.notes,
             "seconds": self.seconds(),
         }
+        self.beside(folder, mark.step)
         (folder / STATE).write_text(json.dumps(told) + "\n", encoding="utf-8")
         write_lines(folder / ROWS, self.record.rows[: mark.rows])
         (folder / CONFIG).write_text(json.dumps(plain(self.config), indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -22,6 +22,16 @@ class Logprobs(Enum):
 
 
 @dataclass(slots=True, kw_only=True)
+class AheadConfig:
+    """Samples are drawn while the step before is learned from, by weights that are `lag` versions behind."""
+
+    lag: int = 0  # 0: a step's samples are drawn when it begins; 1: while the step before is learned from
+
+    def __post_init__(self) -> None:
+        in_range("rollout.ahead.lag", self.lag, 0, 1)
+
+
+@dataclass(slots=True, kw_only=True)
 class RolloutConfig:
     """Rollout workers, each a process with a policy of its own."""
 
@@ -29,6 +39,7 @@ class RolloutConfig:
     gpus: list[int] | None = None  # of the workers, in turn; null: one after the other where weights are copied
     restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
+    ahead: AheadConfig = field(default_factory=AheadConfig)
     mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
     logprobs: Logprobs = Logprobs.auto  # rows whose log-probs the workers tell; rollout=vllm is faster without
     max_new_tokens: int = 16

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from rlhf.config.ahead_rules import check_ahead
 from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.algo import AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
@@ -159,6 +160,7 @@ class RunConfig:
                 )
         if self.task.most_answers > 1:
             self._check_conversation()
+        check_ahead(self)
         choose_take(self, sharded=isinstance(self.trainer, ShardedConfig))
         check_transfer(self)
         if isinstance(self.trainer, ShardedConfig):

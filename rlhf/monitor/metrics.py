@@ -69,6 +69,8 @@ class Recorder:
         self.seconds: dict[str, float] = {}
         self.meter = meter  # None: nobody knows what learning computes, or how much the device could
         self.sampled = 0  # tokens of the step, with those of groups that are not learned from
+        self.sampling_s: float | None = None  # that drawing them took, if it was not waited for
+        self.most_lag = config.rollout.ahead.lag  # versions that sampled tokens may be behind
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
@@ -127,9 +129,10 @@ class Recorder:
     def took(self, rollouts: Rollouts, version: int) -> None:
         """These samples are about to be learned from; RunError if an older version than the live one sampled any."""
         lags = rollouts.lags(version)
-        if lags.max() > 0:
+        if lags.max() > self.most_lag:
             raise RunError(
                 f"version {version} is live, and version {rollouts.version} has sampled what is learned from"
+                + (f": more than rollout.ahead.lag={self.most_lag} versions before" if self.most_lag else "")
             )
         self.lag = {"rollout/lag": int(lags.sum()) / len(lags), "rollout/lag_max": float(lags.max())}
         self.outlets.journal.write("consume", version=version, oldest=rollouts.version, seeds=rollouts.seeds)
@@ -169,13 +172,15 @@ class Recorder:
 
     def _pace(self, tokens: float) -> dict[str, float]:
         """Where the step's time went, how many tokens it took a second, and how idle the GPU was; a new step begins."""
-        seconds, sampled = self.seconds, self.sampled
-        self.seconds, self.sampled = {}, 0
+        seconds, sampled, sampling_s = self.seconds, self.sampled, self.sampling_s
+        self.seconds, self.sampled, self.sampling_s = {}, 0, None
         metrics = {f"seconds/{phase}": value for phase, value in seconds.items()}
         metrics["seconds/step"] = sum(value for phase, value in seconds.items() if phase not in NO_STEP)
         metrics["tokens_per_second"] = tokens / metrics["seconds/step"]
+        if sampling_s is not None:
+            metrics["rollout/sampling_s"] = sampling_s
         if sampled:
-            metrics["tokens_per_second/sampled"] = sampled / seconds["sample"]
+            metrics["tokens_per_second/sampled"] = sampled / (seconds["sample"] if sampling_s is None else sampling_s)
         metrics["tokens_per_second/learned"] = tokens / seconds["learn"]
         return metrics | self._idle(seconds)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from rlhf.ranks.ranks import Ranks
 from rlhf.types import Completion, Prompt, Rollouts, Sampler
@@ -50,17 +51,43 @@ class ToldSampler:
         return self.ranks.heard(draw, told, heard)
 
 
+class Gathers(Protocol):
+    """What draws a step's samples, and rewards them."""
+
+    def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored: ...
+
+    def settle(self) -> None:
+        """Wait until nothing is drawn with the weights that are live."""
+
+    def write(self, folder: Path, step: int) -> None:
+        """Into a checkpoint after `step`: what is there of the next."""
+
+
 @dataclass(slots=True)
 class ToldGather:
     """The first rank's samples of a step and their rewards, for all ranks."""
 
     ranks: Ranks
-    gather: Callable[[Sequence[Prompt], Sequence[int], int], Scored]
+    gather: Gathers | None  # in the first rank
 
     def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored:
         """The samples of the step's prompts, `train[rows]`, and a reward for each."""
         return self.ranks.heard(
-            lambda: self.gather(train, rows, step),
+            lambda: self._gathers(train, rows, step),
             lambda scored: [told(scored[0]), scored[1]],
             lambda said: (heard(said[0]), said[1]),
         )
+
+    def settle(self) -> None:
+        """Wait, in the first rank, until the weights that are live may be replaced."""
+        if self.ranks.first:
+            self._gathers.settle()
+
+    def write(self, folder: Path, step: int) -> None:
+        """Into a checkpoint after `step`, by the first rank: what is there of the next."""
+        self._gathers.write(folder, step)
+
+    @property
+    def _gathers(self) -> Gathers:
+        assert self.gather is not None, "only the first rank samples and scores"
+        return self.gather
