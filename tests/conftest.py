@@ -39,14 +39,17 @@ def pytest_collection(session):
 
 @pytest.fixture(autouse=True)
 def histories_hold(request):
-    """Whatever a test did with weights: the journals below its `tmp_path` obey the rules of history.py."""
+    """Whatever a test did with weights: the journals below its `tmp_path` obey the rules of history.py.
+
+    A test of runs with `rollout.ahead.lag` has the marker `lag`.
+    """
     if "tmp_path" not in request.fixturenames:
         yield
         return
-    folder = request.getfixturevalue("tmp_path")
+    folder, marker = request.getfixturevalue("tmp_path"), request.node.get_closest_marker("lag")
     yield
     for journals in sorted(folder.rglob("journal")):
-        counts = check(journals)
+        counts = check(journals, *(marker.args if marker else ()))
         summary = journals.parent / "summary.json"
         if summary.exists() and json.loads(summary.read_text())["status"] == "finished":
             missing = {"open", "publish", "pushed", "init", "finish", "serve", "consume"} - set(counts)
