@@ -137,6 +137,22 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
         ("trainer.ranks=2 trainer.address=ray://host:1", "trainer.address must be auto or like 127.0.0.1:6379"),
         ("trainer.ranks=2 trainer.gpus=[0,0]", r"trainer.gpus must name different GPUs, from 0 \(got \[0, 0\]\)"),
         ("trainer.ranks=4 trainer.hosts=2 trainer.gpus=[0]", r"trainer.gpus must name 2, one for each rank of a host"),
+        ("trainer.ranks=2 trainer.address=host:99999", "trainer.address must be auto or like 127.0.0.1:6379"),
+        ("trainer.ranks=2 trainer.gpus=[0,1] model.device=cpu", "trainer.gpus is for ranks on GPUs: leave it out"),
+        (
+            "trainer=replicas trainer.ranks=2 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
+            "rollout.workers=2",
+            "transfer=ipc has whole weights in the first host's memory alone, and workers are on trainer.hosts=2",
+        ),
+        (
+            "trainer.ranks=2 trainer.hosts=2 trainer.address=auto rollout.workers=2 rollout.gpus=[0]",
+            r"rollout.gpus must name 2: 1 for each of 2 workers \(got \[0\]\)",
+        ),
+        (
+            "trainer.ranks=2 trainer.hosts=2 trainer.address=auto rollout.workers=2 rollout.gpus=[0,1] "
+            "transfer/sender=ray",
+            r"must name 1: 1 for each of 1 workers of a host, of trainer.hosts=2 \(got \[0, 1\]\)",
+        ),
         (
             "trainer.ranks=2 trainer.address=auto transfer/sender=ray transfer.sender.address=host:1",
             "leave out transfer.sender.address",
