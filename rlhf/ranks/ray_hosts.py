@@ -15,9 +15,11 @@ from typing import Any
 
 from rlhf.config import RunConfig
 from rlhf.config.model import Device
+from rlhf.config.trainer import ShardedConfig
 from rlhf.ranks.starting import CHILD, ended, log_of
 from rlhf.shell.ending import RunError
 from transfer.agreement.shown import one_line
+from transfer.config import CollectiveConfig, Library
 from transfer.worker.process import WorkerProcess, python_path
 from transfer.worker.ray_start import joined_ray
 
@@ -143,14 +145,23 @@ def placed(config: RunConfig, folder: Path) -> Iterator[Hosts]:
 
 
 def _gpus(config: RunConfig) -> int:
-    """How many are reserved on each host: all up to the last that ranks or workers are to have."""
+    """How many are reserved on each host."""
     import ray
 
     if config.model.device is Device.cpu or not ray.cluster_resources().get("GPU"):
         return 0
-    trainer = config.trainer
-    ranks = range(trainer.ranks // trainer.hosts) if trainer.gpus is None else trainer.gpus
-    return 1 + max([*ranks, *(config.rollout.gpus or ())])
+    return reserved(config)
+
+
+def reserved(config: RunConfig) -> int:
+    """GPUs of a host, all up to the last that ranks or workers are to have; by NCCL no worker has a sending rank's."""
+    trainer, rollout, transfer = config.trainer, config.rollout, config.transfer
+    ranks = trainer.gpus or range(trainer.ranks // trainer.hosts)
+    most = 1 + max([*ranks, *(rollout.gpus or ())])
+    if rollout.gpus is None and isinstance(transfer, CollectiveConfig) and transfer.library is Library.nccl:
+        sending = len(ranks) if isinstance(trainer, ShardedConfig) else 1
+        most = max(most, sending + -(-rollout.workers // trainer.hosts) * rollout.gpus_each)
+    return most
 
 
 def _group(config: RunConfig, cpus: int, gpus: int) -> Any:

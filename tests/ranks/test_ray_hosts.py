@@ -126,6 +126,10 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
     assert [each.endpoint["sockets"] for each in found] == [["a", "b"], ["c", "d"]] * 2
     assert [each.endpoint["host"] for each in found] == [0, 1, 0, 1]
     assert [each.visible for each in found] == [["0,1"], ["4,7"], ["1,0"], ["7,4"]]
+    hosts.gpus = [["0"], ["5"]]
+    assert [each.visible for each in _on_hosts(told, [], hosts)] == [["0"], ["5"]] * 2, "which none has to choose"
+    hosts.gpus = [[], []]
+    assert [each.visible for each in _on_hosts(told, [], hosts)] == [[]] * 4
 
 
 @pytest.mark.parametrize(
