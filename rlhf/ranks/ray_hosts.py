@@ -108,6 +108,12 @@ class Hosts:
 
         try:
             return list(ray.get(list(asked), timeout=PLACED_S))
+        except ray.exceptions.RayTaskError as error:  # whose own words are a traceback
+            cause = error.cause or error
+            raise RunError(
+                f"a host of the trainer in the Ray: {type(cause).__name__}: {one_line(str(cause))} (folders and the "
+                "program must be on every host under the same path)"
+            ) from None
         except ray.exceptions.RayError as error:
             raise RunError(
                 f"a host of the trainer in the Ray: {type(error).__name__}: {one_line(str(error))}"

@@ -8,14 +8,17 @@ import time
 
 import psutil
 import pytest
+import ray
 from hydra.errors import CompactHydraException
 from rank_runs import GONE_S, Runs
 from ray.cluster_utils import Cluster
 from test_ranks_runs import WITHOUT_A_WORD, assert_as_of_one, runs  # noqa: F401
 
-from rlhf.ranks.ray_hosts import Hosts
+from rlhf.ranks.ray_hosts import Host, Hosts
 from rlhf.rollout.ray_workers import _on_hosts
 from rlhf.rollout.spec import WorkerSpec
+from rlhf.shell.ending import RunError
+from transfer.worker.ray_start import joined_ray
 
 NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20}
 whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pytest.mark.timeout(600)]
@@ -115,6 +118,16 @@ def test_hosts_for_which_the_ray_has_no_room_are_said_with_what_each_needs(clust
     ), ended.errors
     assert "Traceback" not in ended.errors
     ended.assert_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_what_a_host_cannot_do_is_told_in_one_line_and_not_as_ray_s_traceback(cluster, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    with joined_ray(cluster.address, 1, 60.0):
+        actor = ray.remote(Host).options(num_cpus=1).remote()
+        said = rf"\Aa host of the trainer in the Ray: FileNotFoundError: .*'{nowhere}' \(folders and the program must"
+        with pytest.raises(RunError, match=said):
+            object.__new__(Hosts)._answers([actor.start.remote(nowhere, nowhere, {})])
 
 
 def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
