@@ -17,7 +17,9 @@ from test_ranks_runs import WITHOUT_A_WORD, assert_as_of_one, runs  # noqa: F401
 from rlhf.ranks.ray_hosts import Host, Hosts
 from rlhf.rollout.ray_workers import _on_hosts
 from rlhf.rollout.spec import WorkerSpec
+from rlhf.run import run
 from rlhf.shell.ending import RunError
+from transfer.agreement.wire import TransferError
 from transfer.worker.ray_start import joined_ray
 
 NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20}
@@ -128,6 +130,17 @@ def test_what_a_host_cannot_do_is_told_in_one_line_and_not_as_ray_s_traceback(cl
         said = rf"\Aa host of the trainer in the Ray: FileNotFoundError: .*'{nowhere}' \(folders and the program must"
         with pytest.raises(RunError, match=said):
             object.__new__(Hosts)._answers([actor.start.remote(nowhere, nowhere, {})])
+
+
+def test_a_run_whose_hosts_are_not_there_leaves_what_an_earlier_one_has_written(compose_run, tmp_path):
+    config = compose_run("experiment=smoke", "trainer=sharded", "trainer.ranks=2", "trainer.address=127.0.0.1:1")
+    written = [tmp_path / name for name in ("metrics.jsonl", "summary.json", "checkpoints/00000003/manifest.json")]
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(TransferError, match=r"the Ray at trainer.address=127.0.0.1:1 cannot be used: nothing answers"):
+        run(config, tmp_path)
+    assert all(path.read_text() == "{}" for path in written)
 
 
 def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
