@@ -139,7 +139,7 @@ def placed(config: RunConfig, folder: Path) -> Iterator[Hosts]:
             actors = [_actor(group, host, cpus, gpus) for host in range(trainer.hosts)]
             hosts = Hosts(group, actors, folder, cpus)
             if gpus:
-                os.environ[VISIBLE] = ",".join(hosts.gpus[0])
+                _see(",".join(hosts.gpus[0]))
             try:
                 yield hosts
             finally:
@@ -148,6 +148,19 @@ def placed(config: RunConfig, folder: Path) -> Iterator[Hosts]:
         finally:
             with suppress(ray.exceptions.RayError):
                 remove_placement_group(group)
+
+
+def _see(gpus: str) -> None:
+    """Let this process see these GPUs alone; RunError if it has others already, as in a sweep that goes on."""
+    import torch
+
+    now = os.environ.get(VISIBLE)
+    if torch.cuda.is_initialized() and now != gpus:
+        raise RunError(
+            f"this process computes on GPUs already (CUDA_VISIBLE_DEVICES={now}), and the Ray of trainer.address gives "
+            f"the run others ({gpus}): start each run of the sweep by itself"
+        )
+    os.environ[VISIBLE] = gpus
 
 
 def _gpus(config: RunConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -9,12 +10,13 @@ import time
 import psutil
 import pytest
 import ray
+import torch
 from hydra.errors import CompactHydraException
 from rank_runs import GONE_S, Runs
 from ray.cluster_utils import Cluster
 from test_ranks_runs import WITHOUT_A_WORD, assert_as_of_one, runs  # noqa: F401
 
-from rlhf.ranks.ray_hosts import Host, Hosts
+from rlhf.ranks.ray_hosts import VISIBLE, Host, Hosts, _see
 from rlhf.rollout.ray_workers import _on_hosts
 from rlhf.rollout.spec import WorkerSpec
 from rlhf.run import run
@@ -141,6 +143,18 @@ def test_a_run_whose_hosts_are_not_there_leaves_what_an_earlier_one_has_written(
     with pytest.raises(TransferError, match=r"the Ray at trainer.address=127.0.0.1:1 cannot be used: nothing answers"):
         run(config, tmp_path)
     assert all(path.read_text() == "{}" for path in written)
+
+
+def test_a_process_that_has_gpus_already_cannot_be_given_others(monkeypatch):
+    monkeypatch.setenv(VISIBLE, "4,5")
+    _see("2,3")
+    assert os.environ[VISIBLE] == "2,3"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    _see("2,3")
+    with pytest.raises(
+        RunError, match=r"CUDA_VISIBLE_DEVICES=2,3\), and .* \(4,5\): start each run of the sweep by itself"
+    ):
+        _see("4,5")
 
 
 def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
