@@ -22,7 +22,7 @@ from rich.table import Table
 
 from rlhf.assembly.matter import Matter, gathered, tried
 from rlhf.assembly.parts import built
-from rlhf.assembly.site import Site, meet, opened
+from rlhf.assembly.site import Site, meet, opened, reserve
 from rlhf.assembly.trainer import train_policy
 from rlhf.config import ConsoleLoggerConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import AlgoConfig
@@ -66,6 +66,7 @@ def check_run(
         site = opened(config, _beside(folder, stack) if place.first else folder, stack, place)
         stack.enter_context(explained(lambda: f"the check failed ({site.bars.pulse.stage})"))
         seen = tried(config, seen)
+        reserve(site, stack)
         meet(site, False, stack)
         matter = gathered(site, seen)
         if place.first:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.assembly.matter import gathered, tried
 from rlhf.assembly.outcome import ready_to_draw, reported
 from rlhf.assembly.parts import built
-from rlhf.assembly.site import begin, go_on, meet, opened
+from rlhf.assembly.site import begin, go_on, meet, opened, reserve
 from rlhf.assembly.trainer import train_policy
 from rlhf.config import RunConfig
 from rlhf.preflight.before_torch import Seen
@@ -38,6 +38,7 @@ def run(
             if resume:
                 go_on(site, stack)
             seen = tried(config, seen)  # before anything is removed that is there
+            reserve(site, stack)  # before it, too
             begin(site, stack)
             meet(site, resume, stack)
             matter = gathered(site, seen)

@@ -89,11 +89,16 @@ def _say_how_it_goes_on(site: Site, stack: ExitStack) -> None:
         site.resumable = True
 
 
+def reserve(site: Site, stack: ExitStack) -> None:
+    """Let the run have the hosts that it names, until the stack ends; nothing is started or written yet."""
+    if site.place.first and site.config.trainer.address is not None:
+        with site.bars.waiting("hosts"):
+            site.hosts = stack.enter_context(placed(site.config, site.folder))
+
+
 def meet(site: Site, resume: bool, stack: ExitStack) -> None:
     """Let all ranks of the trainer come together, to go on from one checkpoint; they part with the stack."""
     with site.bars.waiting("ranks") if site.place.count > 1 else nullcontext():
-        if site.place.first and site.config.trainer.address is not None:
-            site.hosts = stack.enter_context(placed(site.config, site.folder))
         site.ranks = stack.enter_context(met(site.config, site.folder, site.place, resume, site.hosts))
     stack.enter_context(site.ranks.explained())
     step = site.ranks.told(int(site.saved.told["step"]) if site.saved else None)

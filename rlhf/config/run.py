@@ -11,7 +11,7 @@ from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.algo import AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
 from rlhf.config.logger import LoggerConfig
-from rlhf.config.model import AUTO, ModelConfig
+from rlhf.config.model import AUTO, Device, ModelConfig
 from rlhf.config.optim import OptimConfig
 from rlhf.config.reward import ModelRewardConfig, RewardConfig
 from rlhf.config.rollout import Logprobs, RolloutConfig, VllmRolloutConfig
@@ -163,8 +163,7 @@ class RunConfig:
         check_ahead(self)
         choose_take(self, sharded=isinstance(self.trainer, ShardedConfig))
         check_transfer(self)
-        if isinstance(self.trainer, ShardedConfig):
-            self._check_sharded()
+        self._check_trainer()
 
     @property
     def microbatch_tokens(self) -> int:
@@ -181,6 +180,12 @@ class RunConfig:
         """The algorithm, in a run that trains by RL."""
         assert isinstance(self.algo, AlgoConfig)
         return self.algo
+
+    def _check_trainer(self) -> None:
+        if self.trainer.gpus is not None and self.model.device is Device.cpu:
+            raise ValueError("trainer.gpus is for ranks on GPUs: leave it out, or set model.device=cuda (got cpu)")
+        if isinstance(self.trainer, ShardedConfig):
+            self._check_sharded()
 
     def _check_sharded(self) -> None:
         check_takes_shards(self.transfer, self.trainer.hosts)

@@ -42,7 +42,8 @@ class TrainerConfig:
         positive("trainer.timeout_s", self.timeout_s)
 
     def _check_address(self) -> None:
-        if self.address != "auto" and not HOST_AND_PORT.fullmatch(str(self.address)):
+        _, _, port = str(self.address).rpartition(":")
+        if self.address != "auto" and not (HOST_AND_PORT.fullmatch(str(self.address)) and int(port) < 2**16):
             raise ValueError(
                 "trainer.address must be auto or like 127.0.0.1:6379, a Ray that this host is a node of (got "
                 f"{shown(self.address)})"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.config.model import Device
 from rlhf.config.rollout import VllmRolloutConfig
+from rlhf.config.trainer import ShardedConfig
 from transfer.config import (
     NO_KEEP,
     CollectiveConfig,
@@ -77,10 +78,10 @@ def check_transfer(run: RunConfig | EvaluationConfig) -> None:
 def _check_gpus(run: RunConfig | EvaluationConfig, gpus: list[int]) -> None:
     """Raise ValueError where the workers cannot be on these GPUs."""
     rollout, sender = run.rollout, run.transfer.sender
-    each, trainer = rollout.gpus_each, getattr(run, "trainer", None)
-    there = rollout.workers if trainer is None else -(-rollout.workers // trainer.hosts)
+    each, trainer, hosts = rollout.gpus_each, getattr(run, "trainer", None), _hosts_of_workers(run)
+    there = -(-rollout.workers // hosts)
     if len(gpus) != there * each:
-        of_a_host = f" of a host, of trainer.hosts={trainer.hosts}" if trainer is not None and trainer.hosts > 1 else ""
+        of_a_host = f" of a host, of trainer.hosts={hosts}" if hosts > 1 else ""
         raise ValueError(
             f"rollout.gpus must name {there * each}: {each} for each of {there} workers{of_a_host} (got {gpus})"
         )
@@ -122,8 +123,15 @@ def _check_vllm(run: RunConfig | EvaluationConfig) -> None:
         )
 
 
+def _hosts_of_workers(run: RunConfig | EvaluationConfig) -> int:
+    """On how many of the trainer's hosts a Ray places workers; others are all on the first."""
+    trainer = getattr(run, "trainer", None)
+    placed = trainer is not None and trainer.address is not None and isinstance(run.transfer.sender, RaySenderConfig)
+    return int(trainer.hosts) if placed else 1  # type: ignore[union-attr]
+
+
 def _check_ray(run: RunConfig | EvaluationConfig) -> None:
-    """A run is in one Ray."""
+    """A run is in one Ray, and what it sends reaches all hosts that have workers."""
     trainer, sender = getattr(run, "trainer", None), run.transfer.sender
     if trainer is None or trainer.address is None or not isinstance(sender, RaySenderConfig):
         return
@@ -131,4 +139,10 @@ def _check_ray(run: RunConfig | EvaluationConfig) -> None:
         raise ValueError(
             "workers are in the Ray that has started the trainer's ranks: leave out transfer.sender.address (got "
             f"{sender.address}, and trainer.address={trainer.address})"
+        )
+    whole = not isinstance(trainer, ShardedConfig)
+    if min(trainer.hosts, run.rollout.workers) > 1 and whole and isinstance(run.transfer, IpcConfig):
+        raise ValueError(
+            f"transfer=ipc has whole weights in the first host's memory alone, and workers are on trainer.hosts="
+            f"{trainer.hosts} hosts: use trainer=sharded, transfer=disk, gloo or nccl, or transfer/sender=http"
         )

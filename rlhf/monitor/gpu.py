@@ -20,7 +20,7 @@ def gpu_peak(reserved: bool = True) -> float | None:
     """The most MiB of a GPU that torch has taken in this process, or its tensors have; None while it uses none."""
     import torch
 
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not torch.cuda.is_initialized():  # to ask whether there is one would settle which GPUs this process may see
         return None
     return (torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()) / MIB
 
@@ -32,7 +32,7 @@ def found() -> tuple[Any, Any] | None:
     """
     import torch
 
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not torch.cuda.is_initialized():
         return None
     nvml = _imported(PACKAGES)
     nvml.nvmlInit()

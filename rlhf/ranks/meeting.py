@@ -87,6 +87,8 @@ def _all_come(config: RunConfig, folder: Path, place: Place, resume: bool, start
 def _device(config: RunConfig, place: Place) -> torch.device:
     """This rank's device; torch's current one from now on, where there are several."""
     gpus = config.trainer.gpus
+    if gpus is not None and not torch.cuda.is_available():
+        raise ValueError(f"trainer.gpus names GPUs, and torch sees none here: leave it out (got {gpus})")
     if config.model.device is Device.cpu or not torch.cuda.is_available() or (place.count == 1 and gpus is None):
         return torch.device("cpu")
     number, there = gpus[place.local] if gpus is not None else place.local, torch.cuda.device_count()

@@ -59,7 +59,7 @@ def place_of(config: TrainerConfig, model: ModelConfig, environment: Mapping[str
                 f"the ranks of {config.hosts} hosts (trainer.hosts) are started by a Ray, which trainer.address names, "
                 "or by torchrun on each host"
             )
-        return Place(count=_gpus(model) if config.ranks == AUTO else config.ranks, hosts=config.hosts)
+        return Place(count=_gpus(config, model) if config.ranks == AUTO else config.ranks, hosts=config.hosts)
     if config.address is not None:
         raise ValueError("torchrun has started all ranks: leave out trainer.address")
     if config.ranks not in (AUTO, started.count):
@@ -71,7 +71,13 @@ def place_of(config: TrainerConfig, model: ModelConfig, environment: Mapping[str
         raise ValueError(
             f"torchrun has started {started.count} processes: trainer.hosts must divide that (got {config.hosts})"
         )
-    return replace(started, hosts=config.hosts)
+    place = replace(started, hosts=config.hosts)
+    if config.gpus is not None and len(config.gpus) != place.holders:
+        raise ValueError(
+            f"torchrun has started {place.holders} processes on each host (trainer.hosts={config.hosts}): trainer.gpus "
+            f"must name as many (got {config.gpus})"
+        )
+    return place
 
 
 def by_torchrun(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -82,7 +88,9 @@ def by_torchrun(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(number, count, local, torchrun=True)
 
 
-def _gpus(model: ModelConfig) -> int:
+def _gpus(config: TrainerConfig, model: ModelConfig) -> int:
+    if config.gpus is not None:
+        return len(config.gpus)
     import torch
 
     count = 0 if model.device is Device.cpu else torch.cuda.device_count()

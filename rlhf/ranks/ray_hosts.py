@@ -15,9 +15,11 @@ from typing import Any
 
 from rlhf.config import RunConfig
 from rlhf.config.model import Device
+from rlhf.config.trainer import ShardedConfig
 from rlhf.ranks.starting import CHILD, ended, log_of
 from rlhf.shell.ending import RunError
 from transfer.agreement.shown import one_line
+from transfer.config import CollectiveConfig, Library
 from transfer.worker.process import WorkerProcess, python_path
 from transfer.worker.ray_start import joined_ray
 
@@ -106,6 +108,12 @@ class Hosts:
 
         try:
             return list(ray.get(list(asked), timeout=PLACED_S))
+        except ray.exceptions.RayTaskError as error:  # whose own words are a traceback
+            cause = error.cause or error
+            raise RunError(
+                f"a host of the trainer in the Ray: {type(cause).__name__}: {one_line(str(cause))} (folders and the "
+                "program must be on every host under the same path)"
+            ) from None
         except ray.exceptions.RayError as error:
             raise RunError(
                 f"a host of the trainer in the Ray: {type(error).__name__}: {one_line(str(error))}"
@@ -131,7 +139,7 @@ def placed(config: RunConfig, folder: Path) -> Iterator[Hosts]:
             actors = [_actor(group, host, cpus, gpus) for host in range(trainer.hosts)]
             hosts = Hosts(group, actors, folder, cpus)
             if gpus:
-                os.environ[VISIBLE] = ",".join(hosts.gpus[0])
+                _see(",".join(hosts.gpus[0]))
             try:
                 yield hosts
             finally:
@@ -142,15 +150,37 @@ def placed(config: RunConfig, folder: Path) -> Iterator[Hosts]:
                 remove_placement_group(group)
 
 
+def _see(gpus: str) -> None:
+    """Let this process see these GPUs alone; RunError if it has others already, as in a sweep that goes on."""
+    import torch
+
+    now = os.environ.get(VISIBLE)
+    if torch.cuda.is_initialized() and now != gpus:
+        raise RunError(
+            f"this process computes on GPUs already (CUDA_VISIBLE_DEVICES={now}), and the Ray of trainer.address gives "
+            f"the run others ({gpus}): start each run of the sweep by itself"
+        )
+    os.environ[VISIBLE] = gpus
+
+
 def _gpus(config: RunConfig) -> int:
-    """How many are reserved on each host: all up to the last that ranks or workers are to have."""
+    """How many are reserved on each host."""
     import ray
 
     if config.model.device is Device.cpu or not ray.cluster_resources().get("GPU"):
         return 0
-    trainer = config.trainer
-    ranks = range(trainer.ranks // trainer.hosts) if trainer.gpus is None else trainer.gpus
-    return 1 + max([*ranks, *(config.rollout.gpus or ())])
+    return reserved(config)
+
+
+def reserved(config: RunConfig) -> int:
+    """GPUs of a host, all up to the last that ranks or workers are to have; by NCCL no worker has a sending rank's."""
+    trainer, rollout, transfer = config.trainer, config.rollout, config.transfer
+    ranks = trainer.gpus or range(trainer.ranks // trainer.hosts)
+    most = 1 + max([*ranks, *(rollout.gpus or ())])
+    if rollout.gpus is None and isinstance(transfer, CollectiveConfig) and transfer.library is Library.nccl:
+        sending = len(ranks) if isinstance(trainer, ShardedConfig) else 1
+        most = max(most, sending + -(-rollout.workers // trainer.hosts) * rollout.gpus_each)
+    return most
 
 
 def _group(config: RunConfig, cpus: int, gpus: int) -> Any:

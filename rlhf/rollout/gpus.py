@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from rlhf.config.rollout import RolloutConfig
 
@@ -11,12 +11,16 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible_to_workers(
-    rollout: RolloutConfig, copied: bool, trainer: int = 0, after: int = 0, variables: Mapping[str, str] = os.environ
+    rollout: RolloutConfig,
+    copied: bool,
+    trainer: int = 0,
+    taken: Collection[int] = (),
+    variables: Mapping[str, str] = os.environ,
 ) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each worker; [] where all see what the trainer sees. ValueError for GPUs not found here.
 
-    Without `rollout.gpus` workers take GPUs in turn, from number `after` on, where weights are `copied`, else all share
-    the trainer's, or its first rank's, of number `trainer`.
+    Without `rollout.gpus` workers take GPUs in turn where weights are `copied`, from the trainer's on, or its first
+    rank's, of number `trainer`, and none that is `taken` while others are left; else all share the trainer's.
     """
     import torch
 
@@ -27,7 +31,10 @@ def visible_to_workers(
             return []
         chosen = [trainer] * rollout.workers * each
         if copied:
-            chosen = [(after + index) % count for index in range(rollout.workers * each)]
+            in_turn = [(trainer + index) % count for index in range(count)]
+            free = [index for index in in_turn if index not in taken]
+            free = free if len(free) >= each else in_turn
+            chosen = [free[index % len(free)] for index in range(rollout.workers * each)]
     if each > count:
         raise ValueError(f"a worker of rollout.engine_args needs {each} GPUs, and {count} are visible here")
     if beyond := [index for index in chosen if index >= count]:

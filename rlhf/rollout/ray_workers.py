@@ -85,11 +85,13 @@ def ray_actors(
 def _on_hosts(told: Sequence[WorkerSpec], visible: Sequence[str], hosts: Hosts) -> Iterator[WorkerSpec]:
     """What each worker is told: it maps the memory of the ranks on its host, and computes on that host's GPUs.
 
-    `visible`: of the first workers of a host, as the GPUs are called on the first.
+    `visible`: of the first workers of a host, as the GPUs are called on the first; empty where all see all of them,
+    which is said, too: of a host that is reserved Ray shows none to an actor that takes none.
     """
     for index, spec in enumerate(told):
         host, number = index % hosts.count, index // hosts.count
         own = [hosts.visible(order, host) for order in visible[number : number + 1]]
+        own = own or [",".join(hosts.gpus[host])][: len(hosts.gpus[host])]
         yield replace(spec, endpoint=on_host(spec.endpoint, host), visible=own)
 
 

@@ -111,5 +111,5 @@ def _visible(config: RunConfig | EvaluationConfig, ranks: int) -> list[str]:
     transfer = config.transfer
     by_nccl = isinstance(transfer, CollectiveConfig) and transfer.library is Library.nccl
     copied = not isinstance(transfer, IpcConfig) or transfer.take is Take.copy
-    trainer = (config.trainer.gpus or [0])[0] if isinstance(config, RunConfig) else 0
-    return visible_to_workers(config.rollout, copied, trainer, after=trainer + ranks * by_nccl)
+    of_ranks = (isinstance(config, RunConfig) and config.trainer.gpus) or range(ranks)
+    return visible_to_workers(config.rollout, copied, of_ranks[0], of_ranks[:ranks] if by_nccl else ())

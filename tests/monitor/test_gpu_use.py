@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from rlhf.monitor import heartbeat
-from rlhf.monitor.gpu import Gpus, gpu_peak
+from rlhf.monitor.gpu import Gpus, found, gpu_peak
 from rlhf.monitor.heartbeat import Heartbeat, Pulse
 from rlhf.reports.summary import hardware, summarise
 
@@ -151,3 +152,13 @@ def test_the_summary_tells_medians_of_mfu_and_means_of_idleness_in_words():
         "GPU memory, trainer": "2.0 GiB",
         "GPU memory, worker-0": "1.0 GiB",
     }
+
+
+def test_who_looks_at_memory_does_not_settle_which_gpus_this_process_may_see(monkeypatch):
+    def settled():
+        raise AssertionError("CUDA reads CUDA_VISIBLE_DEVICES now, and a Ray says later which GPUs a run has")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("is_available", "device_count", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, settled)
+    assert gpu_peak() is None and found() is None

@@ -236,6 +236,14 @@ def test_each_rank_needs_a_gpu_of_its_own_where_there_are_gpus(compose_run, tmp_
         raise AssertionError("it has no GPU")
 
 
+def test_gpus_that_are_named_where_there_is_none_are_refused(compose_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = compose_run("experiment=smoke", "trainer.gpus=[1]")
+    said = r"trainer.gpus names GPUs, and torch sees none here: leave it out \(got \[1\]\)"
+    with pytest.raises(ValueError, match=said), met(config, tmp_path, Place()):
+        raise AssertionError("it has no GPU")
+
+
 def test_ranks_take_the_gpus_that_are_named(compose_run, tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

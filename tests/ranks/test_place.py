@@ -50,6 +50,11 @@ def test_torchrun_says_which_rank_a_process_is_and_which_gpu_of_its_host_it_has(
             {},
             "trainer.ranks=auto takes the GPUs that are there, and",
         ),
+        (
+            "trainer=replicas trainer.gpus=[0,1]",
+            environment(0, 4),
+            r"started 4 processes on each host \(trainer.hosts=1\): trainer.gpus must name as many \(got \[0, 1\]\)",
+        ),
     ],
 )
 def test_a_number_of_ranks_that_cannot_be_is_refused_in_one_line(place, overrides, given, said):
@@ -60,6 +65,9 @@ def test_a_number_of_ranks_that_cannot_be_is_refused_in_one_line(place, override
 def test_auto_is_a_rank_for_each_gpu_that_is_there(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert place("trainer=replicas") == Place(0, 4)
+    assert place("trainer=replicas", "trainer.gpus=[1,3]") == Place(0, 2), "or for each that is named"
+    on_each = place("trainer=replicas", "trainer.gpus=[1,3]", "trainer.hosts=2", environment=environment(0, 4))
+    assert on_each == Place(0, 4, torchrun=True, hosts=2)
 
 
 @pytest.mark.parametrize(

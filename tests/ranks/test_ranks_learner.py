@@ -202,11 +202,12 @@ def test_two_hosts_that_hold_all_rows_each_and_have_a_micro_batch_each_are_one_p
 
 
 @pytest.mark.slow
-def test_hosts_of_two_ranks_that_hold_half_of_all_rows_each_stay_equal_and_repeat():
+@pytest.mark.parametrize(("ranks", "hosts"), [(4, 2), (3, 3)])
+def test_hosts_of_two_ranks_that_hold_half_of_all_rows_each_or_three_of_one_stay_equal_and_repeat(ranks, hosts):
     rollouts = [sampled(0), sampled(1)]
-    alone = steps(learner_of(ALGOS[1]), 4, rollouts)
-    with pool(4) as four:
-        first, again = (four.call(_on_hosts, 2, 4, rollouts) for _ in range(2))
+    alone = steps(learner_of(ALGOS[1]), ranks, rollouts)
+    with pool(ranks) as ready:
+        first, again = (ready.call(_on_hosts, hosts, ranks, rollouts) for _ in range(2))
     for each in (*first, *again):
         assert_the_same(each, first[0])
     for (metrics, weights), (expected, of_one) in zip(first[0], alone, strict=True):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 
 import psutil
 import pytest
+import ray
+import torch
 from hydra.errors import CompactHydraException
 from rank_runs import GONE_S, Runs
 from ray.cluster_utils import Cluster
 from test_ranks_runs import WITHOUT_A_WORD, assert_as_of_one, runs  # noqa: F401
 
-from rlhf.ranks.ray_hosts import Hosts
+from rlhf.ranks.ray_hosts import VISIBLE, Host, Hosts, _see
 from rlhf.rollout.ray_workers import _on_hosts
 from rlhf.rollout.spec import WorkerSpec
+from rlhf.run import run
+from rlhf.shell.ending import RunError
+from transfer.agreement.wire import TransferError
+from transfer.worker.ray_start import joined_ray
 
 NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20}
 whole_runs = [pytest.mark.slow, pytest.mark.usefixtures("default_signals"), pytest.mark.timeout(600)]
@@ -117,6 +124,39 @@ def test_hosts_for_which_the_ray_has_no_room_are_said_with_what_each_needs(clust
     ended.assert_nothing_is_left()
 
 
+@pytest.mark.slow
+def test_what_a_host_cannot_do_is_told_in_one_line_and_not_as_ray_s_traceback(cluster, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    with joined_ray(cluster.address, 1, 60.0):
+        actor = ray.remote(Host).options(num_cpus=1).remote()
+        said = rf"\Aa host of the trainer in the Ray: FileNotFoundError: .*'{nowhere}' \(folders and the program must"
+        with pytest.raises(RunError, match=said):
+            object.__new__(Hosts)._answers([actor.start.remote(nowhere, nowhere, {})])
+
+
+def test_a_run_whose_hosts_are_not_there_leaves_what_an_earlier_one_has_written(compose_run, tmp_path):
+    config = compose_run("experiment=smoke", "trainer=sharded", "trainer.ranks=2", "trainer.address=127.0.0.1:1")
+    written = [tmp_path / name for name in ("metrics.jsonl", "summary.json", "checkpoints/00000003/manifest.json")]
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(TransferError, match=r"the Ray at trainer.address=127.0.0.1:1 cannot be used: nothing answers"):
+        run(config, tmp_path)
+    assert all(path.read_text() == "{}" for path in written)
+
+
+def test_a_process_that_has_gpus_already_cannot_be_given_others(monkeypatch):
+    monkeypatch.setenv(VISIBLE, "4,5")
+    _see("2,3")
+    assert os.environ[VISIBLE] == "2,3"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    _see("2,3")
+    with pytest.raises(
+        RunError, match=r"CUDA_VISIBLE_DEVICES=2,3\), and .* \(4,5\): start each run of the sweep by itself"
+    ):
+        _see("4,5")
+
+
 def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
     hosts = object.__new__(Hosts)
     hosts._actors, hosts.gpus = [None, None], [["0", "1"], ["4", "7"]]
@@ -126,6 +166,10 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
     assert [each.endpoint["sockets"] for each in found] == [["a", "b"], ["c", "d"]] * 2
     assert [each.endpoint["host"] for each in found] == [0, 1, 0, 1]
     assert [each.visible for each in found] == [["0,1"], ["4,7"], ["1,0"], ["7,4"]]
+    hosts.gpus = [["0"], ["5"]]
+    assert [each.visible for each in _on_hosts(told, [], hosts)] == [["0"], ["5"]] * 2, "which none has to choose"
+    hosts.gpus = [[], []]
+    assert [each.visible for each in _on_hosts(told, [], hosts)] == [[]] * 4
 
 
 @pytest.mark.parametrize(
@@ -137,6 +181,22 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
         ("trainer.ranks=2 trainer.address=ray://host:1", "trainer.address must be auto or like 127.0.0.1:6379"),
         ("trainer.ranks=2 trainer.gpus=[0,0]", r"trainer.gpus must name different GPUs, from 0 \(got \[0, 0\]\)"),
         ("trainer.ranks=4 trainer.hosts=2 trainer.gpus=[0]", r"trainer.gpus must name 2, one for each rank of a host"),
+        ("trainer.ranks=2 trainer.address=host:99999", "trainer.address must be auto or like 127.0.0.1:6379"),
+        ("trainer.ranks=2 trainer.gpus=[0,1] model.device=cpu", "trainer.gpus is for ranks on GPUs: leave it out"),
+        (
+            "trainer=replicas trainer.ranks=2 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
+            "rollout.workers=2",
+            "transfer=ipc has whole weights in the first host's memory alone, and workers are on trainer.hosts=2",
+        ),
+        (
+            "trainer.ranks=2 trainer.hosts=2 trainer.address=auto rollout.workers=2 rollout.gpus=[0]",
+            r"rollout.gpus must name 2: 1 for each of 2 workers \(got \[0\]\)",
+        ),
+        (
+            "trainer.ranks=2 trainer.hosts=2 trainer.address=auto rollout.workers=2 rollout.gpus=[0,1] "
+            "transfer/sender=ray",
+            r"must name 1: 1 for each of 1 workers of a host, of trainer.hosts=2 \(got \[0, 1\]\)",
+        ),
         (
             "trainer.ranks=2 trainer.address=auto transfer/sender=ray transfer.sender.address=host:1",
             "leave out transfer.sender.address",

@@ -10,6 +10,7 @@ import torch
 from hydra.errors import CompactHydraException
 
 from rlhf.config import HfRolloutConfig, VllmRolloutConfig
+from rlhf.ranks.ray_hosts import reserved
 from rlhf.rollout.gpus import visible_to_workers
 
 TWO_EACH = ["rollout=vllm", "rollout.engine_args={tensor_parallel_size: 2}"]
@@ -66,7 +67,7 @@ def test_gpus_that_do_not_go_with_the_workers_are_refused_before_anything_is_mad
 
 
 def test_workers_begin_behind_the_trainers_gpu_where_they_cannot_share_it(four_gpus):
-    assert visible_to_workers(hf(workers=2), True, after=1, variables={}) == ["1,0,2,3", "2,0,1,3"]
+    assert visible_to_workers(hf(workers=2), True, taken=[0], variables={}) == ["1,0,2,3", "2,0,1,3"]
 
 
 def test_workers_that_view_the_trainers_memory_stay_on_its_gpu(four_gpus):
@@ -105,4 +106,20 @@ def test_a_worker_process_claims_its_gpus_before_anything_asks_cuda(tmp_path):
 
 def test_workers_that_view_the_trainers_memory_are_on_its_gpu_and_those_that_copy_begin_with_it(four_gpus):
     assert visible_to_workers(hf(workers=2), copied=False, trainer=1, variables={}) == ["1,0,2,3"] * 2
-    assert visible_to_workers(hf(workers=2), True, trainer=1, after=1, variables={}) == ["1,0,2,3", "2,0,1,3"]
+    assert visible_to_workers(hf(workers=2), True, trainer=1, variables={}) == ["1,0,2,3", "2,0,1,3"]
+
+
+def test_workers_leave_out_every_gpu_of_the_ranks_that_send_by_nccl_wherever_those_are(four_gpus):
+    found = visible_to_workers(hf(workers=2), True, trainer=1, taken=[1, 3], variables={})
+    assert found == ["2,0,1,3", "0,1,2,3"]
+    assert visible_to_workers(hf(workers=1), True, taken=range(4), variables={}) == ["0,1,2,3"], "none is left"
+
+
+def test_a_ray_reserves_gpus_for_workers_too_where_they_cannot_share_those_of_ranks(compose_run):
+    words = "experiment=smoke", "trainer=sharded", "trainer.ranks=2", "trainer.address=auto", "transfer/sender=ray"
+    by_nccl = *words, "transfer=nccl", "rollout.workers=3"
+    assert reserved(compose_run(*words)) == 2, "which share those of ranks"
+    assert reserved(compose_run(*by_nccl)) == 5
+    assert reserved(compose_run(*by_nccl, "trainer.gpus=[1,5]")) == 6, "of which four are no rank's"
+    assert reserved(compose_run(*by_nccl, "rollout.gpus=[2,3,7]")) == 8
+    assert reserved(compose_run(*by_nccl, "trainer=replicas")) == 4, "of which the first rank alone sends"

@@ -15,6 +15,7 @@ from test_shards import pushed_by_one, texts
 from transfer.agreement import wire
 from transfer.agreement.manifest import ALIGNMENT, Manifest
 from transfer.agreement.shards import rows_of
+from transfer.backends import rank_calls
 from transfer.backends.buckets import Packer, begin_in, shares_of, unpack
 from transfer.backends.collective_intake import CollectiveIntake, OfRanks
 from transfer.backends.hold import Hold
@@ -397,7 +398,23 @@ def test_the_first_rank_s_part_is_given_up_as_soon_as_another_fails_and_the_caus
         pytest.raises(OSError, match=r"\Arank 1: the cause\Z"),
         calls.call({}) as call,
     ):
-        call.beside(work, given_up.set)
+        call.beside(work, given_up.set, 5.0)
+
+
+def test_a_rank_that_needs_longer_than_the_first_has_the_time_of_the_broadcast_and_no_more(monkeypatch):
+    monkeypatch.setattr(rank_calls, "HEAR_S", 0.1)
+    over = threading.Event()
+
+    def act(request, say):
+        over.wait(request["s"])
+        return {}
+
+    with Asked(act) as calls:
+        with calls.call({"s": 0.5}) as call:
+            call.beside(lambda: None, lambda: None, 20.0)
+        with pytest.raises(OSError, match=r"\Arank 1 does not come back\Z"), calls.call({"s": 20.0}) as call:
+            call.beside(lambda: None, lambda: None, 0.2)
+        over.set()
 
 
 # --- what a worker refuses --------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ class CollectiveShardPublisher(CollectivePublisher):
     ) -> None:
         work = partial(self._shards.broadcast, group, packer, self._size, limit_s)
         with calls.call({**request, "timeout_s": limit_s}) as call:
-            call.beside(work, group.give_up)
+            call.beside(work, group.give_up, limit_s)
 
     def _ask_why(self) -> None:
         """What carries the ranks' messages says more about a rank that is gone than the end of its connection."""

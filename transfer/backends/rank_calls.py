@@ -28,7 +28,7 @@ from transfer.backends.group_ends import listener
 from transfer.backends.process_group import LOOK_S
 
 COME_S = 10.0  # for a rank's connection, which is there already
-HEAR_S = 2.0  # for the others to say how a broadcast has ended once it has here
+HEAR_S = 2.0  # for the others to say how a broadcast has ended once it has failed here, or must have ended there
 MAX_WORDS = 2**20  # bytes of one message, without those behind it
 LENGTH = struct.Struct(">I")
 KINDS = {"aborted": ConnectionAbortedError, "broken": ConnectionError}  # of errors that follow from another one's
@@ -200,22 +200,24 @@ class Call:
             raise ConnectionError(f"rank {rank} has sent other rows than were asked for")
         self._calls.take(rank, into)
 
-    def beside(self, work: Callable[[], None], trouble: Callable[[], None]) -> None:
+    def beside(self, work: Callable[[], None], trouble: Callable[[], None], limit_s: float) -> None:
         """Do this rank's part of what was asked for; `trouble` is called as soon as another fails in its own.
 
+        Each has `limit_s` seconds for it: one that passes on what this one had of it at once may need longer.
         What is raised is the first error that does not merely say that somebody else has ended a connection.
         """
         found: list[Exception] = []
-        over = threading.Event()
+        over, until = threading.Event(), time.monotonic()
         thread = threading.Thread(target=self._collect, args=(found, over, trouble), daemon=True)
         thread.start()
         own: list[Exception] = []
         try:
             work()
+            until += limit_s
         except Exception as error:
             own = [error]
         finally:
-            thread.join(HEAR_S)
+            thread.join(HEAR_S + max(0.0, until - time.monotonic()))
             over.set()
             thread.join()
         kinds = tuple(KINDS.values())
