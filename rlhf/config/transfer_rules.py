@@ -140,8 +140,14 @@ def _check_ray(run: RunConfig | EvaluationConfig) -> None:
             "workers are in the Ray that has started the trainer's ranks: leave out transfer.sender.address (got "
             f"{sender.address}, and trainer.address={trainer.address})"
         )
-    whole = not isinstance(trainer, ShardedConfig)
-    if min(trainer.hosts, run.rollout.workers) > 1 and whole and isinstance(run.transfer, IpcConfig):
+    if min(trainer.hosts, run.rollout.workers) == 1:
+        return
+    if isinstance(run.transfer, CollectiveConfig) and run.transfer.host.startswith(("127.", "localhost", "::1")):
+        raise ValueError(
+            f"workers are on trainer.hosts={trainer.hosts} hosts, of which the others cannot connect to transfer.host="
+            f"{run.transfer.host}: set it to an address of this host that they reach"
+        )
+    if not isinstance(trainer, ShardedConfig) and isinstance(run.transfer, IpcConfig):
         raise ValueError(
             f"transfer=ipc has whole weights in the first host's memory alone, and workers are on trainer.hosts="
             f"{trainer.hosts} hosts: use trainer=sharded, transfer=disk, gloo or nccl, or transfer/sender=http"

@@ -189,6 +189,11 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
             "transfer=ipc has whole weights in the first host's memory alone, and workers are on trainer.hosts=2",
         ),
         (
+            "trainer=replicas trainer.ranks=2 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
+            "rollout.workers=2 transfer=gloo",
+            "the others cannot connect to transfer.host=127.0.0.1: set it to an address of this host",
+        ),
+        (
             "trainer.ranks=2 trainer.hosts=2 trainer.address=auto rollout.workers=2 rollout.gpus=[0]",
             r"rollout.gpus must name 2: 1 for each of 2 workers \(got \[0\]\)",
         ),
