@@ -131,8 +131,7 @@ def placed(config: RunConfig, folder: Path) -> Iterator[Hosts]:
 
     trainer = config.trainer
     assert trainer.address is not None
-    needed = trainer.ranks + config.rollout.workers
-    with joined_ray(trainer.address, needed, PLACED_S, "trainer.address"):
+    with joined_ray(trainer.address, config.rollout.workers, PLACED_S, trainer.ranks):
         cpus, gpus = trainer.ranks // trainer.hosts, _gpus(config)
         group = _group(config, cpus, gpus)
         try:

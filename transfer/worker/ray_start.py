@@ -91,26 +91,31 @@ def _holding(folder: Path) -> int:
 
 
 @contextmanager
-def joined_ray(address: str, processes: int, timeout_s: float, key: str = "transfer.sender.address") -> Iterator[None]:
-    """The Ray at `address`, which `key` names; TransferError within `timeout_s` if it cannot be used by so many."""
+def joined_ray(address: str, workers: int, timeout_s: float, ranks: int = 0) -> Iterator[None]:
+    """The Ray at `address`; TransferError within `timeout_s` if it cannot be used, or not by so many processes.
+
+    `ranks`: of a trainer that are in it, too; then `trainer.address` names it.
+    """
     import ray
 
-    _check_address(address, processes, timeout_s, key)
+    _check_address(address, workers, timeout_s, ranks)
     try:
-        _join(address, key)
+        _join(address, ranks)
         yield
     finally:
         ray.shutdown()
 
 
-def check_cpus(where: str, cpus: float, processes: int) -> None:
-    """TransferError unless a Ray has a CPU for each worker, and for each rank of the trainer that is in it."""
-    if cpus < processes:
-        raise TransferError(
-            f"{where} has {cpus:g} CPU(s), and each worker takes one, and so does each rank of a trainer there: "
-            f"rollout.workers, with trainer.ranks where trainer.address is set, must be at most {int(cpus)} "
-            f"(got {processes})"
-        )
+def check_cpus(where: str, cpus: float, workers: int, ranks: int = 0) -> None:
+    """TransferError unless a Ray has a CPU for each worker, and for each rank of a trainer that is in it."""
+    if cpus >= workers + ranks:
+        return
+    who = "each rank of the trainer and each worker" if ranks else "each worker"
+    keys = "trainer.ranks and rollout.workers together" if ranks else "rollout.workers"
+    raise TransferError(
+        f"{where} has {cpus:g} CPU(s), and {who} takes one: {keys} must be at most {int(cpus)} there "
+        f"(got {workers + ranks})"
+    )
 
 
 def set_environment() -> None:
@@ -143,14 +148,14 @@ def _start(folder: Path, cpus: int) -> None:
         raise TransferError(f"Ray does not start: {type(error).__name__}: {one_line(str(error))}") from error
 
 
-def _join(address: str, key: str) -> None:
+def _join(address: str, ranks: int) -> None:
     import ray
 
     try:
         with keeping_sigterm():
             ray.init(address, **QUIET)
     except Exception as error:
-        raise _unusable(key, address, f"{type(error).__name__}: {one_line(str(error))}") from error
+        raise _unusable(ranks, address, f"{type(error).__name__}: {one_line(str(error))}") from error
 
 
 def _folder() -> Path:
@@ -171,30 +176,31 @@ def _folder() -> Path:
     )
 
 
-def _check_address(address: str, processes: int, timeout_s: float, key: str) -> None:
+def _check_address(address: str, workers: int, timeout_s: float, ranks: int) -> None:
     deadline = time.monotonic() + timeout_s
     if address != "auto":
-        _check_listens(address, min(timeout_s, CONNECT_S), key)
+        _check_listens(address, min(timeout_s, CONNECT_S), ranks)
     command = [sys.executable, "-c", PROBE, address]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        late = f"it did not answer within {timeout_s:g} s"
-        raise _unusable(key, address, late) from None
+        limit = f"{timeout_s:g} s" if ranks else f"transfer.sender.start_timeout_s={timeout_s:g}"
+        raise _unusable(ranks, address, f"it did not answer within {limit}") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     told: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": f"{done.stderr} (code {done.returncode})"}
     if "error" in told:
-        raise _unusable(key, address, one_line(told["error"]))
-    check_cpus(f"the Ray at {address}", told["cpus"], processes)
+        raise _unusable(ranks, address, one_line(told["error"]))
+    check_cpus(f"the Ray at {address}", told["cpus"], workers, ranks)
 
 
-def _check_listens(address: str, timeout_s: float, key: str) -> None:
+def _check_listens(address: str, timeout_s: float, ranks: int) -> None:
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     try:
         socket.create_connection((parts.hostname or "", parts.port or 10001), timeout_s).close()
     except OSError as error:
-        raise _unusable(key, address, f"nothing answers there ({error})") from None
+        raise _unusable(ranks, address, f"nothing answers there ({error})") from None
 
 
-def _unusable(key: str, address: str, why: str) -> TransferError:
+def _unusable(ranks: int, address: str, why: str) -> TransferError:
+    key = "trainer.address" if ranks else "transfer.sender.address"
     return TransferError(f"the Ray at {key}={address} cannot be used: {why}")
