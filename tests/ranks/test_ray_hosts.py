@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -47,9 +48,18 @@ def cluster():
 def ranks_in(cluster):
     """The processes of ranks that are below the Ray's."""
     of_nodes = [kind for node in cluster.list_all_nodes() for kind in node.all_processes.values()]
-    ours = [each.process.pid for kind in of_nodes for each in kind]
-    below = [child for pid in ours if psutil.pid_exists(pid) for child in psutil.Process(pid).children(recursive=True)]
-    return [each for each in below if each.is_running() and "rlhf.beside" in " ".join(each.cmdline())]
+    found = []
+    for pid in [each.process.pid for kind in of_nodes for each in kind]:
+        with suppress(psutil.Error):
+            found += psutil.Process(pid).children(recursive=True)
+    return [each for each in found if is_rank(each)]
+
+
+def is_rank(process):
+    """Of a process that may have ended meanwhile, or is a zombie."""
+    with suppress(psutil.Error):
+        return "rlhf.beside" in " ".join(process.cmdline())
+    return False
 
 
 @pytest.fixture(scope="module")
