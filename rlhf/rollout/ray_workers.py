@@ -16,7 +16,7 @@ from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.spec_of_run import specs
 from rlhf.rollout.worker import Worker, parts_of
 from rlhf.shell.ending import RunError
-from transfer.backends.shards import on_host
+from transfer.backends.shards import endpoint_of_host
 from transfer.config import RaySenderConfig
 from transfer.worker.process import python_path
 from transfer.worker.ray_start import check_cpus, joined_ray, private_ray
@@ -92,7 +92,7 @@ def _on_hosts(told: Sequence[WorkerSpec], visible: Sequence[str], hosts: Hosts) 
         host, number = index % hosts.count, index // hosts.count
         own = [hosts.visible(order, host) for order in visible[number : number + 1]]
         own = own or [",".join(hosts.gpus[host])][: len(hosts.gpus[host])]
-        yield replace(spec, endpoint=on_host(spec.endpoint, host), visible=own)
+        yield replace(spec, endpoint=endpoint_of_host(spec.endpoint, host), visible=own)
 
 
 @contextmanager

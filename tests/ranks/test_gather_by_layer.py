@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from composed import composed_run
-from forked_ranks import pool
 from test_dpo import LETTERS, made
 from test_learner import sampled
 from test_ranks_learner import ALGOS, MICRO, REWARDS, assert_the_same, learner_of, split_into, steps, whole
@@ -43,18 +42,6 @@ LAYERS = 5
 def layered(words: str, ranks: Ranks, passes: str, reshard: bool = True) -> Learner:
     """A learner whose models are gathered layer by layer."""
     return learner_of(words, ranks, ByLayer(ranks, CPU, reshard), PASSES[passes].in_lockstep())
-
-
-@pytest.fixture(scope="module")
-def two():
-    with pool(2) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def three():
-    with pool(3) as made:
-        yield made
 
 
 def _steps(ranks: Ranks, words: str, passes: str, parts: int, rollouts: Sequence[Rollouts]) -> list[Any]:

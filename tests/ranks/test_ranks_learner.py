@@ -121,18 +121,6 @@ def assert_the_same(ours: list[Any], theirs: list[Any]) -> None:
         assert all(map(torch.equal, weights, of_one)) and len(weights) == len(of_one)
 
 
-@pytest.fixture(scope="module")
-def two():
-    with pool(2) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def three():
-    with pool(3) as made:
-        yield made
-
-
 @pytest.mark.parametrize("words", marked(ALGOS))
 def test_two_ranks_with_a_micro_batch_each_are_one_process_with_two(two, words):
     rollouts = [sampled(0), sampled(1)]

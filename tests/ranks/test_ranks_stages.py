@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from composed import composed_run
-from forked_ranks import pool
 from torch import Tensor
 
 from rlhf.assembly.layout import lay_out
@@ -106,18 +105,6 @@ def assert_the_same(ours: Told, theirs: Told) -> None:
     (told, weights), (expected, of_one) = ours, theirs
     assert told == expected and len(weights) == len(of_one)
     assert all(torch.equal(mine.to(one.dtype), one) for mine, one in zip(weights, of_one, strict=True))
-
-
-@pytest.fixture(scope="module")
-def two():
-    with pool(2) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def three():
-    with pool(3) as made:
-        yield made
 
 
 WHOLE, SHARDED, REWARD = ("sft", False), ("sft", True), ("reward model", False)  # whose weights are whole in each rank

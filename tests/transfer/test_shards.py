@@ -10,7 +10,7 @@ from worker_process import in_process
 
 from transfer import make_receiver, make_transfer
 from transfer.agreement.manifest import Manifest
-from transfer.backends.shards import on_host
+from transfer.backends.shards import endpoint_of_host
 from transfer.config import (
     CollectiveConfig,
     DiskConfig,
@@ -75,7 +75,7 @@ def test_shards_arrive_as_if_one_process_had_pushed_also_in_a_worker_that_was_st
 def test_workers_of_each_host_read_the_rows_of_its_own_ranks_which_hold_all_of_them(tmp_path):
     with trainer(4, tmp_path, hosts=2, seed=1, tied=True) as ours:
         told = ours.call("make", config=COPY)[0]
-        endpoints = [on_host(told, host) for host in (0, 1)]
+        endpoints = [endpoint_of_host(told, host) for host in (0, 1)]
         sockets = [each["sockets"] for each in endpoints]
         assert [len(each) for each in sockets] == [2, 2] and len({*sockets[0], *sockets[1]}) == 4
         wanted, folders = Manifest.of(Decoder(0, True).state_dict()), [tmp_path / str(host) for host in (0, 1)]

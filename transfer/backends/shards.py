@@ -33,7 +33,7 @@ from transfer.memory.sums import added, sums_of
 OF_HOSTS = "of_hosts"  # in the endpoint: the sockets of each host's ranks
 
 
-def on_host(endpoint: Mapping[str, Any], host: int) -> dict[str, Any]:
+def endpoint_of_host(endpoint: Mapping[str, Any], host: int) -> dict[str, Any]:
     """What a worker on this one of the trainer's hosts must be told: it maps the memory of the ranks that are there."""
     told = dict(endpoint)
     of_hosts = told.pop(OF_HOSTS, None)
