@@ -24,13 +24,14 @@ FOUND = {  # what is planted: what of it may be seen first
     "forgets-to-withdraw": {"torn or mislabelled"},
 }
 LONGEST_S = 1800
+UNTIL_FOUND = "300"  # kills at most: a run ends at the first fault; the rarest took 30 to 60 on several machines
 FEW_STOPS = ("10", "--round", "2", "--over", "http", "--case", "copy off")
 FOUND_BY_STOPS = {"trusts-the-trainer": {"torn or mislabelled"}}
 OF_A_VIEW = {"writes-what-is-served", "forgets-to-withdraw"}  # from a trainer of several ranks workers copy
 FOUND_BY_RANKS = {
     **{planted: seen for planted, seen in FOUND.items() if planted not in OF_A_VIEW},
-    "leaves-rows-out": {"torn or mislabelled"},
-    "leaves-shares-out": {"torn or mislabelled", "stale"},  # whoever looks first, a reader or the trainer
+    "leaves-rows-out": {"torn or mislabelled", "stale"},  # whoever looks first, a reader or the trainer
+    "leaves-shares-out": {"torn or mislabelled", "stale"},
     "outlives-the-others": {"left behind"},
 }
 
@@ -67,7 +68,7 @@ def test_kills_in_every_way_that_weights_travel_tear_nothing(size):
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("planted", FOUND)
 def test_a_planted_fault_is_found_within_a_few_kills(planted):
-    kills = "15" if planted == "leaks-shared-memory" else "60"  # which is looked for when all is over
+    kills = "15" if planted == "leaks-shared-memory" else UNTIL_FOUND  # which is looked for when all is over
     code, output = faults("--kills", kills, "--round", "15", "--over", "http", "--plant", planted, limit_s=150)
     assert code == 1
     assert {name for name, number in zeros(output).items() if number} <= FOUND[planted]
@@ -87,7 +88,7 @@ def test_kills_of_any_rank_of_a_trainer_and_of_workers_tear_nothing_and_the_othe
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("planted", FOUND_BY_RANKS)
 def test_a_planted_fault_is_found_within_a_few_kills_of_ranks(planted):
-    kills = "15" if planted == "leaks-shared-memory" else "60"
+    kills = "15" if planted == "leaks-shared-memory" else UNTIL_FOUND
     unverified = {"leaves-rows-out": "off", "leaves-shares-out": "gloo off"}  # else the digest is wrong with the rows
     case = ("--case", unverified[planted]) if planted in unverified else ()
     code, output = faults("--ranks", "--kills", kills, "--round", "15", "--plant", planted, *case, limit_s=150)
