@@ -28,12 +28,14 @@ from rlhf.models.adapter import sent_weights
 from rlhf.monitor.flops import Meter
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
-from rlhf.monitor.probe import Probe
+from rlhf.monitor.probe import PROMPTS_PER_WORKER, Probe
 from rlhf.ranks.outside import Gathers, ToldGather, ToldSampler
 from rlhf.ranks.ranks import Ranks
 from rlhf.rewards import combine
+from rlhf.rollout.alike import trial
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
+from rlhf.rollout.scaling import Hooks, Scaled, Scaling
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
@@ -88,6 +90,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
         trained |= State(modules={POLICY: policy})
     keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
     keeper.beside = gather.write
+    _let_change(site, workers, transfer, gather, _when_workers_change(site, matter, probe, record), stack)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
 
 
@@ -115,6 +118,25 @@ def _until_the_end(recover: Callable[[Sender], bool], stack: ExitStack) -> Calla
     ended = threading.Event()
     stack.callback(ended.set)
     return lambda sender: not ended.is_set() and recover(sender)
+
+
+def _let_change(
+    site: Site, workers: Workers | None, transfer: Transfer, gather: ToldGather, hooks: Hooks, stack: ExitStack
+) -> None:
+    """Between two steps let there be more workers, or fewer, if somebody asks for them; in the first rank."""
+    if workers is not None and gather.gather is not None:
+        scaling = stack.enter_context(closing(Scaling(site.folder, site.config, workers, transfer, hooks)))
+        gather.gather = Scaled(gather.gather, scaling)
+
+
+def _when_workers_change(site: Site, matter: Matter, probe: Probe, record: Recorder) -> Hooks:
+    """What is said, counted and tried out then."""
+
+    def changed(workers: int) -> None:
+        probe.workers, record.workers = workers, {"rollout/workers": float(workers)}
+
+    few, rollout = list(matter.task.held_out)[:PROMPTS_PER_WORKER], site.config.rollout
+    return Hooks(site.bars.say, changed, trial(few, matter.tokenizer, rollout, probe.tolerance))
 
 
 def _judged(

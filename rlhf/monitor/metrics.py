@@ -73,6 +73,7 @@ class Recorder:
         self.most_lag = config.rollout.ahead.lag  # versions that sampled tokens may be behind
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
+        self.workers: dict[str, float] = {}  # how many there are, once that has changed
         self.reports: list[RewardReport] = []
         self.warned = False
         self.keeps_samples = True
@@ -155,6 +156,7 @@ class Recorder:
             "train/turns": mean([(len(said) + 1) / 2 for said in rollouts.conversations]),
             "rollout/version": float(rollouts.version),
             **self.lag,
+            **self.workers,
             **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},

@@ -82,6 +82,11 @@ class RolloutClient:
         self._config = config
         self._recover = recover
 
+    @property
+    def senders(self) -> tuple[Sender, ...]:
+        """Those of the workers that there are now; to be asked for at each use, as workers come and go."""
+        return tuple(self._senders)
+
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
         seeds = [seed_of(seed, index) for index in range(len(prompts))]
@@ -115,10 +120,10 @@ class RolloutClient:
         of_prompts: list[list[int]] = [[] for _ in prompts]
         for row in range(len(prompts) * n) if measured is None else measured:
             of_prompts[row // n].append(row % n)
-        whole = Share(prompts, seeds, of_prompts)
+        whole, senders = Share(prompts, seeds, of_prompts), self.senders
         jobs = [
             (sender, whole.part(range(len(prompts))[block]), settings)
-            for sender, block in zip(self._senders, blocks(len(prompts), len(self._senders)), strict=True)
+            for sender, block in zip(senders, blocks(len(prompts), len(senders)), strict=True)
             if block.start < block.stop
         ]
         pool = ThreadPoolExecutor(max(1, len(jobs)))  # one worker's parts follow each other
@@ -132,12 +137,14 @@ class RolloutClient:
     def _answer(
         self, pool: ThreadPoolExecutor, job: tuple[Sender, Share, Settings], future: Future[list[Completion]]
     ) -> list[Completion]:
-        """One worker's share, asked for again for as long as the worker can be recovered."""
+        """One worker's share, asked for again for as long as the worker can be recovered; of another if it has left."""
         while True:
             try:
                 return future.result()
             except RemoteError:
-                if not self._recover(job[0]):  # in this thread, which outlives the worker
+                if job[0] not in (senders := self.senders):
+                    job = (senders[0], *job[1:])
+                elif not self._recover(job[0]):  # in this thread, which outlives the worker
                     raise
                 future = pool.submit(self._ask, *job)
 

@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from rlhf.config import HfRolloutConfig
+from rlhf.rollout.begun import Begun
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec import WorkerSpec
@@ -210,10 +211,10 @@ class Telling:
 
 def test_workers_are_asked_for_their_gpu_memory_while_they_are_there(compose_run, tmp_path, monkeypatch):
     senders = [Telling({"gpu_memory_mib": 7.0}), Telling({}), Telling(None), Telling({"gpu_memory_mib": 5.0})]
-    workers = Workers(WorkerSpec(**QWEN), compose_run(), tmp_path, None)
-    assert workers.gpu_memory() == {}, "they are not up yet"
-    monkeypatch.setattr(workers, "_start", lambda: nullcontext(lambda: senders))
+    workers = Workers(WorkerSpec(**QWEN), compose_run("rollout.workers=4"), tmp_path, None)
+    monkeypatch.setattr(workers, "_start", lambda: nullcontext(lambda index: Begun(index, lambda _: senders[index])))
     with workers:
+        assert workers.gpu_memory() == {}, "they are not up yet"
         workers.senders()
         assert workers.gpu_memory() == {"gpu_memory_mib/worker-0": 7.0, "gpu_memory_mib/worker-3": 5.0}
     assert workers.gpu_memory() == {}
