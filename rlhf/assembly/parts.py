@@ -90,7 +90,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
         trained |= State(modules={POLICY: policy})
     keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
     keeper.beside = gather.write
-    _let_change(site, workers, transfer, gather, _when_workers_change(site, matter, probe, record), stack)
+    _let_change(site, workers, transfer, gather, _when_changed(site, matter, recover, probe, record), stack)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
 
 
@@ -129,14 +129,16 @@ def _let_change(
         gather.gather = Scaled(gather.gather, scaling)
 
 
-def _when_workers_change(site: Site, matter: Matter, probe: Probe, record: Recorder) -> Hooks:
+def _when_changed(
+    site: Site, matter: Matter, recover: Callable[[Sender], bool], probe: Probe, record: Recorder
+) -> Hooks:
     """What is said, counted and tried out then."""
 
     def changed(workers: int) -> None:
         probe.workers, record.workers = workers, {"rollout/workers": float(workers)}
 
     few, rollout = list(matter.task.held_out)[:PROMPTS_PER_WORKER], site.config.rollout
-    return Hooks(site.bars.say, changed, trial(few, matter.tokenizer, rollout, probe.tolerance))
+    return Hooks(site.bars.say, changed, trial(few, matter.tokenizer, rollout, recover, probe.tolerance))
 
 
 def _judged(

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from rlhf.config import RolloutConfig
-from rlhf.rollout.client import RolloutClient, Wanted
+from rlhf.rollout.client import RolloutClient
 from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Tokenizer
 
@@ -19,15 +19,21 @@ SEED = 7_000_004
 
 
 def trial(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, config: RolloutConfig, tolerance: float
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    config: RolloutConfig,
+    recover: Callable[[Sender], bool],
+    tolerance: float,
 ) -> Callable[[Sender, Sender], None]:
     """What compares a new worker with one that is there: RunError if log-probs differ by more than `tolerance`, nats.
+
+    Either may die meanwhile: it is started again by `recover`, if that can be.
 
     Of an answer only the tokens that both have sampled alike are compared: near a tie rounding decides between two.
     """
 
     def answers(sender: Sender) -> list[Completion]:
-        client = RolloutClient([sender], tokenizer, config, wanted=Wanted())
+        client = RolloutClient([sender], tokenizer, config, recover)
         return client.sample(prompts, n=1, temperature=config.temperature, seed=SEED).completions
 
     def try_out(new: Sender, old: Sender) -> None:

@@ -11,10 +11,10 @@ Whatever becomes of a newcomer, the workers that are there go on. Samples depend
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RunConfig, VllmRolloutConfig
 from rlhf.config.scale_rules import check_joining, check_number
@@ -30,7 +30,7 @@ from transfer.agreement.wire import RemoteError
 if TYPE_CHECKING:
     from transfer import Sender, Transfer
 
-STATUS_S = 2.0  # how long a worker that leaves may take to say whether it samples
+STATUS_S = 2.0  # how long a worker may take to say whether it samples, or has weights
 GOING, DONE, FAILED = "going", "done", "failed"
 
 
@@ -124,15 +124,16 @@ class Scaling:
     # --- one look at it ---------------------------------------------------------------------------------------------
 
     def _go_on(self, change: Change) -> None:
-        for begun in change.waiting:  # which has got a version since
-            self._ask_from_now_on(begun, change)
-        change.waiting = []
+        for begun in list(change.waiting):
+            if _status(begun).get("version") is not None:  # a push has brought it one
+                change.waiting.remove(begun)
+                self._ask_from_now_on(begun, change)
         for begun, deadline in list(change.starting):
             if begun.is_up() or self._holds_steps or time.monotonic() > deadline:
                 change.starting.remove((begun, deadline))
                 self._let_in(begun, deadline, change)
         for begun in list(change.leaving):
-            if time.monotonic() > change.ends or _is_idle(begun):
+            if time.monotonic() > change.ends or not _status(begun).get("serving"):
                 change.leaving.remove(begun)
                 self._let_go(begun)
         self._tell(change)
@@ -223,13 +224,13 @@ class Scaled:
         self._gather.write(folder, step)
 
 
-def _is_idle(begun: Begun) -> bool:
-    """Whether it samples nothing any more, or does not answer."""
+def _status(begun: Begun) -> Mapping[str, Any]:
+    """What a worker says of itself; nothing if it does not answer."""
     assert begun.sender is not None
     try:
-        return not begun.sender.call("status", {}, STATUS_S).get("serving")
+        return begun.sender.call("status", {}, STATUS_S)
     except RemoteError:
-        return True
+        return {}
 
 
 def _workers(count: int) -> str:
