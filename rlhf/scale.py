@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.shell import scale_files
-from rlhf.shell.ending import INTERRUPTED, RunError, alone
+from rlhf.shell.ending import INTERRUPTED, RunError, alone, terminate_as_interrupt
 from rlhf.shell.scale_files import Answer, Request
 from rlhf.shell.screen import outlast
 from transfer.agreement.shown import printable
@@ -39,6 +39,7 @@ MARKS = (".hydra/config.yaml", "status.json", "metrics.jsonl")  # of a run's fol
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ask a run for another number of workers, and wait until it has them."""
     outlast()
+    terminate_as_interrupt()  # so that a request is taken back
     parser = argparse.ArgumentParser(
         "python -m rlhf.scale", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -8,11 +8,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,47 +106,66 @@ def test_a_request_that_waits_already_is_left_there(going, capsys):
     assert scale_files.taken(going).workers == 3
 
 
-def answering(folder: Path, *said: tuple[str, str]) -> threading.Thread:
-    """A run that takes the request and says this."""
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """`meanwhile(f, g)`: what happens between two looks of the command."""
 
-    def answer() -> None:
-        while not scale_files.waiting(folder):
-            time.sleep(0.01)
-        request = scale_files.taken(folder)
-        for state, line in said:
-            scale_files.answer(folder, Answer(request.id, state, line))
-            time.sleep(0.3)
+    def happens(*acts: Callable[[], object]) -> None:
+        left = iter(acts)
+        monkeypatch.setattr("rlhf.scale.time.sleep", lambda seconds: next(left)())
 
-    thread = threading.Thread(target=answer)
-    thread.start()
-    return thread
+    return happens
 
 
-def test_progress_is_a_line_each_and_the_last_line_is_the_answer(going, capsys):
-    thread = answering(going, ("going", "1 worker now, 1 coming up"), ("done", "2 workers now, 1 before"))
+def answers(folder: Path, *said: tuple[str, str]) -> list[Callable[[], None]]:
+    """What a run does that takes the request and says this."""
+    taken: list[Request] = []
+
+    def answer(state: str, line: str) -> None:
+        if not taken:
+            taken.append(scale_files.taken(folder))
+        scale_files.answer(folder, Answer(taken[0].id, state, line))
+
+    return [partial(answer, *each) for each in said]
+
+
+def test_progress_is_a_line_each_and_the_last_line_is_the_answer(going, meanwhile, capsys):
+    coming = ("going", "1 worker now, 1 coming up")
+    meanwhile(*answers(going, coming, coming, ("done", "2 workers now, 1 before")))
     main([str(going), "2"])
-    thread.join()
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["1 worker now, 1 coming up", "2 workers now, 1 before"]
+    assert said == ["asked: the run looks between two steps", "1 worker now, 1 coming up", "2 workers now, 1 before"]
     assert list(going.iterdir()) == [going / "status.json"]
 
 
-def test_what_the_run_says_against_it_is_the_error(going, capsys):
-    thread = answering(going, ("failed", "1 worker now, as before; worker 1 died"))
+def test_what_the_run_says_against_it_is_the_error(going, meanwhile, capsys):
+    meanwhile(*answers(going, ("failed", "1 worker now, as before; worker 1 died")))
     assert refused(going, 2) == 1
-    thread.join()
     assert capsys.readouterr().err == "1 worker now, as before; worker 1 died\n"
 
 
-def test_a_run_that_ends_meanwhile_is_said(folder, capsys):
+def test_a_run_that_is_still_at_it_when_the_command_gives_up_is_said(going, meanwhile, monkeypatch, capsys):
+    late = lambda: monkeypatch.setattr("rlhf.scale.time.monotonic", lambda: float("inf"))  # noqa: E731
+    (goes,) = answers(going, ("going", "1 worker now, 1 coming up"))
+    meanwhile(lambda: (goes(), late()))
+    assert refused(going, 2) == 1
+    told = "the run is still at it: 1 worker now, 1 coming up; what comes of it is on its screen\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_run_that_ends_meanwhile_is_said(folder, meanwhile, capsys):
     with ExitStack() as held:
         held.enter_context(alone(folder))
-        end = threading.Timer(0.3, held.close)
-        end.start()
+        meanwhile(held.close)
         assert refused(folder, 2) == 1
-        end.join()
     assert capsys.readouterr().err == f"the run in {folder} has ended meanwhile\n"
     assert not scale_files.waiting(folder)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_ended_takes_its_request_back(going, meanwhile, signum, code):
+    meanwhile(lambda: os.kill(os.getpid(), signum))
+    assert refused(going, 2) == code and not scale_files.waiting(going)
 
 
 def test_help_comes_without_anything_heavy():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlhf.config.rollout import VllmRolloutConfig
 from rlhf.config.run import RunConfig
-from transfer.config import HttpSenderConfig, IpcConfig, LocalConfig
+from transfer.config import DiskConfig, HttpSenderConfig, IpcConfig, LocalConfig
 
 IN_PROCESS = "transfer=local samples inside the trainer's process: there is one worker, always"
 
@@ -55,3 +55,5 @@ def check_joining(config: RunConfig, urls: Sequence[str]) -> None:
             "transfer=ipc shares memory only with workers that this run starts: a worker joins by its URL with "
             "transfer=disk, gloo or nccl"
         )
+    if isinstance(config.transfer, DiskConfig) and servers:
+        raise ValueError("a vLLM server takes weights from memory: it joins with transfer=ipc or handles (got disk)")

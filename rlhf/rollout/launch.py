@@ -212,8 +212,12 @@ def vllm_server(policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, at: tu
     from transfer.trainer.senders.direct import DirectSender
 
     index, url, key = at
-    begun = Begun(index, lambda _: DirectSender(worker_around(server, policy, spec), f"server {url}"))
-    server = begun.stack.enter_context(closing(server_at(url, spec, config, key)))
+
+    def connect(_: float) -> Sender:
+        server = begun.stack.enter_context(closing(server_at(url, spec, config, key)))
+        return DirectSender(worker_around(server, policy, spec), f"server {url}")
+
+    begun = Begun(index, connect)
     return begun
 
 

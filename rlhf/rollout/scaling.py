@@ -84,10 +84,11 @@ class Scaling:
 
     def close(self) -> None:
         """Whoever has asked hears that the run has ended."""
-        if self._change is None and scale_files.waiting(self._folder):
-            self._take_request(ending=True)
-        if self._change is not None:
-            self._answer(self._change, FAILED, "the run has ended meanwhile")
+        for _ in range(2):  # the one that the run is at, and one that waits
+            if self._change is None and scale_files.waiting(self._folder):
+                self._take_request(ending=True)
+            if self._change is not None:
+                self._answer(self._change, FAILED, "the run has ended meanwhile")
 
     # --- what is asked for ------------------------------------------------------------------------------------------
 

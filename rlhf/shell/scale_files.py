@@ -47,8 +47,14 @@ def post(folder: Path, request: Request) -> None:
     written = _written(folder, request.id, asdict(request))
     try:
         os.link(written, folder / REQUEST)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without such links
+        if waiting(folder):
+            raise FileExistsError(str(folder / REQUEST)) from None
+        written.rename(folder / REQUEST)
     finally:
-        written.unlink()
+        written.unlink(missing_ok=True)
 
 
 def withdrawn(folder: Path, request: Request) -> bool:

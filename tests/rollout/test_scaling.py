@@ -215,6 +215,11 @@ def test_if_one_of_them_cannot_be_begun_none_is(run):
         ([], {"urls": ["http://127.0.0.1:1"]}, "transfer=ipc shares memory only with workers that this run starts"),
         (["transfer=local"], {"urls": ["http://127.0.0.1:1"]}, "transfer=local samples inside the trainer's process"),
         (["transfer=disk"], {"urls": ["ftp://a"]}, "must be like http://127.0.0.1:8000"),
+        (
+            ["transfer=disk", "rollout=vllm"],
+            {"urls": ["http://a"]},
+            r"a vLLM server .*=ipc or handles \(got disk\)",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_changed(run, overrides, what, line):
@@ -250,8 +255,8 @@ def test_whoever_has_asked_hears_that_the_run_has_ended(run):
     run.ask(workers=2)
     run.scaling.close()
     assert run.answer == ("failed", "the run has ended meanwhile")
-    run.request = Request(workers=1)
-    scale_files.post(run.folder, run.request)
+    run.ask(workers=2)
+    run.ask(workers=1)
     run.scaling.close()
     assert run.answer == ("failed", "the run has ended meanwhile") and not scale_files.waiting(run.folder)
 
@@ -277,6 +282,17 @@ def test_a_link_is_not_followed_and_nobody_else_can_read_a_request(run, tmp_path
     scale_files.post(tmp_path, Request(urls=["http://127.0.0.1:1"], token="t"))
     assert (tmp_path / scale_files.REQUEST).stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", scale_files.REQUEST]
+
+
+def test_where_files_have_no_links_a_request_is_renamed_into_its_place(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError("no links")
+
+    monkeypatch.setattr(os, "link", link)
+    scale_files.post(tmp_path, Request(workers=2))
+    with pytest.raises(FileExistsError):
+        scale_files.post(tmp_path, Request(workers=3))
+    assert scale_files.taken(tmp_path).workers == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_look_without_a_request_costs_next_to_nothing(run, monkeypatch):
