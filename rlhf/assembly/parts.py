@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.ahead import Ahead, read
+from rlhf.ahead.exact import Exact, read
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
@@ -131,12 +131,12 @@ def _judged(
     return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
 
 
-def _ahead(site: Site, matter: Matter, gather: Gathers, record: Recorder) -> Ahead:
+def _ahead(site: Site, matter: Matter, gather: Gathers, record: Recorder) -> Exact:
     """What draws each step's samples while the one before is learned from, with those that a checkpoint has."""
     config, prompts = site.config, matter.task.train
     order = list(batches(len(prompts), config.prompts_per_step, config.steps, config.seed))
     assert isinstance(gather, Gather)
-    return Ahead(gather, record, prompts, order, read(site.saved.path, prompts) if site.saved else None)
+    return Exact(gather, record, prompts, order, read(site.saved.path, prompts) if site.saved else None)
 
 
 def _elsewhere(*_: Any) -> Any:
