@@ -91,6 +91,9 @@ class Exact:
         for future in self._batches.values():
             future.result()
 
+    def release(self) -> None:
+        """Nothing waits for that."""
+
     def write(self, folder: Path, step: int) -> None:
         """Into a checkpoint after `step`: the samples of the next, if they are there."""
         future = self._batches.get(step + 1)

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.gather import Scored
+from rlhf.ahead.slots import Slot, Slots
+from rlhf.gather import Scored, groups_of, joined
 from rlhf.ranks.frames import packed, unpacked
 from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, RewardReport, Rollouts
@@ -68,3 +69,29 @@ def told_reports(reports: Sequence[RewardReport]) -> list[dict[str, Any]]:
 def heard_reports(said: Any) -> list[RewardReport]:
     """The inverse of `told_reports`."""
     return [RewardReport(**each) for each in said]
+
+
+def told_slots(slots: Slots, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Where the stream is, and the groups that are not learned from yet; of those that are not whole, that they are."""
+    numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
+    whole = [(slot.index, slot.group, slot.report) for slot in slots.held if slot.group is not None]
+    return {
+        "next": slots.next,
+        "learned": slots.learned,
+        "left_out": slots.left_out,
+        "held": [slot.index for slot in slots.held],
+        "whole": [index for index, _, _ in whole],
+        "groups": told(joined([group for _, group, _ in whole]), numbers) if whole else None,
+        "reports": [None if report is None else asdict(report) for _, _, report in whole],
+    }
+
+
+def heard_slots(said: Any, slots: Slots, prompts: Sequence[Prompt]) -> None:
+    """Bring `slots`, which are new, to where they were; what was being drawn is drawn anew."""
+    slots.next, slots.learned, slots.left_out = said["next"], said["learned"], said["left_out"]
+    slots.held = [Slot(index) for index in said["held"]]
+    by_index = {slot.index: slot for slot in slots.held}
+    groups = groups_of(heard(said["groups"], prompts)) if said["whole"] else []
+    for index, group, report in zip(said["whole"], groups, said["reports"], strict=True):
+        by_index[index].group, by_index[index].asked = group, True
+        by_index[index].report = None if report is None else RewardReport(**report)

@@ -232,7 +232,10 @@ def test_samples_of_a_checkpoint_that_are_none_are_told_in_one_line(tmp_path, co
     ("overrides", "said"),
     [
         ("algo.correction=off", "choose algo.correction=tis, icepop or sequence"),
-        ("rollout.ahead.lag=2", r"rollout.ahead.lag must be between 0 and 1 \(got 2\)"),
+        ("rollout.ahead.lag=2", "choose rollout.ahead.lag=1, or rollout.ahead.order=free"),
+        ("rollout.ahead.lag=17", r"rollout.ahead.lag must be between 0 and 16 \(got 17\)"),
+        ("rollout.ahead.window=3", "choose rollout.ahead.order=free and a lag of 1 or more"),
+        ("rollout.ahead.order=free rollout.in_flight=abort", "choose keep, or wait"),
         ("transfer=local", "choose transfer=ipc with staging=arena, or transfer=disk"),
         ("transfer.staging=live", "choose transfer=ipc with staging=arena, or transfer=disk"),
         ("transfer=gloo", "choose transfer=ipc with staging=arena, or transfer=disk"),
