@@ -62,8 +62,7 @@ class Load:
         size = config.prompts_per_step
         if not config.rollout.continuous:
             return cls(1, -(-size // workers))
-        slots = (config.rollout.ahead.lag + 1) * size
-        return cls(MOST_REQUESTS, -(-slots // (MOST_REQUESTS * workers)))
+        return cls(MOST_REQUESTS, -(-size // (MOST_REQUESTS * workers)))
 
 
 @dataclass(slots=True)

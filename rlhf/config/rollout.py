@@ -21,6 +21,13 @@ class Logprobs(Enum):
     sample = "sample"  # every 16th row, and at least 32 a step: enough for train/mismatch and its alarm
 
 
+class KvAfterUpdate(Enum):
+    """What becomes of the key/value cache of completions that go on under new weights (`in_flight=keep`)."""
+
+    keep = "keep"  # what older weights have computed stays: nothing is computed twice
+    recompute = "recompute"  # prompt and answer so far are computed anew, so that log-probs are the new weights' own
+
+
 MOST_LAG = 16  # versions; the slots of so many steps are in memory, and in each checkpoint
 
 
@@ -68,6 +75,7 @@ class RolloutConfig:
     gpus: list[int] | None = None  # of the workers, in turn; null: one after the other where weights are copied
     restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
+    kv_after_update: KvAfterUpdate = KvAfterUpdate.keep  # the cache of those that go on under new weights
     ahead: AheadConfig = field(default_factory=AheadConfig)
     mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
     logprobs: Logprobs = Logprobs.auto  # rows whose log-probs the workers tell; rollout=vllm is faster without
@@ -82,6 +90,11 @@ class RolloutConfig:
         if self.gpus is not None and min(self.gpus, default=-1) < 0:
             raise ValueError(f"rollout.gpus must be GPUs by their numbers from 0, like [1] (got {self.gpus})")
         at_least("rollout.restarts", self.restarts, 0)
+        if self.kv_after_update is KvAfterUpdate.recompute and self.in_flight is not InFlight.keep:
+            raise ValueError(
+                "rollout.kv_after_update=recompute is for completions that go on under new weights, which "
+                f"rollout.in_flight={self.in_flight.value} has none of: choose in_flight=keep, or leave it out"
+            )
         if self.mismatch_alarm is not None:
             positive("rollout.mismatch_alarm", self.mismatch_alarm)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)

@@ -133,7 +133,7 @@ def test_steps_have_the_prompts_and_seeds_of_their_numbers_and_groups_no_older_t
 def test_a_worker_that_is_slow_gets_less_and_nobody_is_asked_for_more_than_there_are_slots(make):
     house = House()
     house.may["b"].clear()
-    queue, record = make(house, "rollout.ahead.window=4", slots=Slots(4, 1, 400, window=4))
+    queue, _ = make(house, "rollout.ahead.window=4", slots=Slots(4, 1, 400, window=4))
     for number in (1, 2):
         queue(PROMPTS, [], number)
         queue.release()
@@ -149,7 +149,7 @@ def test_engines_whose_rows_come_and_go_are_asked_for_single_prompts(compose_run
     vllm = compose_run(*FREE, "rollout=vllm", "transfer.take=copy")
     assert Load.of(vllm, 2) == Load(48, 1)
     many = compose_run(*FREE, "rollout=vllm", "transfer.take=copy", "prompts_per_step=512")
-    assert Load.of(many, 2) == Load(48, 11)
+    assert Load.of(many, 2) == Load(48, 6)
 
 
 def test_what_a_worker_was_asked_for_when_it_died_is_asked_again_and_in_the_thread_that_waits(make):
@@ -253,7 +253,7 @@ def test_groups_without_a_signal_give_their_slots_back_and_too_many_of_them_end_
         rollouts, _ = step(queue, house, number)
         assert all(int(prompt.text) % 2 for prompt in rollouts.prompts) and len(rollouts.prompts) == 4
     queue, _ = make(House(), "algo.dynamic_sampling=3")
-    with pytest.raises(RunError, match="step 1: of 1[3-9] prompts all samples have one reward"):
+    with pytest.raises(RunError, match=r"step 1: of 1[3-9] prompts all samples have one reward"):
         queue(PROMPTS, [], 1)
 
 
