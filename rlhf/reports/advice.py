@@ -118,7 +118,7 @@ def _waiting_workers(shares: Shares, idle: float, dials: Dials) -> str:
     said = f"the workers wait {idle:.0%} of the time, and learning takes {learning:.0%} of it"
     enough = max(1, math.ceil(workers * (1 - idle) / FULL))
     if dials.lag and enough < workers:
-        return f"{said}: {enough} would do ({_scaled(enough, dials)})"
+        return f"{said}: {enough} of {workers} would do ({_scaled(enough, dials)})"
     return f"{said}: a faster trainer would help (trainer=replicas on more GPUs), more workers would not"
 
 

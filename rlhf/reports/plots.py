@@ -90,6 +90,7 @@ PANELS = (
         (),
     ),
     Panel("mismatch", "Log-probs, worker against trainer", (("train/mismatch", "mean difference"),), ("mismatch",)),
+    Panel("ess", "Effective share of the samples", (("train/ess", "of the tokens"),), ("ess",), least=1.0),
 )
 LATENCY = Panel(
     "transfer",
@@ -99,12 +100,22 @@ LATENCY = Panel(
     1e3,
     1.0,
 )
-LAG = Panel(
-    "lag",
-    "Lag of sampled tokens, versions",
-    (("rollout/lag", "mean"), ("rollout/lag_max", "largest")),
-    (),
-    least=1.0,
+AGES = (
+    Panel(
+        "lag",
+        "Lag of sampled tokens, versions",
+        (("rollout/lag", "mean"), ("rollout/lag_max", "largest")),
+        ("lag",),
+        least=1.0,
+    ),
+    Panel(
+        "ages",
+        "Share of the tokens that are so many versions old",
+        tuple((f"rollout/lag_{age}", str(age)) for age in range(9)),
+        (),
+        least=1.0,
+    ),
+    Panel("queue", "Whole groups that wait for the trainer", (("rollout/queue", "groups"),), (), least=1.0),
 )
 HARDWARE = (
     Panel(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.reports.lanes import FILE as LANES
+from rlhf.reports.lanes import History, history
 from rlhf.reports.summary import Rows, is_number, read_summary
 
 LAST = 2**53  # step that a float tells from the one before
@@ -41,6 +43,10 @@ class RunFolder:
         """The rows of samples.jsonl that have a step; a reward or gold that is no number is none."""
         rows = [row for row in json_lines(self.path / "samples.jsonl") if is_number(row.get("step"))]
         return [row | {name: row.get(name) if is_number(row.get(name)) else None for name in SCORES} for row in rows]
+
+    def lanes(self) -> History:
+        """Who did what when."""
+        return history(json_lines(self.path / LANES))
 
 
 def read_run(path: Path) -> RunFolder:

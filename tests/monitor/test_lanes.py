@@ -7,11 +7,13 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.assembly.outcome import reported
 from rlhf.monitor import lanes as module
 from rlhf.monitor.lanes import Lanes
 from rlhf.reports.lanes import FILE, History, Line, history, in_order, merged, shares, summed
@@ -236,3 +238,17 @@ def test_a_run_that_goes_on_has_each_step_once(compose_run, tmp_path):
     ends = [line.until for line in found.lines]
     assert {line.step for line in found.lines} == {1, 2, 3, 4} and ends == sorted(ends)
     assert set(shares(found).idle) == {"worker 0"}
+
+
+@pytest.mark.parametrize(("steps", "seconds", "said"), [(5, 30.0, True), (4, 99.0, False), (60, 29.0, False)])
+def test_the_end_of_a_run_says_who_waited_where_it_was_long_enough(compose_run, path, capsys, steps, seconds, said):
+    lines = [{"step": s, "until": s, "lanes": {"trainer": [["sample", s - 0.9, s]]}} for s in range(1, steps + 1)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bars = SimpleNamespace(on=True, say=print)
+    site = SimpleNamespace(
+        folder=path.parent, config=compose_run("transfer=local"), bars=bars, notes={}, heart=SimpleNamespace(peaks={})
+    )
+    rows = [{"step": s, "seconds/step": 1.0, "tokens_per_second": 9.0} for s in range(1, steps + 1)]
+    reported(site, rows, seconds, [])
+    told = "the trainer waits for samples 90% of the time: workers of their own sample faster (transfer=ipc"
+    assert (told in capsys.readouterr().out) == said

@@ -36,7 +36,7 @@ CASES = {
     "ahead, busy workers": (shares(0.05, sample=0.4, learn=0.58), {"lag": 1}, "are busy: add a worker (rollout."),
     "ahead, both wait": (BOTH_WAIT, {"lag": 1}, "38% of the time, and the workers wait 45%: rollout.ahead.lag=2, or"),
     "as far ahead as can be": (BOTH_WAIT, {"lag": MOST_LAG}, "what lies between takes the time (rewards"),
-    "ahead, idle workers": (shares(0.7, 4, sample=0.02, learn=0.9), {"lag": 1}, "2 would do (rollout.workers=2)"),
+    "ahead, idle workers": (shares(0.7, 4, sample=0.02, learn=0.9), {"lag": 1}, "2 of 4 would do (rollout.workers=2)"),
     "ahead, one idle worker": (shares(0.7, 1, sample=0.02, learn=0.9), {"lag": 1}, "a faster trainer would help"),
     "ahead, in balance": (shares(0.15, sample=0.05, learn=0.9), {"lag": 1}, "nobody waits much: the trainer for"),
     "weights": (shares(transfer=0.31, sample=0.3, learn=0.3), {}, "moving weights takes 31% of the time: python -m"),
