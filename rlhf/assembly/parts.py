@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.ahead import Ahead, read
+from rlhf.assembly.drawn_ahead import drawn_ahead
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
@@ -22,7 +22,6 @@ from rlhf.checkpoint.store import Store
 from rlhf.config import VllmRolloutConfig
 from rlhf.gather import Gather
 from rlhf.held_out import evaluated
-from rlhf.learning.batches import batches
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.monitor.flops import Meter
@@ -39,7 +38,6 @@ from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
-from rlhf.types import Sampler
 from transfer import Sender, Transfer, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
@@ -83,7 +81,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     record = _recorder(site, transfer, journal, lanes, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
-    gather, measure = _judged(site, matter, own, record, stack)
+    gather, measure = _judged(site, matter, client, record, stack)
     writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
     store, by = Store(site.folder / FOLDER), Ranks()
     if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
@@ -121,25 +119,19 @@ def _until_the_end(recover: Callable[[Sender], bool], stack: ExitStack) -> Calla
 
 
 def _judged(
-    site: Site, matter: Matter, sampler: Sampler, record: Recorder, stack: ExitStack
+    site: Site, matter: Matter, client: RolloutClient, record: Recorder, stack: ExitStack
 ) -> tuple[ToldGather, Callable[[], Any]]:
     """A step's samples with their rewards, and what is measured of the held-out prompts: by the first rank, for all."""
     if not site.ranks.first:
         return ToldGather(site.ranks, None), partial(site.ranks.heard, _elsewhere)
+    sampler = conversing(client, matter.task.environment)
     reward = combine(site.config.reward, matter.rewards)
-    gather: Gathers = Gather(sampler, reward, site.config, record)
+    at_once = Gather(sampler, reward, site.config, record)
+    gather: Gathers = at_once
     if site.config.rollout.ahead.lag:
-        gather = stack.enter_context(closing(_ahead(site, matter, gather, record)))
+        gather = stack.enter_context(closing(drawn_ahead(site, matter, client, at_once, record)))
     measure = partial(evaluated, matter.task, sampler, reward, site.config)
     return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
-
-
-def _ahead(site: Site, matter: Matter, gather: Gathers, record: Recorder) -> Ahead:
-    """What draws each step's samples while the one before is learned from, with those that a checkpoint has."""
-    config, prompts = site.config, matter.task.train
-    order = list(batches(len(prompts), config.prompts_per_step, config.steps, config.seed))
-    assert isinstance(gather, Gather)
-    return Ahead(gather, record, prompts, order, read(site.saved.path, prompts) if site.saved else None)
 
 
 def _elsewhere(*_: Any) -> Any:

@@ -21,14 +21,43 @@ class Logprobs(Enum):
     sample = "sample"  # every 16th row, and at least 32 a step: enough for train/mismatch and its alarm
 
 
+MOST_LAG = 16  # versions; the slots of so many steps are in memory, and in each checkpoint
+
+
+class Order(Enum):
+    """In which order samples that were drawn ahead are learned from."""
+
+    exact = "exact"  # each step has the samples of its own prompts, of weights that are known: runs repeat to the bit
+    free = "free"  # groups are learned from as they come, from a queue, and new weights come while others are drawn
+
+
 @dataclass(slots=True, kw_only=True)
 class AheadConfig:
-    """Samples are drawn while the step before is learned from, by weights that are `lag` versions behind."""
+    """Samples are drawn while the trainer learns, by weights that are up to `lag` versions behind."""
 
-    lag: int = 0  # 0: a step's samples are drawn when it begins; 1: while the step before is learned from
+    lag: int = 0  # 0: a step's samples are drawn when it begins; 1: while the step before is learned from; 2, ...: free
+    order: Order = Order.exact  # free: a queue of (lag + 1) x prompts_per_step groups; no two runs are the same
+    window: int = (
+        0  # of order=free: groups that may overtake a slow one, which is then older by window / prompts_per_step
+    )
 
     def __post_init__(self) -> None:
-        in_range("rollout.ahead.lag", self.lag, 0, 1)
+        in_range("rollout.ahead.lag", self.lag, 0, MOST_LAG)
+        at_least("rollout.ahead.window", self.window, 0)
+        if self.order is Order.exact and self.lag > 1:
+            raise ValueError(
+                f"in exact order a step is sampled while the one before is learned from, and no earlier: choose "
+                f"rollout.ahead.lag=1, or rollout.ahead.order=free (got rollout.ahead.lag={self.lag})"
+            )
+        if self.window and (self.order is Order.exact or not self.lag):
+            raise ValueError(
+                f"rollout.ahead.window={self.window} lets groups overtake each other in a queue: choose "
+                "rollout.ahead.order=free and a lag of 1 or more, or leave it out"
+            )
+
+    def most_lag(self, size: int) -> int:
+        """Versions that a token may be behind, where a step has `size` prompts."""
+        return self.lag + -(-self.window // size)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,6 +94,11 @@ class RolloutConfig:
         """How many GPUs a worker computes on."""
         return 1
 
+    @property
+    def continuous(self) -> bool:
+        """Whether rows of many requests share a worker's batch, which they join and leave at any time."""
+        return False
+
 
 @dataclass(slots=True, kw_only=True)
 class HfRolloutConfig(RolloutConfig):
@@ -96,6 +130,11 @@ class VllmRolloutConfig(RolloutConfig):
     sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
     found_paused: bool = False  # servers of transfer.sender.url: a trainer that died may have left them paused
     keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
+
+    @property
+    def continuous(self) -> bool:
+        """vLLM's scheduler does that."""
+        return True
 
     @property
     def gpus_each(self) -> int:

@@ -73,7 +73,8 @@ class Recorder:
         self.meter = meter  # None: nobody knows what learning computes, or how much the device could
         self.sampled = 0  # tokens of the step, with those of groups that are not learned from
         self.sampling_s: float | None = None  # that drawing them took, if it was not waited for
-        self.most_lag = config.rollout.ahead.lag  # versions that sampled tokens may be behind
+        self.most_lag = config.rollout.ahead.most_lag(config.prompts_per_step)  # versions that tokens may be behind
+        self.ahead: dict[str, float] = {}  # how full the queue is that the step's samples were in
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
         self.reports: list[RewardReport] = []
@@ -137,7 +138,7 @@ class Recorder:
         if lags.max() > self.most_lag:
             raise RunError(
                 f"version {version} is live, and version {rollouts.version} has sampled what is learned from"
-                + (f": more than rollout.ahead.lag={self.most_lag} versions before" if self.most_lag else "")
+                + (f": more than {self.most_lag} versions before (rollout.ahead)" if self.most_lag else "")
             )
         self.lag = {"rollout/lag": int(lags.sum()) / len(lags), "rollout/lag_max": float(lags.max())}
         ages = range(self.most_lag + 1) if self.most_lag else ()
@@ -162,6 +163,7 @@ class Recorder:
             "train/turns": mean([(len(said) + 1) / 2 for said in rollouts.conversations]),
             "rollout/version": float(rollouts.version),
             **self.lag,
+            **self.ahead,
             **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},

@@ -87,10 +87,26 @@ class RolloutClient:
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
-        seeds = [seed_of(seed, index) for index in range(len(prompts))]
+        return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
+
+    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt."""
         measured = None if self._wanted.all_logprobs else measured_rows(len(prompts) * n)
         completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature, measured)
         return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
+
+    @property
+    def senders(self) -> Sequence[Sender]:
+        """To the workers, as they are now."""
+        return self._senders
+
+    def of(self, sender: Sender) -> RolloutClient:
+        """A client of one of the workers, which recovers none."""
+        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted)
+
+    def recover(self, sender: Sender) -> bool:
+        """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""
+        return self._recover(sender)
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """Each completion without its special tokens, and without the one that ended it, which need not be special."""

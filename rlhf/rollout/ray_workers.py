@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Connect = Callable[[], list[Sender]]  # waits until the workers are up
 
-RAY_THREADS = 8  # so that `status` is answered while the actor samples
+RAY_THREADS = 64  # so that weights come, and `status` is answered, while the actor samples
 
 
 class RayWorker(Worker):
