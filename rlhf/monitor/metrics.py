@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import RunConfig, VerifierRewardConfig
+from rlhf.config.rollout import MOST_LAG
 from rlhf.monitor.alarms import OF_EVALUATIONS, OF_STEPS, Watch
 from rlhf.monitor.flops import Meter, Row
 from rlhf.monitor.lanes import Lanes
@@ -141,7 +142,7 @@ class Recorder:
                 + (f": more than {self.most_lag} versions before (rollout.ahead)" if self.most_lag else "")
             )
         self.lag = {"rollout/lag": int(lags.sum()) / len(lags), "rollout/lag_max": float(lags.max())}
-        ages = range(self.most_lag + 1) if self.most_lag else ()
+        ages = range(min(self.most_lag, MOST_LAG) + 1) if self.most_lag else ()
         self.lag |= {f"rollout/lag_{age}": float((lags == age).mean()) for age in ages}  # shares of the tokens
         self.outlets.journal.write("consume", version=version, oldest=rollouts.version, seeds=rollouts.seeds)
 

@@ -17,7 +17,7 @@ def hardly_bounded(config: RunConfig) -> Iterator[str]:
     A loss clips the policy against itself at the step's beginning, which in the first update is the policy: what
     older weights have sampled is bounded by the correction alone.
     """
-    algo, lag = config.algo, config.rollout.ahead.lag
+    algo, lag = config.algo, config.rollout.ahead.most_lag(config.prompts_per_step)
     if lag <= 1 or not isinstance(algo, AlgoConfig):
         return
     if algo.correction_high > LOOSE:

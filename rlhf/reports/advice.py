@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.rollout import MOST_LAG
 from rlhf.reports.lanes import SAMPLE, Shares
 
 MUCH = 0.2  # of the time, from which it is worth a word
 IDLE = 0.4  # of the workers' time, from which they are too many, or too fast
 FULL = 0.8  # of a worker's time, that is to be left where there are fewer of them
-MOST_LAG = 8  # that rollout.ahead.lag may be
 LEARN, REWARD, BESIDE = "learn", "reward", "beside"
 
 
@@ -22,10 +22,13 @@ class Dials:
     """What a run was told that advice depends on."""
 
     lag: int = 0
+    free: bool = False  # steps take groups from a queue
+    waits: bool = True  # new weights wait for requests that run
     corrected: bool = False  # algo.correction is not off
     keeps_versions: bool = True  # whether its transfer lets workers sample while weights change
     own_process: bool = True  # workers are not the trainer itself
     elsewhere: bool = False  # somebody else has started them
+    prompts: int = 32  # of a step, of which each worker has one at least
     sleeps: bool = False  # workers sleep while the trainer learns
     samples: bool = True  # it is no training on pairs
     ended: bool = True
@@ -35,13 +38,16 @@ class Dials:
         """Those of a configuration with dotted keys; None where that is not known."""
         if "rollout.workers" not in config:
             return None
-        lag = config.get("rollout.ahead.lag")
+        lag, prompts = config.get("rollout.ahead.lag"), config.get("prompts_per_step")
         return cls(
             lag=lag if isinstance(lag, int) else 0,
+            free=config.get("rollout.ahead.order") == "free",
+            waits=config.get("rollout.in_flight") == "wait",
             corrected=config.get("algo.correction") not in ("off", False),  # YAML may take off for false
             keeps_versions=config.get("transfer.staging") == "arena" or "transfer.keep" in config,
             own_process="transfer.sender.url" in config or "transfer.sender.address" in config,
             elsewhere=bool(config.get("transfer.sender.url")),
+            prompts=prompts if isinstance(prompts, int) else 1,
             sleeps=config.get("rollout.sleep_level") in (1, 2),
             samples="algo.correction" in config,
             ended=ended,
@@ -73,7 +79,7 @@ def _beside(what: str, share: float, dials: Dials) -> str:
     """Something else than sampling and learning takes the time."""
     ahead = f"; with {_ahead(dials)} they are computed while the trainer learns" if dials.lag == 0 else ""
     said = {
-        "transfer": "moving weights takes {}: python -m transfer.doctor says which ways are the fastest here",
+        "transfer": f"moving weights takes {{}}: {_moved(dials)}",
         "verify": "verifying weights takes {}: raise transfer.verify_every",
         "evaluate": "evaluations take {}: raise evaluate_every",
         "checkpoint": "saving takes {}: raise checkpoint.every",
@@ -108,7 +114,8 @@ def _behind(shares: Shares, idle: float, dials: Dials) -> str:
     if idle < MUCH:
         return f"{waits}, and the workers are busy: {_more(shares, dials)}"
     if dials.lag < MOST_LAG:
-        return f"{waits}, and the workers wait {idle:.0%}: rollout.ahead.lag={dials.lag + 1}, or a faster reward"
+        queue = "" if dials.free else "rollout.ahead.order=free "
+        return f"{waits}, and the workers wait {idle:.0%}: {queue}rollout.ahead.lag={dials.lag + 1}, or a faster reward"
     return f"{waits}, and {_between(idle)}"
 
 
@@ -117,9 +124,16 @@ def _waiting_workers(shares: Shares, idle: float, dials: Dials) -> str:
     learning, workers = shares.trainer.get(LEARN, 0.0), shares.workers
     said = f"the workers wait {idle:.0%} of the time, and learning takes {learning:.0%} of it"
     enough = max(1, math.ceil(workers * (1 - idle) / FULL))
+    fresher = f"; with a lower rollout.ahead.lag ({dials.lag}) samples would be fresher" if dials.lag > 1 else ""
     if dials.lag and enough < workers:
-        return f"{said}: {enough} of {workers} would do ({_scaled(enough, dials)})"
-    return f"{said}: a faster trainer would help (trainer=replicas on more GPUs), more workers would not"
+        return f"{said}: {enough} of {workers} would do ({_scaled(enough, dials)}){fresher}"
+    return f"{said}: a faster trainer would help (trainer=replicas on more GPUs), more workers would not{fresher}"
+
+
+def _moved(dials: Dials) -> str:
+    if dials.lag and dials.free and dials.waits:
+        return "they wait for the requests that run, which rollout.in_flight=keep lets go on"
+    return "python -m transfer.doctor says which ways are the fastest here"
 
 
 def _ahead(dials: Dials) -> str:
@@ -131,12 +145,14 @@ def _ahead(dials: Dials) -> str:
 def _more(shares: Shares, dials: Dials) -> str:
     if not dials.own_process:
         return "workers of their own sample faster (transfer=ipc rollout.workers=2)"
+    if shares.workers >= dials.prompts:
+        return f"more workers than prompts ({dials.prompts}) help nobody: shorten answers (rollout.max_new_tokens)"
     return f"add a worker ({_scaled(shares.workers + 1, dials)})"
 
 
 def _scaled(workers: int, dials: Dials) -> str:
     if dials.elsewhere:
-        return f"{workers} in transfer.sender.url"
+        return f"{workers} in transfer.sender.url" if dials.ended else "rlhf scale RUN_DIR --join URL"
     return f"rollout.workers={workers}" if dials.ended else f"rlhf scale RUN_DIR {workers}"
 
 

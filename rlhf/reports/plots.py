@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.rollout import MOST_LAG
 from rlhf.reports.summary import ALARM, PHASES, Rows, mean_of, series
 
 LARGEST = 1e100  # that is drawn
@@ -111,7 +112,7 @@ AGES = (
     Panel(
         "ages",
         "Share of the tokens that are so many versions old",
-        tuple((f"rollout/lag_{age}", str(age)) for age in range(9)),
+        tuple((f"rollout/lag_{age}", str(age)) for age in range(MOST_LAG + 1)),
         (),
         least=1.0,
     ),

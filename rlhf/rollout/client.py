@@ -102,7 +102,7 @@ class RolloutClient:
 
     def of(self, sender: Sender) -> RolloutClient:
         """A client of one of the workers, which recovers none."""
-        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted)
+        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
 
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""

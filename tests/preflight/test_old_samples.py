@@ -11,8 +11,8 @@ LOOSE = "algo.correction_high=100"
 
 
 def said(compose_run, lag: int, overrides: str) -> list[str]:
-    config = compose_run(*overrides.split())
-    config.rollout.ahead.lag = lag
+    ahead = f"rollout.ahead.order=free rollout.ahead.lag={lag} algo.correction=tis" if lag else ""
+    config = compose_run(*ahead.split(), *overrides.split())
     return list(hardly_bounded(config))
 
 
@@ -35,7 +35,7 @@ def test_what_hardly_bounds_old_samples_is_one_line_with_the_key(compose_run, ov
         (8, "updates_per_step=4 algo.correction=tis"),
         (8, "algo=cispo algo.correction=tis"),
         (8, "algo.correction_high=10"),
-        (8, "algo=dpo"),
+        (0, "algo=dpo"),
     ],
 )
 def test_nothing_is_said_of_what_is_bounded_or_hardly_old(compose_run, lag, overrides):

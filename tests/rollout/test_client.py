@@ -221,7 +221,8 @@ def test_when_each_worker_had_a_request_is_told_also_of_one_that_fails(tokenizer
     heard, senders = [], [FakeSender(), Failing()]
     before = time.monotonic()
     client = RolloutClient(senders, tokenizer, CONFIG, heard=lambda *told: heard.append(told))
+    client.of(senders[0]).sample(PROMPTS, n=2, temperature=1.0, seed=0)
     with pytest.raises(RemoteError, match="gone"):
         client.sample(PROMPTS, n=2, temperature=1.0, seed=0)
-    assert [name for name, _, _ in heard] == ["worker 5", "worker 5"]
+    assert [name for name, _, _ in heard] == ["worker 5"] * 3
     assert all(before <= began <= ended <= time.monotonic() for _, began, ended in heard)
