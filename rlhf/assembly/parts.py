@@ -25,11 +25,13 @@ from rlhf.held_out import evaluated
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.monitor.flops import Meter
+from rlhf.monitor.lanes import Lanes
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import Probe
 from rlhf.ranks.outside import Gathers, ToldGather, ToldSampler
 from rlhf.ranks.ranks import Ranks
+from rlhf.reports.lanes import FILE
 from rlhf.rewards import combine
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
@@ -69,13 +71,14 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
     recover = _until_the_end(transfer.recover, stack)
-    client = RolloutClient(senders, tokenizer, config.rollout, recover, wanted_of(config, policy))
+    lanes = _lanes(site, stack)
+    client = RolloutClient(senders, tokenizer, config.rollout, recover, wanted_of(config, policy), lanes.asked)
     own = conversing(client, task.environment)
     sampler = ToldSampler(ranks, own)
     probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
     trained = train_rewards(site, matter, own)
-    record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
+    record = _recorder(site, transfer, journal, lanes, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
     gather, measure = _judged(site, matter, client, record, stack)
@@ -135,14 +138,23 @@ def _elsewhere(*_: Any) -> Any:
     raise AssertionError("only the first rank samples and scores")
 
 
-def _recorder(site: Site, transfer: Transfer, journal: Journal, meter: Meter | None, stack: ExitStack) -> Recorder:
+def _lanes(site: Site, stack: ExitStack) -> Lanes:
+    """Who does what when, noted by the first rank."""
+    path = site.folder / FILE if site.ranks.first else None
+    done = site.saved.told["step"] if site.saved else None
+    return stack.enter_context(closing(Lanes(path, site.began, done, site.bars.say)))
+
+
+def _recorder(
+    site: Site, transfer: Transfer, journal: Journal, lanes: Lanes, meter: Meter | None, stack: ExitStack
+) -> Recorder:
     """Where the run's numbers go, with those that there are already."""
     config, done = site.config, site.saved.told["step"] if site.saved else 0
     loggers = make_loggers(config, site.folder, done + 1 if site.saved else None)
     for logger in loggers:
         stack.enter_context(closing(logger))
     bar = site.bars.stage(config.algo.name, config.steps, done)
-    record = Recorder(Outlets(loggers, site.folder, bar, journal), transfer, config, meter)
+    record = Recorder(Outlets(loggers, site.folder, bar, journal, lanes), transfer, config, meter)
     if not site.ranks.first:
         record.keeps_samples, record.verified = False, True  # no score of the task's is asked for
     if site.saved is not None:

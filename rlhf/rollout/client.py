@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transfer import Sender
 
 Settings = dict[str, Any]  # the fields of a message that are the same for all workers
+Heard = Callable[[str, float, float], object]  # of a request: which worker had it, from when to when (monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,10 @@ class RolloutClient:
         config: RolloutConfig,
         recover: Callable[[Sender], bool] = lambda sender: False,
         wanted: Wanted = Wanted(),
+        heard: Heard = lambda worker, began, ended: None,
     ) -> None:
         self._wanted = wanted
+        self._heard = heard
         self._senders = senders
         self._tokenizer = tokenizer
         self._config = config
@@ -99,7 +102,7 @@ class RolloutClient:
 
     def of(self, sender: Sender) -> RolloutClient:
         """A client of one of the workers, which recovers none."""
-        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted)
+        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
 
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""
@@ -181,7 +184,11 @@ class RolloutClient:
     def _ask_once(self, sender: Sender, share: Share, settings: Settings) -> list[list[Completion]]:
         """The n completions of each prompt."""
         n, measured = settings["n"], frozenset(share.rows(settings["n"]))
-        answer = sender.call("completions", share.message(settings), self._config.timeout_s)
+        message, began = share.message(settings), time.monotonic()
+        try:
+            answer = sender.call("completions", message, self._config.timeout_s)
+        finally:
+            self._heard(sender.name, began, time.monotonic())
         try:
             expected = columns.Expected(len(share.prompts) * n, settings["max_tokens"], self._wanted.vocabulary)
             samples = columns.decode(answer[BODY], expected)
