@@ -121,6 +121,9 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
     "torchrun --nproc-per-node 8 -m rlhf.train trainer=replicas model.path=FOLDER": RANKS,
     f"{TRAIN}trainer=sharded trainer.ranks=16 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
     "rollout.workers=16": "tests/ranks/test_ray_hosts.py, with two ranks",
+    f"{TRAIN}rollout.ahead.lag=2 rollout.ahead.order=free rollout.in_flight=keep algo.correction=tis": (
+        "tests/ahead/test_free_runs.py"
+    ),
     f"{TRAIN}rollout.ahead.lag=1 algo.correction=tis": "tests/ahead/test_exact.py, with smaller runs",
     "python -m transfer.doctor": "tests/transfer/test_doctor.py",
     "python -m transfer.doctor --quick": "tests/transfer/test_doctor.py",

@@ -70,6 +70,7 @@ class Desk:
     """What the trainer knows of one worker."""
 
     requests: int = 0  # that run
+    last: int = 0  # when it was asked last, by the number of the request
     starts: int = 0  # how often it was brought back
     lost: RemoteError | None = None  # why a request has failed, until the worker is brought back
     pushes: int = 0  # that there had been when that request began
@@ -112,7 +113,7 @@ class Free:
         self._stream, self._slots = stream, slots
         self._changed = threading.Condition()  # guards all below, and the slots
         self._desks: dict[Sender, Desk] = {}
-        self._pushes = 0
+        self._pushes = self._requests = 0
         self._error: BaseException | None = None
         self._ended = False
         self._since = Since()
@@ -209,13 +210,15 @@ class Free:
         desks = {sender: self._desks.setdefault(sender, Desk()) for sender in senders}
         there = [sender for sender, desk in desks.items() if desk.lost is None]
         while there and not self._ended and (slots := list(islice(self._slots.waiting(), load.prompts))):
-            sender = min(there, key=lambda each: desks[each].requests)
-            if desks[sender].requests == load.requests:
+            sender = min(there, key=lambda each: (desks[each].requests, desks[each].last))
+            desk = desks[sender]
+            if desk.requests == load.requests:
                 return
             for slot in slots:
                 slot.asked = True
-            desks[sender].requests += 1
-            request = Request(sender, desks[sender], slots, desks[sender].starts, self._pushes)
+            self._requests += 1
+            desk.requests, desk.last = desk.requests + 1, self._requests
+            request = Request(sender, desk, slots, desk.starts, self._pushes)
             threading.Thread(target=self._draw, args=(request,), name="ahead", daemon=True).start()
 
     def _failed(self, request: Request, error: BaseException) -> None:
