@@ -29,6 +29,7 @@ from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, RewardReport, Rollouts
 from transfer import Sender
 from transfer.agreement.wire import RemoteError
+from transfer.config import InFlight
 
 LOOK_S = 1.0  # until whoever waits looks again: signals get through
 MOST_REQUESTS = 48  # that run at a worker, which has 64 threads for them
@@ -116,6 +117,7 @@ class Free:
         self._pushes = self._requests = 0
         self._error: BaseException | None = None
         self._ended = False
+        self._holds_back = False  # requests, until new weights are there
         self._since = Since()
         self._rewarding = threading.Lock()  # rewards need not know of threads
 
@@ -130,14 +132,19 @@ class Free:
         return rollouts, self._gather.usable(rewards, next((each for each in reports if each.error), None))
 
     def settle(self) -> None:
-        """Before new weights come: what has failed so far is mended, or ends the run."""
+        """Before new weights come: mend what has failed, and wait for what runs, if they are to wait for that."""
         with self._changed:
             self._mend()
+            self._holds_back = self._gather.config.rollout.in_flight is InFlight.wait
+            while self._holds_back and any(desk.requests for desk in self._desks.values()):
+                self._changed.wait(LOOK_S)
+                self._mend()
 
     def release(self) -> None:
         """The step's weights are live: its slots go to the prompts that come next."""
         with self._changed:
             self._pushes += 1
+            self._holds_back = False
             self._slots.release()
             self._feed()
 
@@ -205,11 +212,17 @@ class Free:
 
     def _feed(self) -> None:
         """Ask workers for the prompts that wait, the least busy first."""
+        if self._ended or self._holds_back:
+            return
         senders = self._workers.senders
         load = Load.of(self._gather.config, len(senders))
         desks = {sender: self._desks.setdefault(sender, Desk()) for sender in senders}
         there = [sender for sender, desk in desks.items() if desk.lost is None]
-        while there and not self._ended and (slots := list(islice(self._slots.waiting(), load.prompts))):
+        while (
+            there
+            and not (self._ended or self._holds_back)
+            and (slots := list(islice(self._slots.waiting(), load.prompts)))
+        ):
             sender = min(there, key=lambda each: (desks[each].requests, desks[each].last))
             desk = desks[sender]
             if desk.requests == load.requests:
@@ -250,6 +263,7 @@ class Free:
                 request.desk.requests -= 1
                 sampling = False
                 self._feed()
+                self._changed.notify_all()
             with self._rewarding:
                 rewards, noted = self._gather.rewarded(rollouts)
                 report = None if noted is None else replace(noted, means=dict(noted.means), counts=dict(noted.counts))
