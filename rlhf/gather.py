@@ -14,6 +14,7 @@ from rlhf.rewards import rewarded, usable
 from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
 
+Rewards = Sequence[float | None]
 Scored = tuple[Rollouts, list[float | None]]
 
 
@@ -42,6 +43,9 @@ class Gather:
     def settle(self) -> None:
         """Nothing is drawn but when it is asked for."""
 
+    def release(self) -> None:
+        """Nor then."""
+
     def write(self, folder: Path, step: int) -> None:
         """Nothing is there of the step after this one."""
 
@@ -52,20 +56,20 @@ class Gather:
         batches = self.config.rl.dynamic_sampling
         if not batches:
             return rollouts, rewards
-        groups = _with_signal(rollouts, rewards)
+        groups = _with_signal((rollouts, rewards))
         draw = random.Random(seed)
         for batch in range(1, batches):
             if len(groups) >= len(rows):
                 break
             others = [train[draw.randrange(len(train))] for _ in rows]
-            groups += _with_signal(*self._sampled(others, seed + batch * self.config.steps))
+            groups += _with_signal(self._sampled(others, seed + batch * self.config.steps))
         if len(groups) < len(rows):
             raise RunError(
                 f"step {step}: {batches} batches have only {len(groups)} prompts with different rewards, of "
                 f"{len(rows)} that a step needs: the task is too easy or too hard for the policy by now; raise "
                 f"algo.dynamic_sampling ({batches}) or samples_per_prompt, or set algo.dynamic_sampling=0"
             )
-        return _joined(groups[: len(rows)])
+        return joined(groups[: len(rows)])
 
     def _sampled(self, prompts: list[Prompt], seed: int) -> Scored:
         n, temperature = self.config.samples_per_prompt, self.config.rollout.temperature
@@ -73,11 +77,19 @@ class Gather:
             rollouts = self.sampler.sample(prompts, n=n, temperature=temperature, seed=seed)
         self.record.sampled += rollouts.tokens
         with self.record.time("reward"):
-            rewards = rewarded(self.reward, rollouts)
-        report: RewardReport | None = getattr(self.reward, "report", None)
+            rewards, report = self.rewarded(rollouts)
         if report is not None:
             self.record.rewarded(report)
-        return rollouts, usable(rewards, self.config.reward.max_failed, report.error if report else "")
+        return rollouts, self.usable(rewards, report)
+
+    def rewarded(self, rollouts: Rollouts) -> tuple[Rewards, RewardReport | None]:
+        """A reward for each sample, and what was noted; None of one that cannot be had."""
+        rewards = rewarded(self.reward, rollouts)
+        return rewards, getattr(self.reward, "report", None)
+
+    def usable(self, rewards: Rewards, report: RewardReport | None) -> list[float | None]:
+        """The rewards of a batch; RunError if more than `reward.max_failed` of them are missing."""
+        return usable(rewards, self.config.reward.max_failed, report.error if report else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +103,26 @@ class Group:
     conversations: list[list[str]]
     rewards: list[float | None]
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether at least two of its samples have different rewards."""
+        return len({reward for reward in self.rewards if reward is not None}) > 1
 
-def _with_signal(rollouts: Rollouts, rewards: list[float | None]) -> list[Group]:
-    """The groups of which at least two samples have different rewards."""
+
+def groups_of(scored: Scored) -> list[Group]:
+    """A batch, prompt by prompt."""
+    rollouts, rewards = scored
     n = rollouts.samples_per_prompt
     groups = []
     for p, (prompt, seed) in enumerate(zip(rollouts.prompts, rollouts.seeds, strict=True)):
         of = slice(p * n, (p + 1) * n)
         parts = rollouts.completions[of], rollouts.texts[of], rollouts.conversations[of]
         groups.append(Group(prompt, seed, *parts, rewards[of]))
-    return [group for group in groups if len({reward for reward in group.rewards if reward is not None}) > 1]
+    return groups
 
 
-def _joined(groups: list[Group]) -> Scored:
+def joined(groups: Sequence[Group]) -> Scored:
+    """Groups as a batch; there is at least one."""
     rollouts = Rollouts(
         prompts=[group.prompt for group in groups],
         completions=[completion for group in groups for completion in group.completions],
@@ -113,3 +132,7 @@ def _joined(groups: list[Group]) -> Scored:
         conversations=[said for group in groups for said in group.conversations],
     )
     return rollouts, [reward for group in groups for reward in group.rewards]
+
+
+def _with_signal(scored: Scored) -> list[Group]:
+    return [group for group in groups_of(scored) if group.has_signal]

@@ -52,6 +52,7 @@ def train(parts: Parts, learner: Learner, config: RunConfig) -> None:
                 parts.gather.settle()
             with record.time("transfer"):
                 version = parts.transfer.push(learner.weights())
+            parts.gather.release()
             with record.time("verify"):
                 parts.probe(version)
             record.step(step, rollouts, rewards_B, learned, parts.task)

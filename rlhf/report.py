@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from rlhf.reports.advice import Dials, advice
 from rlhf.reports.comparison import Line, draw_curves, draw_stall, draw_transfer, lines_of, measured
 from rlhf.reports.comparison import draw_phases as draw_phase_bars
+from rlhf.reports.lane_plot import draw_lanes, lane_names
+from rlhf.reports.lanes import SAMPLE, Shares, shares
 from rlhf.reports.leaderboard import leaderboard, shown
 from rlhf.reports.page import element, folded, html, picture, table, tiles
-from rlhf.reports.plots import HARDWARE, LAG, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
+from rlhf.reports.plots import AGES, HARDWARE, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
 from rlhf.reports.run_folder import RunFolder, is_run, read_run, runs_below
+from rlhf.reports.samples import samples_part
 from rlhf.reports.summary import ALARM, GPU_MEMORY, PHASES, Rows, hardware, series, summarise
 from rlhf.shell.screen import outlast
 
 SAMPLES = 200  # rows of the samples table at most: the best and the worst, as many of each
-CHARACTERS = 600  # of a prompt or an answer
 WHOLE = 8  # with more runs on one page than these, each has fewer panels
+MOST_WORKERS = 15  # that have a number each
 NARROW, WIDE = (5.2, 3.3), (10.6, 3.3)  # inches
 COMPARED = {
     "eval/gold": "Gold reward (held-out prompts)",
@@ -71,8 +75,9 @@ def _run(run: RunFolder, pngs: Path, of: int) -> list[Element]:
     parts.append(_panels([_panel(run.rows, panel, pngs) for panel in panels]))
     parts += [element("h2", "Time and weights"), element("p", _time_in_words(run.rows))]
     drawn = [_figure("phases", "Milliseconds a step, by phase", lambda axis: draw_phases(axis, run.rows), pngs)]
-    drawn += [_panel(run.rows, panel, pngs) for panel in (LATENCY, LAG, *HARDWARE) if _has(run.rows, panel)]
-    return [*parts, _panels(drawn), *_samples(run, SAMPLES if of == 1 else SAMPLES // 10), *_dials(run)]
+    drawn += [_panel(run.rows, panel, pngs) for panel in (LATENCY, *AGES, *HARDWARE) if _has(run.rows, panel)]
+    samples = samples_part(run, SAMPLES if of == 1 else SAMPLES // 10)
+    return [*parts, _panels(drawn), *_waiting(run, pngs), *samples, *_dials(run)]
 
 
 def _heading(run: RunFolder) -> Element:
@@ -135,6 +140,30 @@ def _time_in_words(rows: Rows) -> str:
     return f"Of the time of all steps: {shares}. Evaluations are part of no step."
 
 
+def _waiting(run: RunFolder, pngs: Path) -> list[Element]:
+    """Who waits for whom, and what to do about it."""
+    lanes = run.lanes()
+    found = shares(lanes)
+    if found is None:
+        return []
+    ended = run.status != "unfinished"
+    parts = [element("h2", "Who waits for whom"), element("p", advice(found, Dials.of(run.config, ended)))]
+    parts.append(tiles(_idle(found)))
+    if lanes.lines:
+        size = WIDE[0], 1.5 + 0.26 * len(lane_names(lanes))
+        parts.append(_panels([_figure("lanes", "Who did what when", lambda axis: draw_lanes(axis, lanes), pngs, size)]))
+    return parts
+
+
+def _idle(found: Shares) -> dict[str, str]:
+    """Shares of the time after the first step in which somebody waits."""
+    idle = {f"{worker} has no request": share for worker, share in found.idle.items()}
+    if len(idle) > MOST_WORKERS:
+        idle = {f"of {len(idle)} workers' time without a request": sum(idle.values()) / len(idle)}
+    waits = {"trainer waits for samples": found.trainer.get(SAMPLE, 0.0), **idle}
+    return {name: f"{share:.0%}" for name, share in waits.items()}
+
+
 def _has(rows: Rows, panel: Panel) -> bool:
     return any(metric in row for metric, _ in panel.lines for row in rows)
 
@@ -152,66 +181,11 @@ def _figure(
         draw(axis)
         svg = save(figure, pngs / f"{name}.png")
         plt.close(figure)
-    return picture(svg, title, wide=size == WIDE)
+    return picture(svg, title, wide=size[0] == WIDE[0])
 
 
 def _panels(figures: Sequence[Element]) -> Element:
     return element("div", *figures, class_="panels")
-
-
-# --- samples ----------------------------------------------------------------------------------------------------------
-
-
-def _samples(run: RunFolder, most: int) -> list[Element]:
-    """Those of all steps by reward, the best first; in red where reward and gold are furthest apart."""
-    samples = run.samples()
-    there = sorted((s for s in samples if s.get("reward") is not None), key=lambda s: (-s["reward"], s["step"]))
-    if not there:
-        return []
-    kept = there if len(there) <= most else [*there[: most // 2], *there[-(most - most // 2) :]]
-    said = f"{len(kept)} of {len(there)}" if len(kept) < len(there) else f"All {len(there)}"
-    words = f"{said} samples that the run has kept, by reward"
-    words += ": the best and the worst." if len(kept) < len(there) else "."
-    apart = _apart(kept)
-    if apart:
-        words += " In red: a good reward, as rewards of this run go, for what the gold reward calls poor."
-    rows = [
-        {
-            "reward": _short(sample["reward"]),
-            "gold": _short(sample.get("gold")),
-            "step": str(sample["step"]),
-            "prompt": _cut(str(sample.get("prompt", ""))),
-            "answer": _cut(_conversation(sample)),
-            "ended by": str(sample.get("finish_reason", "")),
-        }
-        for sample in kept
-    ]
-    marked = dict.fromkeys(apart, "differs")
-    text = ("prompt", "answer", "ended by")
-    return [element("h2", "Samples"), element("p", words), table(rows, text, marked, tall=True)]
-
-
-def _apart(samples: Sequence[dict[str, Any]]) -> list[int]:
-    """Which of these have a reward in the upper third of all, and gold in the lower third of its range."""
-    golds = [sample["gold"] for sample in samples if sample.get("gold") is not None]
-    if not golds or all(sample["reward"] == sample.get("gold") for sample in samples):
-        return []
-    bound = min(golds) + (max(golds) - min(golds)) / 3
-    upper = len(samples) // 3
-    return [i for i, s in enumerate(samples) if i < upper and s.get("gold") is not None and s["gold"] < bound]
-
-
-def _conversation(sample: dict[str, Any]) -> str:
-    said = sample.get("conversation")
-    return "\n— ".join(map(str, said)) if isinstance(said, list) and said else str(sample.get("answer", ""))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}… ({len(text)} characters)"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------

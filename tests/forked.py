@@ -62,6 +62,7 @@ IMPORTED = (  # what the modules need, and their workers
     *("transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot", "uvicorn", "httptools"),
 )
 LONGEST = 2**20  # bytes of a command
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # that stop a run, unless they are ignored
 MOST_FILES = 3 + 5  # that a process is given
 
 _plainly_spawned = multiprocessing.util.spawnv_passfds
@@ -109,6 +110,7 @@ def _is_known(told: dict[str, Any]) -> bool:
 
 def _asked(command: dict[str, Any], light: bool, files: list[int]) -> int:
     """The id of a new child of this process, with these files as its 0, 1, 2 and wherever there is room."""
+    command["ignored"] = [each for each in SIGNALS if signal.getsignal(each) is signal.SIG_IGN]
     with _lock:
         if light not in _servers:
             _servers[light] = _started(light)
@@ -251,6 +253,8 @@ def _become(command: dict[str, Any], files: list[int]) -> None:
     os.environ.update(command["variables"])
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in SIGNALS:  # of which the server may ignore what the client does not
+        signal.signal(each, signal.SIG_IGN if each in command["ignored"] else signal.SIG_DFL)
     setproctitle.setproctitle(" ".join(command["arguments"]))
     _, what, *rest = command["arguments"]
     sys.argv = {"-m": rest, "-c": [what, *rest[1:]]}.get(what, [what, *rest])

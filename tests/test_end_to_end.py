@@ -226,8 +226,9 @@ def test_a_run_leaves_metrics_samples_curves_and_a_policy_that_transformers_load
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = train("experiment=smoke", "steps=3", "transfer=disk", name="run")
-    logs = {"metrics.jsonl", "samples.jsonl", "summary.json", "status.json", "worker-0.log", "tensorboard", "journal"}
-    assert {path.name for path in folder.iterdir()} == {*logs, "curves.png", "policy", "weights", "checkpoints"}
+    logs = {"metrics.jsonl", "samples.jsonl", "lanes.jsonl", "summary.json", "status.json", "worker-0.log"}
+    folders = {"tensorboard", "journal", "policy", "weights", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == {*logs, *folders, "curves.png"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {"prompt", "answer", "reward", "gold", "version", "step"} <= set(samples(folder)[0])
     summary = json.loads((folder / "summary.json").read_text())

@@ -74,13 +74,30 @@ def test_a_second_signal_waits_for_the_end_of_the_step_unless_somebody_insists(h
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def started():
+    """`started(folder, "nohup", transfer="ipc")`: a run that has logged three rows; it ends with the test."""
+    runs: list[subprocess.Popen[str]] = []
+
+    def start(folder: Path, *command: str, transfer: str) -> subprocess.Popen[str]:
+        runs.append(begun(folder, *command, transfer=transfer))
+        logged(folder, runs[-1], 3)
+        return runs[-1]
+
+    yield start
+    for process in runs:
+        process.kill()
+        process.wait(20)
+
+
 SMALL = ("experiment=smoke", "logger=jsonl", "task.held_out=16", "sft.steps=10", "prompts_per_step=4", "steps=100000")
 
 
-def started(folder: Path, *command: str, transfer: str) -> subprocess.Popen[str]:
+def begun(folder: Path, *command: str, transfer: str) -> subprocess.Popen[str]:
     line = [*command, sys.executable, "-m", "rlhf.train", *SMALL, f"transfer={transfer}", "hydra.run.dir=run"]
     with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             line,
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -90,8 +107,6 @@ def started(folder: Path, *command: str, transfer: str) -> subprocess.Popen[str]
             start_new_session=True,
             text=True,
         )
-    logged(folder, process, 3)
-    return process
 
 
 def logged(folder: Path, process: subprocess.Popen[str], rows: int) -> None:
@@ -104,7 +119,7 @@ def logged(folder: Path, process: subprocess.Popen[str], rows: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [HUP, USR1, USR2])
-def test_a_signal_to_all_processes_of_a_job_saves_the_run_and_kills_no_worker(tmp_path, signum):
+def test_a_signal_to_all_processes_of_a_job_saves_the_run_and_kills_no_worker(started, tmp_path, signum):
     process = started(tmp_path, transfer="ipc")
     for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         each.send_signal(signum)
@@ -115,7 +130,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_the_run_and_kills_no_worker(tm
 
 
 @pytest.mark.slow
-def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+def test_a_run_under_nohup_outlives_its_terminal(started, tmp_path):
     process = started(tmp_path, "nohup", transfer="local")
     process.send_signal(HUP)
     rows = (tmp_path / "run" / "metrics.jsonl").read_bytes().count(b"\n")

@@ -359,6 +359,23 @@ def test_workers_come_and_go_while_samples_are_drawn_ahead(train):
 
 
 @pytest.mark.slow
+@pytest.mark.lag(2)
+@pytest.mark.parametrize("in_flight", ["keep", "wait"])
+def test_workers_come_and_go_while_a_queue_is_filled_and_no_prompt_is_lost_or_drawn_twice(train, in_flight):
+    free = ("rollout.ahead.order=free", "rollout.ahead.lag=2", "algo.correction=tis", f"rollout.in_flight={in_flight}")
+    ask = Asking()
+    before = {2: ask(workers=3), 5: ask(workers=1)}
+    changed = train(*free, "steps=9", name="changed", before=before)
+    assert [each["op"] for each in events(changed, "join", "leave")] == ["join", "join", "leave", "leave"]
+    assert events(changed, "serve", of="worker-1") and events(changed, "serve", of="worker-2")
+    plain = train(*free, "steps=9", name="undisturbed")
+    learned, undisturbed = (
+        sorted(seed for event in events(folder, "consume") for seed in event["seeds"]) for folder in (changed, plain)
+    )
+    assert learned == undisturbed and len(set(learned)) == 9 * 4 and worker_processes() == []
+
+
+@pytest.mark.slow
 def test_the_command_changes_a_run_of_another_process_and_nothing_is_left_of_either(tmp_path):
     shared = set(os.listdir("/dev/shm"))
     small = [each for each in SMALL if not each.startswith(("steps=", "evaluate_every=", "checkpoint."))]

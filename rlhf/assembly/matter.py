@@ -23,6 +23,7 @@ from rlhf.preflight.agreement import agreeing_passes
 from rlhf.preflight.before_torch import Seen, look
 from rlhf.preflight.gathering import announced, chosen, settled
 from rlhf.preflight.lengths import check_lengths
+from rlhf.preflight.old_samples import hardly_bounded
 from rlhf.preflight.parts import check_parts
 from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.preflight.policy_sizes import sizes_of
@@ -75,7 +76,7 @@ def gathered(site: Site, seen: Seen | None = None) -> Matter:
     rewards = given_rewards(config.reward, task, config.model, moment) if site.ranks.first else {}
     site.bars.say(in_one_line(config, policy))
     _settle_gathering(site, policy, rewards)
-    for note in (*task.notes, *notes):
+    for note in (*task.notes, *notes, *hardly_bounded(config)):
         site.bars.say(note)
     return Matter(task, tokenizer, policy, rewards, {ROWS: rows, MOMENT: moment.isoformat()}, padded)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
 
 from rlhf.assembly.site import Site
 from rlhf.compose import choice
+from rlhf.monitor.loggers import described
+from rlhf.reports.advice import Dials, advice
+from rlhf.reports.lanes import FILE as LANES
+from rlhf.reports.lanes import history, shares
 from rlhf.reports.plots import plot_curves, pyplot
+from rlhf.reports.run_folder import flat, json_lines
 from rlhf.reports.summary import Rows, print_table, summarise, write_summary
+
+STEPS, SECONDS = 5, 30.0  # that a run has at least, whose end says who waited for whom
 
 
 def reported(site: Site, rows: Rows, seconds: float, overrides: Sequence[str]) -> dict[str, float]:
@@ -22,10 +29,18 @@ def reported(site: Site, rows: Rows, seconds: float, overrides: Sequence[str]) -
     _plot(site, rows, title)
     write_summary(site.folder, "finished", overrides, summary)
     if site.bars.on:
-        print_table(summary, site.folder, title)
+        print_table(summary, site.folder, title, _advised(site, summary))
     else:
         print(f"written: {site.folder}/")
     return summary
+
+
+def _advised(site: Site, summary: Mapping[str, float]) -> str | None:
+    """Who waits for whom, and what to do about it; None of a run that is too short to say."""
+    if summary.get("steps", 0) < STEPS or summary["seconds"] < SECONDS:
+        return None
+    found = shares(history(json_lines(site.folder / LANES)))
+    return advice(found, Dials.of(flat(described(site.config)), ended=True)) if found else None
 
 
 def ready_to_draw() -> None:

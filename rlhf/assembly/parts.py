@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.ahead import Ahead, read
+from rlhf.assembly.drawn_ahead import drawn_ahead
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
@@ -22,15 +22,16 @@ from rlhf.checkpoint.store import Store
 from rlhf.config import VllmRolloutConfig
 from rlhf.gather import Gather
 from rlhf.held_out import evaluated
-from rlhf.learning.batches import batches
 from rlhf.loop import Parts
 from rlhf.models.adapter import sent_weights
 from rlhf.monitor.flops import Meter
+from rlhf.monitor.lanes import Lanes
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
 from rlhf.monitor.probe import PROMPTS_PER_WORKER, Probe
 from rlhf.ranks.outside import Gathers, ToldGather, ToldSampler
 from rlhf.ranks.ranks import Ranks
+from rlhf.reports.lanes import FILE
 from rlhf.rewards import combine
 from rlhf.rollout.alike import trial
 from rlhf.rollout.client import RolloutClient, wanted_of
@@ -39,7 +40,6 @@ from rlhf.rollout.scaling import Hooks, Scaled, Scaling
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
-from rlhf.types import Sampler
 from transfer import Sender, Transfer, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
@@ -73,23 +73,25 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     transfer.open(sent_weights(policy), senders, told["version"], told["epoch"])
     version = transfer.push(sent_weights(policy))
     recover = _until_the_end(transfer.recover, stack)
-    client = RolloutClient(senders, tokenizer, config.rollout, recover, wanted_of(config, policy))
+    lanes = _lanes(site, stack)
+    client = RolloutClient(senders, tokenizer, config.rollout, recover, wanted_of(config, policy), lanes.asked)
     own = conversing(client, task.environment)
     sampler = ToldSampler(ranks, own)
     probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
     trained = train_rewards(site, matter, own)
-    record = _recorder(site, transfer, journal, Meter.of(policy, config), stack)
+    record = _recorder(site, transfer, journal, lanes, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
-    gather, measure = _judged(site, matter, own, record, stack)
+    gather, measure = _judged(site, matter, client, record, stack)
     writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
     store, by = Store(site.folder / FOLDER), Ranks()
     if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
         writes, by = _writes_nothing, ranks
         trained |= State(modules={POLICY: policy})
-    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
-    keeper.beside = gather.write
+    keeper = Keeper(
+        store, config, record, transfer, writes, site.began, site.saved, trained, notes, by, beside=gather.write
+    )
     _let_change(site, workers, transfer, gather, _when_changed(site, matter, recover, probe, record), stack)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
 
@@ -142,39 +144,42 @@ def _when_changed(
 
 
 def _judged(
-    site: Site, matter: Matter, sampler: Sampler, record: Recorder, stack: ExitStack
+    site: Site, matter: Matter, client: RolloutClient, record: Recorder, stack: ExitStack
 ) -> tuple[ToldGather, Callable[[], Any]]:
     """A step's samples with their rewards, and what is measured of the held-out prompts: by the first rank, for all."""
     if not site.ranks.first:
         return ToldGather(site.ranks, None), partial(site.ranks.heard, _elsewhere)
+    sampler = conversing(client, matter.task.environment)
     reward = combine(site.config.reward, matter.rewards)
-    gather: Gathers = Gather(sampler, reward, site.config, record)
+    at_once = Gather(sampler, reward, site.config, record)
+    gather: Gathers = at_once
     if site.config.rollout.ahead.lag:
-        gather = stack.enter_context(closing(_ahead(site, matter, gather, record)))
+        gather = stack.enter_context(closing(drawn_ahead(site, matter, client, at_once, record)))
     measure = partial(evaluated, matter.task, sampler, reward, site.config)
     return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
-
-
-def _ahead(site: Site, matter: Matter, gather: Gathers, record: Recorder) -> Ahead:
-    """What draws each step's samples while the one before is learned from, with those that a checkpoint has."""
-    config, prompts = site.config, matter.task.train
-    order = list(batches(len(prompts), config.prompts_per_step, config.steps, config.seed))
-    assert isinstance(gather, Gather)
-    return Ahead(gather, record, prompts, order, read(site.saved.path, prompts) if site.saved else None)
 
 
 def _elsewhere(*_: Any) -> Any:
     raise AssertionError("only the first rank samples and scores")
 
 
-def _recorder(site: Site, transfer: Transfer, journal: Journal, meter: Meter | None, stack: ExitStack) -> Recorder:
+def _lanes(site: Site, stack: ExitStack) -> Lanes:
+    """Who does what when, noted by the first rank."""
+    path = site.folder / FILE if site.ranks.first else None
+    done = site.saved.told["step"] if site.saved else None
+    return stack.enter_context(closing(Lanes(path, site.began, done, site.bars.say)))
+
+
+def _recorder(
+    site: Site, transfer: Transfer, journal: Journal, lanes: Lanes, meter: Meter | None, stack: ExitStack
+) -> Recorder:
     """Where the run's numbers go, with those that there are already."""
     config, done = site.config, site.saved.told["step"] if site.saved else 0
     loggers = make_loggers(config, site.folder, done + 1 if site.saved else None)
     for logger in loggers:
         stack.enter_context(closing(logger))
     bar = site.bars.stage(config.algo.name, config.steps, done)
-    record = Recorder(Outlets(loggers, site.folder, bar, journal), transfer, config, meter)
+    record = Recorder(Outlets(loggers, site.folder, bar, journal, lanes), transfer, config, meter)
     if not site.ranks.first:
         record.keeps_samples, record.verified = False, True  # no score of the task's is asked for
     if site.saved is not None:

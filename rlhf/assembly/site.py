@@ -21,6 +21,7 @@ from rlhf.ranks.meeting import met
 from rlhf.ranks.place import Place
 from rlhf.ranks.ranks import ALONE, Ranks
 from rlhf.ranks.ray_hosts import Hosts, placed
+from rlhf.reports.lanes import FILE as LANES
 from rlhf.rollout.spec_of_run import JOURNALS
 from rlhf.shell import screen
 from rlhf.shell.ending import RunError, alone, full_disk_explained
@@ -145,7 +146,7 @@ def make_room(site: Site) -> None:
         site.saved.rewind(site.folder, written or (site.folder / "metrics.jsonl").exists())
         site.notes |= site.saved.told["notes"].get("summary", {})
         return
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", LANES):
         (site.folder / name).unlink(missing_ok=True)
     for name in (JOURNALS, FOLDER):
         shutil.rmtree(site.folder / name, ignore_errors=True)

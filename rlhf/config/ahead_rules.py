@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf.config.algo import AlgoConfig, Correction
-from rlhf.config.rollout import VllmRolloutConfig
-from transfer.config import DiskConfig, IpcConfig, Staging
+from rlhf.config.rollout import Order, VllmRolloutConfig
+from transfer.config import DiskConfig, InFlight, IpcConfig, Staging
 
 if TYPE_CHECKING:
     from rlhf.config.run import RunConfig
@@ -29,6 +29,11 @@ def check_ahead(run: RunConfig) -> None:
         raise ValueError(
             f"with {key} workers sample while the weights change, so that they need a version that stays as it is: "
             "choose transfer=ipc with staging=arena, or transfer=disk"
+        )
+    if run.rollout.ahead.order is Order.free and run.rollout.in_flight is InFlight.abort:
+        raise ValueError(
+            "with rollout.ahead.order=free rollout.in_flight=abort draws long answers again at each push: choose keep, "
+            "or wait"
         )
     if isinstance(run.rollout, VllmRolloutConfig) and run.rollout.sleep_level:
         raise ValueError(f"with {key} workers sample while the trainer learns: set rollout.sleep_level=0")

@@ -20,14 +20,16 @@ class AlarmsConfig:
     entropy: float | None = 0.1  # entropy, in first values, below
     truncated: float | None = 0.5  # share of rows that the length limit has cut
     length: float | None = 3.0  # tokens a row, in first values, where they are near rollout.max_new_tokens, too
+    ess: float | None = 0.5  # effective share of the samples, below in 5 steps in a row
+    lag: float | None = None  # versions that tokens are behind on average, above in 5 steps in a row
     overoptimisation: float | None = 3.0  # standard errors by which evaluations' reward rises while their gold falls
     stop: bool = False  # whether an alarm ends the run
 
     def __post_init__(self) -> None:
-        for key in ("no_signal", "entropy", "truncated"):
+        for key in ("no_signal", "entropy", "truncated", "ess"):
             if (value := getattr(self, key)) is not None:
                 in_range(f"alarms.{key}", value, 0.0, 1.0)
-        for key in ("gradient", "nan"):
+        for key in ("gradient", "nan", "lag"):
             if (value := getattr(self, key)) is not None:
                 at_least(f"alarms.{key}", value, 0)
         for key in ("kl", "overoptimisation"):

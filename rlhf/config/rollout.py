@@ -21,14 +21,50 @@ class Logprobs(Enum):
     sample = "sample"  # every 16th row, and at least 32 a step: enough for train/mismatch and its alarm
 
 
+class KvAfterUpdate(Enum):
+    """What becomes of the key/value cache of completions that go on under new weights (`in_flight=keep`)."""
+
+    keep = "keep"  # what older weights have computed stays: nothing is computed twice
+    recompute = "recompute"  # prompt and answer so far are computed anew, so that log-probs are the new weights' own
+
+
+MOST_LAG = 16  # versions; the slots of so many steps are in memory, and in each checkpoint
+
+
+class Order(Enum):
+    """In which order samples that were drawn ahead are learned from."""
+
+    exact = "exact"  # each step has the samples of its own prompts, of weights that are known: runs repeat to the bit
+    free = "free"  # groups are learned from as they come, from a queue, and new weights come while others are drawn
+
+
 @dataclass(slots=True, kw_only=True)
 class AheadConfig:
-    """Samples are drawn while the step before is learned from, by weights that are `lag` versions behind."""
+    """Samples are drawn while the trainer learns, by weights that are up to `lag` versions behind."""
 
-    lag: int = 0  # 0: a step's samples are drawn when it begins; 1: while the step before is learned from
+    lag: int = 0  # 0: a step's samples are drawn when it begins; 1: while the step before is learned from; 2, ...: free
+    order: Order = Order.exact  # free: a queue of (lag + 1) x prompts_per_step groups; no two runs are the same
+    window: int = (
+        0  # of order=free: groups that may overtake a slow one, which is then older by window / prompts_per_step
+    )
 
     def __post_init__(self) -> None:
-        in_range("rollout.ahead.lag", self.lag, 0, 1)
+        in_range("rollout.ahead.lag", self.lag, 0, MOST_LAG)
+        at_least("rollout.ahead.window", self.window, 0)
+        if self.order is Order.exact and self.lag > 1:
+            raise ValueError(
+                f"in exact order a step is sampled while the one before is learned from, and no earlier: choose "
+                f"rollout.ahead.lag=1, or rollout.ahead.order=free (got rollout.ahead.lag={self.lag})"
+            )
+        if self.window and (self.order is Order.exact or not self.lag):
+            raise ValueError(
+                f"rollout.ahead.window={self.window} lets groups overtake each other in a queue: choose "
+                "rollout.ahead.order=free and a lag of 1 or more, or leave it out"
+            )
+
+    def most_lag(self, size: int) -> int:
+        """Versions that a token may be behind, where a step has `size` prompts."""
+        return self.lag + -(-self.window // size)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +75,7 @@ class RolloutConfig:
     gpus: list[int] | None = None  # of the workers, in turn; null: one after the other where weights are copied
     restarts: int = 2  # how often each worker that dies is started again; 0: the run ends with it
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
+    kv_after_update: KvAfterUpdate = KvAfterUpdate.keep  # the cache of those that go on under new weights
     ahead: AheadConfig = field(default_factory=AheadConfig)
     mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
     logprobs: Logprobs = Logprobs.auto  # rows whose log-probs the workers tell; rollout=vllm is faster without
@@ -53,6 +90,11 @@ class RolloutConfig:
         if self.gpus is not None and min(self.gpus, default=-1) < 0:
             raise ValueError(f"rollout.gpus must be GPUs by their numbers from 0, like [1] (got {self.gpus})")
         at_least("rollout.restarts", self.restarts, 0)
+        if self.kv_after_update is KvAfterUpdate.recompute and self.in_flight is not InFlight.keep:
+            raise ValueError(
+                "rollout.kv_after_update=recompute is for completions that go on under new weights, which "
+                f"rollout.in_flight={self.in_flight.value} has none of: choose in_flight=keep, or leave it out"
+            )
         if self.mismatch_alarm is not None:
             positive("rollout.mismatch_alarm", self.mismatch_alarm)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
@@ -64,6 +106,11 @@ class RolloutConfig:
     def gpus_each(self) -> int:
         """How many GPUs a worker computes on."""
         return 1
+
+    @property
+    def continuous(self) -> bool:
+        """Whether rows of many requests share a worker's batch, which they join and leave at any time."""
+        return False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,6 +143,11 @@ class VllmRolloutConfig(RolloutConfig):
     sleep_level: int = 0  # while the trainer learns, on one GPU: 1 moves vLLM's weights to the host, 2 drops them
     found_paused: bool = False  # servers of transfer.sender.url: a trainer that died may have left them paused
     keep_prefix_cache: bool = False  # across updates: what is found there was computed with older weights
+
+    @property
+    def continuous(self) -> bool:
+        """vLLM's scheduler does that."""
+        return True
 
     @property
     def gpus_each(self) -> int:

@@ -22,6 +22,7 @@ JUMP_WINDOW = 20  # steps whose median a jump of the KL is measured by
 JUMP_FLOOR = 0.05  # nats a token; below, no KL is a jump: it starts at 0, and grows fast at first
 NEAR_LIMIT = 0.75  # share of rollout.max_new_tokens from which rows are near it
 QUIET = 10  # rows of metrics in which an alarm must not fire, before it speaks again
+LASTING = 5  # steps in a row, before what may happen once is an alarm
 EVALUATIONS = 6  # after gold's best, before they tell a trend: two in each third
 
 
@@ -129,13 +130,40 @@ def length(rows: Rows, run: RunConfig) -> str | None:
 
 
 def mismatch(rows: Rows, run: RunConfig) -> str | None:
-    """Workers and trainer give the samples' tokens different log-probs."""
+    """Workers and trainer give the samples' tokens different log-probs, though their weights are the same."""
     most, value = run.rollout.mismatch_alarm, rows[-1].get("train/mismatch")
-    if most is None or value is None or not value > most:
+    if most is None or value is None or not value > most or rows[-1].get("rollout/lag", 0.0) > 0:
         return None
     return (
         f"log-probs of workers and trainer differ by {value:.3g} nats a token (healthy: at most "
         f"rollout.mismatch_alarm={most:g}); set rollout.dtype=null, or algo.correction"
+    )
+
+
+def ess(rows: Rows, run: RunConfig) -> str | None:
+    """Few of the samples count: the policy has left what sampled them, step after step.
+
+    Half is where particle filters sample anew (Doucet and Johansen, 2009); one token of a large weight is no trend.
+    """
+    least, values = run.alarms.ess, _lately(rows, "train/ess")
+    if least is None or len(values) < LASTING or not max(values) < least:
+        return None
+    ahead = run.rollout.ahead.lag
+    do = f"lower rollout.ahead.lag ({ahead}) or optim.lr" if ahead else "set rollout.dtype=null, or algo.correction"
+    return (
+        f"train/ess is {values[-1]:.3g}, the share of the samples that counts by their weights, and has been below "
+        f"{least:g} for {LASTING} steps (healthy: at least {least:g}); {do}"
+    )
+
+
+def lag(rows: Rows, run: RunConfig) -> str | None:
+    """What is learned from is older than is wanted, step after step."""
+    most, values = run.alarms.lag, _lately(rows, "rollout/lag")
+    if most is None or len(values) < LASTING or not min(values) > most:
+        return None
+    return (
+        f"rollout/lag is {values[-1]:.3g} versions, and has been above {most:g} for {LASTING} steps (healthy: at most "
+        f"alarms.lag={most:g}); lower rollout.ahead.lag ({run.rollout.ahead.lag})"
     )
 
 
@@ -174,6 +202,11 @@ def _change(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values[-third:]) - statistics.fmean(values[:third]), math.sqrt(2 * variance / third)
 
 
+def _lately(rows: Rows, name: str) -> list[float]:
+    """The metric in those of the last steps that have measured it."""
+    return [row[name] for row in rows[-LASTING:] if name in row]
+
+
 def _first(rows: Rows, name: str) -> float | None:
     return next((row[name] for row in rows if name in row), None)
 
@@ -182,7 +215,7 @@ def _first(rows: Rows, name: str) -> float | None:
 
 Alarm = Callable[[Rows, "RunConfig"], str | None]
 OF_STEPS: dict[str, Alarm] = {
-    alarm.__name__: alarm for alarm in (no_signal, gradient, nan, kl, entropy, truncated, length, mismatch)
+    alarm.__name__: alarm for alarm in (no_signal, gradient, nan, kl, entropy, truncated, length, mismatch, ess, lag)
 }
 OF_EVALUATIONS: dict[str, Alarm] = {alarm.__name__: alarm for alarm in (nan, overoptimisation)}
 

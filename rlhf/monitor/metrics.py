@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import RunConfig, VerifierRewardConfig
+from rlhf.config.rollout import MOST_LAG
 from rlhf.monitor.alarms import OF_EVALUATIONS, OF_STEPS, Watch
 from rlhf.monitor.flops import Meter, Row
+from rlhf.monitor.lanes import Lanes
 from rlhf.monitor.loggers import Logger
 from rlhf.monitor.profiler import Profiler
 from rlhf.monitor.progress import Stage
+from rlhf.reports.lanes import TRAINER
 from rlhf.shell.ending import RunError
 from rlhf.types import TRUNCATED, RewardReport, Rollouts, Task
 from transfer import Transfer
@@ -54,6 +57,7 @@ class Outlets:
     folder: Path
     bar: Stage
     journal: Journal
+    lanes: Lanes = dataclasses.field(default_factory=lambda: Lanes(None))
 
 
 class Recorder:
@@ -70,7 +74,8 @@ class Recorder:
         self.meter = meter  # None: nobody knows what learning computes, or how much the device could
         self.sampled = 0  # tokens of the step, with those of groups that are not learned from
         self.sampling_s: float | None = None  # that drawing them took, if it was not waited for
-        self.most_lag = config.rollout.ahead.lag  # versions that sampled tokens may be behind
+        self.most_lag = config.rollout.ahead.most_lag(config.prompts_per_step)  # versions that tokens may be behind
+        self.ahead: dict[str, float] = {}  # how full the queue is that the step's samples were in
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
         self.workers: dict[str, float] = {}  # how many there are, once that has changed
@@ -103,7 +108,9 @@ class Recorder:
             with self.outlets.bar.bars.pulse.within(phase):
                 yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+            ended = time.monotonic()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + ended - start
+            self.outlets.lanes.note(TRAINER, phase, start, ended)
 
     def rewarded(self, report: RewardReport) -> None:
         """One of the step's calls of the reward is done; its first exception is said."""
@@ -133,9 +140,11 @@ class Recorder:
         if lags.max() > self.most_lag:
             raise RunError(
                 f"version {version} is live, and version {rollouts.version} has sampled what is learned from"
-                + (f": more than rollout.ahead.lag={self.most_lag} versions before" if self.most_lag else "")
+                + (f": more than {self.most_lag} versions before (rollout.ahead)" if self.most_lag else "")
             )
         self.lag = {"rollout/lag": int(lags.sum()) / len(lags), "rollout/lag_max": float(lags.max())}
+        ages = range(min(self.most_lag, MOST_LAG) + 1) if self.most_lag else ()
+        self.lag |= {f"rollout/lag_{age}": float((lags == age).mean()) for age in ages}  # shares of the tokens
         self.outlets.journal.write("consume", version=version, oldest=rollouts.version, seeds=rollouts.seeds)
 
     def step(
@@ -157,6 +166,7 @@ class Recorder:
             "rollout/version": float(rollouts.version),
             **self.lag,
             **self.workers,
+            **self.ahead,
             **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},
             **{f"transfer/{name}": value for name, value in self.transfer.last.numbers().items()},
@@ -213,6 +223,7 @@ class Recorder:
         """Hand the metrics on, with an `alarm/<name>` of 1.0 for each that fires; RunError where alarms end the run."""
         if watch is self.steps:
             self.profiler.end(step)
+            self.outlets.lanes.write(step)
         said = watch({"step": step, **metrics})
         metrics = metrics | self.raised | {f"alarm/{name}": 1.0 for name in watch.firing}
         self.raised = {}

@@ -18,6 +18,7 @@ from rlhf.monitor.loggers import is_service
 from rlhf.plugins.registry import part_of
 from rlhf.preflight.amounts import check_amounts, judged_by_amounts
 from rlhf.ranks.place import by_torchrun
+from rlhf.reports.lanes import FILE as LANES
 from rlhf.rewards import check_reward
 from rlhf.stages.dpo import check_count
 from rlhf.types import Task
@@ -102,6 +103,7 @@ def files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "services/", "by which name each service knows the run, for a resume"
     if not isinstance(config.algo, DpoConfig):
         yield "samples.jsonl", "prompts, answers, rewards"
+    yield LANES, "when the trainer and each worker were busy, at most 2 MB"
     if config.checkpoint.every:
         yield "checkpoints/", "from which python -m rlhf.resume goes on"
     yield "policy/", "the trained policy, a Hugging Face folder"

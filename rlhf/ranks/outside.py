@@ -57,7 +57,10 @@ class Gathers(Protocol):
     def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored: ...
 
     def settle(self) -> None:
-        """Wait until nothing is drawn with the weights that are live."""
+        """Wait until the weights that are live may be replaced."""
+
+    def release(self) -> None:
+        """What the step has learned from is over, and its weights are live."""
 
     def write(self, folder: Path, step: int) -> None:
         """Into a checkpoint after `step`: what is there of the next."""
@@ -82,6 +85,11 @@ class ToldGather:
         """Wait, in the first rank, until the weights that are live may be replaced."""
         if self.ranks.first:
             self._gathers.settle()
+
+    def release(self) -> None:
+        """Tell the first rank's that the step is over."""
+        if self.ranks.first:
+            self._gathers.release()
 
     def write(self, folder: Path, step: int) -> None:
         """Into a checkpoint after `step`, by the first rank: what is there of the next."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.rollout import MOST_LAG
 from rlhf.reports.summary import ALARM, PHASES, Rows, mean_of, series
 
 LARGEST = 1e100  # that is drawn
@@ -90,6 +91,7 @@ PANELS = (
         (),
     ),
     Panel("mismatch", "Log-probs, worker against trainer", (("train/mismatch", "mean difference"),), ("mismatch",)),
+    Panel("ess", "Effective share of the samples", (("train/ess", "of the tokens"),), ("ess",), least=1.0),
 )
 LATENCY = Panel(
     "transfer",
@@ -99,12 +101,22 @@ LATENCY = Panel(
     1e3,
     1.0,
 )
-LAG = Panel(
-    "lag",
-    "Lag of sampled tokens, versions",
-    (("rollout/lag", "mean"), ("rollout/lag_max", "largest")),
-    (),
-    least=1.0,
+AGES = (
+    Panel(
+        "lag",
+        "Lag of sampled tokens, versions",
+        (("rollout/lag", "mean"), ("rollout/lag_max", "largest")),
+        ("lag",),
+        least=1.0,
+    ),
+    Panel(
+        "ages",
+        "Share of the tokens that are so many versions old",
+        tuple((f"rollout/lag_{age}", str(age)) for age in range(MOST_LAG + 1)),
+        (),
+        least=1.0,
+    ),
+    Panel("queue", "Whole groups that wait for the trainer", (("rollout/queue", "groups"),), (), least=1.0),
 )
 HARDWARE = (
     Panel(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.reports.lanes import FILE as LANES
+from rlhf.reports.lanes import History, history
 from rlhf.reports.summary import Rows, is_number, read_summary
 
 LAST = 2**53  # step that a float tells from the one before
@@ -39,8 +41,12 @@ class RunFolder:
 
     def samples(self) -> list[dict[str, Any]]:
         """The rows of samples.jsonl that have a step; a reward or gold that is no number is none."""
-        rows = [row for row in _lines(self.path / "samples.jsonl") if is_number(row.get("step"))]
+        rows = [row for row in json_lines(self.path / "samples.jsonl") if is_number(row.get("step"))]
         return [row | {name: row.get(name) if is_number(row.get(name)) else None for name in SCORES} for row in rows]
+
+    def lanes(self) -> History:
+        """Who did what when."""
+        return history(json_lines(self.path / LANES))
 
 
 def read_run(path: Path) -> RunFolder:
@@ -48,7 +54,7 @@ def read_run(path: Path) -> RunFolder:
     summary = read_summary(path)
     overrides = summary.get("overrides") or _yaml(path / ".hydra" / "overrides.yaml")
     config = _yaml(path / ".hydra" / "config.yaml")
-    rows = [row for row in map(_measured, _lines(path / "metrics.jsonl")) if "step" in row]
+    rows = [row for row in map(_measured, json_lines(path / "metrics.jsonl")) if "step" in row]
     told = [str(word) for word in overrides] if isinstance(overrides, list) else []
     return RunFolder(path, rows, summary, told, flat(config) if isinstance(config, dict) else {})
 
@@ -100,16 +106,20 @@ def _yaml(path: Path) -> Any:
         return None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, up to one that was not written to its end."""
-    rows: list[dict[str, Any]] = []
     if not path.is_file():  # a FIFO would never end
-        return rows
+        return []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return objects(path.read_text(encoding="utf-8", errors="replace").splitlines())
     except OSError:
-        return rows
-    for line in text.splitlines():
+        return []
+
+
+def objects(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Those that the lines are, one each, up to the first that is none."""
+    rows: list[dict[str, Any]] = []
+    for line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

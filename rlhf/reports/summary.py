@@ -150,8 +150,8 @@ def objective_of(summary: Mapping[str, Any], objective: Objective | None) -> flo
     return summary.get(objective.key)
 
 
-def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
-    """The table a run ends with, and where its files are."""
+def print_table(summary: Mapping[str, float], folder: Path, title: str, advice: str | None = None) -> None:
+    """The table a run ends with, what to change, and where its files are."""
     from rich.table import Table
 
     table = Table(title=title)
@@ -180,6 +180,8 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str) -> None:
         f"of {summary['step_ms']:.0f} ms",
         highlight=False,
     )
+    if advice is not None:
+        console.print(advice, soft_wrap=True, highlight=False)
     console.print(f"written: {folder}/", soft_wrap=True, highlight=False)
     for path in sorted(folder.iterdir()):
         if not path.name.startswith("."):

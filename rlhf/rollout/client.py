@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transfer import Sender
 
 Settings = dict[str, Any]  # the fields of a message that are the same for all workers
+Heard = Callable[[str, float, float], object]  # of a request: which worker had it, from when to when (monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +76,37 @@ class RolloutClient:
         config: RolloutConfig,
         recover: Callable[[Sender], bool] = lambda sender: False,
         wanted: Wanted = Wanted(),
+        heard: Heard = lambda worker, began, ended: None,
     ) -> None:
         self._wanted = wanted
+        self._heard = heard
         self._senders = senders
         self._tokenizer = tokenizer
         self._config = config
         self._recover = recover
 
-    @property
-    def senders(self) -> tuple[Sender, ...]:
-        """Those of the workers that there are now; to be asked for at each use, as workers come and go."""
-        return tuple(self._senders)
-
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
-        seeds = [seed_of(seed, index) for index in range(len(prompts))]
+        return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
+
+    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt."""
         measured = None if self._wanted.all_logprobs else measured_rows(len(prompts) * n)
         completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature, measured)
         return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
+
+    @property
+    def senders(self) -> Sequence[Sender]:
+        """To the workers, as they are now: to be asked for at each use."""
+        return tuple(self._senders)
+
+    def of(self, sender: Sender) -> RolloutClient:
+        """A client of one of the workers, which recovers none."""
+        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
+
+    def recover(self, sender: Sender) -> bool:
+        """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""
+        return self._recover(sender)
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """Each completion without its special tokens, and without the one that ended it, which need not be special."""
@@ -172,7 +186,11 @@ class RolloutClient:
     def _ask_once(self, sender: Sender, share: Share, settings: Settings) -> list[list[Completion]]:
         """The n completions of each prompt."""
         n, measured = settings["n"], frozenset(share.rows(settings["n"]))
-        answer = sender.call("completions", share.message(settings), self._config.timeout_s)
+        message, began = share.message(settings), time.monotonic()
+        try:
+            answer = sender.call("completions", message, self._config.timeout_s)
+        finally:
+            self._heard(sender.name, began, time.monotonic())
         try:
             expected = columns.Expected(len(share.prompts) * n, settings["max_tokens"], self._wanted.vocabulary)
             samples = columns.decode(answer[BODY], expected)

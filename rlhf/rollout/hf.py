@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ class HfEngine:
 
     sleep_levels = (1,)  # between completions it holds nothing but the weights
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, recomputes: bool = False) -> None:
+        """`recomputes`: the cache of rows that new weights find in the middle, with those."""
         self.model = model
+        self._recomputes = recomputes
 
     def sleep(self, level: int) -> None:
         """Give cached GPU memory back to the device."""
@@ -62,12 +65,19 @@ class HfEngine:
             for position in range(sampling.max_tokens):
                 ids, logprobs = draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
                 rows.record(version, ids, logprobs)
-                if rows.finished or position + 1 == sampling.max_tokens or (version := turn()) is None:
+                if rows.finished or position + 1 == sampling.max_tokens:
+                    break
+                before, version = version, turn()
+                if version is None:
                     break
                 if (kept := rows.drop()) is not None:
                     ids = ids[torch.from_numpy(kept).to(ids.device)]
                     decoder.select(kept)
-                decoder.step(ids)
+                if self._recomputes and version != before:
+                    rest = replace(sampling, n=1, max_tokens=sampling.max_tokens - position - 1)
+                    decoder = make_decoder(self.model, rows.so_far(prompts), rest)
+                else:
+                    decoder.step(ids)
         return rows.samples()
 
 
@@ -76,6 +86,7 @@ class Rows:
 
     def __init__(self, count: int, sampling: Sampling) -> None:
         self.live = np.arange(count)
+        self._n = sampling.n
         self._stop_ids = np.array(sampling.stop_ids, np.int64)
         self._ids = np.zeros((count, sampling.max_tokens), np.int64)
         self._logprobs = np.zeros((count, sampling.max_tokens), np.float32)
@@ -112,6 +123,11 @@ class Rows:
         kept = np.sort(np.argsort(stopped, kind="stable")[:size])
         self.live = self.live[kept]
         return kept
+
+    def so_far(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Prompt and tokens of each live row."""
+        position = len(self._versions)
+        return [[*prompts[row // self._n], *self._ids[row, :position].tolist()] for row in self.live.tolist()]
 
     def samples(self) -> list[Sample]:
         """The rows in order."""

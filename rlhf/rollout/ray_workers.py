@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rlhf.ranks.ray_hosts import Hosts
     from transfer import Sender
 
-RAY_THREADS = 8  # so that `status` is answered while the actor samples
+RAY_THREADS = 64  # so that weights come, and `status` is answered, while the actor samples
 
 
 class RayWorker(Worker):

@@ -76,7 +76,7 @@ class Scaling:
         self._counted = len(self._senders)
 
     def look(self) -> None:
-        """Between two steps, while nobody samples for the next: begin what is asked for, and go on with it."""
+        """Between two steps, in the thread that brings workers back: begin what is asked for, and go on with it."""
         if self._change is None and scale_files.waiting(self._folder):
             self._take_request()
         if self._change is not None:
@@ -219,6 +219,10 @@ class Scaled:
     def settle(self) -> None:
         """As the other does."""
         self._gather.settle()
+
+    def release(self) -> None:
+        """As the other does."""
+        self._gather.release()
 
     def write(self, folder: Path, step: int) -> None:
         """As the other does."""

@@ -24,6 +24,7 @@ class WorkerSpec:
     engine: str = "hf"  # or vllm
     engine_args: dict[str, Any] = field(default_factory=dict)  # of engine vllm (rlhf/config/rollout.py)
     keep_prefix_cache: bool = False  # of engine vllm, across updates
+    recompute_cache: bool = False  # of rows that new weights find in the middle
     threads: int = 1
     token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
     host: str = "127.0.0.1"

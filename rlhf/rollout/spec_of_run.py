@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config import EvaluationConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import DpoConfig
+from rlhf.config.rollout import KvAfterUpdate
 from rlhf.rollout.build import architecture_of
 from rlhf.rollout.gpus import visible_to_workers
 from rlhf.rollout.spec import WorkerSpec
@@ -60,8 +61,9 @@ def _code_of(policy: Any) -> str:
 def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:
     """Which engine samples, and how it is made."""
     rollout = config.rollout
+    recomputes = rollout.kv_after_update is KvAfterUpdate.recompute
     if not isinstance(rollout, VllmRolloutConfig):
-        return {}
+        return {"recompute_cache": recomputes}
     settings: dict[str, Any] = {"max_num_seqs": min(rows_at_once(config), MOST_ROWS)}
     batched = rollout.engine_args.get("max_num_batched_tokens")
     if isinstance(batched, int):  # of which vLLM wants one a row at least
@@ -74,6 +76,7 @@ def _engine(config: RunConfig | EvaluationConfig) -> dict[str, Any]:
         "engine": "vllm",
         "engine_args": {**settings, **rollout.engine_args},
         "keep_prefix_cache": rollout.keep_prefix_cache,
+        "recompute_cache": recomputes,
     }
 
 

@@ -40,6 +40,8 @@ class Engine(Protocol):
         """One step of all requests; outputs with `request_id`, and `finished` for a request's last."""
 
     def abort_request(self, names: list[str]) -> None: ...
+    def changed(self) -> None:
+        """Other weights take the next step than took the last one of a request."""
 
 
 class Part:
@@ -49,6 +51,7 @@ class Part:
         self._stepping = stepping
         self._turn = turn
         self.version: int | None = None  # as its last turn told
+        self.before: int | None = None  # as its last step had it
         self.rows: dict[str, int] = {}  # by request, of those that the engine has not finished
         self.arrived = False  # it waits for a step, or one is taken for it
         self.outputs: list[tuple[int, Any]] = []  # of the last step
@@ -144,6 +147,8 @@ class Stepping:
         outputs: list[Any] = []
         error: BaseException | None = None
         try:
+            if any(part.before not in (None, part.version) for part in tuple(self._parts) if part.arrived):
+                self._engine.changed()
             outputs = list(self._engine.step())
             self._collector.stepped()
         except BaseException as raised:  # whose step it was raise it, the part that leads among them
@@ -151,7 +156,7 @@ class Stepping:
         with self._changed:
             for part in self._parts:
                 if part.arrived:
-                    part.arrived, part.error = False, error
+                    part.arrived, part.error, part.before = False, error, part.version
             for output in outputs:
                 self._give(output)
             self._under_way = False

@@ -25,7 +25,6 @@ from rlhf.types import (
     Environment,
     Prompt,
     Rollouts,
-    Sampler,
     column,
 )
 
@@ -90,7 +89,11 @@ class Conversations:
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n conversations a prompt; each depends on its own seeds alone."""
-        first = self._client.sample(prompts, n=n, temperature=temperature, seed=seed)
+        return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
+
+    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt."""
+        first = self._client.sample_seeded(prompts, seeds, n, temperature)
         turns = range(1, self._environment.turns)
         rows = [
             Row(prompt, [seed_of(first.seeds[b // n], turn * SAMPLES + b % n) for turn in turns], answer, [text])
@@ -120,6 +123,6 @@ class Conversations:
         return True
 
 
-def conversing(client: RolloutClient, environment: Environment | None) -> Sampler:
+def conversing(client: RolloutClient, environment: Environment | None) -> RolloutClient | Conversations:
     """The client itself where answers are not replied to, else conversations through it."""
     return client if environment is None else Conversations(client, environment)

@@ -55,7 +55,7 @@ def parts(spec: WorkerSpec) -> tuple[VllmEngine, Receiver, Limits]:
     started = Started()
     llm_class = _imported()
     started.did("import vllm")
-    engine = VllmEngine(_llm(llm_class, spec), spec.keep_prefix_cache)
+    engine = VllmEngine(_llm(llm_class, spec), spec.keep_prefix_cache, spec.recompute_cache)
     started.did("vllm.LLM")
     ranks = Ranks(engine.rpc)
     landing = RemoteLanding(manifest, _device(spec), ranks)
@@ -99,11 +99,11 @@ def environment(spec: WorkerSpec) -> dict[str, str]:
 class VllmEngine:
     """Samples from the model of a `vllm.LLM`; completions that run at the same time share its steps."""
 
-    def __init__(self, llm: Any, keeps_prefix_cache: bool = False) -> None:
+    def __init__(self, llm: Any, keeps_prefix_cache: bool = False, recomputes: bool = False) -> None:
         self._llm = llm
         self._engine = llm.llm_engine
         self._keeps_prefix_cache = keeps_prefix_cache
-        self._stepping = Stepping(OneStream(llm.llm_engine))
+        self._stepping = Stepping(OneStream(llm.llm_engine, recomputes))
         self._numbered = itertools.count(1)
         self._asleep: set[str] = set()
         sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
@@ -191,10 +191,12 @@ class VllmEngine:
 class OneStream:
     """vLLM's engine on the CUDA stream of the thread that made it, whichever steps it: steps follow each other."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, recomputes: bool = False) -> None:
+        """`recomputes`: the cache of requests that new weights find in the middle, with those."""
         import torch
 
         self._engine = engine
+        self._recomputes = recomputes
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         self._on = torch.cuda.stream
 
@@ -202,6 +204,11 @@ class OneStream:
         """One step of all requests."""
         with self._on(self._stream):
             return self._engine.step()
+
+    def changed(self) -> None:
+        """Other weights take the next step: vLLM computes what requests have in the cache anew, if it is to."""
+        if self._recomputes:
+            self._engine.reset_prefix_cache(reset_running_requests=True)
 
     def abort_request(self, names: list[str]) -> None:
         """Forget these requests."""

@@ -91,7 +91,7 @@ class ServerEngine:
 
     def __init__(self, server: StockServer) -> None:
         self._server = server
-        self._pool = ThreadPoolExecutor(8, thread_name_prefix="vllm-server")
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="vllm-server")
 
     def generate(
         self,

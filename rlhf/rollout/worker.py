@@ -198,15 +198,17 @@ def parts_of(spec: WorkerSpec) -> tuple[Engine, Receiver, completions.Limits]:
         from rlhf.rollout.vllm import parts
 
         return parts(spec)
-    return _around(build_model(spec), spec.endpoint, spec.journal)
+    return _around(build_model(spec), spec.endpoint, spec.journal, spec.recompute_cache)
 
 
-def _around(model: Any, endpoint: Mapping[str, Any], journal: str) -> tuple[Engine, Receiver, completions.Limits]:
+def _around(
+    model: Any, endpoint: Mapping[str, Any], journal: str, recomputes: bool = False
+) -> tuple[Engine, Receiver, completions.Limits]:
     from rlhf.models.adapter import receiving
     from rlhf.rollout.hf import HfEngine
 
     receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
-    return HfEngine(model), receiver, limits_of(model.config.get_text_config())
+    return HfEngine(model, recomputes), receiver, limits_of(model.config.get_text_config())
 
 
 def main(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SEEDS
 
-from rlhf.monitor.alarms import EVALUATIONS, JUMP_WINDOW, OF_EVALUATIONS, OF_STEPS, QUIET, Watch
+from rlhf.monitor.alarms import EVALUATIONS, JUMP_WINDOW, LASTING, OF_EVALUATIONS, OF_STEPS, QUIET, Watch
 from rlhf.monitor.metrics import zero_std
 from rlhf.run import run
 from rlhf.shell.ending import RunError
@@ -28,6 +28,8 @@ HEALTHY = {
     "train/truncated": 0.1,
     "train/tokens_per_row": 4.0,
     "train/mismatch": 1e-7,
+    "train/ess": 0.99,
+    "rollout/lag": 0.0,
 }
 STEPS = {  # name: (metric, the last value that is healthy, one that is not, what the line must name beside the number)
     "no_signal": ("train/zero_std", 0.9, 0.95, ["at most 0.9", "samples_per_prompt", "algo.dynamic_sampling"]),
@@ -38,6 +40,14 @@ STEPS = {  # name: (metric, the last value that is healthy, one that is not, wha
     "truncated": ("train/truncated", 0.5, 0.52, ["at most 0.5", "rollout.max_new_tokens (16)"]),
     "length": ("train/tokens_per_row", 12.0, 12.5, ["at most 3 times", "rollout.max_new_tokens, 16"]),
     "mismatch": ("train/mismatch", 0.1, 0.11, ["at most rollout.mismatch_alarm=0.1", "rollout.dtype"]),
+    "ess": ("train/ess", 0.5, 0.49, ["at least 0.5", "below 0.5 for 5 steps", "rollout.dtype"]),
+    "lag": ("rollout/lag", 1.5, 1.6, ["at most alarms.lag=1.5", "above 1.5 for 5 steps", "rollout.ahead.lag"]),
+}
+SET = {"lag": ["alarms.lag=1.5"]}  # what is off by default
+
+WIDER = {
+    **{"no_signal": 0.97, "kl": 2, "entropy": 0.05, "truncated": 0.6, "length": 3.5, "mismatch": 0.2, "ess": 0.4},
+    "lag": 2,
 }
 
 
@@ -84,8 +94,9 @@ def test_every_alarm_of_steps_has_a_case_below():
 @pytest.mark.parametrize("name", STEPS)
 def test_an_alarm_fires_beyond_its_bound_alone_and_names_number_range_and_key(watch, name):
     metric, healthy, sick, words = STEPS[name]
-    assert fired(watch(OF_STEPS), [HEALTHY, HEALTHY | {metric: healthy}]) == {}
-    said = fired(watch(OF_STEPS), [HEALTHY, HEALTHY | {metric: sick}])
+    dials = SET.get(name, [])
+    assert fired(watch(OF_STEPS, *dials), [HEALTHY] + [HEALTHY | {metric: healthy}] * LASTING) == {}
+    said = fired(watch(OF_STEPS, *dials), [HEALTHY] + [HEALTHY | {metric: sick}] * LASTING)
     assert set(said) == {name}
     assert "\n" not in said[name] and "healthy" in said[name] and f"{sick:.3g}" in said[name]
     assert all(word in said[name] for word in words), said[name]
@@ -95,15 +106,28 @@ def test_an_alarm_fires_beyond_its_bound_alone_and_names_number_range_and_key(wa
 def test_null_turns_an_alarm_off(watch, name):
     metric, _, sick, _ = STEPS[name]
     off = "rollout.mismatch_alarm=null" if name == "mismatch" else f"alarms.{name}=null"
-    assert fired(watch(OF_STEPS, off), [HEALTHY, HEALTHY | {metric: sick}]) == {}
+    assert fired(watch(OF_STEPS, off), [HEALTHY] + [HEALTHY | {metric: sick}] * LASTING) == {}
 
 
-@pytest.mark.parametrize("name", ["no_signal", "kl", "entropy", "truncated", "length", "mismatch"])
+@pytest.mark.parametrize("name", WIDER)
 def test_a_bound_is_the_dial_of_that_name(watch, name):
     metric, _, sick, _ = STEPS[name]
-    wider = {"no_signal": 0.97, "kl": 2, "entropy": 0.05, "truncated": 0.6, "length": 3.5, "mismatch": 0.2}[name]
     dial = "rollout.mismatch_alarm" if name == "mismatch" else f"alarms.{name}"
-    assert fired(watch(OF_STEPS, f"{dial}={wider}"), [HEALTHY, HEALTHY | {metric: sick}]) == {}
+    assert fired(watch(OF_STEPS, f"{dial}={WIDER[name]}"), [HEALTHY] + [HEALTHY | {metric: sick}] * LASTING) == {}
+
+
+@pytest.mark.parametrize("name", ["ess", "lag"])
+def test_what_is_beyond_its_bound_in_fewer_steps_or_not_in_a_row_is_no_alarm(watch, name):
+    metric, healthy, sick, _ = STEPS[name]
+    few = [HEALTHY | {metric: sick}] * (LASTING - 1)
+    for rows in (few, [HEALTHY, *few], [*few, HEALTHY | {metric: healthy}, *few]):
+        assert fired(watch(OF_STEPS, *SET.get(name, [])), rows) == {}
+
+
+def test_samples_that_older_weights_have_drawn_are_no_mismatch_but_may_count_too_little(watch):
+    old = HEALTHY | {"rollout/lag": 1.0, "train/mismatch": 0.5, "train/ess": 0.3}
+    said = fired(watch(OF_STEPS, "rollout.ahead.lag=1", "algo.correction=tis", "transfer=ipc"), [old] * LASTING)
+    assert set(said) == {"ess"} and "lower rollout.ahead.lag (1) or optim.lr" in said["ess"]
 
 
 def test_equal_rewards_are_no_alarm_for_an_algorithm_that_compares_no_samples(watch):
@@ -138,7 +162,7 @@ def test_long_rows_are_no_alarm_far_from_the_limit(watch):
 @given(st.sets(st.sampled_from(sorted(HEALTHY))))
 def test_a_metric_that_is_not_measured_is_no_alarm(default_run, left_out):
     row = {name: value for name, value in HEALTHY.items() if name not in left_out}
-    assert fired(Watch(OF_STEPS, default_run), [row] * 3) == {}
+    assert fired(Watch(OF_STEPS, default_run), [row] * (LASTING + 1)) == {}
 
 
 def test_an_alarm_speaks_again_only_after_it_has_been_quiet_for_a_while(watch):
@@ -228,6 +252,8 @@ def test_zero_std_is_not_measured_of_single_samples():
         ("alarms.gradient=-1", r"alarms\.gradient must be at least 0 \(got -1\.0\)"),
         ("alarms.kl=0", r"alarms\.kl must be greater than 0"),
         ("alarms.length=0.5", r"alarms\.length must be at least 1 \(got 0\.5\)"),
+        ("alarms.ess=1.5", r"alarms\.ess must be between 0\.0 and 1\.0 \(got 1\.5\)"),
+        ("alarms.lag=-1", r"alarms\.lag must be at least 0 \(got -1\.0\)"),
         ("+alarms.kll=1", r"'AlarmsConfig' object has no attribute 'kll'"),
     ],
 )

@@ -21,6 +21,7 @@ STRANGE = [1e308, -1e308, math.nan, math.inf, -math.inf, "x", None, [], {}, True
 METRICS = ("step", "eval/reward", "eval/gold", "train/reward", "seconds/step", "seconds/sample", "seconds/transfer")
 METRICS += ("tokens_per_second", "train/kl", "alarm/kl", "gpu_idle/learn", "train/mfu", "eval/pass_at_4")
 SAMPLE = ("step", "reward", "gold", "prompt", "answer", "conversation", "finish_reason")
+LANES = ("step", "until", "since", "lanes")
 SUMMARY = ("reward_end", "gold_end", "step_ms", "seconds", "gpu_memory_mib/trainer", "overrides", "error")
 CONFIGS = ("steps: 6\nobjective: gold\nalgo: {name: x}\n", "[1]", "a: [", "objective: none\n", "${x}\n", "5", "")
 
@@ -38,6 +39,15 @@ def fill(folder: Path, draw: random.Random) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     samples = [json.dumps(strange(draw, SAMPLE)) for _ in range(5)]
     (folder / "samples.jsonl").write_text("\n".join(samples))
+    lanes = [
+        {"step": step, "until": step + 1.0, "lanes": {"trainer": [["learn", step, step + 0.5]]}} for step in range(4)
+    ]
+    lanes += [
+        strange(draw, LANES),
+        {"before": strange(draw, LANES)},
+        {"step": 4, "until": 5, "lanes": {"a": [STRANGE]}},
+    ]
+    (folder / "lanes.jsonl").write_text("\n".join(json.dumps(row) for row in lanes[draw.randint(0, 6) :]))
     told = strange(draw, SUMMARY) | {"status": draw.choice(["finished", "failed", 5, None])}
     (folder / "summary.json").write_text(draw.choice([json.dumps(told), "{", "[" * 10**5]))
 
@@ -77,7 +87,15 @@ def test_steps_without_the_time_of_a_transfer_or_of_tokens_are_summarised():
 @pytest.mark.timeout(20)
 def test_a_fifo_in_place_of_a_file_is_not_waited_for(tmp_path):
     (tmp_path / ".hydra").mkdir()
-    for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"):
+    for name in (
+        ".hydra/config.yaml",
+        ".hydra/overrides.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "lanes.jsonl",
+        "summary.json",
+    ):
         os.mkfifo(tmp_path / name)
     run = read_run(tmp_path)
     assert (run.rows, run.samples(), run.summary, run.overrides, run.config) == ([], [], {}, [], {})
+    assert run.lanes().lines == []

@@ -118,6 +118,7 @@ def test_a_run_of_100_steps_is_one_small_page_with_curves_alarms_time_transfer_a
     assert "alarm kl, step 60" in drawn["Reward"] and "alarm" not in drawn["Entropy, nats a token"]
     assert all(phase in drawn["Milliseconds a step, by phase"] for phase in PHASES)
     assert re.search(r"alarm kl\s*: first at step 60, in 41 rows", read.text)
+    assert "Who waits" not in read.text, "it has no lanes.jsonl"
     assert {path.stem for path in (folder / "report").glob("*.png")} >= {"reward", "phases", "transfer", "lag"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "report").glob("*.png"))
 
@@ -167,6 +168,35 @@ def test_what_a_run_has_made_of_its_gpu_is_in_the_head_and_drawn(tmp_path):
     assert told["5000"] == "tokens a second, while sampling"
     drawn = drawings(read)
     assert {"Tokens a second", "MFU of learning", "Share of a phase without a kernel on the GPU"} < set(drawn)
+
+
+def test_who_waits_for_whom_is_said_with_what_to_do_and_drawn_lane_by_lane(tmp_path):
+    folder = write_run(tmp_path / "run", few=True)
+    dials = "rollout: {workers: 2}\nalgo: {correction: tis}\ntransfer: {sender: {url: []}, staging: arena}\n"
+    (folder / ".hydra" / "config.yaml").write_text(dials)
+    for step in range(1, 31):
+        sampling = {f"worker {index}": [["sample", step - 1, step - 0.6 + 0.1 * index]] for index in range(2)}
+        trainer = {"trainer": [["sample", step - 1, step - 0.5], ["learn", step - 0.5, step]]}
+        with open(folder / "lanes.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "until": step, "lanes": trainer | sampling}) + "\n")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(
+            json.dumps({"step": step, "rollout/queue": step % 3, "rollout/lag_1": 1}) + "\n" for step in range(5)
+        )
+    main([str(folder)])
+    read, page = Read(folder / "report.html"), (folder / "report.html").read_text()
+    assert (
+        "trainer waits for samples 50% of the time, and the workers for it 55%: with rollout.ahead.lag=1 both"
+        in read.text
+    )
+    told = {name: value for value, name in re.findall(r"<b>([^<]+)</b><span>([^<]+)</span>", page)}
+    assert told["trainer waits for samples"] == told["worker 1 has no request"] == "50%"
+    assert told["worker 0 has no request"] == "60%"
+    drawn = drawings(read)
+    assert all(
+        word in drawn["Who did what when"] for word in ("trainer", "worker 1", "waits for samples", "learns", "21")
+    )
+    assert {"Whole groups that wait for the trainer", "Share of the tokens that are so many versions old"} <= set(drawn)
 
 
 def test_a_long_answer_is_cut_and_the_page_stays_small(tmp_path):

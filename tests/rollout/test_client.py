@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from rlhf.config import HfRolloutConfig
@@ -222,3 +224,18 @@ def test_the_share_of_a_worker_that_has_left_meanwhile_is_asked_of_another(token
     assert client.sample(PROMPTS, n=2, temperature=0.5, seed=9).texts == ["b"] * 10
     assert client.senders == (senders[0],) and [len(sender.asked) for sender in (gone, senders[0])] == [1, 2]
     assert senders[0].asked[1] == gone.asked[0]
+
+
+def test_when_each_worker_had_a_request_is_told_also_of_one_that_fails(tokenizer):
+    class Failing(FakeSender):
+        def call(self, verb, body, timeout_s=None):
+            raise RemoteError(self.name, verb, 500, "gone")
+
+    heard, senders = [], [FakeSender(), Failing()]
+    before = time.monotonic()
+    client = RolloutClient(senders, tokenizer, CONFIG, heard=lambda *told: heard.append(told))
+    client.of(senders[0]).sample(PROMPTS, n=2, temperature=1.0, seed=0)
+    with pytest.raises(RemoteError, match="gone"):
+        client.sample(PROMPTS, n=2, temperature=1.0, seed=0)
+    assert [name for name, _, _ in heard] == ["worker 5"] * 3
+    assert all(before <= began <= ended <= time.monotonic() for _, began, ended in heard)

@@ -89,6 +89,36 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(model):
     assert len({tuple(s.ids) for s in together}) > 5
 
 
+@pytest.mark.parametrize("prompts", [MIXED, EQUAL], ids=["mixed lengths", "equal lengths"])
+def test_after_new_weights_log_probs_are_theirs_where_the_cache_is_computed_anew(model, prompts):
+    plain, changed = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def off_by(recomputes):
+        turns = iter([0, 0, 0, 1, 1, 1, 1, 1, 1, 1])
+
+        def turn():
+            version = next(turns)
+            model.load_state_dict(changed.state_dict() if version else plain)
+            return version
+
+        samples = HfEngine(model, recomputes).generate(prompts, range(len(prompts)), SAMPLING, turn)
+        model.load_state_dict(plain)
+        off = [0.0, 0.0]
+        for row, sample in enumerate(samples):
+            for version, weights in enumerate((model, changed)):
+                expected = recomputed(weights, prompts[row // SAMPLING.n], sample, SAMPLING.temperature)
+                of = [place for place, own in enumerate(sample.versions) if own == version]
+                off[version] = max([off[version], *(abs(sample.logprobs[place] - expected[place]) for place in of)])
+        assert {version for sample in samples for version in sample.versions} == {0, 1}
+        return off
+
+    anew, kept = off_by(True), off_by(False)
+    assert max(anew) < 1e-5 and kept[0] < 1e-5 < 1e-3 < kept[1]
+
+
 def test_a_row_ends_with_its_eos_or_at_the_limit_without_one(model):
     samples = HfEngine(model).generate(MIXED * 4, range(20), SAMPLING, TURN)
     reasons = {sample.finish_reason for sample in samples}

@@ -35,6 +35,7 @@ class FakeEngine:
     steps: int = 0
     left: dict = field(default_factory=dict)
     ended: list = field(default_factory=list)
+    changes: int = 0  # of weights that requests have seen
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     def step(self):
@@ -54,6 +55,10 @@ class FakeEngine:
             return outputs
         finally:
             self.busy.release()
+
+    def changed(self):
+        assert self.left and not self.busy.locked()
+        self.changes += 1
 
     def give(self, names):
         assert self.busy.acquire(blocking=False), "no request comes while somebody steps"
@@ -131,9 +136,21 @@ def test_new_weights_come_in_between_two_steps_of_several_completions(pool):
     for _ in range(5):
         engine.flip()
     assert time.monotonic() - start < DEADLINE_S / 2, "nobody waits for a deadline"
-    for call in calls:
-        (versions,) = call.result(DEADLINE_S)
+    seen = [call.result(DEADLINE_S)[0] for call in calls]
+    for versions in seen:
         assert len(versions) == 200 and versions == sorted(versions) and versions[-1] == 5
+    assert max(len(set(versions)) - 1 for versions in seen) <= engine.changes <= 5
+
+
+def test_an_engine_hears_of_new_weights_only_where_requests_have_seen_others():
+    stepping, engine = made()
+    complete(stepping, engine, ["3:a"])
+    engine.flip()
+    complete(stepping, engine, ["3:b"])
+    assert engine.changes == 0
+    versions = iter([1, 1, 1, 2, 2, 3, 3])
+    (row,) = complete(stepping, engine, ["4:c"], lambda: setattr(engine, "version", next(versions)) or engine.version)
+    assert row == [1, 1, 2, 2] and engine.changes == 1
 
 
 def test_a_completion_that_is_told_to_end_leaves_the_others_alone(pool):

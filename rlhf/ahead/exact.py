@@ -1,4 +1,4 @@
-"""The samples of the step that comes next, drawn while this one is learned from (`rollout.ahead.lag=1`).
+"""The samples of the step that comes next, drawn while this one is learned from, in exact order.
 
     step s      learn       push v(s)       learn of s + 1 ...
     sampling    of s + 1 -------^ waits     of s + 2 ...
@@ -10,21 +10,19 @@ that is not learned from yet are part of a checkpoint.
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from rlhf.ahead import kept
+from rlhf.ahead.kept import heard, heard_reports, told, told_reports, written
 from rlhf.gather import Gather, Scored
 from rlhf.monitor.metrics import Recorder
-from rlhf.ranks.frames import packed, unpacked
-from rlhf.shell.ending import RunError
-from rlhf.types import Completion, Prompt, RewardReport, Rollouts
-
-FILE = "ahead.bin"  # of a checkpoint
+from rlhf.types import Prompt, RewardReport
 
 
 @dataclass(slots=True)
@@ -51,7 +49,7 @@ class Notes:
 Batch = tuple[Scored, Notes]  # of one step
 
 
-class Ahead:
+class Exact:
     """`gather` for the steps in their `order`, each begun when the one before it is taken; a context.
 
     In the first rank alone. `batch`: of the step that is taken first, if it was drawn before (`read`).
@@ -93,27 +91,19 @@ class Ahead:
         for future in self._batches.values():
             future.result()
 
+    def release(self) -> None:
+        """Nothing waits for that."""
+
     def write(self, folder: Path, step: int) -> None:
         """Into a checkpoint after `step`: the samples of the next, if they are there."""
         future = self._batches.get(step + 1)
         if future is None or not future.done() or future.exception() is not None:
             return
-        (rollouts, rewards), notes = future.result()
+        scored, notes = future.result()
         numbers = {id(prompt): number for number, prompt in enumerate(self._prompts)}
-        told = {
-            "step": step + 1,
-            "prompts": [numbers[id(prompt)] for prompt in rollouts.prompts],
-            "rows": [[c.ids, c.logprobs, c.versions, c.finish_reason, c.sampled] for c in rollouts.completions],
-            "texts": rollouts.texts,
-            "seeds": rollouts.seeds,
-            "n": rollouts.samples_per_prompt,
-            "conversations": rollouts.conversations,
-            "rewards": rewards,
-            "sampled": notes.sampled,
-            "seconds": notes.seconds,
-            "reports": [asdict(report) for report in notes.reports],
-        }
-        (folder / FILE).write_bytes(packed(told))
+        reports = told_reports(notes.reports)
+        also = {"step": step + 1, "sampled": notes.sampled, "seconds": notes.seconds, "reports": reports}
+        written(folder, told(scored, numbers) | also)
 
     def close(self) -> None:
         """Draw no more; whoever waits for a worker that is about to end finds that."""
@@ -130,20 +120,9 @@ class Ahead:
 
 def read(folder: Path, prompts: Sequence[Prompt]) -> tuple[int, Batch] | None:
     """The samples that a checkpoint has of the step after it; None: none. RunError if they make no sense."""
-    path = folder / FILE
-    if not path.exists():
-        return None
-    try:
-        told = unpacked(path.read_bytes())
-        rollouts = Rollouts(
-            [prompts[number] for number in told["prompts"]],
-            [Completion(*row) for row in told["rows"]],
-            told["texts"],
-            told["seeds"],
-            told["n"],
-            told["conversations"],
-        )
-        notes = Notes(told["sampled"], told["seconds"], [RewardReport(**each) for each in told["reports"]])
-        return told["step"], ((rollouts, told["rewards"]), notes)
-    except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise RunError(f"{path}: it has no samples as a run has them: {type(error).__name__}: {error}") from error
+
+    def batch(said: Any) -> tuple[int, Batch]:
+        notes = Notes(said["sampled"], said["seconds"], heard_reports(said["reports"]))
+        return said["step"], (heard(said, prompts), notes)
+
+    return kept.read(folder, batch)

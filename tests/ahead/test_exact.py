@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hydra.errors import CompactHydraException
 
-from rlhf.ahead import FILE, Ahead, read
+from rlhf.ahead.exact import Exact, read
+from rlhf.ahead.kept import FILE
 from rlhf.gather import Gather
 from rlhf.monitor.metrics import Recorder
 from rlhf.run import run
@@ -154,7 +155,7 @@ class Worker:
 def ahead(compose_run):
     config, worker, record = compose_run(*SMALL, "samples_per_prompt=2"), Worker(), Record()
     gather = Gather(worker, lambda prompts, answers: [1.0] * len(answers), config, record)
-    made = Ahead(gather, record, PROMPTS, ORDER)
+    made = Exact(gather, record, PROMPTS, ORDER)
     yield made, worker, record
     worker.may.set()
     made.close()
@@ -211,7 +212,7 @@ def test_a_checkpoint_has_the_samples_of_the_step_that_comes_next_and_of_no_othe
             assert read(folders[step - 1], PROMPTS)[1][0] == expected
     assert read(folders[1], PROMPTS)[0] == 2 and read(folders[3], PROMPTS) is None
     drawn = read(folders[1], PROMPTS)
-    other = Ahead(ahead._gather, Record(), PROMPTS, ORDER, drawn)
+    other = Exact(ahead._gather, Record(), PROMPTS, ORDER, drawn)
     worker.asked.clear()
     assert other(PROMPTS, ORDER[1], 2) == drawn[1][0]
     other.settle()
@@ -231,7 +232,10 @@ def test_samples_of_a_checkpoint_that_are_none_are_told_in_one_line(tmp_path, co
     ("overrides", "said"),
     [
         ("algo.correction=off", "choose algo.correction=tis, icepop or sequence"),
-        ("rollout.ahead.lag=2", r"rollout.ahead.lag must be between 0 and 1 \(got 2\)"),
+        ("rollout.ahead.lag=2", "choose rollout.ahead.lag=1, or rollout.ahead.order=free"),
+        ("rollout.ahead.lag=17", r"rollout.ahead.lag must be between 0 and 16 \(got 17\)"),
+        ("rollout.ahead.window=3", "choose rollout.ahead.order=free and a lag of 1 or more"),
+        ("rollout.ahead.order=free rollout.in_flight=abort", "choose keep, or wait"),
         ("transfer=local", "choose transfer=ipc with staging=arena, or transfer=disk"),
         ("transfer.staging=live", "choose transfer=ipc with staging=arena, or transfer=disk"),
         ("transfer=gloo", "choose transfer=ipc with staging=arena, or transfer=disk"),
