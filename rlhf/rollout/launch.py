@@ -114,7 +114,7 @@ def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
     """One worker around the learner's own module."""
     from transfer.trainer.senders.direct import DirectSender
 
-    worker = Worker.around(policy, spec.endpoint, spec.journal)
+    worker = Worker.around(policy, spec.endpoint, spec.journal, spec.batch_invariant)
     yield lambda: [DirectSender(worker, "worker 0 (local)")]
 
 
