@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlhf.models.model_cache import cache_name, cache_of, parameters_of, recurrent
-from rlhf.rollout.invariant import BLOCK, PROMPTS, filled, padded_width
+from rlhf.rollout.invariant import BLOCK, filled, padded_width, prompts_at_least
 from rlhf.rollout.sampling import Sampling
 
 Key = Any  # by which prompts are put together
@@ -86,7 +86,7 @@ class Filled:
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, width: int) -> None:
         self._rows = len(prompts) * sampling.n
-        some = [prompts[place] for place in filled(np.arange(len(prompts)), PROMPTS)]
+        some = [prompts[place] for place in filled(np.arange(len(prompts)), prompts_at_least(width))]
         self._decoder = Decoder(model, some, replace(sampling, n=1), width)
         group = filled(np.repeat(np.arange(len(prompts)), sampling.n), BLOCK)
         self._decoder.logits = self._decoder.logits[torch.from_numpy(group).to(self._decoder.logits.device)]

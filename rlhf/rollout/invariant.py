@@ -8,6 +8,7 @@ in another way, so that there are always as many rows as leave nothing over.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 BLOCK = 32  # rows of a matrix product; in a batch there is a multiple of them
-PROMPTS = 4  # of a prefill there is a multiple: with 16 features, or a multiple of them, vector registers are full
+PROMPTS = 8  # of which a prefill has a multiple, where its width does not fill vector registers by itself
 STEP = 8  # widths of short prompts are multiples of this
 ALIGNED = 64  # bytes: products of what begins elsewhere may have other bits
 
@@ -55,6 +56,13 @@ def prepared(model: torch.nn.Module) -> None:
             module.forward = MethodType(_linear, module)
         elif (whole and module is model) or _multiplies(module):
             module.forward = MethodType(_in_mode, module)
+
+
+def released(model: torch.nn.Module) -> None:
+    """The model as it was before `prepared`."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) in (_linear, _in_mode):
+            del module.forward
 
 
 def _multiplies(module: torch.nn.Module) -> bool:
@@ -160,6 +168,11 @@ def padded_width(length: int, most: int | None) -> int:
     step = max(STEP, 2 ** max(0, length.bit_length() - 2))
     width = (length // step + 1) * step
     return width if most is None or width <= most else max(length, most)
+
+
+def prompts_at_least(width: int) -> int:
+    """Of how many prompts of this width a prefill has a multiple."""
+    return min(PROMPTS, BLOCK // math.gcd(BLOCK, width))
 
 
 def filled(places: np.ndarray, step: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def scattered(engine, prompts, seeds, sampling, choose):
 
 
 def check_invariant(engine, choose):
-    count, longest = choose.choice([1, 2, 5, 12, 40]), choose.choice([2, 9, 30])
+    count, longest = choose.choice([1, 2, 5, 12, 40]), choose.choice([2, 9, 50])
     prompts = [[choose.randrange(2, 12) for _ in range(choose.randint(1, longest))] for _ in range(count)]
     sampling = Sampling(choose.choice([1, 3, 10]), choose.choice([1, 8]), choose.choice([0.0, 0.7, 1.0]), (1, 5))
     whole = asked(engine, prompts, range(count), sampling)
