@@ -122,6 +122,7 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
     f"{TRAIN}trainer=sharded trainer.ranks=16 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
     "rollout.workers=16": "tests/ranks/test_ray_hosts.py, with two ranks",
     f"{TRAIN}rollout.ahead.lag=1 algo.correction=tis": "tests/ahead/test_exact.py, with smaller runs",
+    f"{TRAIN}algo.correction=tis rollout.batch_invariant=true rollout.workers=2": "tests/ahead/test_exact.py, as above",
     "python -m transfer.doctor": "tests/transfer/test_doctor.py",
     "python -m transfer.doctor --quick": "tests/transfer/test_doctor.py",
     "python -m transfer.bench": "tests/transfer/test_bench.py, with fewer rounds",

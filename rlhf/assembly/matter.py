@@ -121,5 +121,5 @@ def _padded(site: Site, policy: PreTrainedModel) -> Passes:
     if isinstance(config.model, HfModelConfig):
         passes = agreeing_passes(policy, config.model.lora, engine, site.bars.say)
     if engine and is_invariant(config, policy.device.type):
-        check_invariance(policy)
+        check_invariance(policy, config.threads)
     return passes

@@ -21,8 +21,13 @@ ALONE = 3  # of them are sampled once more, each alone
 SAMPLING = Sampling(n=4, max_tokens=TOKENS, temperature=1.0, stop_ids=())
 
 
-def check_invariance(policy: PreTrainedModel) -> None:
-    """ValueError, in one line, where the bits of a row depend on the rows beside it."""
+def check_invariance(policy: PreTrainedModel, threads: int = 1) -> None:
+    """ValueError, in one line, where the bits of a row depend on the rows beside it; `threads` of each worker."""
+    if policy.device.type == "cpu" and threads > 1:
+        raise ValueError(
+            "on a CPU rollout.batch_invariant=true needs one thread a process, as several cut tensors anywhere: set "
+            f"threads=1 (got {threads})"
+        )
     longest = max(1, context_of(policy) - TOKENS)
     chosen = torch.Generator().manual_seed(0)
     below = policy.config.get_text_config().vocab_size

@@ -57,7 +57,7 @@ def is_invariant(config: RunConfig | EvaluationConfig, device: str) -> bool:
     if rollout.batch_invariant is not None:
         return rollout.batch_invariant
     exact = isinstance(config, RunConfig) and rollout.ahead.lag > 0 and rollout.ahead.order is Order.exact
-    return exact and device == "cpu" and not isinstance(rollout, VllmRolloutConfig)
+    return exact and device == "cpu" and config.threads == 1 and not isinstance(rollout, VllmRolloutConfig)
 
 
 def _code_of(policy: Any) -> str:

@@ -1,7 +1,6 @@
 """A policy whose rows would not have the same bits in every batch is refused before it is trained."""
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
 from rlhf.preflight.invariance import check_invariance
@@ -34,13 +33,10 @@ def test_a_policy_whose_rows_see_each_other_is_refused_in_one_line():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_run_that_wants_it_asks_before_it_trains(compose_run, tmp_path, monkeypatch):
+def test_a_run_that_wants_it_asks_before_it_trains(compose_run, tmp_path):
     from rlhf.run import run
 
-    def refusing(policy: torch.nn.Module) -> None:
-        raise ValueError("set rollout.batch_invariant=false")
-
-    monkeypatch.setattr("rlhf.assembly.matter.check_invariance", refusing)
-    with pytest.raises((ValueError, RunError), match=r"rollout\.batch_invariant=false"):
-        run(compose_run("experiment=smoke", "transfer=local", "rollout.batch_invariant=true"), tmp_path / "run", ())
+    config = compose_run("experiment=smoke", "transfer=local", "rollout.batch_invariant=true", "threads=2")
+    with pytest.raises((ValueError, RunError), match=r"set threads=1 \(got 2\)"):
+        run(config, tmp_path / "run", ())
     assert not (tmp_path / "run" / "checkpoints").exists()

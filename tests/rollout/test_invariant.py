@@ -198,6 +198,7 @@ def test_null_is_on_where_a_run_is_exact_only_with_it(compose_run):
     exact = compose_run("experiment=smoke", *ahead)
     assert is_invariant(exact, "cpu") and not is_invariant(exact, "cuda")
     assert not is_invariant(compose_run("experiment=smoke", *ahead, "rollout.ahead.order=free"), "cpu")
+    assert not is_invariant(compose_run("experiment=smoke", *ahead, "threads=2"), "cpu")
     assert not is_invariant(compose_run("experiment=smoke", *ahead, "rollout=vllm"), "cpu")
     assert not is_invariant(compose_run("experiment=smoke", *ahead, "rollout.batch_invariant=false"), "cpu")
     assert is_invariant(compose_run("experiment=smoke", "rollout.batch_invariant=true"), "cuda")
