@@ -15,6 +15,7 @@ from rlhf import __version__
 COMMANDS = {  # by name: the module, and what it does
     "train": ("rlhf.train", "train a policy: SFT, a reward model, then RL or DPO"),
     "resume": ("rlhf.resume", "go on with a run that was stopped, from its newest checkpoint"),
+    "scale": ("rlhf.scale", "more workers, or fewer, for a run that goes on"),
     "evaluate": ("rlhf.evaluate", "a saved policy on a task's held-out prompts"),
     "report": ("rlhf.report", "one HTML page about runs: curves, alarms, time, samples"),
     "sweep": ("rlhf.sweep", "tables and plot of a sweep again, from its folders"),

@@ -4,6 +4,7 @@
 - Versions never go down within a start of a worker, nor within a trainer. Once a push is acknowledged, none of its
   workers, not even one that was started again, serves anything older in a completion that begins later. Whatever a
   trainer with a lower epoch has pushed is older.
+- A worker that joins a trainer with a version serves nothing older; one that has left serves nothing any more.
 - What was withdrawn, and whatever is older, is served no more, as its memory may have changed.
 - A start of a worker applies a version once at most, unless an update failed in between: weights may be torn then. It
   obeys the trainer with the highest epoch alone.
@@ -62,6 +63,7 @@ class History:
         self._fence: Counter[str] = Counter()  # newest trainer's epoch, by boot
         self._workers: dict[int, set[str]] = defaultdict(set)  # of the trainer with this epoch
         self._pushed: dict[str, tuple[int, int]] = {}  # epoch and version of the last acknowledged push, by worker
+        self._left: set[str] = set()  # workers
         self._consumed: set[tuple[str, int]] = set()  # seeds, by boot of the trainer
 
     def broken(self, events: list[Event]) -> Iterator[tuple[str, Event]]:
@@ -93,6 +95,7 @@ class History:
                     "served what was withdrawn": first > self._withdrawn.get(boot, -1),
                     f"went down from {floor}": first >= floor and versions == sorted(versions),
                     f"older than epoch and version {pushed}": (epoch, first) >= pushed,
+                    "served after it had left": not event["left"],
                 }
             case "pushed", {"boot": boot, "version": version}:
                 return {"the trainer went down": (boot not in self._reached) or version > self._reached[boot]}
@@ -122,6 +125,11 @@ class History:
                 self._epoch = max(self._epoch, epoch)  # it takes another after a failure
                 self._pushed |= {w: max((epoch, version), self._pushed.get(w, (0, 0))) for w in self._workers[epoch]}
                 self._reached[boot] = version
+            case "join", {"worker": name, "epoch": epoch, "version": int(version)}:
+                self._pushed[named(name)] = max((epoch, version), self._pushed.get(named(name), (0, 0)))
+            case "leave", {"worker": name, "epoch": epoch}:
+                self._left.add(named(name))
+                self._workers[epoch].discard(named(name))
             case "consume", {"boot": boot, "seeds": seeds}:
                 self._consumed |= {(boot, seed) for seed in seeds}
             case _:
@@ -132,6 +140,7 @@ class History:
         match op, event:
             case "init", {"epoch": epoch}:
                 self._workers[epoch].add(who)
+                self._left.discard(who)
                 self._fence[boot] = epoch
                 self._withdrawn.pop(boot, None)
             case "withdraw", {"result": "done", "version": version}:
@@ -145,5 +154,11 @@ class History:
                 self._applied = {(other, version) for other, version in self._applied if other != boot}
             case "begin", _:
                 event["floor"], event["pushed"] = self._reached[boot], self._pushed.get(who, (0, 0))
+                event["left"] = who in self._left
             case "serve", {"versions": [*_, last]}:
                 self._reached[boot] = max(self._reached[boot], last)
+
+
+def named(worker: str) -> str:
+    """How a worker's journal calls it that its sender calls `worker 1 (http://127.0.0.1:40123)`."""
+    return worker.partition(" (")[0].replace(" ", "-")

@@ -121,8 +121,13 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
     "torchrun --nproc-per-node 8 -m rlhf.train trainer=replicas model.path=FOLDER": RANKS,
     f"{TRAIN}trainer=sharded trainer.ranks=16 trainer.hosts=2 trainer.address=auto transfer/sender=ray "
     "rollout.workers=16": "tests/ranks/test_ray_hosts.py, with two ranks",
+    f"{TRAIN}rollout.ahead.lag=2 rollout.ahead.order=free rollout.in_flight=keep algo.correction=tis": (
+        "tests/ahead/test_free_runs.py"
+    ),
     f"{TRAIN}rollout.ahead.lag=1 algo.correction=tis": "tests/ahead/test_exact.py, with smaller runs",
     f"{TRAIN}algo.correction=tis rollout.batch_invariant=true rollout.workers=2": "tests/ahead/test_exact.py, as above",
+    "python -m rlhf.scale RUN_DIR 4": "a run that goes on: tests/test_scale.py",
+    "python -m rlhf.scale RUN_DIR --join http://127.0.0.1:8000": "a worker that runs already: tests/test_scale.py",
     "python -m transfer.doctor": "tests/transfer/test_doctor.py",
     "python -m transfer.doctor --quick": "tests/transfer/test_doctor.py",
     "python -m transfer.bench": "tests/transfer/test_bench.py, with fewer rounds",

@@ -178,6 +178,25 @@ def test_a_version_that_is_served_after_it_was_withdrawn_is_seen(history):
     history.check()
 
 
+def test_a_worker_that_joins_with_a_version_and_serves_an_older_one_is_seen(history):
+    first = history.all("serve", "worker-1.jsonl")[0]
+    told = {"boot": "t", "who": "trainer", "op": "join", "worker": "worker 1 (http://a)", "epoch": 1}
+    history.events["trainer.jsonl"].append({**told, "version": 0, "t": first["began"] - 1e-7})
+    history.check()
+    history.events["trainer.jsonl"].append({**told, "version": 1, "t": first["began"] - 1e-7})
+    history.refused(r"older than epoch and version \(1, 1\)")
+
+
+def test_a_worker_that_serves_after_it_has_left_is_seen_unless_it_has_joined_again(history):
+    second = history.all("serve", "worker-1.jsonl")[1]
+    left = {"boot": "t", "who": "trainer", "op": "leave", "worker": "worker 1", "epoch": 1, "version": 0}
+    history.events["trainer.jsonl"].append({**left, "t": second["began"] - 1e-7})
+    history.refused("served after it had left")
+    again = {**history.all("init", "worker-1.jsonl")[0], "t": second["began"] - 1e-8}
+    history.events["worker-1.jsonl"].append({**again, "boot": "another"})
+    history.check()
+
+
 def test_a_repeat_is_not_another_application(history):
     done = history.all("finish")[2]
     history.events["worker-0.jsonl"].append({**done, "t": done["t"] + 1e-7, "result": "repeat"})

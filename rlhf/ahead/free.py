@@ -29,6 +29,7 @@ from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, RewardReport, Rollouts
 from transfer import Sender
 from transfer.agreement.wire import RemoteError
+from transfer.config import InFlight
 
 LOOK_S = 1.0  # until whoever waits looks again: signals get through
 MOST_REQUESTS = 48  # that run at a worker, which has 64 threads for them
@@ -70,6 +71,7 @@ class Desk:
     """What the trainer knows of one worker."""
 
     requests: int = 0  # that run
+    last: int = 0  # when it was asked last, by the number of the request
     starts: int = 0  # how often it was brought back
     lost: RemoteError | None = None  # why a request has failed, until the worker is brought back
     pushes: int = 0  # that there had been when that request began
@@ -112,9 +114,10 @@ class Free:
         self._stream, self._slots = stream, slots
         self._changed = threading.Condition()  # guards all below, and the slots
         self._desks: dict[Sender, Desk] = {}
-        self._pushes = 0
+        self._pushes = self._requests = 0
         self._error: BaseException | None = None
         self._ended = False
+        self._holds_back = False  # requests, until new weights are there
         self._since = Since()
         self._rewarding = threading.Lock()  # rewards need not know of threads
 
@@ -129,14 +132,19 @@ class Free:
         return rollouts, self._gather.usable(rewards, next((each for each in reports if each.error), None))
 
     def settle(self) -> None:
-        """Before new weights come: what has failed so far is mended, or ends the run."""
+        """Before new weights come: mend what has failed, and wait for what runs, if they are to wait for that."""
         with self._changed:
             self._mend()
+            self._holds_back = self._gather.config.rollout.in_flight is InFlight.wait
+            while self._holds_back and any(desk.requests for desk in self._desks.values()):
+                self._changed.wait(LOOK_S)
+                self._mend()
 
     def release(self) -> None:
         """The step's weights are live: its slots go to the prompts that come next."""
         with self._changed:
             self._pushes += 1
+            self._holds_back = False
             self._slots.release()
             self._feed()
 
@@ -204,18 +212,26 @@ class Free:
 
     def _feed(self) -> None:
         """Ask workers for the prompts that wait, the least busy first."""
+        if self._ended or self._holds_back:
+            return
         senders = self._workers.senders
         load = Load.of(self._gather.config, len(senders))
         desks = {sender: self._desks.setdefault(sender, Desk()) for sender in senders}
         there = [sender for sender, desk in desks.items() if desk.lost is None]
-        while there and not self._ended and (slots := list(islice(self._slots.waiting(), load.prompts))):
-            sender = min(there, key=lambda each: desks[each].requests)
-            if desks[sender].requests == load.requests:
+        while (
+            there
+            and not (self._ended or self._holds_back)
+            and (slots := list(islice(self._slots.waiting(), load.prompts)))
+        ):
+            sender = min(there, key=lambda each: (desks[each].requests, desks[each].last))
+            desk = desks[sender]
+            if desk.requests == load.requests:
                 return
             for slot in slots:
                 slot.asked = True
-            desks[sender].requests += 1
-            request = Request(sender, desks[sender], slots, desks[sender].starts, self._pushes)
+            self._requests += 1
+            desk.requests, desk.last = desk.requests + 1, self._requests
+            request = Request(sender, desk, slots, desk.starts, self._pushes)
             threading.Thread(target=self._draw, args=(request,), name="ahead", daemon=True).start()
 
     def _failed(self, request: Request, error: BaseException) -> None:
@@ -247,6 +263,7 @@ class Free:
                 request.desk.requests -= 1
                 sampling = False
                 self._feed()
+                self._changed.notify_all()
             with self._rewarding:
                 rewards, noted = self._gather.rewarded(rollouts)
                 report = None if noted is None else replace(noted, means=dict(noted.means), counts=dict(noted.counts))

@@ -36,7 +36,8 @@ def _exact(site: Site, matter: Matter, gather: Gather, record: Recorder) -> Exac
 def _free(site: Site, matter: Matter, client: RolloutClient, gather: Gather, record: Recorder) -> Free:
     config, prompts, ahead = site.config, matter.task.train, site.config.rollout.ahead
     stream = Stream(prompts, config.prompts_per_step, config.seed)
-    slots = Slots(stream.size, ahead.lag, config.steps * stream.size, ahead.window)
+    window = min(ahead.window, (ahead.most_lag(config.prompts_per_step) - ahead.lag) * stream.size)
+    slots = Slots(stream.size, ahead.lag, config.steps * stream.size, window)
     if site.saved is not None:
         slots.learned = slots.next = site.saved.told["step"] * stream.size
         kept.read(site.saved.path, lambda said: kept.heard_slots(said, slots, prompts))

@@ -28,13 +28,15 @@ from rlhf.monitor.flops import Meter
 from rlhf.monitor.lanes import Lanes
 from rlhf.monitor.loggers import make_loggers
 from rlhf.monitor.metrics import Outlets, Recorder
-from rlhf.monitor.probe import Probe
+from rlhf.monitor.probe import PROMPTS_PER_WORKER, Probe
 from rlhf.ranks.outside import Gathers, ToldGather, ToldSampler
 from rlhf.ranks.ranks import Ranks
 from rlhf.reports.lanes import FILE
 from rlhf.rewards import combine
+from rlhf.rollout.alike import trial
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
+from rlhf.rollout.scaling import Hooks, Scaled, Scaling
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
@@ -87,8 +89,10 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
         writes, by = _writes_nothing, ranks
         trained |= State(modules={POLICY: policy})
-    keeper = Keeper(store, config, record, transfer, writes, site.began, site.saved, trained, notes, by)
-    keeper.beside = gather.write
+    keeper = Keeper(
+        store, config, record, transfer, writes, site.began, site.saved, trained, notes, by, beside=gather.write
+    )
+    _let_change(site, workers, transfer, gather, _when_changed(site, matter, recover, probe, record), stack)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
 
 
@@ -116,6 +120,27 @@ def _until_the_end(recover: Callable[[Sender], bool], stack: ExitStack) -> Calla
     ended = threading.Event()
     stack.callback(ended.set)
     return lambda sender: not ended.is_set() and recover(sender)
+
+
+def _let_change(
+    site: Site, workers: Workers | None, transfer: Transfer, gather: ToldGather, hooks: Hooks, stack: ExitStack
+) -> None:
+    """Between two steps let there be more workers, or fewer, if somebody asks for them; in the first rank."""
+    if workers is not None and gather.gather is not None:
+        scaling = stack.enter_context(closing(Scaling(site.folder, site.config, workers, transfer, hooks)))
+        gather.gather = Scaled(gather.gather, scaling)
+
+
+def _when_changed(
+    site: Site, matter: Matter, recover: Callable[[Sender], bool], probe: Probe, record: Recorder
+) -> Hooks:
+    """What is said, counted and tried out then."""
+
+    def changed(workers: int) -> None:
+        probe.workers, record.workers = workers, {"rollout/workers": float(workers)}
+
+    few, rollout = list(matter.task.held_out)[:PROMPTS_PER_WORKER], site.config.rollout
+    return Hooks(site.bars.say, changed, trial(few, matter.tokenizer, rollout, recover, probe.tolerance))
 
 
 def _judged(

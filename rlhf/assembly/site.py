@@ -25,6 +25,7 @@ from rlhf.reports.lanes import FILE as LANES
 from rlhf.rollout.spec_of_run import JOURNALS
 from rlhf.shell import screen
 from rlhf.shell.ending import RunError, alone, full_disk_explained
+from rlhf.shell.scale_files import clear
 from transfer.backends.disk import remove_versions
 
 
@@ -138,6 +139,7 @@ def found(site: Site) -> Saved | None:
 def make_room(site: Site) -> None:
     """Remove what an earlier run left in the same folder, or what this one wrote after its checkpoint."""
     (site.folder / "summary.json").unlink(missing_ok=True)
+    clear(site.folder)  # what another run was asked
     remove_versions(site.folder)  # of transfer=disk, in other epochs or of another run: workers get the newest anew
     if site.saved is not None:
         written = any(isinstance(logger, JsonlLoggerConfig) for logger in site.config.logger.values())

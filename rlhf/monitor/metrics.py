@@ -78,6 +78,7 @@ class Recorder:
         self.ahead: dict[str, float] = {}  # how full the queue is that the step's samples were in
         self.latest: dict[str, float] = {}
         self.lag: dict[str, float] = {}
+        self.workers: dict[str, float] = {}  # how many there are, once that has changed
         self.reports: list[RewardReport] = []
         self.warned = False
         self.keeps_samples = True
@@ -164,6 +165,7 @@ class Recorder:
             "train/turns": mean([(len(said) + 1) / 2 for said in rollouts.conversations]),
             "rollout/version": float(rollouts.version),
             **self.lag,
+            **self.workers,
             **self.ahead,
             **self._rewarded(),
             **{f"train/{name}": value for name, value in learned.items()},

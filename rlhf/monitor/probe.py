@@ -41,12 +41,13 @@ class Probe:
         self._spread = spread
         self._policy = policy
         self._passes = passes
-        self._prompts = prompts[: PROMPTS_PER_WORKER * config.rollout.workers]
+        self._prompts = prompts
+        self.workers = config.rollout.workers  # that there are
         self._sampler = sampler
         self._temperature = config.rollout.temperature
         self._every = config.transfer.verify_every
         dtypes = {config.model.dtype, config.rollout.dtype or config.model.dtype}
-        self._tolerance = config.transfer.verify_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
+        self.tolerance = config.transfer.verify_tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
         self._pushes = 0
 
     def __call__(self, version: int) -> float | None:
@@ -55,15 +56,16 @@ class Probe:
         self._pushes += 1
         if not due:
             return None
-        rollouts = self._sampler.sample(self._prompts, n=1, temperature=self._temperature, seed=SEED)
+        prompts = self._prompts[: PROMPTS_PER_WORKER * self.workers]
+        rollouts = self._sampler.sample(prompts, n=1, temperature=self._temperature, seed=SEED)
         batch = collate(rollouts, device_of(self._policy))
         with torch.no_grad(), self._spread.whole(self._policy):
             logprobs_BT = self._passes.logprobs(self._policy, batch, self._temperature)
         worst = float(((logprobs_BT - batch.sampled_BT).abs() * batch.mask_BT * batch.measured_B[:, None]).max())
-        if not worst <= self._tolerance:
+        if not worst <= self.tolerance:
             raise RunError(
                 f"version {version}: the workers' log-probs differ from the trainer's by up to {worst:.3g} nats, more "
-                f"than {self._tolerance:g} (transfer.verify_tolerance): they do not sample with the weights that were "
+                f"than {self.tolerance:g} (transfer.verify_tolerance): they do not sample with the weights that were "
                 "sent, or compute with them in another way"
             )
         return worst

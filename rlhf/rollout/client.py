@@ -97,8 +97,8 @@ class RolloutClient:
 
     @property
     def senders(self) -> Sequence[Sender]:
-        """To the workers, as they are now."""
-        return self._senders
+        """To the workers, as they are now: to be asked for at each use."""
+        return tuple(self._senders)
 
     def of(self, sender: Sender) -> RolloutClient:
         """A client of one of the workers, which recovers none."""
@@ -134,10 +134,10 @@ class RolloutClient:
         of_prompts: list[list[int]] = [[] for _ in prompts]
         for row in range(len(prompts) * n) if measured is None else measured:
             of_prompts[row // n].append(row % n)
-        whole = Share(prompts, seeds, of_prompts)
+        whole, senders = Share(prompts, seeds, of_prompts), self.senders
         jobs = [
             (sender, whole.part(range(len(prompts))[block]), settings)
-            for sender, block in zip(self._senders, blocks(len(prompts), len(self._senders)), strict=True)
+            for sender, block in zip(senders, blocks(len(prompts), len(senders)), strict=True)
             if block.start < block.stop
         ]
         pool = ThreadPoolExecutor(max(1, len(jobs)))  # one worker's parts follow each other
@@ -151,12 +151,14 @@ class RolloutClient:
     def _answer(
         self, pool: ThreadPoolExecutor, job: tuple[Sender, Share, Settings], future: Future[list[Completion]]
     ) -> list[Completion]:
-        """One worker's share, asked for again for as long as the worker can be recovered."""
+        """One worker's share, asked for again for as long as the worker can be recovered; of another if it has left."""
         while True:
             try:
                 return future.result()
             except RemoteError:
-                if not self._recover(job[0]):  # in this thread, which outlives the worker
+                if job[0] not in (senders := self.senders):
+                    job = (senders[0], *job[1:])
+                elif not self._recover(job[0]):  # in this thread, which outlives the worker
                     raise
                 future = pool.submit(self._ask, *job)
 

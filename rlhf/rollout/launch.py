@@ -5,33 +5,40 @@
         senders = workers.senders()                             # waits until each answers
 
 Over HTTP each worker is a process, or one that already runs (transfer.sender.url); over Ray it is an actor; with
-transfer=local it is the trainer itself, around the learner's own module.
+transfer=local it is the trainer itself, around the learner's own module. While the run goes on there may be more of
+them, or fewer: who decides that is scaling.py.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, VllmRolloutConfig
 from rlhf.monitor.gpu import GPU_MEMORY
+from rlhf.rollout.begun import Begin, Begun
 from rlhf.rollout.ray_workers import ray_actors
 from rlhf.rollout.spec import WorkerSpec
-from rlhf.rollout.spec_of_run import specs
+from rlhf.rollout.spec_of_run import gpus_of_workers, numbered
 from rlhf.rollout.worker import Worker
 from transfer.agreement.wire import TOKEN_VARIABLE, RemoteError
 from transfer.config import HttpSenderConfig, LocalConfig, RaySenderConfig
 from transfer.worker.process import WorkerProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rlhf.ranks.ray_hosts import Hosts
-    from rlhf.rollout.ray_workers import Connect
     from transfer import Sender
+
+    Told = Callable[[int], WorkerSpec]  # what the worker of this number is told
 
 STATUS_S = 1.0  # how long somebody waits who asks all workers, every second, how much memory they use
 MOST_MIB = 2**40  # that a worker may say it has of a GPU
@@ -51,14 +58,21 @@ class Workers:
         self._spec, self._config, self._folder, self._policy = spec, config, folder, policy
         self._hosts = hosts  # that Ray's actors are placed on
         self._stack = ExitStack()
+        self._begun: list[Begun] = []
         self._senders: list[Sender] | None = None
 
     def __enter__(self) -> Workers:
-        self._connect = self._stack.enter_context(self._start())
+        try:
+            self._begin = self._stack.enter_context(self._start())
+            for _ in range(self._first()):
+                self.begin()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._senders = []  # nobody is to ask them any more
+        self._begun, self._senders = [], []  # nobody is to ask them any more
         self._stack.close()
 
     def awaited(self) -> str | None:
@@ -72,136 +86,180 @@ class Workers:
         return f"waiting for {count}: vLLM loads{', compiles and captures CUDA graphs' if graphs else ''}{log}"
 
     def senders(self) -> list[Sender]:
-        """One sender a worker, once all are up; an error names a worker that did not come up."""
+        """One sender a worker, once all are up; an error names a worker that did not come up.
+
+        The list is one and the same, and always that of the workers that may be asked now.
+        """
         if self._senders is None:
-            senders = self._connect()
-            for sender in senders:
-                self._stack.enter_context(closing(sender))
-            self._senders = senders
+            deadline = self.deadline()
+            self._senders = [self.connect(begun, deadline) for begun in self._begun]
         return self._senders
 
     def gpu_memory(self) -> dict[str, float]:
         """MiB of a GPU that each worker has taken at most, by its own words; of those that say so, and answer."""
         found: dict[str, float] = {}
-        for index, sender in enumerate(self._senders or ()):
+        for begun in list(self._begun):
             with suppress(RemoteError):
-                mib = sender.call("status", {}, STATUS_S).get(GPU_MEMORY)
+                mib = begun.sender.call("status", {}, STATUS_S).get(GPU_MEMORY) if begun.sender else None
                 if isinstance(mib, int | float) and 0 <= mib < MOST_MIB:
-                    found[f"{GPU_MEMORY}/worker-{index}"] = mib
+                    found[f"{GPU_MEMORY}/worker-{begun.index}"] = mib
         return found
 
-    def _start(self) -> AbstractContextManager[Connect]:
+    # --- one by one -------------------------------------------------------------------------------------------------
+
+    def asked(self) -> list[Begun]:
+        """The workers that may be asked now, in the order of their senders."""
+        of = {begun.sender: begun for begun in self._begun}
+        return [of[sender] for sender in self._senders or ()]
+
+    def begin(self) -> Begun:
+        """Start one more, of the first number that is free; ValueError or RunError if that cannot be.
+
+        To be called in a thread that lasts: worker processes end with the thread that started them.
+        """
+        return self._noted(self._begin(self._free()))
+
+    def begin_at(self, url: str, token: str | None) -> Begun:
+        """One more, which somebody else has started, and will end."""
+        return self._noted(self._running(self._free(), url, token))
+
+    def deadline(self) -> float:
+        """Until when a worker that is started now must be up."""
+        return time.monotonic() + self._config.transfer.sender.start_timeout_s
+
+    def connect(self, begun: Begun, deadline: float) -> Sender:
+        """Its sender, once it is up; an error names a worker that did not come up."""
+        begun.sender = begun.stack.enter_context(closing(begun.connect(deadline)))
+        return begun.sender
+
+    def end(self, begun: Begun) -> None:
+        """End one that nobody asks any more."""
+        self._begun.remove(begun)
+        begun.stack.close()
+
+    def _noted(self, begun: Begun) -> Begun:
+        self._stack.enter_context(begun.stack)
+        self._begun.append(begun)
+        return begun
+
+    def _free(self) -> int:
+        taken = {begun.index for begun in self._begun}
+        return next(index for index in count() if index not in taken)
+
+    def _told(self, index: int) -> WorkerSpec:
+        """What the worker of this number is told."""
+        spec = self._spec
+        if spec.visible and index >= len(spec.visible):  # one of more than the run has begun with
+            config = copy.copy(self._config)
+            config.rollout = copy.copy(config.rollout)
+            config.rollout.workers = index + 1
+            spec = replace(spec, visible=gpus_of_workers(self._policy, config))
+        return numbered(spec, index, self._folder)
+
+    def _first(self) -> int:
+        """How many the run begins with; ValueError unless `rollout.workers` is 1, or says what the URLs say."""
+        workers, sender = self._config.rollout.workers, self._config.transfer.sender
+        urls = sender.url if isinstance(sender, HttpSenderConfig) else []
+        if urls and workers not in (1, len(urls)):
+            raise ValueError(
+                f"transfer.sender.url names {len(urls)} workers: rollout.workers must be as many, or 1 (got {workers})"
+            )
+        return len(urls) or workers
+
+    def _start(self) -> AbstractContextManager[Begin]:
         transfer, rollout = self._config.transfer, self._config.rollout
         match transfer, transfer.sender:
             case LocalConfig(), _:
-                (told,) = specs(self._spec, 1, self._folder)
-                return in_process(self._policy, told)
+                return nullcontext(partial(in_process, self._policy, self._told))
             case _, HttpSenderConfig(url=[]) as sender if isinstance(rollout, VllmRolloutConfig) and rollout.serve:
-                return served(self._policy, self._spec, rollout, sender, self._folder)
+                return nullcontext(served(self._policy, self._told, rollout, sender, self._folder))
             case _, HttpSenderConfig(url=[]) as sender:
-                return processes(self._spec, rollout, sender, self._folder)
-            case _, HttpSenderConfig() as sender if isinstance(rollout, VllmRolloutConfig):
-                return vllm_servers(self._policy, self._spec, rollout, sender, self._folder)
-            case _, HttpSenderConfig() as sender:
-                return running(rollout.workers, sender)
+                return nullcontext(processes(self._told, rollout, sender, self._folder))
+            case _, HttpSenderConfig(url=urls):
+                token = os.environ.get(TOKEN_VARIABLE)
+                return nullcontext(lambda index: self._running(index, urls[index], token))
             case _, RaySenderConfig() as sender:
-                return ray_actors(self._spec, rollout, sender, self._folder, self._hosts)
+                return ray_actors(self._spec, self._told, rollout, sender, self._hosts)
         raise AssertionError(transfer)
 
+    def _running(self, index: int, url: str, token: str | None) -> Begun:
+        """One that runs already: a worker, or, of vLLM, a server, whose API key the token is, if it has one."""
+        rollout = self._config.rollout
+        if isinstance(rollout, VllmRolloutConfig):
+            return vllm_server(self._policy, self._told(index), rollout, (index, url, token))
+        return running(index, url, token, self._config.transfer.sender.timeout_s)
 
-@contextmanager
-def in_process(policy: Any, spec: WorkerSpec) -> Iterator[Connect]:
+
+def in_process(policy: Any, told: Told, index: int) -> Begun:
     """One worker around the learner's own module."""
     from transfer.trainer.senders.direct import DirectSender
 
+    spec = told(index)
     worker = Worker.around(policy, spec.endpoint, spec.journal, spec.batch_invariant)
-    yield lambda: [DirectSender(worker, "worker 0 (local)")]
+    return Begun(index, lambda _: DirectSender(worker, "worker 0 (local)"))
 
 
-@contextmanager
-def running(count: int, config: HttpSenderConfig) -> Iterator[Connect]:
-    """Workers that somebody else started and will end; their token is in the environment."""
+def running(index: int, url: str, token: str | None, timeout_s: float) -> Begun:
+    """A worker that somebody else started and will end."""
     from transfer.trainer.senders.http import HttpSender
 
-    _check_count(count, config)
-    token = os.environ.get(TOKEN_VARIABLE)
-    yield lambda: [
-        HttpSender(url, token, f"worker {index} ({url})", config.timeout_s) for index, url in enumerate(config.url)
-    ]
+    return Begun(index, lambda _: HttpSender(url, token, f"worker {index}", timeout_s))
 
 
-def _check_count(count: int, config: HttpSenderConfig) -> None:
-    """ValueError unless `rollout.workers` is left alone, or says what the URLs say."""
-    if count not in (1, len(config.url)):
-        raise ValueError(
-            f"transfer.sender.url names {len(config.url)} workers: rollout.workers must be as many, or 1 (got {count})"
-        )
-
-
-@contextmanager
-def vllm_servers(
-    policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
-) -> Iterator[Connect]:
-    """vLLM servers that somebody else started and will end; their API key is in the environment, if they have one."""
+def vllm_server(policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, at: tuple[int, str, str | None]) -> Begun:
+    """A vLLM server that somebody else started and will end."""
     from rlhf.rollout.vllm_server import server_at, worker_around
     from transfer.trainer.senders.direct import DirectSender
 
-    _check_count(config.workers, sender)
-    key = os.environ.get(TOKEN_VARIABLE)
-    with ExitStack() as stack:
+    index, url, key = at
 
-        def connect() -> list[Sender]:
-            senders: list[Sender] = []
-            for url, told in zip(sender.url, specs(spec, len(sender.url), folder), strict=True):
-                server = stack.enter_context(closing(server_at(url, told, config, key)))
-                senders.append(DirectSender(worker_around(server, policy, told), f"server {url}"))
-            return senders
+    def connect(_: float) -> Sender:
+        server = begun.stack.enter_context(closing(server_at(url, spec, config, key)))
+        return DirectSender(worker_around(server, policy, spec), f"server {url}")
 
-        yield connect
+    begun = Begun(index, connect)
+    return begun
 
 
-@contextmanager
-def served(
-    policy: Any, spec: WorkerSpec, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path
-) -> Iterator[Connect]:
-    """`vllm serve` processes of this run, started all at once, and again if they die."""
+def served(policy: Any, told: Told, config: VllmRolloutConfig, sender: HttpSenderConfig, folder: Path) -> Begin:
+    """`vllm serve` processes of this run, which are started again if they die."""
     from rlhf.rollout.vllm_server import ServerSender, server_at, worker_around
 
-    def around(url: str, told: WorkerSpec) -> Worker:
-        return worker_around(server_at(url, told, config, None), policy, told)
+    def around(url: str, spec: WorkerSpec) -> Worker:
+        return worker_around(server_at(url, spec, config, None), policy, spec)
 
-    with ExitStack() as stack:
-        started = []
-        for index, told in enumerate(specs(spec, config.workers, folder)):
-            log = folder / f"worker-{index}.log"
-            process = WorkerProcess(f"server {index}", "rlhf.rollout.vllm_serve", told.to_json(), log, config.restarts)
-            started.append((stack.enter_context(process), partial(around, told=told)))
-        yield lambda: [ServerSender(process.name, process, make, sender.start_timeout_s) for process, make in started]
+    def begin(index: int) -> Begun:
+        spec, log = told(index), folder / f"worker-{index}.log"
+        process = WorkerProcess(f"server {index}", "rlhf.rollout.vllm_serve", spec.to_json(), log, config.restarts)
+        make = partial(around, spec=spec)
+        return _process(index, process, lambda _: ServerSender(process.name, process, make, sender.start_timeout_s))
+
+    return begin
 
 
-@contextmanager
-def processes(spec: WorkerSpec, config: RolloutConfig, sender: HttpSenderConfig, folder: Path) -> Iterator[Connect]:
-    """Worker processes behind HTTP, started all at once; one that dies is started again, `config.restarts` times."""
+def processes(told: Told, config: RolloutConfig, sender: HttpSenderConfig, folder: Path) -> Begin:
+    """Worker processes behind HTTP; one that dies is started again, `config.restarts` times."""
     from transfer.trainer.senders.http import HttpSender
 
     def url(worker: WorkerProcess, deadline: float) -> str:
         return f"http://127.0.0.1:{worker.port(deadline)}"
 
-    def connected(worker: WorkerProcess, deadline: float) -> Sender:
+    def begin(index: int) -> Begun:
+        spec, log = told(index), folder / f"worker-{index}.log"
+        worker = WorkerProcess(f"worker {index}", "rlhf.rollout.worker", spec.to_json(), log, config.restarts)
+
         def restart() -> str | None:
             return url(worker, time.monotonic() + sender.start_timeout_s) if worker.restarted() else None
 
-        return HttpSender(url(worker, deadline), spec.token, worker.name, sender.timeout_s, restart)
+        def connect(deadline: float) -> Sender:
+            return HttpSender(url(worker, deadline), spec.token, worker.name, sender.timeout_s, restart)
 
-    with ExitStack() as stack:
-        workers = []
-        for index, told in enumerate(specs(spec, config.workers, folder)):
-            name, log = f"worker {index}", folder / f"worker-{index}.log"
-            process = WorkerProcess(name, "rlhf.rollout.worker", told.to_json(), log, config.restarts)
-            workers.append(stack.enter_context(process))
+        return _process(index, worker, connect)
 
-        def connect() -> list[Sender]:
-            deadline = time.monotonic() + sender.start_timeout_s
-            return [connected(worker, deadline) for worker in workers]
+    return begin
 
-        yield connect
+
+def _process(index: int, process: WorkerProcess, connect: Callable[[float], Sender]) -> Begun:
+    begun = Begun(index, connect, lambda: process.reports)
+    begun.stack.enter_context(process)
+    return begun

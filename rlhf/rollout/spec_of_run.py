@@ -40,7 +40,7 @@ def worker_spec(
         endpoint=dict(endpoint),
         dtype=dtype.name,
         device=parameter.device.type,
-        visible=_visible(config, _ranks_with(parameter)) if parameter.device.type == "cuda" else [],
+        visible=gpus_of_workers(policy, config),
         attention=policy.config._attn_implementation,
         code=_code_of(policy),
         **_engine(config),
@@ -102,16 +102,16 @@ def rows_at_once(config: RunConfig | EvaluationConfig) -> int:
     return max(LEAST_ROWS, *rows)
 
 
-def specs(spec: WorkerSpec, count: int, folder: Path) -> list[WorkerSpec]:
-    """What each of `count` workers is told: the same, its own GPUs, and a journal of its own in `folder`."""
-    return [
-        replace(
-            spec,
-            journal=str(folder / JOURNALS / f"worker-{index}.jsonl"),
-            visible=spec.visible[index : index + 1],
-        )
-        for index in range(count)
-    ]
+def gpus_of_workers(policy: Any, config: RunConfig | EvaluationConfig) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each worker; [] where all see what the trainer sees."""
+    parameter = next(policy.parameters())
+    return _visible(config, _ranks_with(parameter)) if parameter.device.type == "cuda" else []
+
+
+def numbered(spec: WorkerSpec, index: int, folder: Path) -> WorkerSpec:
+    """What the worker of this number is told: as all others, its own GPUs, and a journal of its own in `folder`."""
+    journal = str(folder / JOURNALS / f"worker-{index}.jsonl")
+    return replace(spec, journal=journal, visible=spec.visible[index : index + 1])
 
 
 def _ranks_with(parameter: Any) -> int:

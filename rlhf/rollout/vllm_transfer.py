@@ -71,6 +71,14 @@ class AroundTransfer:
         """As the session does."""
         return self._inner.recover(sender)
 
+    def join(self, sender: Sender) -> bool:
+        """As the session does."""
+        return self._inner.join(sender)
+
+    def leave(self, sender: Sender) -> None:
+        """As the session does."""
+        self._inner.leave(sender)
+
     def close(self) -> None:
         """As the session does."""
         self._inner.close()

@@ -170,7 +170,7 @@ def test_what_a_worker_was_asked_for_when_it_died_is_asked_again_and_in_the_thre
 
 def test_a_worker_that_the_push_has_brought_back_is_not_taken_for_one_that_cannot_be(make):
     house = House("a")
-    queue, _ = make(house)
+    queue, _ = make(house, "rollout.in_flight=keep")
     step(queue, house, 1)
     until(lambda: queue._slots.whole == 8)
     house.may["a"].clear()
@@ -191,6 +191,29 @@ def test_what_cannot_be_mended_ends_the_run(make, error):
     with pytest.raises(type(error)) as caught:
         queue(PROMPTS, [], 1)
     assert caught.value is error
+
+
+def test_a_push_waits_for_what_runs_and_nothing_is_begun_meanwhile_unless_updates_go_in_between(make):
+    for in_flight, waits in (("wait", True), ("keep", False)):
+        house = House("a")
+        queue, _ = make(house, f"rollout.in_flight={in_flight}")
+        step(queue, house, 1)
+        until(lambda queue=queue: queue._slots.whole == 8)
+        house.may["a"].clear()
+        step(queue, house, 2)  # four are asked for
+        until(lambda house=house: len(house.asked) == 4)
+        queue(PROMPTS, [], 3)
+        thread = threading.Thread(target=queue.settle)
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() == waits
+        house.may["a"].set()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert len(house.asked) == 4
+        queue.release()
+        until(lambda queue=queue: queue._slots.whole == 8)
+        assert len(house.asked) == 5
 
 
 def test_a_worker_that_leaves_hands_its_prompts_back_and_one_that_comes_gets_some(make):

@@ -6,11 +6,14 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from ledger import expected, learned_from
+from sizes import in_ci, in_full
 
-from rlhf.ahead.stream import Stream
 from rlhf.monitor.metrics import Recorder
 from rlhf.run import run
 
@@ -56,19 +59,6 @@ def steps(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if "train/loss" in row]
 
 
-def ledger(folder: Path) -> list[int]:
-    """The seeds of the prompts that the policy was learned from, in order; those of steps that a kill undid are not."""
-    said = map(json.loads, (folder / "journal/trainer.jsonl").read_text().splitlines())
-    learned = {each["version"]: each["seeds"] for each in said if each["op"] == "consume"}
-    assert list(learned) == sorted(learned)
-    return [seed for version in sorted(learned) for seed in learned[version]]
-
-
-def stream(config, count: int) -> list[int]:
-    prompts = Stream(range(10_000), config.prompts_per_step, config.seed)
-    return [prompts[index][1] for index in range(count)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
@@ -82,8 +72,7 @@ def test_a_run_that_is_killed_learns_from_every_prompt_once_and_in_order(train, 
     train(*overrides, killed_at=3)
     train(*overrides, killed_at=5, resume=True)
     folder = train(*overrides, resume=True)
-    config = compose_run("experiment=smoke", "prompts_per_step=4")
-    assert ledger(folder) == stream(config, 24)
+    assert learned_from(folder) == expected(4, compose_run(*SMALL).seed, 24)
     rows = steps(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["rollout/lag_max"] <= int(overrides[0][-1]) for row in rows)
@@ -101,7 +90,7 @@ def test_a_worker_that_dies_in_the_middle_loses_no_prompt(train, compose_run):
             os.kill(pid, signal.SIGKILL)
 
     overrides = ("rollout.ahead.lag=2", "rollout.restarts=4", "rollout.in_flight=keep")
-    assert ledger(train(*overrides, at=at)) == stream(compose_run("experiment=smoke", "prompts_per_step=4"), 24)
+    assert learned_from(train(*overrides, at=at)) == expected(4, compose_run(*SMALL).seed, 24)
     assert len(killed) == 2
 
 
@@ -116,8 +105,8 @@ def children() -> list[int]:
 def test_groups_without_a_signal_are_told_apart_and_all_others_learned_from_once(train, compose_run):
     overrides = ("rollout.ahead.lag=1", "algo.dynamic_sampling=8", "reward=verifier", "samples_per_prompt=8")
     train(*overrides, killed_at=4)
-    seeds = ledger(train(*overrides, resume=True))
-    known = stream(compose_run("experiment=smoke", "prompts_per_step=4"), 400)
+    seeds = learned_from(train(*overrides, resume=True))
+    known = expected(4, compose_run(*SMALL).seed, 400)
     places = [known.index(seed) for seed in seeds]
     assert len(seeds) == 24 and places == sorted(set(places)), "some were left out, none came twice"
 
@@ -127,3 +116,11 @@ def test_a_lag_of_nothing_is_the_synchronous_run_whatever_the_order(train, compo
     assert config.rollout.ahead.lag == 0
     rows = steps(train())
     assert [row["rollout/version"] for row in rows] == [0, 1, 2, 3, 4, 5] and "rollout/queue" not in rows[0]
+
+
+@pytest.mark.parametrize("kills", [in_ci("8"), in_full("500", 1800)])
+def test_however_often_trainer_and_workers_are_killed_no_prompt_is_lost_or_comes_twice(kills):
+    command = [sys.executable, str(Path(__file__).parent / "kills.py"), "--kills", kills]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "none lost, none twice, none too old" in ended.stdout

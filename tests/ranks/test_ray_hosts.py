@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from test_ranks_runs import WITHOUT_A_WORD, assert_as_of_one, runs  # noqa: F401
 
 from rlhf.ranks.ray_hosts import VISIBLE, Host, Hosts, _see
-from rlhf.rollout.ray_workers import _on_hosts
+from rlhf.rollout.ray_workers import _on_host
 from rlhf.rollout.spec import WorkerSpec
 from rlhf.run import run
 from rlhf.shell.ending import RunError
@@ -171,15 +171,17 @@ def test_each_worker_is_told_of_the_memory_and_the_gpus_of_its_own_host():
     hosts = object.__new__(Hosts)
     hosts._actors, hosts.gpus = [None, None], [["0", "1"], ["4", "7"]]
     endpoint = {"sockets": ["a", "b"], "of_hosts": [["a", "b"], ["c", "d"]]}
-    told = [WorkerSpec(architecture={"model_type": "qwen3"}, endpoint=endpoint)] * 4
-    found = list(_on_hosts(told, ["0,1", "1,0", "0,1", "1,0"], hosts))
+    told = WorkerSpec(architecture={"model_type": "qwen3"}, endpoint=endpoint)
+    found = [_on_host(told, index, ["0,1", "1,0", "0,1", "1,0"], hosts) for index in range(4)]
     assert [each.endpoint["sockets"] for each in found] == [["a", "b"], ["c", "d"]] * 2
     assert [each.endpoint["host"] for each in found] == [0, 1, 0, 1]
     assert [each.visible for each in found] == [["0,1"], ["4,7"], ["1,0"], ["7,4"]]
     hosts.gpus = [["0"], ["5"]]
-    assert [each.visible for each in _on_hosts(told, [], hosts)] == [["0"], ["5"]] * 2, "which none has to choose"
+    assert [_on_host(told, index, [], hosts).visible for index in range(4)] == [["0"], ["5"]] * 2, (
+        "which none has to choose"
+    )
     hosts.gpus = [[], []]
-    assert [each.visible for each in _on_hosts(told, [], hosts)] == [[]] * 4
+    assert [_on_host(told, index, [], hosts).visible for index in range(4)] == [[]] * 4
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,19 @@ def test_a_worker_that_cannot_be_recovered_ends_sampling_with_its_error(tokenize
         RolloutClient([FakeSender(dies)], tokenizer, CONFIG).sample(PROMPTS, n=2, temperature=0.5, seed=9)
 
 
+def test_the_share_of_a_worker_that_has_left_meanwhile_is_asked_of_another(tokenizer):
+    def leaves(answer):
+        senders.remove(gone)
+        raise RemoteError("worker 5", "completions", 0, "the worker has ended")
+
+    gone, senders = FakeSender(leaves), [FakeSender()]
+    senders.append(gone)
+    client = RolloutClient(senders, tokenizer, CONFIG, lambda sender: pytest.fail("it is not to be started again"))
+    assert client.sample(PROMPTS, n=2, temperature=0.5, seed=9).texts == ["b"] * 10
+    assert client.senders == (senders[0],) and [len(sender.asked) for sender in (gone, senders[0])] == [1, 2]
+    assert senders[0].asked[1] == gone.asked[0]
+
+
 def test_when_each_worker_had_a_request_is_told_also_of_one_that_fails(tokenizer):
     class Failing(FakeSender):
         def call(self, verb, body, timeout_s=None):

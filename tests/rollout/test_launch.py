@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from rlhf.config import HfRolloutConfig
+from rlhf.rollout.begun import Begun
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec import WorkerSpec
@@ -210,13 +211,42 @@ class Telling:
 
 def test_workers_are_asked_for_their_gpu_memory_while_they_are_there(compose_run, tmp_path, monkeypatch):
     senders = [Telling({"gpu_memory_mib": 7.0}), Telling({}), Telling(None), Telling({"gpu_memory_mib": 5.0})]
-    workers = Workers(WorkerSpec(**QWEN), compose_run(), tmp_path, None)
-    assert workers.gpu_memory() == {}, "they are not up yet"
-    monkeypatch.setattr(workers, "_start", lambda: nullcontext(lambda: senders))
+    workers = Workers(WorkerSpec(**QWEN), compose_run("rollout.workers=4"), tmp_path, None)
+    monkeypatch.setattr(workers, "_start", lambda: nullcontext(lambda index: Begun(index, lambda _: senders[index])))
     with workers:
+        assert workers.gpu_memory() == {}, "they are not up yet"
         workers.senders()
         assert workers.gpu_memory() == {"gpu_memory_mib/worker-0": 7.0, "gpu_memory_mib/worker-3": 5.0}
     assert workers.gpu_memory() == {}
+
+
+def test_workers_have_the_first_number_that_is_free_and_the_gpu_that_so_many_workers_would_have(
+    compose_run, tmp_path, monkeypatch
+):
+    asked = []
+
+    def gpus(policy, config):
+        asked.append(config.rollout.workers)
+        return [str(index % 3) for index in range(config.rollout.workers)]
+
+    config = compose_run("rollout.workers=2", "transfer.take=copy")
+    workers, told = Workers(WorkerSpec(**QWEN, visible=["0", "1"]), config, tmp_path, None), []
+    monkeypatch.setattr("rlhf.rollout.launch.gpus_of_workers", gpus)
+    monkeypatch.setattr(workers, "_start", lambda: nullcontext(begin))
+
+    def begin(index):
+        told.append(workers._told(index))
+        return Begun(index, lambda _: Telling({}))
+
+    with workers:
+        second = workers._begun[1]
+        workers.begin()
+        workers.end(second)
+        workers.begin()
+        workers.begin()
+    assert [Path(spec.journal).stem for spec in told] == [f"worker-{index}" for index in (0, 1, 2, 1, 3)]
+    assert [spec.visible for spec in told] == [["0"], ["1"], ["2"], ["1"], ["0"]]
+    assert asked == [3, 4] and config.rollout.workers == 2
 
 
 EAGER = "rollout.engine_args={enforce_eager: true}"

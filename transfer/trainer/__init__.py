@@ -1,7 +1,7 @@
 """The trainer's half: a session that carries versions to all workers, and the senders that reach them.
 
     interfaces.py          what a trainer holds, `Transfer`, and what it reaches a worker by, `Sender`
-    session.py             the verbs, in order: open, push, withdraw, recover, close
+    session.py             the verbs, in order: open, push, withdraw, recover, join, leave, close
     weight_checks.py       what weights must be before a worker is told of them
     version_order.py       which number comes next (the workers' half: agreement/protocol.py)
     publication.py         which versions the backend has written, and still has
@@ -9,6 +9,7 @@
     fencing.py             which of several trainers the workers obey: epochs
     takeover.py            when a session opens, and after a failure: a new epoch, and what each worker serves
     worker_recovery.py     when a worker dies
+    membership.py          workers that join a session that is open, and leave it
     withdrawal.py          before the trainer's own memory changes, where workers serve it
     fleet.py               all workers at once: messages in parallel, answers and failures apart
     answers.py             what a worker may answer

@@ -49,6 +49,15 @@ class Fleet:
         self.members, self.messages = [Member(sender) for sender in senders], []
         self._pool = _threads(len(senders))
 
+    def regroup(self, members: Sequence[Member]) -> None:
+        """Go on with these, of whom some are new or some others are gone: what is noted of each of them stays."""
+        self._pool.shutdown(wait=False)
+        self.members, self._pool = list(members), _threads(len(members))
+
+    def member(self, sender: Sender) -> Member | None:
+        """The one behind this sender; None of one that has left."""
+        return next((member for member in self.members if member.sender is sender), None)
+
     @property
     def served(self) -> set[int]:
         """The versions that some worker serves."""

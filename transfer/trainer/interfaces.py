@@ -54,7 +54,7 @@ class Ranks(Protocol):
 
 
 class Transfer(AbstractContextManager["Transfer"], Protocol):
-    """A session that carries versions of one policy to a fixed set of workers.
+    """A session that carries versions of one policy to its workers.
 
     Of a trainer of several ranks each has one, and all call `open`, `push`, `withdraw` and `close` in the same order;
     those beside the first open it with no senders.
@@ -89,5 +89,14 @@ class Transfer(AbstractContextManager["Transfer"], Protocol):
 
         By the first rank alone.
         """
+
+    def join(self, sender: Sender) -> bool:
+        """Take a further worker in; True if it serves the newest version now, False if the next push will bring it one.
+
+        By the first rank alone, between two updates; ValueError or TransferError, and nothing is changed.
+        """
+
+    def leave(self, sender: Sender) -> None:
+        """Go on without this worker; by the first rank alone, between two updates."""
 
     def close(self) -> None: ...

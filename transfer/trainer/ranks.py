@@ -5,7 +5,8 @@
     Line        what they say to each other, in the same order in each
 
 `open`, `push` and `withdraw` end in all ranks alike, with one version or one error. Between them nobody waits:
-`recover` is the first rank's alone, and a worker that was started again reads the slots that are there.
+`recover`, `join` and `leave` are the first rank's alone, and a worker that is new, or was started again, reads the
+slots that are there.
 """
 
 from __future__ import annotations
@@ -233,6 +234,14 @@ class Leading(_OfRank):
         """As Session.recover; no other rank takes part."""
         return self._session.recover(sender)
 
+    def join(self, sender: Sender) -> bool:
+        """As Session.join; no other rank takes part."""
+        return self._session.join(sender)
+
+    def leave(self, sender: Sender) -> None:
+        """As Session.leave; no other rank takes part."""
+        self._session.leave(sender)
+
     def close(self) -> None:
         """As Session.close; no other rank takes part."""
         self._session.close()
@@ -285,6 +294,14 @@ class Following(_OfRank):
     def recover(self, sender: Sender) -> bool:
         """Never: the first rank alone knows the workers."""
         raise ValueError("recover() is the first rank's: the others have no senders")
+
+    def join(self, sender: Sender) -> bool:
+        """Never, for the same reason."""
+        raise ValueError("join() is the first rank's: the others have no senders")
+
+    def leave(self, sender: Sender) -> None:
+        """Never, for the same reason."""
+        raise ValueError("leave() is the first rank's: the others have no senders")
 
     def close(self) -> None:
         """Stop sharing this rank's rows; workers keep what they have mapped."""

@@ -5,6 +5,7 @@
                                                                                    publication.py, two_phase_commit.py
     withdraw    before the trainer's memory changes, where workers serve it        withdrawal.py
     recover     a worker that was started again gets the newest version            worker_recovery.py
+    join        a further worker gets it, too; `leave`: one goes                    membership.py
 
 After a failure the next verb takes a new epoch first: then no late message of the failed one counts, and what each
 worker serves is known. Each part decides one thing; here is only their order.
@@ -25,6 +26,7 @@ from transfer.config import NO_KEEP, InFlight, TransferConfig, Verify
 from transfer.trainer.fencing import Fence
 from transfer.trainer.fleet import Answers, Fleet, raise_for
 from transfer.trainer.interfaces import Sender
+from transfer.trainer.membership import Membership
 from transfer.trainer.publication import Publication
 from transfer.trainer.push_stats import PushStats
 from transfer.trainer.takeover import Takeover
@@ -36,7 +38,7 @@ from transfer.trainer.worker_recovery import WorkerRecovery
 
 
 class Session:
-    """Carries versions of one policy to a fixed set of workers; all serve the new one, or all go on with the old."""
+    """Carries versions of one policy to its workers; all serve the new one, or all go on with the old."""
 
     def __init__(self, publisher: Publisher, config: TransferConfig, in_flight: InFlight, journal: Journal) -> None:
         if publisher.exposes and in_flight is InFlight.keep:
@@ -54,9 +56,10 @@ class Session:
         self._versions = versions = VersionOrder()
         self._publication = publication = Publication(publisher, journal)
         self._recovery = recovery = WorkerRecovery(fleet, fence, journal)
-        self._withdrawal = Withdrawal(fleet, fence, recovery, journal)
-        self._commit = TwoPhaseCommit(fleet, fence, recovery, versions, publication, self._withdrawal)
-        self._takeover = Takeover(fleet, fence, recovery, versions, publication, self._commit)
+        self._withdrawal = withdrawal = Withdrawal(fleet, fence, recovery, journal)
+        self._commit = commit = TwoPhaseCommit(fleet, fence, recovery, versions, publication, withdrawal)
+        self._takeover = Takeover(fleet, fence, recovery, versions, publication, commit)
+        self._membership = Membership(fleet, fence, versions, commit, withdrawal, journal)
 
     def __enter__(self) -> Session:
         return self
@@ -118,10 +121,12 @@ class Session:
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has lost its weights, because it was started again, to the newest version.
 
-        False if it has lost nothing, or cannot be helped: whatever failed there has another reason. To be called in the
-        thread that started the workers.
+        False if it has lost nothing, or cannot be helped, or has left: whatever failed there has another reason. To be
+        called in the thread that started the workers.
         """
-        (member,) = [member for member in self._fleet.members if member.sender is sender]
+        member = self._fleet.member(sender)
+        if member is None:
+            return False
         if self._takeover.is_due:
             self._takeover.take()
             return member.serves is not None and member.serves == self._versions.newest
@@ -130,6 +135,22 @@ class Session:
             return False
         self._commit.run([member], written)
         return True
+
+    def join(self, sender: Sender) -> bool:
+        """Take a further worker in, between two updates: True if it serves the newest version now.
+
+        False where its bytes are not there any more: then the next push brings it one, and before that it has nothing
+        to serve. ValueError or TransferError says why it cannot be taken in, and nothing is changed.
+        """
+        if not self._fleet.members:
+            raise ValueError("open the transfer before a worker joins it")
+        if self._takeover.is_due:
+            self._takeover.take()
+        return self._membership.join(sender, self._publication.kept(self._versions.newest))
+
+    def leave(self, sender: Sender) -> None:
+        """Go on without this worker, between two updates; ValueError for the last one."""
+        self._membership.leave(sender)
 
     def close(self) -> None:
         """Give up what the backend holds; workers keep their version: `withdraw` it before you train on."""

@@ -42,6 +42,12 @@ class Withdrawal:
         raise_for(f"withdrawing version {version}", failures)
         self._journal.write("withdraw", epoch=self._fence.epoch, version=version)
 
+    def dismiss(self, member: Member, version: int) -> None:
+        """One that leaves views nothing any more, or does not answer and is no concern of ours."""
+        if member in self.viewers:
+            self._tell([member], version)
+            self.viewers.pop(member, None)
+
     def _tell(self, members: Sequence[Member], version: int) -> Failures:
         """Let these workers serve nothing up to `version`; who may go on."""
         body = {"epoch": self._fence.epoch, "version": version}

@@ -64,6 +64,11 @@ class WorkerProcess:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def reports(self) -> bool:
+        """Whether `port` need not wait: the process has said its port, or is dead."""
+        return self._said_something(0.0)
+
     def restarted(self) -> bool:
         """Start a new process in place of one that has died; False if it lives, or was started too often already.
 
@@ -85,10 +90,7 @@ class WorkerProcess:
     def port(self, deadline: float) -> int:
         """The port that the worker reports; TransferError with its log if it dies or stays silent until `deadline`."""
         assert self._process is not None and self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if not self._said_something(max(0.0, deadline - time.monotonic())):
             raise TransferError(
                 f"{self.name} did not come up within transfer.sender.start_timeout_s; {self._log} ends:\n{self.tail()}"
             ) from TimeoutError()
@@ -96,6 +98,12 @@ class WorkerProcess:
         if not report:
             raise TransferError(f"{self.name} died while it started; {self._log} ends:\n{self.tail()}")
         return int(json.loads(report)["port"])
+
+    def _said_something(self, within_s: float) -> bool:
+        assert self._process is not None and self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(within_s))
 
     def _started(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
         variables = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
