@@ -8,6 +8,7 @@ in another way, so that there are always as many rows as leave nothing over.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -55,13 +56,13 @@ def prepared(model: torch.nn.Module) -> None:
         if type(module).forward is torch.nn.Linear.forward:
             module.forward = MethodType(_linear, module)
         elif (whole and module is model) or _multiplies(module):
-            module.forward = MethodType(_in_mode, module)
+            module.forward = MethodType(_in_mode(type(module).forward), module)
 
 
 def released(model: torch.nn.Module) -> None:
     """The model as it was before `prepared`."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "__func__", None) in (_linear, _in_mode):
+        if getattr(getattr(module.__dict__.get("forward"), "__func__", None), "of_blocks", False):
             del module.forward
 
 
@@ -75,9 +76,18 @@ def _linear(module: Any, input: torch.Tensor) -> torch.Tensor:
     return (linear if HERE.blocked else F.linear)(input, module.weight, module.bias)
 
 
-def _in_mode(module: Any, *args: Any, **kwargs: Any) -> Any:
-    with Blocks() if HERE.blocked else nullcontext():
-        return type(module).forward(module, *args, **kwargs)
+_linear.of_blocks = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _in_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)  # with its arguments, which are looked at
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with Blocks() if HERE.blocked else nullcontext():
+            return forward(*args, **kwargs)
+
+    inside.of_blocks = True  # type: ignore[attr-defined]
+    return inside
 
 
 class Blocks(TorchFunctionMode):

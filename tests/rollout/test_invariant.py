@@ -87,7 +87,7 @@ def test_rows_of_every_kind_of_layer_have_the_same_bits_in_any_batch(family):
             check_invariant(engine, random.Random(seed))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mamba", "dory"])
 def test_its_log_probs_are_those_of_the_plain_forward(family):
     model = tiny(family)
     samples = HfEngine(model, invariant=True).generate(MIXED, range(len(MIXED)), SAMPLING, lambda: 0)
