@@ -69,7 +69,7 @@ def released(model: torch.nn.Module) -> None:
 def _multiplies(module: torch.nn.Module) -> bool:
     """Whether the module has matrices of its own, and is none that only looks rows up."""
     matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    return matrices and not isinstance(module, torch.nn.Embedding)
+    return (matrices or hasattr(module, "parametrizations")) and not isinstance(module, torch.nn.Embedding)
 
 
 def _linear(module: Any, input: torch.Tensor) -> torch.Tensor:
