@@ -125,6 +125,7 @@ ELSEWHERE: dict[str, str] = {  # command -> who runs it
         "tests/ahead/test_free_runs.py"
     ),
     f"{TRAIN}rollout.ahead.lag=1 algo.correction=tis": "tests/ahead/test_exact.py, with smaller runs",
+    f"{TRAIN}algo.correction=tis rollout.batch_invariant=true rollout.workers=2": "tests/ahead/test_exact.py, as above",
     "python -m rlhf.scale RUN_DIR 4": "a run that goes on: tests/test_scale.py",
     "python -m rlhf.scale RUN_DIR --join http://127.0.0.1:8000": "a worker that runs already: tests/test_scale.py",
     "python -m transfer.doctor": "tests/transfer/test_doctor.py",

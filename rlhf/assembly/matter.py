@@ -22,6 +22,7 @@ from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import agreeing_passes
 from rlhf.preflight.before_torch import Seen, look
 from rlhf.preflight.gathering import announced, chosen, settled
+from rlhf.preflight.invariance import check_invariance
 from rlhf.preflight.lengths import check_lengths
 from rlhf.preflight.old_samples import hardly_bounded
 from rlhf.preflight.parts import check_parts
@@ -29,6 +30,7 @@ from rlhf.preflight.plan import check_data, in_one_line
 from rlhf.preflight.policy_sizes import sizes_of
 from rlhf.rewards import given_rewards
 from rlhf.rewards.model import ModelReward
+from rlhf.rollout.spec_of_run import is_invariant
 from rlhf.tasks import make_task
 from rlhf.types import Reward, Task
 
@@ -114,7 +116,10 @@ def _rows(site: Site, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 def _padded(site: Site, policy: PreTrainedModel) -> Passes:
     """How to compute padded rows; a checkpoint may be of any architecture, and is tried."""
-    if not isinstance(site.config.model, HfModelConfig):
-        return PADDED
-    engine = not isinstance(site.config.rollout, VllmRolloutConfig)
-    return agreeing_passes(policy, site.config.model.lora, engine, site.bars.say)
+    config, passes = site.config, PADDED
+    engine = not isinstance(config.rollout, VllmRolloutConfig)
+    if isinstance(config.model, HfModelConfig):
+        passes = agreeing_passes(policy, config.model.lora, engine, site.bars.say)
+    if engine and is_invariant(config, policy.device.type):
+        check_invariance(policy, config.threads)
+    return passes

@@ -77,6 +77,8 @@ class RolloutConfig:
     in_flight: InFlight = InFlight.wait  # completions that are being sampled when new weights arrive
     kv_after_update: KvAfterUpdate = KvAfterUpdate.keep  # the cache of those that go on under new weights
     ahead: AheadConfig = field(default_factory=AheadConfig)
+    batch_invariant: bool | None = None  # bits of a row are the same whatever rows are beside it; null: on where a run
+    # is exact only with it: ahead.lag=1 in exact order, engine hf, a CPU, threads=1
     mismatch_alarm: float | None = 0.1  # as `alarms`: log-probs of worker and trainer differ; mean, nats a token
     logprobs: Logprobs = Logprobs.auto  # rows whose log-probs the workers tell; rollout=vllm is faster without
     max_new_tokens: int = 16

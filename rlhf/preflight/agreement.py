@@ -27,7 +27,8 @@ from rlhf.learning.passes import PADDED, WHOLE, Padded
 from rlhf.models.adapter import add_adapter, base_weights, remove_adapter
 from rlhf.models.merging import check_merge
 from rlhf.models.model_cache import parameters_of, recurrent
-from rlhf.rollout.hf import evaluating, make_decoder
+from rlhf.rollout.decoder import make_decoder
+from rlhf.rollout.hf import evaluating
 from rlhf.rollout.sampling import Sampling
 from transfer.agreement.shown import one_line
 

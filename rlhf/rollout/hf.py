@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from rlhf.models.model_cache import cache_name, cache_of, parameters_of, recurrent
+from rlhf.rollout.decoder import Apart, Decoder, make_decoder, make_invariant_decoder
+from rlhf.rollout.invariant import BLOCK, blocked, filled, prepared
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
 from rlhf.types import FINISHED, IDS, LOGPROBS, TRUNCATED, VERSIONS
 
@@ -29,10 +30,16 @@ class HfEngine:
 
     sleep_levels = (1,)  # between completions it holds nothing but the weights
 
-    def __init__(self, model: Any, recomputes: bool = False) -> None:
-        """`recomputes`: the cache of rows that new weights find in the middle, with those."""
+    def __init__(self, model: Any, recomputes: bool = False, invariant: bool = False) -> None:
+        """`recomputes`: the cache of rows that new weights find in the middle, with those.
+
+        `invariant`: a row's tokens and log-probs are the same, to the bit, whatever rows are sampled beside it.
+        """
         self.model = model
         self._recomputes = recomputes
+        self._invariant = invariant
+        if invariant:
+            prepared(model)
 
     def sleep(self, level: int) -> None:
         """Give cached GPU memory back to the device."""
@@ -58,12 +65,12 @@ class HfEngine:
         """
         rows = Rows(len(prompts) * sampling.n, sampling)
         keys = streams(seeds, sampling.n)
-        with evaluating(self.model):
+        with evaluating(self.model), blocked() if self._invariant else nullcontext():
             if (version := turn()) is None:
                 return rows.samples()
-            decoder = make_decoder(self.model, prompts, sampling)
+            decoder = self._decoder(prompts, sampling)
             for position in range(sampling.max_tokens):
-                ids, logprobs = draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
+                ids, logprobs = self._draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
                 rows.record(version, ids, logprobs)
                 if rows.finished or position + 1 == sampling.max_tokens:
                     break
@@ -75,10 +82,20 @@ class HfEngine:
                     decoder.select(kept)
                 if self._recomputes and version != before:
                     rest = replace(sampling, n=1, max_tokens=sampling.max_tokens - position - 1)
-                    decoder = make_decoder(self.model, rows.so_far(prompts), rest)
+                    decoder = self._decoder(rows.so_far(prompts), rest)
                 else:
                     decoder.step(ids)
         return rows.samples()
+
+    def _decoder(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Decoder | Apart:
+        return (make_invariant_decoder if self._invariant else make_decoder)(self.model, prompts, sampling)
+
+    def _draw(self, logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._invariant:
+            return draw(logits, uniform, temperature)
+        places = filled(np.arange(len(logits)), BLOCK)
+        ids, logprobs = draw(logits[torch.from_numpy(places).to(logits.device)], uniform[places], temperature)
+        return ids[: len(logits)], logprobs[: len(logits)]
 
 
 class Rows:
@@ -143,112 +160,6 @@ class Rows:
             )
             for ids, logprobs, length, reason in zip(self._ids, self._logprobs, self._lengths, reasons, strict=True)
         ]
-
-
-class Decoder:
-    """The model with its cache: `logits` [R, V] of the next token of each row.
-
-    Prompts of one length need neither padding nor mask nor position ids, which is what models are fastest at; others
-    are padded on the left, so that all rows grow at the right end together.
-    """
-
-    logits: torch.Tensor
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._known = parameters_of(model)
-        self._name = cache_name(model)
-        self._counts = recurrent(model) and "position_ids" in self._known  # some forget what is in their cache
-        self._cache: Any = None
-        self._width = max(map(len, prompts))
-        self._mask: torch.Tensor | None = None  # [R, L + max_tokens], 0 on padding
-        ids = torch.tensor([[0] * (self._width - len(prompt)) + list(prompt) for prompt in prompts])
-        if min(map(len, prompts)) < self._width:
-            mask = torch.ones(len(prompts), self._width + sampling.max_tokens, dtype=torch.long)
-            for row, prompt in enumerate(prompts):
-                mask[row, : self._width - len(prompt)] = 0
-            self._mask = mask.to(self._device)
-        self._forward(ids.to(self._device))
-        if sampling.n > 1:
-            group = np.repeat(np.arange(len(prompts)), sampling.n)
-            self.logits = self.logits[torch.from_numpy(group).to(self._device)]
-            if sampling.max_tokens > 1:
-                self.select(group)
-
-    def select(self, rows: np.ndarray) -> None:
-        """Make the batch consist of these of its rows, in this order, repeats allowed."""
-        index = torch.from_numpy(rows).to(self._device)
-        self._cache.reorder_cache(index)
-        if self._mask is not None:
-            self._mask = self._mask[index]
-
-    def step(self, ids: torch.Tensor) -> None:
-        """Append one token [R] to each row."""
-        self._width += 1
-        self._forward(ids[:, None])
-
-    def _forward(self, ids: torch.Tensor) -> None:
-        arguments: dict[str, Any] = {self._name: self._cache, "use_cache": True}
-        if self._mask is not None:
-            mask = arguments["attention_mask"] = self._mask[:, : self._width]
-            if "position_ids" in self._known:
-                arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        elif self._counts:
-            first = self._width - ids.shape[1]
-            arguments["position_ids"] = torch.arange(first, self._width, device=self._device).expand(len(ids), -1)
-        if "logits_to_keep" in self._known:
-            arguments["logits_to_keep"] = 1
-        output = self._model(input_ids=ids, **arguments)
-        self._cache = cache_of(output)
-        self.logits = output.logits[:, -1]
-
-
-class Apart:
-    """As Decoder, with prompts of one length in a batch of their own each: nothing is padded."""
-
-    logits: torch.Tensor
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        lengths = np.array([len(prompt) for prompt in prompts])
-        self._parts: list[tuple[np.ndarray, Decoder]] = []  # with the places of its rows in the batch
-        for length in np.unique(lengths):
-            chosen = np.flatnonzero(lengths == length)
-            places = (chosen[:, None] * sampling.n + np.arange(sampling.n)).ravel()
-            self._parts.append((places, Decoder(model, [prompts[index] for index in chosen.tolist()], sampling)))
-        self._join(len(prompts) * sampling.n)
-
-    def select(self, rows: np.ndarray) -> None:
-        """As Decoder has it."""
-        parts = []
-        for places, decoder in self._parts:
-            there = np.flatnonzero(np.isin(rows, places))
-            if len(there):
-                decoder.select(np.searchsorted(places, rows[there]))
-                parts.append((there, decoder))
-        self._parts = parts
-
-    def step(self, ids: torch.Tensor) -> None:
-        """As Decoder has it."""
-        for places, decoder in self._parts:
-            decoder.step(ids[torch.from_numpy(places).to(ids.device)])
-        self._join(len(ids))
-
-    def _join(self, rows: int) -> None:
-        first = self._parts[0][1].logits
-        self.logits = first.new_empty(rows, first.shape[1])
-        for places, decoder in self._parts:
-            self.logits[torch.from_numpy(places).to(first.device)] = decoder.logits
-
-
-def make_decoder(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Decoder | Apart:
-    """Prompts of different lengths are padded, but for a model that would see the padding.
-
-    Recurrent layers do, and positions that nobody can tell.
-    """
-    mixed = len({len(prompt) for prompt in prompts}) > 1
-    sees = mixed and (recurrent(model) or "position_ids" not in parameters_of(model))
-    return Apart(model, prompts, sampling) if sees else Decoder(model, prompts, sampling)
 
 
 def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -195,7 +195,7 @@ def in_process(policy: Any, told: Told, index: int) -> Begun:
     from transfer.trainer.senders.direct import DirectSender
 
     spec = told(index)
-    worker = Worker.around(policy, spec.endpoint, spec.journal)
+    worker = Worker.around(policy, spec.endpoint, spec.journal, spec.batch_invariant)
     return Begun(index, lambda _: DirectSender(worker, "worker 0 (local)"))
 
 

@@ -25,6 +25,7 @@ class WorkerSpec:
     engine_args: dict[str, Any] = field(default_factory=dict)  # of engine vllm (rlhf/config/rollout.py)
     keep_prefix_cache: bool = False  # of engine vllm, across updates
     recompute_cache: bool = False  # of rows that new weights find in the middle
+    batch_invariant: bool = False  # a row's bits do not depend on the rows beside it
     threads: int = 1
     token: str = ""  # bearer token of HTTP; empty: whoever reaches the loopback port may call
     host: str = "127.0.0.1"

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.config import EvaluationConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.algo import DpoConfig
-from rlhf.config.rollout import KvAfterUpdate
+from rlhf.config.rollout import KvAfterUpdate, Order
 from rlhf.rollout.build import architecture_of
 from rlhf.rollout.gpus import visible_to_workers
 from rlhf.rollout.spec import WorkerSpec
@@ -44,10 +44,20 @@ def worker_spec(
         attention=policy.config._attn_implementation,
         code=_code_of(policy),
         **_engine(config),
+        batch_invariant=is_invariant(config, parameter.device.type),
         threads=config.threads,
         token=secrets.token_urlsafe(32),
         adapter=None if base is None else spec_of(policy, config.model.lora, base, getattr(torch, dtype.name)),
     )
+
+
+def is_invariant(config: RunConfig | EvaluationConfig, device: str) -> bool:
+    """Whether a row's bits are not to depend on the rows beside it: null is on where a run is exact only with it."""
+    rollout = config.rollout
+    if rollout.batch_invariant is not None:
+        return rollout.batch_invariant
+    exact = isinstance(config, RunConfig) and rollout.ahead.lag > 0 and rollout.ahead.order is Order.exact
+    return exact and device == "cpu" and config.threads == 1 and not isinstance(rollout, VllmRolloutConfig)
 
 
 def _code_of(policy: Any) -> str:

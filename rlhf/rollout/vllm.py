@@ -91,6 +91,8 @@ def environment(spec: WorkerSpec) -> dict[str, str]:
     variables = dict(ENVIRONMENT)
     if spec.log is not None:
         variables[STACKS] = str(spec.log.absolute())
+    if spec.batch_invariant:
+        variables["VLLM_BATCH_INVARIANT"] = "1"
     if spec.device == "cuda" and class_of(spec) in V2_RUNNER:
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     return variables

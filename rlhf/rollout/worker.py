@@ -53,9 +53,9 @@ class Worker:
         self._asleep = False
 
     @classmethod
-    def around(cls, model: Any, endpoint: Mapping[str, Any], journal: str = "") -> Worker:
+    def around(cls, model: Any, endpoint: Mapping[str, Any], journal: str = "", invariant: bool = False) -> Worker:
         """A worker that samples from a transformers causal LM."""
-        return cls(*_around(model, endpoint, journal))
+        return cls(*_around(model, endpoint, journal, invariant=invariant))
 
     @classmethod
     def from_spec(cls, spec: WorkerSpec) -> Worker:
@@ -198,17 +198,17 @@ def parts_of(spec: WorkerSpec) -> tuple[Engine, Receiver, completions.Limits]:
         from rlhf.rollout.vllm import parts
 
         return parts(spec)
-    return _around(build_model(spec), spec.endpoint, spec.journal, spec.recompute_cache)
+    return _around(build_model(spec), spec.endpoint, spec.journal, spec.recompute_cache, spec.batch_invariant)
 
 
 def _around(
-    model: Any, endpoint: Mapping[str, Any], journal: str, recomputes: bool = False
+    model: Any, endpoint: Mapping[str, Any], journal: str, recomputes: bool = False, invariant: bool = False
 ) -> tuple[Engine, Receiver, completions.Limits]:
     from rlhf.models.adapter import receiving
     from rlhf.rollout.hf import HfEngine
 
     receiver = make_receiver(endpoint, receiving(model), Journal(Path(journal) if journal else None))
-    return HfEngine(model, recomputes), receiver, limits_of(model.config.get_text_config())
+    return HfEngine(model, recomputes, invariant), receiver, limits_of(model.config.get_text_config())
 
 
 def main(arguments: list[str]) -> None:

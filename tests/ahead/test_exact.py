@@ -24,6 +24,7 @@ SMALL = (
     *("experiment=smoke", "logger=jsonl", "task.held_out=16", "task.prompts=256", "sft.steps=10", "prompts_per_step=4"),
     *("steps=5", "checkpoint.every=1", "rollout.ahead.lag=1", "algo.correction=tis"),
 )
+MIXED = "task.max_length=14"  # prompts of lengths that are padded to several widths
 MEASURED = ("seconds/", "transfer/", "tokens_per_second", "rollout/sampling_s")
 pytestmark = [pytest.mark.usefixtures("default_signals"), pytest.mark.lag(1)]
 
@@ -86,16 +87,25 @@ def test_each_step_is_sampled_by_the_weights_after_the_one_before_the_last_and_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_how_weights_travel_and_by_whom_changes_nothing(train, workers):
-    whole = train(f"rollout.workers={workers}", name="whole")
+def test_how_many_workers_sample_and_how_weights_travel_changes_nothing(train):
+    whole = train(MIXED, name="whole")
     for name, overrides in {
         "again": [],
-        "files": ["transfer=disk"],
-        "copies by Ray": ["transfer.take=copy", "transfer/sender=ray"],
+        "files of two": ["rollout.workers=2", "transfer=disk"],
+        "views of three": ["rollout.workers=3", "rollout.rows_per_request=5"],
+        "copies by Ray of two": ["rollout.workers=2", "transfer.take=copy", "transfer/sender=ray"],
     }.items():
-        folder = train(f"rollout.workers={workers}", *overrides, name=name)
-        assert digests(folder) == digests(whole) and numbers(folder) == numbers(whole)
+        folder = train(MIXED, *overrides, name=name)
+        assert digests(folder) == digests(whole) and numbers(folder) == numbers(whole), name
+
+
+@pytest.mark.slow
+@pytest.mark.lag(0)
+def test_a_run_that_waits_for_its_samples_needs_no_more_to_be_the_same_over_any_workers(train):
+    overrides = ["rollout.ahead.lag=0", "rollout.batch_invariant=true", MIXED]
+    one, two = (train(*overrides, f"rollout.workers={count}", name=str(count)) for count in (1, 2))
+    assert digests(one) == digests(two) and numbers(one) == numbers(two)
+    assert [row["rollout/lag"] for row in numbers(one) if "train/loss" in row] == [0] * 5
 
 
 @pytest.mark.slow
@@ -105,14 +115,17 @@ def test_how_weights_travel_and_by_whom_changes_nothing(train, workers):
         ["algo.dynamic_sampling=3", "reward=verifier", "samples_per_prompt=8"],
         ["task=guess", "reward=verifier"],
         ["algo=ppo", "algo.critic_warmup_steps=1"],
-        ["transfer=disk", "rollout.workers=2"],
+        ["transfer=disk", MIXED],
     ],
 )
-def test_runs_of_every_kind_go_on_after_a_kill_with_the_numbers_of_one_that_was_not_killed(train, overrides):
+def test_runs_of_every_kind_go_on_after_a_kill_with_other_workers_and_the_numbers_of_one_that_was_not_killed(
+    train, overrides
+):
     whole = train(*overrides, name="whole")
-    train(*overrides, name="killed", killed_at=2)
-    train(*overrides, name="killed", killed_at=4, resume=True)
-    assert numbers(train(*overrides, name="killed", resume=True)) == numbers(whole)
+    train(*overrides, "rollout.workers=2", name="killed", killed_at=2)
+    train(*overrides, "rollout.workers=3", name="killed", killed_at=4, resume=True)
+    killed = train(*overrides, name="killed", resume=True)
+    assert numbers(killed) == numbers(whole) and digests(killed)[5] == digests(whole)[5]
 
 
 # --- what is drawn when -----------------------------------------------------------------------------------------------

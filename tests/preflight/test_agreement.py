@@ -20,7 +20,8 @@ from rlhf.models.saving import save_model
 from rlhf.models.value import Head, value_model
 from rlhf.preflight.agreement import agreeing_passes, check_engine
 from rlhf.rollout.build import architecture_of, build_model
-from rlhf.rollout.hf import Apart, Decoder, HfEngine, make_decoder
+from rlhf.rollout.decoder import Apart, Decoder, make_decoder
+from rlhf.rollout.hf import HfEngine
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.spec import WorkerSpec
 from tests.benchmarks.architectures import NOT_MADE, REFUSED, WRONG, judged
@@ -58,7 +59,8 @@ def test_rows_leave_batches_of_several_prompt_lengths_as_they_do_one_of_padded_p
     model = tiny("llama")
     sampling = Sampling(n=2, max_tokens=4, temperature=1.0, stop_ids=())
     with torch.inference_mode():
-        apart, padded = Apart(model, MIXED, sampling), Decoder(model, MIXED, sampling)
+        apart = Apart(MIXED, sampling.n, [*map(len, MIXED)], lambda some, _: Decoder(model, some, sampling))
+        padded = Decoder(model, MIXED, sampling)
         for kept in ([5, 0, 3, 2], [1, 0, 3, 3], [2]):
             for decoder in (apart, padded):
                 decoder.select(torch.tensor(kept).numpy())
