@@ -121,5 +121,11 @@ def _padded(site: Site, policy: PreTrainedModel) -> Passes:
     if isinstance(config.model, HfModelConfig):
         passes = agreeing_passes(policy, config.model.lora, engine, site.bars.say)
     if engine and is_invariant(config, policy.device.type):
-        check_invariance(policy, config.threads)
+        try:
+            check_invariance(policy, config.threads)
+        except ValueError as error:
+            if config.rollout.batch_invariant:
+                raise
+            config.rollout.batch_invariant = False  # as nobody has asked for it
+            site.bars.say(f"warning: {error}")
     return passes

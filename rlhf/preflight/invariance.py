@@ -41,7 +41,7 @@ def check_invariance(policy: PreTrainedModel, threads: int = 1) -> None:
     if together[: len(alone)] != alone:
         raise ValueError(
             f"with {type(policy).__name__} on this machine a row's last bits depend on the rows beside it, whatever is "
-            "done about it: set rollout.batch_invariant=false (runs with other numbers of workers then differ in them)"
+            "done about it: runs with other numbers of workers differ in them (rollout.batch_invariant=false)"
         )
 
 
