@@ -168,6 +168,32 @@ def test_a_command_that_is_ended_takes_its_request_back(going, meanwhile, signum
     assert refused(going, 2) == code and not scale_files.waiting(going)
 
 
+def test_a_request_that_is_taken_back_leaves_nothing_and_one_of_somebody_else_as_it_is(folder):
+    ours, theirs = Request(2, token=None), Request(3)
+    scale_files.post(folder, ours)
+    assert scale_files.withdrawn(folder, ours) and not scale_files.withdrawn(folder, ours)
+    assert {path.name for path in folder.iterdir()} == {"status.json"}
+    scale_files.post(folder, theirs)
+    assert not scale_files.withdrawn(folder, ours)
+    assert {path.name for path in folder.iterdir()} == {"status.json", scale_files.REQUEST}
+    assert scale_files.taken(folder) == theirs and not scale_files.waiting(folder)
+
+
+def test_a_request_is_the_runs_or_taken_back_and_never_both(folder, monkeypatch):
+    request, read, back = Request(2), scale_files._read, []
+
+    def slowly(path):
+        monkeypatch.setattr(scale_files, "_read", read)
+        told = read(path)
+        back.append(scale_files.withdrawn(folder, request))  # by the command, before the run has removed it
+        return told
+
+    scale_files.post(folder, request)
+    monkeypatch.setattr(scale_files, "_read", slowly)
+    assert scale_files.taken(folder) == request and back == [False]
+    assert {path.name for path in folder.iterdir()} == {"status.json"}
+
+
 def test_help_comes_without_anything_heavy():
     command = [sys.executable, "-c", "import sys, light; light.refuse(); from rlhf.scale import main; main(['--help'])"]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), str(SOURCE / "tests")])}

@@ -118,11 +118,14 @@ class Exact:
         return replace(self._gather, record=notes)(self._prompts, self._order[step - 1], step), notes
 
 
-def read(folder: Path, prompts: Sequence[Prompt]) -> tuple[int, Batch] | None:
-    """The samples that a checkpoint has of the step after it; None: none. RunError if they make no sense."""
+def read(folder: Path, prompts: Sequence[Prompt], later: int = 0) -> tuple[int, Batch] | None:
+    """The samples that a checkpoint has of the step after it; None: none. RunError if they make no sense.
+
+    `later`: as versions have other numbers now.
+    """
 
     def batch(said: Any) -> tuple[int, Batch]:
         notes = Notes(said["sampled"], said["seconds"], heard_reports(said["reports"]))
-        return said["step"], (heard(said, prompts), notes)
+        return said["step"], (heard(said, prompts, later), notes)
 
-    return kept.read(folder, batch)
+    return kept.read(folder, False, batch)

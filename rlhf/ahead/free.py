@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +48,7 @@ class Workers(Protocol):
     @property
     def senders(self) -> Sequence[Sender]: ...
     def recover(self, sender: Sender) -> bool: ...
+    def recoveries(self, sender: Sender) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,9 @@ class Desk:
 
     requests: int = 0  # that run
     last: int = 0  # when it was asked last, by the number of the request
-    starts: int = 0  # how often it was brought back
     lost: RemoteError | None = None  # why a request has failed, until the worker is brought back
-    pushes: int = 0  # that there had been when that request began
+    recoveries: int = 0  # of the worker, when that request began
+    pushes: int = 0  # that there had been by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class Request:
     sender: Sender
     desk: Desk
     slots: Sequence[Slot]
-    starts: int  # of the worker, when it was asked
+    recoveries: int  # of the worker, when it was asked
     pushes: int
 
 
@@ -94,7 +95,10 @@ class Since:
 
     began: float = field(default_factory=time.monotonic)
     tokens: int = 0
+    kept: int = 0  # prompts
     left_out: int = 0  # prompts
+    rewards: list[float | None] = field(default_factory=list)  # of those that are left out
+    reports: list[RewardReport] = field(default_factory=list)  # of requests of which all are
 
 
 class Free:
@@ -119,17 +123,17 @@ class Free:
         self._ended = False
         self._holds_back = False  # requests, until new weights are there
         self._since = Since()
-        self._rewarding = threading.Lock()  # rewards need not know of threads
 
     def __call__(self, train: Sequence[Prompt], rows: Sequence[int], step: int) -> Scored:
         """The groups that are next, once they are whole, and a reward for each of their samples."""
         with self._record.time("sample"):
-            taken = self._taken(step)
-        reports = [slot.report for slot in taken if slot.report is not None]
+            taken, since = self._taken(step)
+        reports = [*since.reports, *(slot.report for slot in taken if slot.report is not None)]
         for report in reports:
             self._record.rewarded(report)
         rollouts, rewards = joined([slot.group for slot in taken if slot.group is not None])
-        return rollouts, self._gather.usable(rewards, next((each for each in reports if each.error), None))
+        self._check_rewards([*since.rewards, *rewards], reports)
+        return rollouts, rewards
 
     def settle(self) -> None:
         """Before new weights come: mend what has failed, and wait for what runs, if they are to wait for that."""
@@ -161,7 +165,7 @@ class Free:
 
     # --- the trainer's thread, with `_changed` ------------------------------------------------------------------------
 
-    def _taken(self, step: int) -> Sequence[Slot]:
+    def _taken(self, step: int) -> tuple[Sequence[Slot], Since]:
         with self._changed:
             self._slots.admit()
             while True:
@@ -178,13 +182,19 @@ class Free:
                 "rollout/queue": float(self._slots.whole),
                 "rollout/running": float(self._slots.running),
             }
-            return taken
+            return taken, since
+
+    def _check_rewards(self, rewards: Sequence[float | None], reports: Sequence[RewardReport]) -> None:
+        self._gather.usable(rewards, next((each for each in reports if each.error), None))
 
     def _check_left_out(self, step: int) -> None:
-        batches, size = self._gather.config.rl.dynamic_sampling, self._slots.size
-        if batches and self._since.left_out > batches * size:
+        """Too many are as many as a step may leave out, for each that was kept meanwhile: the queue may be long."""
+        batches, since = self._gather.config.rl.dynamic_sampling, self._since
+        size = max(self._slots.size, since.kept)
+        if batches and since.left_out > batches * size:
+            self._check_rewards(since.rewards, since.reports)
             raise RunError(
-                f"step {step}: of {self._since.left_out} prompts all samples have one reward, and a step leaves out "
+                f"step {step}: of {since.left_out} prompts all samples have one reward, and a step leaves out "
                 f"{batches} x {size} at most: the task is too easy or too hard for the policy by now; raise "
                 f"algo.dynamic_sampling ({batches}) or samples_per_prompt, or set algo.dynamic_sampling=0"
             )
@@ -199,30 +209,27 @@ class Free:
             if sender not in self._workers.senders:  # it has left, and others take its prompts
                 del self._desks[sender]
                 continue
-            self._changed.release()  # others go on meanwhile
-            try:
-                back = self._workers.recover(sender)
-            finally:
-                self._changed.acquire()
-            if not back and desk.pushes == self._pushes:  # else the push has brought it back
-                raise desk.lost
-            desk.lost, desk.starts = None, desk.starts + 1
+            if self._workers.recoveries(sender) == desk.recoveries:  # else an evaluation has brought it back
+                self._changed.release()  # others go on meanwhile
+                try:
+                    back = self._workers.recover(sender)
+                finally:
+                    self._changed.acquire()
+                if not back and desk.pushes == self._pushes:  # else the push has
+                    raise desk.lost
+            desk.lost = None
 
     # --- any thread, with `_changed` ----------------------------------------------------------------------------------
 
     def _feed(self) -> None:
         """Ask workers for the prompts that wait, the least busy first."""
-        if self._ended or self._holds_back:
+        if self._rests:
             return
         senders = self._workers.senders
         load = Load.of(self._gather.config, len(senders))
         desks = {sender: self._desks.setdefault(sender, Desk()) for sender in senders}
         there = [sender for sender, desk in desks.items() if desk.lost is None]
-        while (
-            there
-            and not (self._ended or self._holds_back)
-            and (slots := list(islice(self._slots.waiting(), load.prompts)))
-        ):
+        while there and not self._rests and (slots := list(islice(self._slots.waiting(), load.prompts))):
             sender = min(there, key=lambda each: (desks[each].requests, desks[each].last))
             desk = desks[sender]
             if desk.requests == load.requests:
@@ -231,8 +238,20 @@ class Free:
                 slot.asked = True
             self._requests += 1
             desk.requests, desk.last = desk.requests + 1, self._requests
-            request = Request(sender, desk, slots, desk.starts, self._pushes)
+            request = Request(sender, desk, slots, self._workers.recoveries(sender), self._pushes)
+            self._start(request)
+
+    @property
+    def _rests(self) -> bool:
+        return self._ended or self._holds_back or self._error is not None
+
+    def _start(self, request: Request) -> None:
+        try:
             threading.Thread(target=self._draw, args=(request,), name="ahead", daemon=True).start()
+        except RuntimeError as error:
+            request.desk.requests -= 1
+            why = f"{request.sender.name}: no thread for a further request ({error}): raise ulimit -u, or lower"
+            self._failed(request, RunError(f"{why} rollout.ahead.lag or prompts_per_step"))
 
     def _failed(self, request: Request, error: BaseException) -> None:
         for slot in request.slots:
@@ -240,17 +259,25 @@ class Free:
         desk = request.desk
         if not isinstance(error, RemoteError):
             self._error = self._error or error
-        elif desk.lost is None and request.starts == desk.starts:
-            desk.lost, desk.pushes = error, request.pushes
+        elif desk.lost is None and request.recoveries == self._workers.recoveries(request.sender):
+            desk.lost, desk.recoveries, desk.pushes = error, request.recoveries, request.pushes
 
     def _drawn(self, request: Request, scored: Scored, report: RewardReport | None) -> None:
-        self._since.tokens += scored[0].tokens
-        request.slots[0].report = report
+        since, kept = self._since, list[Slot]()
+        since.tokens += scored[0].tokens
         for slot, group in zip(request.slots, groups_of(scored), strict=True):
             slot.group = group
             if self._gather.config.rl.dynamic_sampling and not group.has_signal:
                 self._slots.leave_out(slot)
-                self._since.left_out += 1
+                since.left_out += 1
+                since.rewards += group.rewards
+            else:
+                kept.append(slot)
+        since.kept += len(kept)
+        if kept:
+            kept[0].report = report
+        elif report is not None:
+            since.reports.append(report)
         self._slots.admit()
 
     # --- a request's thread -------------------------------------------------------------------------------------------
@@ -264,9 +291,7 @@ class Free:
                 sampling = False
                 self._feed()
                 self._changed.notify_all()
-            with self._rewarding:
-                rewards, noted = self._gather.rewarded(rollouts)
-                report = None if noted is None else replace(noted, means=dict(noted.means), counts=dict(noted.counts))
+            rewards, report = self._gather.rewarded(rollouts)
             with self._changed:
                 self._drawn(request, (rollouts, list(rewards)), report)
         except BaseException as error:  # the trainer's thread raises it, or brings the worker back

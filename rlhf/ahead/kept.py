@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,10 @@ from rlhf.ahead.slots import Slot, Slots
 from rlhf.gather import Scored, groups_of, joined
 from rlhf.ranks.frames import packed, unpacked
 from rlhf.shell.ending import RunError
-from rlhf.types import Completion, Prompt, RewardReport, Rollouts
+from rlhf.types import VERSIONS, Completion, Prompt, RewardReport, Rollouts, column
 
 FILE = "ahead.bin"  # of a checkpoint
+QUEUE, STEP = "held", "rows"  # what a queue tells, and what a step's samples
 T = TypeVar("T")
 
 
@@ -23,13 +24,17 @@ def written(folder: Path, told: dict[str, Any]) -> None:
     (folder / FILE).write_bytes(packed(told))
 
 
-def read(folder: Path, made_of: Callable[[Any], T]) -> T | None:
-    """What `made_of` makes of what a checkpoint's folder has; None: nothing. RunError if it makes no sense."""
+def read(folder: Path, queue: bool, made_of: Callable[[Any], T]) -> T | None:
+    """What `made_of` makes of what a checkpoint's folder has; None: nothing. RunError if it makes no sense.
+
+    Nothing, too, where the run has saved a `queue` and is to have none now, or the other way round: it draws anew.
+    """
     path = folder / FILE
     if not path.exists():
         return None
     try:
-        return made_of(unpacked(path.read_bytes()))
+        said = unpacked(path.read_bytes())
+        return None if (STEP if queue else QUEUE) in said else made_of(said)
     except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
         raise RunError(f"{path}: it has no samples as a run has them: {type(error).__name__}: {error}") from error
 
@@ -39,7 +44,7 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
     rollouts, rewards = scored
     return {
         "prompts": [numbers[id(prompt)] for prompt in rollouts.prompts],
-        "rows": [[c.ids, c.logprobs, c.versions, c.finish_reason, c.sampled] for c in rollouts.completions],
+        STEP: [[c.ids, c.logprobs, c.versions, c.finish_reason, c.sampled] for c in rollouts.completions],
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
@@ -48,11 +53,17 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
     }
 
 
-def heard(said: Any, prompts: Sequence[Prompt]) -> Scored:
-    """The inverse of `told`."""
+def heard(said: Any, prompts: Sequence[Prompt], later: int = 0) -> Scored:
+    """The inverse of `told`; versions have numbers that are `later` now."""
+    completions = [Completion(*row) for row in said[STEP]]
+    if later:
+        completions = [
+            replace(each, versions=column(VERSIONS, [number + later for number in each.versions]))
+            for each in completions
+        ]
     rollouts = Rollouts(
         [prompts[number] for number in said["prompts"]],
-        [Completion(*row) for row in said["rows"]],
+        completions,
         said["texts"],
         said["seeds"],
         said["n"],
@@ -79,19 +90,19 @@ def told_slots(slots: Slots, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "next": slots.next,
         "learned": slots.learned,
         "left_out": slots.left_out,
-        "held": [slot.index for slot in slots.held],
+        QUEUE: [slot.index for slot in slots.held],
         "whole": [index for index, _, _ in whole],
         "groups": told(joined([group for _, group, _ in whole]), numbers) if whole else None,
         "reports": [None if report is None else asdict(report) for _, _, report in whole],
     }
 
 
-def heard_slots(said: Any, slots: Slots, prompts: Sequence[Prompt]) -> None:
-    """Bring `slots`, which are new, to where they were; what was being drawn is drawn anew."""
+def heard_slots(said: Any, slots: Slots, prompts: Sequence[Prompt], later: int = 0) -> None:
+    """Bring `slots`, which are new, to where they were; what was being drawn is drawn anew. `later`: as in `heard`."""
     slots.next, slots.learned, slots.left_out = said["next"], said["learned"], said["left_out"]
-    slots.held = [Slot(index) for index in said["held"]]
+    slots.held = [Slot(index) for index in said[QUEUE]]
     by_index = {slot.index: slot for slot in slots.held}
-    groups = groups_of(heard(said["groups"], prompts)) if said["whole"] else []
+    groups = groups_of(heard(said["groups"], prompts, later)) if said["whole"] else []
     for index, group, report in zip(said["whole"], groups, said["reports"], strict=True):
         by_index[index].group, by_index[index].asked = group, True
         by_index[index].report = None if report is None else RewardReport(**report)

@@ -51,9 +51,18 @@ class Slots:
         self.held += [Slot(self.next + place) for place in range(room)]
         self.next += max(0, room)
 
+    def draw_anew(self, version: int, samples: int) -> None:
+        """Of a run that goes on: groups that are too old by the turn they have now, or not of so many samples."""
+        for place, slot in enumerate(self.held):
+            if slot.group is not None:
+                completions = slot.group.completions
+                oldest = min(min(each.versions) for each in completions)
+                if version + place // self.size - oldest > self.lag or len(completions) != samples:
+                    slot.asked, slot.group, slot.report = False, None, None
+
     def waiting(self) -> Iterator[Slot]:
-        """Those that nobody draws yet."""
-        return (slot for slot in self.held if not slot.asked)
+        """Those that nobody draws yet; not of more than may have a slot, as a run that goes on may find."""
+        return (slot for slot in self.held[: (self.lag + 1) * self.size] if not slot.asked)
 
     @property
     def whole(self) -> int:

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.assembly.drawn_ahead import drawn_ahead
+from rlhf.ahead.in_turn import InTurn, RewardInTurn
+from rlhf.assembly.drawn_ahead import Outside, drawn_ahead
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
 from rlhf.assembly.policy_files import POLICY, base_of, put_adapter_on, write_policy
@@ -51,7 +52,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     `meanwhile` is done while workers start, when there is nothing else to do.
     """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
-    ranks = site.ranks
+    ranks, environment = site.ranks, None if task.environment is None else InTurn(task.environment)
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl" if ranks.first else None)))
     transfer = stack.enter_context(
         make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal, ranks)
@@ -75,7 +76,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     recover = _until_the_end(transfer.recover, stack)
     lanes = _lanes(site, stack)
     client = RolloutClient(senders, tokenizer, config.rollout, recover, wanted_of(config, policy), lanes.asked)
-    own = conversing(client, task.environment)
+    own = conversing(client, environment)
     sampler = ToldSampler(ranks, own)
     probe = Probe(policy, list(task.held_out), sampler, config, matter.padded, matter.spread)
     probe(version)
@@ -83,7 +84,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     record = _recorder(site, transfer, journal, lanes, Meter.of(policy, config), stack)
     if workers is not None and not isinstance(config.transfer, LocalConfig):  # whose worker is this process
         record.profiler.workers, site.heart.ask = senders, workers.gpu_memory
-    gather, measure = _judged(site, matter, client, record, stack)
+    gather, measure = _judged(site, matter, Outside(client, environment, record, version), stack)
     writes: Callable[[Path], None] = partial(write_policy, policy, tokenizer, base)
     store, by = Store(site.folder / FOLDER), Ranks()
     if matter.spread.sharded:  # then each rank writes its rows of it, as of all else
@@ -92,7 +93,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     keeper = Keeper(
         store, config, record, transfer, writes, site.began, site.saved, trained, notes, by, beside=gather.write
     )
-    _let_change(site, workers, transfer, gather, _when_changed(site, matter, recover, probe, record), stack)
+    _let_change(site, workers, transfer, gather, _when_changed(site, matter, client.recover, probe, record), stack)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
 
 
@@ -143,18 +144,16 @@ def _when_changed(
     return Hooks(site.bars.say, changed, trial(few, matter.tokenizer, rollout, recover, probe.tolerance))
 
 
-def _judged(
-    site: Site, matter: Matter, client: RolloutClient, record: Recorder, stack: ExitStack
-) -> tuple[ToldGather, Callable[[], Any]]:
+def _judged(site: Site, matter: Matter, outside: Outside, stack: ExitStack) -> tuple[ToldGather, Callable[[], Any]]:
     """A step's samples with their rewards, and what is measured of the held-out prompts: by the first rank, for all."""
     if not site.ranks.first:
         return ToldGather(site.ranks, None), partial(site.ranks.heard, _elsewhere)
-    sampler = conversing(client, matter.task.environment)
-    reward = combine(site.config.reward, matter.rewards)
-    at_once = Gather(sampler, reward, site.config, record)
+    sampler = conversing(outside.client, outside.environment)
+    reward = RewardInTurn(combine(site.config.reward, matter.rewards))
+    at_once = Gather(sampler, reward, site.config, outside.record)
     gather: Gathers = at_once
     if site.config.rollout.ahead.lag:
-        gather = stack.enter_context(closing(drawn_ahead(site, matter, client, at_once, record)))
+        gather = stack.enter_context(closing(drawn_ahead(site, matter, outside, at_once)))
     measure = partial(evaluated, matter.task, sampler, reward, site.config)
     return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class RolloutClient:
         self._tokenizer = tokenizer
         self._config = config
         self._recover = recover
+        self._recoveries: Counter[Sender] = Counter()
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
@@ -106,7 +108,13 @@ class RolloutClient:
 
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""
-        return self._recover(sender)
+        back = self._recover(sender)
+        self._recoveries[sender] += back
+        return back
+
+    def recoveries(self, sender: Sender) -> int:
+        """How often it was brought back so, by whoever has asked."""
+        return self._recoveries[sender]
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
         """Each completion without its special tokens, and without the one that ended it, which need not be special."""
@@ -158,7 +166,7 @@ class RolloutClient:
             except RemoteError:
                 if job[0] not in (senders := self.senders):
                     job = (senders[0], *job[1:])
-                elif not self._recover(job[0]):  # in this thread, which outlives the worker
+                elif not self.recover(job[0]):  # in this thread, which outlives the worker
                     raise
                 future = pool.submit(self._ask, *job)
 

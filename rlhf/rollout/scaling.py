@@ -95,6 +95,8 @@ class Scaling:
     def _take_request(self, ending: bool = False) -> None:
         try:
             request = scale_files.taken(self._folder)
+        except FileNotFoundError:  # it was taken back
+            return
         except (OSError, ValueError, TypeError) as error:
             self._hooks.say(f"warning: {self._folder / scale_files.REQUEST} is no request: {one_line(str(error))}")
             return

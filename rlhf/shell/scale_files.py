@@ -46,6 +46,14 @@ def post(folder: Path, request: Request) -> None:
     """Leave a request for the run; FileExistsError if another one waits there."""
     written = _written(folder, request.id, asdict(request))
     try:
+        _place(written, folder)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def _place(written: Path, folder: Path) -> None:
+    """Let the file be the request that waits; FileExistsError if another one does."""
+    try:
         os.link(written, folder / REQUEST)
     except FileExistsError:
         raise
@@ -53,21 +61,24 @@ def post(folder: Path, request: Request) -> None:
         if waiting(folder):
             raise FileExistsError(str(folder / REQUEST)) from None
         written.rename(folder / REQUEST)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def withdrawn(folder: Path, request: Request) -> bool:
     """Take a request back; False if the run has taken it already."""
-    taken = folder / f".{REQUEST}.{request.id}"
-    with suppress(FileNotFoundError):
-        (folder / REQUEST).rename(taken)
+    aside = folder / f".{REQUEST}.{request.id}"
+    try:
+        (folder / REQUEST).rename(aside)
+    except FileNotFoundError:
+        return False
+    try:
         with suppress(OSError, ValueError):
-            if _read(taken)["id"] != request.id:  # another one: the run has taken ours
-                os.link(taken, folder / REQUEST)
-                return False
-        return True
-    return False
+            if _read(aside).get("id") == request.id:
+                return True
+        with suppress(FileExistsError):
+            _place(aside, folder)  # another one: the run has taken ours
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def waiting(folder: Path) -> bool:
@@ -77,11 +88,12 @@ def waiting(folder: Path) -> bool:
 
 def taken(folder: Path) -> Request:
     """The request that waits, which is then the caller's; ValueError or OSError if it is none."""
-    path = folder / REQUEST
+    aside = folder / f".{REQUEST}.taken"
+    (folder / REQUEST).rename(aside)  # first: whoever has asked can take it back no more
     try:
-        return _request(_read(path))
+        return _request(_read(aside))
     finally:
-        path.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def answer(folder: Path, said: Answer) -> None:

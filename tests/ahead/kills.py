@@ -32,7 +32,7 @@ from ledger import expected, learned_from  # noqa: E402
 SIZE, SEED, STEPS = 4, 0, 100_000
 COMMAND = (
     *("experiment=smoke", "logger=jsonl", "task.held_out=16", "task.prompts=64", "sft.steps=4", f"steps={STEPS}"),
-    *(f"prompts_per_step={SIZE}", f"seed={SEED}", "checkpoint.every=1", f"evaluate_every={STEPS}", "rollout.workers=2"),
+    *(f"prompts_per_step={SIZE}", f"seed={SEED}", "checkpoint.every=1", "evaluate_every=1", "rollout.workers=2"),
     *("rollout.ahead.order=free", "rollout.in_flight=keep", "algo.correction=tis", "rollout.restarts=100000"),
 )
 START_S = 90.0  # until a run that was started has made a step

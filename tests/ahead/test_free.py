@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 
-from rlhf.ahead import kept
+from rlhf.ahead import exact, kept
 from rlhf.ahead.free import Free, Load
+from rlhf.ahead.in_turn import RewardInTurn
 from rlhf.ahead.slots import Slots
 from rlhf.ahead.stream import Stream
 from rlhf.gather import Gather
@@ -50,7 +51,7 @@ class House:
         self.fails: dict[str, BaseException] = {}
         self.asked: list[tuple[str, list[int]]] = []
         self.recovered: list[str] = []
-        self.heals = True
+        self.heals, self.elsewhere = True, 0
         for event in self.may.values():
             event.set()
 
@@ -59,6 +60,9 @@ class House:
         if self.heals:
             self.fails.pop(sender, None)
         return self.heals
+
+    def recoveries(self, sender):
+        return self.recovered.count(sender) if self.heals else self.elsewhere
 
     def sampler(self, name):
         house = self
@@ -93,7 +97,7 @@ def make(compose_run):
         config, record = compose_run(*FREE, *overrides), Record()
         stream = Stream(PROMPTS, config.prompts_per_step, config.seed)
         slots = slots or Slots(stream.size, config.rollout.ahead.lag, config.steps * stream.size)
-        gather = Gather(None, reward, config, record)
+        gather = Gather(None, RewardInTurn(reward), config, record)
         made.append((Free(gather, record, house, house.sampler, stream, slots), house))
         return made[-1][0], record
 
@@ -289,7 +293,7 @@ def test_a_checkpoint_has_all_groups_that_are_not_learned_from_and_what_was_bein
     house.may["a"].clear()
     queue.write(tmp_path, 1)
     slots = Slots(4, 1, queue._slots.total)
-    kept.read(tmp_path, lambda said: kept.heard_slots(said, slots, PROMPTS))
+    kept.read(tmp_path, True, lambda said: kept.heard_slots(said, slots, PROMPTS))
     assert slots.learned == 4 and [slot.index for slot in slots.held] == list(range(4, 12))
     slots.held[-1].group, slots.held[-1].asked = None, False
     again = House("a")
@@ -303,5 +307,140 @@ def test_a_checkpoint_has_all_groups_that_are_not_learned_from_and_what_was_bein
 def test_a_queue_of_a_checkpoint_that_is_none_is_told_in_one_line(tmp_path, content):
     (tmp_path / kept.FILE).write_bytes(content)
     with pytest.raises(RunError, match="has no samples as a run has them") as caught:
-        kept.read(tmp_path, lambda said: kept.heard_slots(said, Slots(4, 1, 8), PROMPTS))
+        kept.read(tmp_path, True, lambda said: kept.heard_slots(said, Slots(4, 1, 8), PROMPTS))
     assert "\n" not in str(caught.value)
+
+
+# --- who else brings workers back, and what else goes wrong -----------------------------------------------------------
+
+
+def test_a_worker_that_an_evaluation_has_brought_back_is_not_taken_for_one_that_cannot_be(make):
+    house = House("a")
+    queue, _ = make(house, "rollout.in_flight=keep")
+    step(queue, house, 1)
+    until(lambda: queue._slots.whole == 8)
+    house.may["a"].clear()
+    step(queue, house, 2)  # four are asked for, and stay away
+    house.fails["a"], house.heals = RemoteError("a", "completions", 0, "the connection broke"), False
+    house.may["a"].set()
+    until(lambda: queue._desks["a"].lost is not None)
+    house.elsewhere += 1  # held-out prompts have found it dead, too
+    house.fails.clear()
+    for number in (3, 4):
+        assert len(step(queue, house, number)[0].prompts) == 4
+    assert house.recovered == []
+
+
+def test_after_an_error_nobody_is_asked_for_more(make):
+    house, calls = House("a"), []
+
+    def reward(prompts, answers):
+        calls.append(1)
+        raise OSError("the judge is gone")
+
+    queue, _ = make(house, reward=reward)
+    with queue._changed:
+        queue._slots.admit()
+        queue._feed()
+    until(lambda: queue._error is not None)
+    time.sleep(0.2)  # the trainer learns meanwhile
+    assert len(calls) <= 2 and len(house.asked) <= 2
+    with pytest.raises(OSError, match="the judge is gone"):
+        queue(PROMPTS, [], 1)
+
+
+def test_where_no_thread_can_be_had_the_run_ends_and_says_so(make, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    senders = [type("Sender", (), {"name": "worker 0"})()]
+    house = House("")
+    house.senders = senders
+    queue, _ = make(house)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RunError, match=r"worker 0: no thread for a further request .can't start new thread.: raise"):
+        queue(PROMPTS, [], 1)
+
+
+def test_a_reward_that_fails_is_named_where_groups_without_a_signal_are_left_out(make):
+    class Failing:
+        report = RewardReport(errors=2, error="the judge does not answer")
+
+        def __call__(self, prompts, answers):
+            return [None] * len(answers)
+
+    queue, _ = make(House(), "algo.dynamic_sampling=3", reward=Failing())
+    with pytest.raises(RunError, match=r"have no reward .*: the judge does not answer"):
+        queue(PROMPTS, [], 1)
+
+    class Sometimes(Failing):
+        def __call__(self, prompts, answers):
+            return [float(b % 2) if int(prompt.text) % 2 else None for b, prompt in enumerate(prompts)]
+
+    queue, record = make(House(), "algo.dynamic_sampling=3", "reward.max_failed=0.2", reward=Sometimes())
+    with pytest.raises(RunError, match=r"have no reward .*: the judge does not answer"):
+        queue(PROMPTS, [], 1)
+    assert record.reports, "they are counted"
+
+
+def test_a_long_queue_that_fills_is_no_step_that_leaves_out_too_many(make):
+    house = House()
+    odd = lambda prompts, answers: [float(int(p.text) % 2 and b % 2) for b, p in enumerate(prompts)]  # noqa: E731
+    house.may["a"].clear()  # has the oldest
+    queue, _ = make(house, "algo.dynamic_sampling=2", "rollout.ahead.lag=8", "steps=50", reward=odd)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(queue(PROMPTS, [], 1)))
+    thread.start()
+    until(lambda: queue._slots.whole >= 30)
+    assert queue._since.left_out > 8 and queue._error is None
+    time.sleep(1.2)  # it looks again
+    assert thread.is_alive()
+    house.may["a"].set()
+    thread.join(WAIT_S)
+    assert taken
+
+
+# --- a run that goes on with other dials ------------------------------------------------------------------------------
+
+
+def test_with_a_lower_lag_or_other_samples_a_prompt_what_no_longer_fits_is_drawn_anew_in_its_order(make, tmp_path):
+    house = House("a")
+    queue, _ = make(house, "rollout.ahead.lag=3")
+    for number in (1, 2):
+        step(queue, house, number)
+        until(lambda: queue._slots.whole == 16)
+    queue.write(tmp_path, 2)
+
+    def read(lag, samples=2, later=0):
+        slots = Slots(4, lag, 400)
+        kept.read(tmp_path, True, lambda said: kept.heard_slots(said, slots, PROMPTS, later))
+        slots.draw_anew(2 + later, samples)
+        return slots
+
+    same, other_numbers, lower, others = read(3), read(3, later=40), read(1), read(3, samples=4)
+    assert same.whole == other_numbers.whole == 16 and others.whole == 0
+    versions = [[c.versions[0] for slot in each.held for c in slot.group.completions] for each in (same, other_numbers)]
+    assert versions[1] == [version + 40 for version in versions[0]] and max(versions[0]) <= 2
+    assert [slot.index for slot in lower.held] == list(range(8, 24)) and lower.whole < 16
+    assert {slot.index for slot in lower.waiting()} <= set(range(8, 16)), "no more than two steps have slots"
+    again = House("a")
+    again.version = 2
+    goes_on, _ = make(again, slots=lower)
+    for number in range(3, 9):
+        rollouts, _ = goes_on(PROMPTS, [], number)
+        assert rollouts.seeds == [goes_on._stream[index][1] for index in range(4 * number - 4, 4 * number)]
+        assert rollouts.lags(again.version).max() <= 1
+        again.version += 1
+        goes_on.release()
+
+
+def test_what_the_other_order_has_kept_is_drawn_anew(make, tmp_path):
+    house = House("a")
+    queue, _ = make(house)
+    step(queue, house, 1)
+    until(lambda: queue._slots.whole == 8)
+    queue.write(tmp_path, 1)
+    assert exact.read(tmp_path, PROMPTS) is None
+    rollouts, rewards = queue(PROMPTS, [], 2)
+    kept.written(tmp_path, kept.told((rollouts, rewards), {id(prompt): place for place, prompt in enumerate(PROMPTS)}))
+    assert kept.read(tmp_path, True, lambda said: pytest.fail("it is none of a queue")) is None

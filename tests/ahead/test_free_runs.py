@@ -80,6 +80,15 @@ def test_a_run_that_is_killed_learns_from_every_prompt_once_and_in_order(train, 
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_with_other_dials_has_samples_of_its_new_lag_for_all_its_steps(train):
+    train("rollout.ahead.lag=4", "steps=20", killed_at=6)
+    folder = train("rollout.ahead.lag=1", "prompts_per_step=2", "samples_per_prompt=3", "steps=9", resume=True)
+    rows = steps(folder)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert all(row["rollout/lag_max"] <= 1 for row in rows[5:])
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_in_the_middle_loses_no_prompt(train, compose_run):
     killed = []
 
