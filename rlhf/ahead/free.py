@@ -22,6 +22,7 @@ from typing import Protocol
 from rlhf.ahead import kept
 from rlhf.ahead.slots import Slot, Slots
 from rlhf.ahead.stream import Stream
+from rlhf.ahead.together import Together
 from rlhf.config import RunConfig
 from rlhf.gather import Gather, Scored, groups_of, joined
 from rlhf.monitor.metrics import Recorder
@@ -116,6 +117,7 @@ class Free:
         self._gather, self._record = gather, record
         self._workers, self._sampler_of = workers, sampler_of
         self._stream, self._slots = stream, slots
+        self._rewarded = Together(gather.rewarded)
         self._changed = threading.Condition()  # guards all below, and the slots
         self._desks: dict[Sender, Desk] = {}
         self._pushes = self._requests = 0
@@ -291,7 +293,7 @@ class Free:
                 sampling = False
                 self._feed()
                 self._changed.notify_all()
-            rewards, report = self._gather.rewarded(rollouts)
+            rewards, report = self._rewarded(rollouts)
             with self._changed:
                 self._drawn(request, (rollouts, list(rewards)), report)
         except BaseException as error:  # the trainer's thread raises it, or brings the worker back
