@@ -124,3 +124,20 @@ def test_vllm_serve_is_started_trained_through_its_own_routes_and_ended(tmp_path
     assert living_in(tmp_path) == [], "nothing of the server is left"
     log = (folder / "worker-0.log").read_text()
     assert "POST /update_weights" in log and "POST /finish_weight_update" in log
+
+
+@pytest.mark.lag(2)
+def test_vllm_samples_ahead_from_a_queue_and_rows_go_on_under_new_weights(tmp_path):
+    ahead = (
+        "rollout.ahead.lag=2",
+        "rollout.ahead.order=free",
+        "algo.correction=tis",
+        "rollout.kv_after_update=recompute",
+    )
+    small = ("sft.steps=20", "prompts_per_step=16", "samples_per_prompt=4", "steps=8", "evaluate_every=4")
+    rows = trained(tmp_path / "run", *small, *ahead, "rollout.in_flight=keep", "rollout.max_new_tokens=32")
+    assert len(series(rows, "train/loss")) == 8
+    assert max(series(rows, "rollout/lag")) > 0 and max(series(rows, "rollout/lag_max")) <= 2
+    journal = (tmp_path / "run/journal/trainer.jsonl").read_text().splitlines()
+    learned = [seed for line in journal if '"consume"' in line for seed in json.loads(line)["seeds"]]
+    assert len(learned) == len(set(learned)) == 8 * 16
