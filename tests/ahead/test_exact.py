@@ -3,59 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import threading
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException
+from small import SMALL
 
 from rlhf.ahead.exact import Exact, read
 from rlhf.ahead.kept import FILE
 from rlhf.gather import Gather
-from rlhf.monitor.metrics import Recorder
-from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.types import Completion, Prompt, Rollouts
 
-SMALL = (
-    *("experiment=smoke", "logger=jsonl", "task.held_out=16", "task.prompts=256", "sft.steps=10", "prompts_per_step=4"),
-    *("steps=5", "checkpoint.every=1", "rollout.ahead.lag=1", "algo.correction=tis"),
-)
+OWN = ("steps=5", "rollout.ahead.lag=1")
 MIXED = "task.max_length=14"  # prompts of lengths that are padded to several widths
 MEASURED = ("seconds/", "transfer/", "tokens_per_second", "rollout/sampling_s")
 pytestmark = [pytest.mark.usefixtures("default_signals"), pytest.mark.lag(1)]
 
 
-class Killed(BaseException):
-    """As sudden as SIGKILL: nothing handles it."""
-
-
 @pytest.fixture
-def train(compose_run, tmp_path, monkeypatch):
-    """`train("algo=ppo", name="a", killed_at=3)`: the folder; step `killed_at` is the first that is not recorded."""
-
-    def trained(*overrides: str, name: str, killed_at: int = 0, resume: bool = False) -> Path:
-        plain = Recorder.step
-
-        def dying(record, step, *rest):
-            if step == killed_at:
-                raise Killed
-            return plain(record, step, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "step", dying)
-            own = [each for each in SMALL if "task=guess" not in overrides or not each.startswith("task.")]
-            try:
-                run(compose_run(*own, *overrides), tmp_path / name, overrides, resume)
-                assert not killed_at
-            except Killed:
-                random.seed(os.urandom(8))  # another process would not have these either
-        return tmp_path / name
-
-    return trained
+def train(train_ahead):
+    """`train_ahead` with what the runs of this file have."""
+    return partial(train_ahead, *OWN)
 
 
 def numbers(folder: Path, *without: str) -> list[dict[str, float]]:
@@ -166,7 +138,7 @@ class Worker:
 
 @pytest.fixture
 def ahead(compose_run):
-    config, worker, record = compose_run(*SMALL, "samples_per_prompt=2"), Worker(), Record()
+    config, worker, record = compose_run(*SMALL, *OWN, "samples_per_prompt=2"), Worker(), Record()
     gather = Gather(worker, lambda prompts, answers: [1.0] * len(answers), config, record)
     made = Exact(gather, record, PROMPTS, ORDER)
     yield made, worker, record
@@ -257,6 +229,6 @@ def test_samples_of_a_checkpoint_that_are_none_are_told_in_one_line(tmp_path, co
 )
 def test_what_cannot_be_sampled_ahead_is_refused_before_anything_is_made(compose_run, overrides, said):
     with pytest.raises(CompactHydraException, match=said):
-        compose_run(*SMALL, *overrides.split())
+        compose_run(*SMALL, *OWN, *overrides.split())
     with pytest.raises(CompactHydraException, match="dpo samples nothing while it learns"):
         compose_run("experiment=smoke", "algo=dpo", "rollout.ahead.lag=1")

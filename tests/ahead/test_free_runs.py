@@ -4,54 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from ledger import expected, learned_from
 from sizes import in_ci, in_full
+from small import SMALL
 
-from rlhf.monitor.metrics import Recorder
-from rlhf.run import run
-
-SMALL = (
-    *("experiment=smoke", "logger=jsonl", "task.held_out=16", "task.prompts=256", "sft.steps=10", "prompts_per_step=4"),
-    *("steps=6", "checkpoint.every=1", "algo.correction=tis", "rollout.ahead.order=free"),
-)
+OWN = ("steps=6", "rollout.ahead.order=free")
 pytestmark = [pytest.mark.usefixtures("default_signals"), pytest.mark.lag(4)]
 
 
-class Killed(BaseException):
-    """As sudden as SIGKILL: nothing handles it."""
-
-
 @pytest.fixture
-def train(compose_run, tmp_path, monkeypatch):
-    """`train("algo=ppo", killed_at=3)`: the folder; step `killed_at` is the first that is not recorded."""
-
-    def trained(*overrides: str, killed_at: int = 0, resume: bool = False, at=lambda step: None) -> Path:
-        plain = Recorder.step
-
-        def dying(record, step, *rest):
-            at(step)
-            if step == killed_at:
-                raise Killed
-            return plain(record, step, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "step", dying)
-            own = [each for each in SMALL if "task=guess" not in overrides or not each.startswith("task.")]
-            try:
-                run(compose_run(*own, *overrides), tmp_path / "run", overrides, resume)
-                assert not killed_at
-            except Killed:
-                random.seed(os.urandom(8))  # another process would not have these either
-        return tmp_path / "run"
-
-    return trained
+def train(train_ahead):
+    """`train_ahead` with what the runs of this file have."""
+    return partial(train_ahead, *OWN)
 
 
 def steps(folder: Path) -> list[dict[str, float]]:
@@ -72,7 +43,7 @@ def test_a_run_that_is_killed_learns_from_every_prompt_once_and_in_order(train, 
     train(*overrides, killed_at=3)
     train(*overrides, killed_at=5, resume=True)
     folder = train(*overrides, resume=True)
-    assert learned_from(folder) == expected(4, compose_run(*SMALL).seed, 24)
+    assert learned_from(folder) == expected(4, compose_run(*SMALL, *OWN).seed, 24)
     rows = steps(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["rollout/lag_max"] <= int(overrides[0][-1]) for row in rows)
@@ -99,7 +70,7 @@ def test_a_worker_that_dies_in_the_middle_loses_no_prompt(train, compose_run):
             os.kill(pid, signal.SIGKILL)
 
     overrides = ("rollout.ahead.lag=2", "rollout.restarts=4", "rollout.in_flight=keep")
-    assert learned_from(train(*overrides, at=at)) == expected(4, compose_run(*SMALL).seed, 24)
+    assert learned_from(train(*overrides, at=at)) == expected(4, compose_run(*SMALL, *OWN).seed, 24)
     assert len(killed) == 2
 
 
@@ -115,13 +86,13 @@ def test_groups_without_a_signal_are_told_apart_and_all_others_learned_from_once
     overrides = ("rollout.ahead.lag=1", "algo.dynamic_sampling=8", "reward=verifier", "samples_per_prompt=8")
     train(*overrides, killed_at=4)
     seeds = learned_from(train(*overrides, resume=True))
-    known = expected(4, compose_run(*SMALL).seed, 400)
+    known = expected(4, compose_run(*SMALL, *OWN).seed, 400)
     places = [known.index(seed) for seed in seeds]
     assert len(seeds) == 24 and places == sorted(set(places)), "some were left out, none came twice"
 
 
 def test_a_lag_of_nothing_is_the_synchronous_run_whatever_the_order(train, compose_run):
-    config = compose_run(*SMALL)
+    config = compose_run(*SMALL, *OWN)
     assert config.rollout.ahead.lag == 0
     rows = steps(train())
     assert [row["rollout/version"] for row in rows] == [0, 1, 2, 3, 4, 5] and "rollout/queue" not in rows[0]
