@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Change = Callable[[Any], Any] | None  # of a value that is not null; None: it stays as it is
 
 
+INDEX = "__index_level_"  # what pandas calls the numbers of its rows
 AT_ONCE = 1024  # rows that are Python's at once, before each becomes a task's
 
 
@@ -49,6 +50,8 @@ class Columns:
     def _records(self, table: pa.Table | pa.RecordBatch, where: str, first: int) -> Iterator[Record]:
         names, values = [], []
         for field_of, column in zip(table.schema, table.columns, strict=True):
+            if field_of.name.startswith(INDEX):
+                continue
             try:
                 change = self._change(field_of.type, field_of.name)
             except NoJsonError:

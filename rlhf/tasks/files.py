@@ -46,6 +46,7 @@ def _task(config: FileTaskConfig, seed: int, source: Source, own: Source | None 
     )
 
 
+ENOUGH = 1000  # rows that are bad before any is good
 Groups = dict[str, list[Row]]  # by question
 
 
@@ -109,6 +110,8 @@ def _rows(config: FileTaskConfig, source: Source) -> tuple[list[Row], list[str]]
                 bad[where] = str(error)
                 if isinstance(error, TieError):
                     ties.append(where)
+                elif not rows and len(bad) - len(ties) >= ENOUGH:  # a mistake in a key, not in rows
+                    raise ValueError(report(list(bad.items()), 0, "the first")) from None
     if len(bad) > len(ties) or (ties and not any(row.preference for row in rows)):
         raise ValueError(report(list(bad.items()), len(rows)))
     if not rows:

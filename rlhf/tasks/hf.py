@@ -7,8 +7,9 @@ split, and no copy goes to its cache. A data set of the hub is loaded, and cache
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,16 +44,21 @@ class DataSet(Protocol):
 
 @dataclass(slots=True)
 class Loaded:
-    """A data set that datasets has loaded, or will load once its rows are asked for."""
+    """A data set that datasets has loaded."""
 
     name: str
     splits: list[str]
     builder: Any = None
     loaded: dict[str, Any] = field(default_factory=dict)
 
+    def load(self) -> None:
+        """Fetch all of it from where it comes, or from the cache."""
+        self.builder.download_and_prepare()
+        self.loaded = {split: self.builder.as_dataset(split) for split in self.splits}
+
     def count(self, split: str) -> int:
         """Rows of a split."""
-        return len(self._rows(split))
+        return len(self.loaded[split])
 
     def records(self, split: str, columns: Columns, low: int, high: int) -> Iterator[Record]:
         """The rows of a split from `low` up to `high`."""
@@ -61,20 +67,13 @@ class Loaded:
 
     def whole(self, split: str, name: str) -> bool:
         """Whether a column has floats alone, and all of them whole."""
-        rows = self._rows(split)
-        return name in rows.column_names and whole_floats(name, self._tables(split, [name]))
+        return name in self.loaded[split].column_names and whole_floats(name, self._tables(split, [name]))
 
     def _tables(self, split: str, names: list[str] | None = None) -> Iterator[Any]:
-        rows = self._rows(split)
+        rows = self.loaded[split]
         rows = (rows if names is None else rows.select_columns(names)).with_format("arrow")
         for start in range(0, len(rows), AT_ONCE):
             yield rows[start : start + AT_ONCE]
-
-    def _rows(self, split: str) -> Any:
-        if split not in self.loaded:
-            self.builder.download_and_prepare()
-            self.loaded[split] = self.builder.as_dataset(split)
-        return self.loaded[split]
 
 
 def sources_of(config: HfTaskConfig) -> list[Source]:
@@ -94,17 +93,27 @@ def sources_of(config: HfTaskConfig) -> list[Source]:
 
 
 def _check_package() -> None:
+    """ValueError without the package, which is imported only for what needs it: it takes longer than a file's rows."""
     try:
-        import datasets
-        import huggingface_hub.utils.logging as hub
-    except ImportError as error:
+        there = all(importlib.util.find_spec(name) is not None for name in ("datasets", "pyarrow"))
+    except (ImportError, ValueError):  # as a finder says it, or a name that is blocked
+        there = False
+    if not there:
         raise ValueError(
-            f"task=hf needs the package datasets: pip install 'rlhf-transfer[data]' ({error}), or write the rows as "
-            "JSON lines for task=jsonl"
-        ) from None
-    datasets.disable_progress_bars()  # a run has lines of its own
+            "task=hf needs the package datasets: pip install 'rlhf-transfer[data]', or give task=jsonl a file of JSON "
+            "lines"
+        )
+
+
+def _package() -> Any:
+    """The package, which says nothing: a run has lines of its own."""
+    import datasets
+    import huggingface_hub.utils.logging as hub
+
+    datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     hub.set_verbosity_error()
+    return datasets
 
 
 def _data_set(path: str, name: str | None, key: str) -> DataSet:
@@ -124,11 +133,12 @@ def _data_set(path: str, name: str | None, key: str) -> DataSet:
         return _saved(path, place, key)
     if file or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or is_table(path):
         return files_at(path, key)
-    with hub_or_cache(path, key) as datasets:
+    datasets = _package()
+    with hub_or_cache(path, key):
         builder = datasets.load_dataset_builder(path, name)
         splits = list(builder.info.splits or builder.config.data_files or ())
         data = Loaded(path, [str(split) for split in splits], builder)
-        data.count(data.splits[0])  # all are loaded together
+        data.load()
     return data
 
 
@@ -140,8 +150,7 @@ def _is_saved(place: Path) -> bool:
 
 
 def _saved(path: str, place: Path, key: str) -> Loaded:
-    import datasets
-
+    datasets = _package()
     try:
         found = datasets.load_from_disk(str(place))
     except Exception as error:  # of datasets, of pyarrow, of json: a file of it may be gone or cut
@@ -152,8 +161,7 @@ def _saved(path: str, place: Path, key: str) -> Loaded:
 
 def _folder(path: str, place: Path, name: str | None, key: str) -> Files:
     """The files of a folder by their splits, as datasets finds them by their names or the folder's README."""
-    import datasets
-
+    datasets = _package()
     try:
         builder = datasets.load_dataset_builder(str(place), name)
     except Exception as error:  # of datasets, of the YAML of a README, ...
@@ -231,22 +239,24 @@ def _names(config: HfTaskConfig, forms: tuple[str, ...]) -> list[str]:
 
 def _unpacked(config: HfTaskConfig, rows: Iterator[Record]) -> Iterator[Record]:
     """The rows with messages and objects in place of texts that are JSON of them, or Python's way to write them."""
-    messages, objects = _names(config, _forms(config)), _names(config, OBJECTS)
+    tests: dict[str, Callable[[Any], bool]] = dict.fromkeys(_names(config, _forms(config)), _are_messages)
+    tests |= dict.fromkeys(_names(config, ("tools",)), _are_objects)
+    tests |= dict.fromkeys(_names(config, OBJECTS), lambda found: isinstance(found, dict))
     for where, columns in rows:
         if isinstance(columns, dict):
-            for name in messages:
-                if isinstance(text := columns.get(name), str) and text.startswith("["):
-                    columns[name] = found if _are_messages(found := _value(text)) else text
-            for name in objects:
-                if isinstance(text := columns.get(name), str) and text.startswith("{"):
-                    columns[name] = found if isinstance(found := _value(text), dict) else text
+            for name in tests.keys() & columns.keys():
+                text = columns[name]
+                if isinstance(text, str) and text[:1] in "[{" and tests[name](found := _value(text)):
+                    columns[name] = found
         yield where, columns
 
 
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
 def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(each, dict) and any(keys <= each.keys() for keys in SAYING) for each in value
-    )
+    return _are_objects(value) and all(any(keys <= each.keys() for keys in SAYING) for each in value)
 
 
 def _value(text: str) -> Any:

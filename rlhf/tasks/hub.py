@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transfer.agreement.shown import one_line
 
-TIMEOUT_S = 2.5  # for the first answer
+TIMEOUT_S = 3.0  # for the first answer; asked twice at most
 
 
 @contextmanager
-def hub_or_cache(name: str, key: str) -> Iterator[Any]:
-    """The package datasets, which asks the hub, or the cache alone; whatever it raises is a ValueError of one line."""
+def hub_or_cache(name: str, key: str) -> Iterator[None]:
+    """datasets asks the hub, or the cache alone; whatever it raises is a ValueError of one line."""
     import datasets
     from huggingface_hub import constants
 
@@ -23,7 +22,7 @@ def hub_or_cache(name: str, key: str) -> Iterator[Any]:
     silent = not offline and not _answers(name)
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline or silent
     try:
-        yield datasets
+        yield
     except Exception as error:  # of datasets, of the hub, of its HTTP library, of the reader of a file
         why = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer (HF_HUB_OFFLINE=1 does not ask it)"
         cache = f"{why}, and the cache ({datasets.config.HF_DATASETS_CACHE}) has none of that name: "

@@ -143,11 +143,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_object)
 
 
-def report(bad: Sequence[tuple[str, str]], good: int) -> str:
-    """All (place, reason) in one text: at most SHOWN of them, or one, if every line has the same fault."""
+def report(bad: Sequence[tuple[str, str]], good: int, these: str = "all") -> str:
+    """All (place, reason) in one text: at most SHOWN of them, or one, if every one of `these` has the same fault."""
     (place, reason), *others = bad
     if others and not good and {other for _, other in others} == {reason}:
-        return f"{place}: {reason} (and so in all {len(bad)} lines)"
+        return f"{place}: {reason} (and so in {these} {len(bad)} lines)"
     return "\n".join([*(f"{place}: {reason}" for place, reason in bad[:SHOWN]), *_more(len(bad))])
 
 
