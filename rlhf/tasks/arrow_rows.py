@@ -90,13 +90,15 @@ class Columns:
         return _of_scalar(kind)
 
     def _of_struct(self, kind: pa.StructType, name: str) -> Change:
+        if {"bytes", "path"} == {part.name for part in kind}:  # an image, a sound
+            raise NoJsonError
         changes: dict[str, Change] = {}
         for part in kind:
             try:
                 changes[part.name] = self._change(part.type, f"{name}.{part.name}")
             except NoJsonError:
                 self.left_out.setdefault(f"{name}.{part.name}", str(part.type))
-        if (kind.num_fields and not changes) or {"bytes", "path"} == {part.name for part in kind}:  # an image, a sound
+        if kind.num_fields and not changes:
             raise NoJsonError
         return lambda found: {
             key: found[key] if change is None else change(found[key])
