@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -101,7 +102,7 @@ def _short(
 def _unnamed(raw: RawTask, tokenizer: Tokenizer) -> Iterator[str]:
     """Arguments for all rows of which the chat template knows nothing: jinja takes any, and says nothing."""
     text = str(getattr(tokenizer, "chat_template", None))
-    if other := [name for name in raw.template if name not in text]:
+    if other := [name for name in raw.template if not re.search(rf"\b{re.escape(name)}\b", text)]:
         yield f"warning: the model's chat template does not use {', '.join(map(shown, other))} of task.template"
 
 
