@@ -6,12 +6,16 @@ import csv
 import datetime
 import json
 import math
+import os
+import re
+import socket
 import sys
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from chat_models import CHATML, tokenizer_with
+from forked import FRESH, LIGHT
 
 from rlhf.config import HfTaskConfig, JsonlTaskConfig
 from rlhf.tasks import Row, make_task, read_task
@@ -263,6 +267,31 @@ def test_a_field_of_a_csv_may_be_long(tmp_path):
     assert max(map(len, asked(read(path)))) == 500_000
 
 
+def test_messages_whose_keys_are_lists_are_messages(tmp_path):
+    said = {key: [message[key] for message in SAID] for key in ("role", "content")}
+    rows = [
+        {"messages": said, "note": {"role": ["a"], "content": ["b"]}},
+        {"messages": {**said, "content": ["c", "d"]}},
+    ]
+    raw = read(written(tmp_path / "rows.parquet", rows))
+    assert {row.question[0]["content"]: row.demonstration for row in rows_of(raw)} == {"hello": "ab", "c": "d"}
+    assert raw.train[0].columns in ({}, {"note": {"role": ["a"], "content": ["b"]}}), "which is no message"
+
+
+def test_files_may_be_named_by_a_pattern(tmp_path):
+    for part in range(3):
+        written(tmp_path / f"{'ab'[part % 2]}{part}.parquet", [{"prompt": f"{part}-{n}"} for n in range(2)])
+    assert asked(read(tmp_path / "a*.parquet")) == {"0-0", "0-1", "2-0", "2-1"}
+    with pytest.raises(ValueError, match=r"task\.path: cannot read .*c\*\.parquet from .*No such file"):
+        read(tmp_path / "c*.parquet")
+
+
+def test_values_of_a_category_are_those_that_it_names(tmp_path):
+    table = pa.table({"prompt": ["a", "b"], "answer": pa.array(["x", "y"]).dictionary_encode()})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert {row.demonstration for row in rows_of(read(tmp_path / "rows.parquet"))} == {"x", "y"}
+
+
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +402,51 @@ def test_a_folder_without_data_and_one_of_other_files_are_one_line(tmp_path):
     (tmp_path / "texts" / "a.txt").write_text("hello")
     with pytest.raises(ValueError, match="has files that datasets reads as 'text': task=hf takes parquet"):
         read(tmp_path / "texts")
+
+
+def test_an_address_is_none_of_what_is_read():
+    with pytest.raises(ValueError, match=r"^task\.path: https://x/rows\.parquet is an address: task=hf takes files"):
+        read("https://x/rows.parquet")
+
+
+def test_a_folder_is_read_where_nothing_can_be_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/none")
+    assert len(asked(read(splits(tmp_path, "folder")))) == 10
+
+
+@pytest.mark.parametrize("path", ["rows.parquet", "none.parquet"])
+def test_mistakes_in_a_file_are_answered_before_anything_heavy_is_imported(rlhf_train, tmp_path, path):
+    written(tmp_path / "rows.parquet", [{"question": "a"}] * 3)
+    done = rlhf_train("mode=check", "task=hf", f"task.path={path}", "task.split=tset", env={LIGHT: "1"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"^task\.(path|split): ", done.stderr, re.MULTILINE), done.stderr
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """Variables of a process that imports all itself, and says at its end if torch or transformers is there."""
+    (tmp_path / "site").mkdir()
+    code = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    return {FRESH: "1", "PYTHONPATH": f"{Path(__file__).parent.parent}{os.pathsep}{tmp_path / 'site'}"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "save_to_disk"])
+def test_mistakes_in_a_folder_are_answered_without_torch(rlhf_train, tmp_path, without_torch, kind):
+    path = splits(tmp_path, kind)
+    done = rlhf_train("mode=check", "task=hf", f"task.path={path}", "task.split=tset", env=without_torch)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"task.split: {path} has no split 'tset'; its splits: train, test" in done.stderr
+    assert done.stderr.endswith("False\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_never_answers_is_given_up_in_one_line(rlhf_train, without_torch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        done = rlhf_train("task=hf", "task.path=openai/gsm8k", env=hub | without_torch, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.endswith("False\n"), done.stderr
+    assert "as a data set of the Hugging Face hub it cannot be read: the hub does not answer" in done.stderr
 
 
 def test_a_damaged_folder_of_save_to_disk_is_one_line(tmp_path):

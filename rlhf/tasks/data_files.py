@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,10 +105,15 @@ class Files:
 
 
 def files_at(path: str, key: str) -> Files:
-    """One file, whose split is `train`, as datasets has it."""
-    return Files(key, {"train": [path]})
+    """One file, or those that match a pattern; their split is `train`, as datasets has it."""
+    if "://" in path:
+        raise ValueError(f"{key}: {path} is an address: task=hf takes files, folders and names of the Hugging Face hub")
+    place = Path(path).expanduser()
+    matching = sorted(glob(str(place))) if has_magic(path) and not place.exists() else []
+    return Files(key, {"train": matching or [path]})
 
 
-def is_table(path: str) -> bool:
-    """Whether a name can only be a file's."""
-    return path.lower().removesuffix(".gz").endswith((".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl"))
+def names_file(path: str) -> bool:
+    """Whether something that is not there can only be a file, not a name of the hub."""
+    ends = path.lower().removesuffix(".gz").endswith((".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl"))
+    return ends or path.startswith((".", "~", "/")) or path.count("/") > 1 or has_magic(path)

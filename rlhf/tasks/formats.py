@@ -53,6 +53,7 @@ def opened(path: str, key: str) -> Iterator[Stream]:
                 yield file
     except UNREADABLE as error:  # also while it is read, in the block
         reason = getattr(error, "strerror", None) or f"its gzip is damaged ({error})"
+        reason += "; task=hf reads folders" if isinstance(error, IsADirectoryError) else ""
         raise ValueError(f"{key}: cannot read {path} from {Path.cwd()}: {reason}") from None
 
 

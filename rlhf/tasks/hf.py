@@ -12,11 +12,12 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from rlhf.config import HfTaskConfig
 from rlhf.tasks.arrow_rows import Columns, whole_floats
-from rlhf.tasks.data_files import END, Files, files_at, is_table
+from rlhf.tasks.data_files import END, Files, files_at, names_file
 from rlhf.tasks.hub import hub_or_cache
 from rlhf.tasks.json_lines import Record
 from rlhf.tasks.jsonl import CONVERSATIONS, PREFERENCE
@@ -131,7 +132,7 @@ def _data_set(path: str, name: str | None, key: str) -> DataSet:
         )
     if folder:
         return _saved(path, place, key)
-    if file or place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or is_table(path):
+    if file or names_file(path):
         return files_at(path, key)
     datasets = _package()
     with hub_or_cache(path, key):
@@ -163,7 +164,8 @@ def _folder(path: str, place: Path, name: str | None, key: str) -> Files:
     """The files of a folder by their splits, as datasets finds them by their names or the folder's README."""
     datasets = _package()
     try:
-        builder = datasets.load_dataset_builder(str(place), name)
+        with TemporaryDirectory() as cache:  # in which a builder makes folders, and nothing else is put
+            builder = datasets.load_dataset_builder(str(place), name, cache_dir=cache)
     except Exception as error:  # of datasets, of the YAML of a README, ...
         hint = "; set task.name" if "onfig" in str(error) else ""
         raise ValueError(f"{key}: no data set is in the folder {path}: {one_line(str(error), 300)}{hint}") from None
@@ -245,8 +247,8 @@ def _unpacked(config: HfTaskConfig, rows: Iterator[Record]) -> Iterator[Record]:
     for where, columns in rows:
         if isinstance(columns, dict):
             for name in tests.keys() & columns.keys():
-                text = columns[name]
-                if isinstance(text, str) and text[:1] in "[{" and tests[name](found := _value(text)):
+                found = _value(columns[name])
+                if found is not columns[name] and tests[name](found):
                     columns[name] = found
         yield where, columns
 
@@ -259,12 +261,26 @@ def _are_messages(value: Any) -> bool:
     return _are_objects(value) and all(any(keys <= each.keys() for keys in SAYING) for each in value)
 
 
-def _value(text: str) -> Any:
+def _value(found: Any) -> Any:
+    """What a text or lists of a message's keys stand for; itself, if it is neither."""
+    if isinstance(found, dict) and any(keys <= found.keys() for keys in SAYING):
+        return _of_lists(found)
+    if not isinstance(found, str) or found[:1] not in ("[", "{"):
+        return found
     try:
-        return json.loads(text)
+        return json.loads(found)
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(found)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text
+        return found
+
+
+def _of_lists(found: dict[str, Any]) -> Any:
+    """Messages, of which a table has each key as a list, as datasets wrote what it called a sequence."""
+    lists = list(found.values())
+    if not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
+        return found
+    rows = (zip(found, each, strict=True) for each in zip(*lists, strict=True))
+    return [{key: value for key, value in row if value is not None} for row in rows]
