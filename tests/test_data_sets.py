@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import random
 import re
 import socket
 import sys
@@ -402,6 +403,23 @@ def test_a_folder_without_data_and_one_of_other_files_are_one_line(tmp_path):
     (tmp_path / "texts" / "a.txt").write_text("hello")
     with pytest.raises(ValueError, match="has files that datasets reads as 'text': task=hf takes parquet"):
         read(tmp_path / "texts")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "stream", "csv", "jsonl"])
+def test_a_file_with_other_bytes_gives_rows_or_one_error_that_names_it(tmp_path, kind):
+    path = stored(tmp_path, kind, [{"prompt": f"q{n}", "answer": str(n), "note": {"a": n}} for n in range(40)])
+    whole, rng, read_again = path.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        other = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(other))
+            other[at : at + rng.randrange(8)] = rng.randbytes(rng.randrange(8))
+        path.write_bytes(other)
+        try:
+            read_again += len(read(path).train) > 0
+        except ValueError as error:
+            assert type(error) is ValueError and str(path) in str(error)
+    assert read_again < 60, "nothing was wrong with any"
 
 
 def test_an_address_is_none_of_what_is_read():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf.tasks.json_lines import Record
+from transfer.agreement.shown import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,9 +65,8 @@ class Columns:
                 continue
             if field_of.name in self.whole:
                 change = _whole
-            found = column.to_pylist()
             names.append(field_of.name)
-            values.append(found if change is None else [None if each is None else change(each) for each in found])
+            values.append(_values(column, change, f"{where}: the column {field_of.name!r}"))
         for number, row in enumerate(zip(*values, strict=True), start=first):
             yield f"{where} row {number}", dict(zip(names, row, strict=True))
 
@@ -111,6 +111,17 @@ class Columns:
         return lambda found: {
             str(key): value if change is None else change(value) for key, value in found if value is not None
         }
+
+
+def _values(column: pa.Array, change: Change, name: str) -> list[Any]:
+    """ValueError of what is no value of Python's: a date in the year 10000, JSON that is none."""
+    import pyarrow as pa
+
+    try:
+        found = column.to_pylist()
+        return found if change is None else [None if each is None else change(each) for each in found]
+    except (ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
+        raise ValueError(f"{name} cannot be read: {one_line(str(error), 200)}") from None
 
 
 def whole_floats(name: str, tables: Iterable[pa.Table | pa.RecordBatch]) -> bool:

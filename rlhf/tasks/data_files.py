@@ -88,20 +88,29 @@ class Files:
         place, kind = str(Path(path).expanduser()), self._kind(path)
         try:
             with ExitStack() as stack:
-                if kind == PARQUET:
-                    from pyarrow.parquet import ParquetFile
-
-                    yield from stack.enter_context(ParquetFile(place)).iter_batches(AT_ONCE, columns=names)
-                    return
-                source = stack.enter_context(pa.memory_map(place))
-                if kind == STREAM:
-                    yield from stack.enter_context(pa.ipc.open_stream(source))
-                    return
-                batches = stack.enter_context(pa.ipc.open_file(source))
-                for number in range(batches.num_record_batches):
-                    yield batches.get_batch(number)
-        except (pa.ArrowException, OSError) as error:
+                for table in _batches(place, kind, names, stack):
+                    table.validate(full=True)  # pyarrow itself trusts what a file says of its lengths
+                    _ = table.schema.names  # nor does it look at these, whose bytes may be no text
+                    yield table
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"{self.key}: cannot read {path}: {one_line(str(error), 300)}") from None
+
+
+def _batches(place: str, kind: str, names: Sequence[str] | None, stack: ExitStack) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    if kind == PARQUET:
+        from pyarrow.parquet import ParquetFile
+
+        yield from stack.enter_context(ParquetFile(place)).iter_batches(AT_ONCE, columns=names)
+        return
+    source = stack.enter_context(pa.memory_map(place))
+    if kind == STREAM:
+        yield from stack.enter_context(pa.ipc.open_stream(source))
+        return
+    batches = stack.enter_context(pa.ipc.open_file(source))
+    for number in range(batches.num_record_batches):
+        yield batches.get_batch(number)
 
 
 def files_at(path: str, key: str) -> Files:

@@ -74,7 +74,9 @@ class Loaded:
         rows = self.loaded[split]
         rows = (rows if names is None else rows.select_columns(names)).with_format("arrow")
         for start in range(0, len(rows), AT_ONCE):
-            yield rows[start : start + AT_ONCE]
+            table = rows[start : start + AT_ONCE]
+            table.validate(full=True)  # pyarrow itself trusts what a file says of its lengths
+            yield table
 
 
 def sources_of(config: HfTaskConfig) -> list[Source]:
@@ -246,9 +248,12 @@ def _unpacked(config: HfTaskConfig, rows: Iterator[Record]) -> Iterator[Record]:
     tests |= dict.fromkeys(_names(config, OBJECTS), lambda found: isinstance(found, dict))
     for where, columns in rows:
         if isinstance(columns, dict):
-            for name in tests.keys() & columns.keys():
-                found = _value(columns[name])
-                if found is not columns[name] and tests[name](found):
+            for name, test in tests.items():
+                value = columns.get(name)
+                if value is None or (isinstance(value, str) and value[:1] not in ("[", "{")):
+                    continue
+                found = _value(value)
+                if found is not value and test(found):
                     columns[name] = found
         yield where, columns
 
@@ -265,7 +270,7 @@ def _value(found: Any) -> Any:
     """What a text or lists of a message's keys stand for; itself, if it is neither."""
     if isinstance(found, dict) and any(keys <= found.keys() for keys in SAYING):
         return _of_lists(found)
-    if not isinstance(found, str) or found[:1] not in ("[", "{"):
+    if not isinstance(found, str):
         return found
     try:
         return json.loads(found)
