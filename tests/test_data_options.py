@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from chat_models import CHATML, THINKING, beginning_tokenizer, tokenizer_with
 
 from rlhf.config import JsonlTaskConfig
-from rlhf.tasks import make_task, read_task
+from rlhf.tasks import make_task, read_task, source
+from rlhf.tasks.source import reading
 
 SOURCE = {"role": "user", "content": "hello"}
 OWN = {"role": "system", "content": "mine"}
@@ -233,3 +236,20 @@ def test_no_line_is_said_where_all_prompts_are_short_and_one_error_where_none_is
         ValueError, match=r"^task\.longest_prompt=3 leaves no prompt to train on: the shortest has 4 tokens"
     ):
         make_task(read(tmp_path, rows, longest_prompt=3, seed=0, held_out=1), tokenizer_with(CHATML))
+
+
+# --- how far the reading is -------------------------------------------------------------------------------------------
+
+
+def test_a_line_says_how_far_the_reading_is_where_it_takes_long_and_none_where_it_does_not(monkeypatch, capsys):
+    with reading("rows.jsonl") as seen:
+        seen.rows = 3
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(source, "EVERY_S", 0.01)
+    with reading("rows.jsonl") as seen:
+        seen.rows = 1234567
+        said, until = "", time.monotonic() + 30
+        while "\n" not in said and time.monotonic() < until:
+            said += capsys.readouterr().err
+    assert said.startswith("reading rows.jsonl: 1,234,567 rows, 0 s\n")
+    assert not [thread for thread in threading.enumerate() if thread.name == "reading"]

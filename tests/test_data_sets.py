@@ -19,6 +19,7 @@ from chat_models import CHATML, tokenizer_with
 from forked import FRESH, LIGHT
 
 from rlhf.config import HfTaskConfig, JsonlTaskConfig
+from rlhf.run import run
 from rlhf.tasks import Row, make_task, read_task
 
 pa = pytest.importorskip("pyarrow", reason="needs datasets: pip install -e '.[data]'")
@@ -379,6 +380,11 @@ def test_held_out_rows_come_from_another_data_set(tmp_path):
         ("rows.csv", b'prompt,answer\n"a,b\n', "{path}:2: not csv: "),
         ("rows.csv", "\ufeffprompt\na\n".encode("utf-16-le"), "{path}: that is UTF-16: write it anew as UTF-8"),
         ("rows.csv", b"prompt\n", "{path} is empty: task.split must name a data set that has rows"),
+        (
+            "rows.parquet",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "{path}: that is a pointer of git-lfs: fetch",
+        ),
         ("rows.zip", b"PK\x03\x04\x14", "{path}: that is a zip archive: unpack it"),
         ("rows.txt", b"hello", "{path}: that is no file that task=hf reads: task.path takes parquet, arrow, csv, tsv"),
         ("rows.parquet", None, "task.path: cannot read {path} from "),
@@ -557,3 +563,16 @@ def test_rows_of_a_data_set_are_told_apart_by_resume_as_those_of_a_file(tmp_path
     other = task([{**row, "day": datetime.date(2024, 1, 6 if n == 3 else 5)} for n, row in enumerate(rows)])
     with pytest.raises(RunError, match="rows are not those that the run began with"):
         check_rows(before, splits_of(other, tokenizer), other, allowed=False)
+
+
+@pytest.mark.slow
+def test_a_run_asks_gsm8ks_questions_behind_a_system_message_and_evaluates_on_the_other_split(compose_run, tmp_path):
+    written(tmp_path / "main" / "train-00000-of-00001.parquet", gsm8k(20))
+    written(tmp_path / "main" / "test-00000-of-00001.parquet", gsm8k(24)[20:])
+    small = "experiment=smoke transfer=local logger=jsonl model.layers=1 model.context=512 steps=1 sft.steps=1"
+    rows = "prompts_per_step=2 samples_per_prompt=2 updates_per_step=1 rollout.max_new_tokens=2 reward=verifier"
+    data = ["task=hf", f"task.path={tmp_path / 'main'}", "task.columns={prompt: question}", "task.held_out_split=test"]
+    config = compose_run(*small.split(), *rows.split(), *data, "task.system=Be brief.", "task.longest_prompt=200")
+    run(config, tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert samples and all("Be brief." in sample["prompt"] and "Natalia" in sample["prompt"] for sample in samples)

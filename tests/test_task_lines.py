@@ -54,6 +54,8 @@ def test_a_line_that_readers_take_in_several_ways_is_refused_by_its_number(tmp_p
             "\ufeff".encode("utf-16-le") + GOOD.encode("utf-16-le"),
             "that is UTF-16: write it anew as UTF-8",
         ),
+        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "that is a pointer of git-lfs: fetch the file"),
+        ("rows.jsonl", b"<!DOCTYPE html><html>", "that is a web page: download the file itself"),
         ("rows.jsonl", GOOD.encode("utf-16-be"), "that is UTF-16 or no text at all: write it anew as UTF-8"),
         ("rows.json", b'{\n  "prompt": "a",\n  "answer": "b"\n}\n', "that is a JSON object over several lines"),
     ],

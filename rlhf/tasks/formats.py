@@ -17,12 +17,17 @@ PARQUET, ARROW, STREAM, CSV, TSV = "parquet", "arrow", "an arrow stream", "csv",
 OF_HF = (PARQUET, ARROW, STREAM, CSV, TSV)
 MAGIC = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": STREAM}
 TABLES = {".csv": CSV, ".tsv": TSV}
+PAGE = ("a web page", "download the file itself, not the page about it")
 UTF16 = "write it anew as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)"
 OTHERS = {  # first bytes -> what it is, and what to do with it
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unpack it (zstd -d FILE), or compress it by gzip"),
     b"BZh": ("compressed by bzip2", "unpack it (bunzip2 FILE), or compress it by gzip"),
     b"\xfd7zXZ": ("compressed by xz", "unpack it (unxz FILE), or compress it by gzip"),
     b"PK\x03\x04": ("a zip archive", "unpack it (unzip FILE), and name the file that was in it"),
+    b"version https://git-lfs": ("a pointer of git-lfs", "fetch the file itself (git lfs pull)"),
+    b"<!DOCTYPE html": PAGE,
+    b"<!doctype html": PAGE,
+    b"<html": PAGE,
     b"\xff\xfe": ("UTF-16", UTF16),
     b"\xfe\xff": ("UTF-16", UTF16),
 }
