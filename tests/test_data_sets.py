@@ -326,6 +326,12 @@ def test_a_split_or_a_part_of_one_is_read(tmp_path, kind, split, prompts):
     assert asked(read(splits(tmp_path, kind), split=split)) == prompts
 
 
+def test_a_part_of_a_data_set_that_was_saved_is_read_whatever_its_split_is_called(tmp_path):
+    both = datasets.Dataset.from_list([{"prompt": f"q{n}"} for n in range(4)], split="train[:4]+test")
+    both.save_to_disk(str(tmp_path / "saved"))
+    assert asked(read(tmp_path / "saved")) == {"q0", "q1", "q2", "q3"}
+
+
 @pytest.mark.parametrize("kind", ["folder", "save_to_disk"])
 @pytest.mark.parametrize(
     ("options", "said"),

@@ -212,12 +212,12 @@ def _whole(data: DataSet, split: str, path: str, key: str, answer: str) -> bool:
 
 def _parts(data: DataSet, split: str, path: str, key: str) -> Iterator[tuple[str, int, int]]:
     """(name, from, to) of what `split` names: a split, a part of one (train[:1000]), or some added up by `+`."""
-    names = [part.partition("[")[0].strip() for part in split.split("+")]
-    if unknown := [name for name in names if name not in data.splits]:
-        raise ValueError(f"{key}: {path} has no split {unknown[0]!r}; its splits: {', '.join(data.splits)}")
     if split in data.splits:
         yield split, 0, END
         return
+    names = [part.partition("[")[0].strip() for part in split.split("+")]
+    if unknown := [name for name in names if name not in data.splits]:
+        raise ValueError(f"{key}: {path} has no split {unknown[0]!r}; its splits: {', '.join(data.splits)}")
     from datasets import ReadInstruction
 
     try:
