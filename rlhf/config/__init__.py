@@ -24,6 +24,7 @@ from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     FunctionRewardConfig,
     HttpRewardConfig,
+    MathRewardConfig,
     ModelRewardConfig,
     RewardConfig,
     RewardPart,
@@ -45,6 +46,7 @@ from rlhf.config.run import (
 from rlhf.config.task import (
     ArithmeticTaskConfig,
     EnvironmentConfig,
+    FileTaskConfig,
     GuessTaskConfig,
     JsonlTaskConfig,
     ReasoningGymTaskConfig,
@@ -65,6 +67,7 @@ __all__ = [
     "EnvironmentConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "FileTaskConfig",
     "FunctionRewardConfig",
     "GuessTaskConfig",
     "HfModelConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "LoggerConfig",
     "Logprobs",
     "LoraConfig",
+    "MathRewardConfig",
     "MlflowLoggerConfig",
     "Mode",
     "ModelConfig",

@@ -79,21 +79,53 @@ class ModelRewardConfig(RewardConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class FunctionRewardConfig(RewardConfig):
-    """The user's function, as `package.module:name`: rlhf/rewards/calling.py has how it is called."""
+class MathRewardConfig(RewardConfig):
+    r"""Equal to the reference as a number or an expression, by math-verify, which `pip install -e ".[math]"` brings.
 
-    function: str
-    timeout_s: float = 60.0  # deadline of one call, where the function is asynchronous, seconds
+    Plain numbers, `\boxed{...}`, LaTeX between dollars, and GSM8K's `#### 42` are understood.
+    """
+
+    answer_column: str = "answer"  # of the task's columns, the reference
+    timeout_s: float = 10.0  # deadline of one answer, seconds: sympy may compute for hours
+    concurrency: int = 1  # processes that compare
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        positive("reward.timeout_s", self.timeout_s)
+        at_least("reward.concurrency", self.concurrency, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class FunctionRewardConfig(RewardConfig):
+    """The user's function, as `package.module:name`: rlhf/rewards/calling.py has how it is called.
+
+    Or a list of them, as TRL's `reward_funcs`: a sample's reward is the sum over those that do not return None of it.
+    """
+
+    function: Any  # a name, or a list of names
+    weights: list[float] | None = None  # of a list of functions; null: 1 each
+    timeout_s: float = 300.0  # deadline of one call, seconds
     messages: Any = AUTO  # whether prompts and completions of conversations are messages; auto: in TRL's forms
+    process: bool = False  # in a process of its own: killed at the deadline, whatever it does, and free to use SIGALRM
 
     def __post_init__(self) -> None:
         RewardConfig.__post_init__(self)
         positive("reward.timeout_s", self.timeout_s)
         if not (isinstance(self.messages, bool) or self.messages == AUTO):
             raise ValueError(f"reward.messages must be auto, true or false (got {self.messages!r})")
-        module, _, name = self.function.partition(":")
-        if not module or not name:
-            raise ValueError(f"reward.function must be like package.module:name (got {self.function!r})")
+        named = self.function if isinstance(self.function, list) else [self.function]
+        for each in named or [self.function]:
+            module, _, name = each.partition(":") if isinstance(each, str) else ("", "", "")
+            if not module or not name:
+                raise ValueError(f"reward.function must be like package.module:name (got {each!r})")
+        if len(set(named)) < len(named):
+            raise ValueError(f"reward.function has a function twice: give it a weight instead (got {named})")
+        if self.weights is not None and not (isinstance(self.function, list) and len(self.weights) == len(named)):
+            raise ValueError(
+                f"reward.weights must have a number for each function of a list in reward.function (got {self.weights})"
+            )
+        if self.weights is not None and not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"reward.weights must be finite numbers (got {self.weights})")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +134,7 @@ class HttpRewardConfig(RewardConfig):
 
     url: str
     batch_size: int = 64  # samples a request
+    concurrency: int = 1  # requests at once
     timeout_s: float = 60.0  # deadline of one request, seconds
     retries: int = 3  # of a request, where the server refused the connection or was busy (429, 503 with Retry-After)
     token_variable: str = "RLHF_REWARD_TOKEN"  # the environment variable that has the bearer token, if there is one
@@ -110,6 +143,7 @@ class HttpRewardConfig(RewardConfig):
         RewardConfig.__post_init__(self)
         _check_url("reward.url", self.url)
         at_least("reward.batch_size", self.batch_size, 1)
+        at_least("reward.concurrency", self.concurrency, 1)
         positive("reward.timeout_s", self.timeout_s)
         at_least("reward.retries", self.retries, 0)
         if not (self.token_variable.isascii() and self.token_variable.isidentifier()):

@@ -11,6 +11,7 @@ from rlhf.config import (
     HttpRewardConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
+    MathRewardConfig,
     MlflowLoggerConfig,
     ModelRewardConfig,
     ReasoningGymTaskConfig,
@@ -41,6 +42,7 @@ PARTS = (
     Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.jsonl:jsonl_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
+    Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it
     Part("reward", "model", ModelRewardConfig, f"{REWARDS}:reward_model", f"{REWARDS}:check_model"),
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
     Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server

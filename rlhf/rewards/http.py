@@ -10,7 +10,8 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,8 +21,10 @@ from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from rlhf.config import HttpRewardConfig
+from rlhf.rewards import at_once
 from rlhf.rewards.columns import columns
-from rlhf.rewards.failures import as_rewards
+from rlhf.rewards.failures import NOT_A_NUMBER, RAISED, REFUSED, TIMED_OUT, as_rewards, lost
+from rlhf.rewards.samples import Rewards, Samples
 from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, RewardReport
 from transfer.agreement.shown import one_line, shown
@@ -41,12 +44,29 @@ class Answer(NamedTuple):
     body: bytes
 
 
+class FailedError(Exception):
+    """A request has no answer: by which class of `failures.py`, and why."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(why)
+        self.what = what
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One request: its body, and how many rewards answer it."""
+
+    body: bytes
+    samples: int
+
+
 class HttpReward:
     """POSTs {"prompts": [...], "completions": [...], "columns": {name: [...]}}, reads {"rewards": [number | null]}.
 
-    Asks again, `retries` times a request, only where the server has not begun: it refused the connection, or answered
-    429 or 503 with Retry-After. Anything else that is no answer within `timeout_s` is a RunError. A bearer token is
-    sent if the environment variable `token_variable` has one. NaN and infinity are no rewards, and counted in `report`.
+    So many requests at once as `concurrency` says. Asks again, `retries` times a request, only where the server has not
+    begun: it refused the connection, or answered 429 or 503 with Retry-After. The samples of a request that has no
+    answer within `timeout_s`, or another than that, have no reward, and are counted in `report`, as are NaN, infinity
+    and what is no number. A bearer token is sent if the environment variable `token_variable` has one.
     """
 
     def __init__(self, config: HttpRewardConfig) -> None:
@@ -55,13 +75,18 @@ class HttpReward:
         self.report = RewardReport()
         self._here = _is_loopback(urlsplit(config.url).hostname or "")
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        self.report = RewardReport()
-        rewards: list[float | None] = []
-        size = self.config.batch_size
-        for start in range(0, len(answers), size):
-            rewards += self._batch(prompts[start : start + size], answers[start : start + size])
-        return rewards
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
+        return self.begin(Samples(prompts, answers))()
+
+    def begin(self, samples: Samples) -> Callable[[], Rewards]:
+        """Send the requests; what is returned waits for the rewards. RunError where columns are no JSON."""
+        self.report = report = RewardReport(errors=0)
+        batches, size = [], self.config.batch_size
+        for start in range(0, len(samples), size):
+            part = slice(start, start + size)
+            batches.append(self._batch(samples.prompts[part], samples.answers[part]))
+        answers = at_once.begun(self._answer, batches, self.config.concurrency)
+        return lambda: [reward for each in zip(batches, answers(), strict=True) for reward in self._read(*each, report)]
 
     def check(self) -> None:
         """RunError if nothing listens where the requests will go; waits for it as they do, and sends nothing."""
@@ -79,30 +104,43 @@ class HttpReward:
                     time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             except OSError as error:
-                raise self._broken(f"cannot be reached: {error}") from None
-        raise self._absent("refused the connection")
+                raise RunError(str(self._broken(REFUSED, f"cannot be reached: {error}"))) from None
+        raise RunError(str(self._absent("refused the connection")))
 
-    def _batch(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+    def _batch(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Batch:
         asked = {
             "prompts": [prompt.text for prompt in prompts],
             "completions": list(answers),
             "columns": columns(prompts),
         }
         try:
-            body = json.dumps(asked, allow_nan=False).encode()
+            return Batch(json.dumps(asked, allow_nan=False).encode(), len(answers))
         except (TypeError, ValueError) as error:
             raise RunError(
                 f"reward.url={self.config.url} takes JSON, which a column of the task is not: {error}"
             ) from None
-        response = self._response(body)
+
+    def _answer(self, batch: Batch) -> Answer | FailedError:
         try:
-            given = json.loads(response.body)["rewards"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise self._broken(f'must answer {{"rewards": [...]}} (got {_words(response)})') from None
+            return self._response(batch.body)
+        except FailedError as error:
+            return error
+
+    def _read(self, batch: Batch, answer: Answer | FailedError, report: RewardReport) -> Rewards:
+        """The rewards of a request; None of each, and a count, where it has failed."""
         try:
-            return as_rewards(f"reward.url={self.config.url}", given, len(answers), self.report)
-        except ValueError as error:
-            raise RunError(str(error)) from None
+            if isinstance(answer, FailedError):
+                raise answer
+            try:
+                given = json.loads(answer.body)["rewards"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise self._broken(NOT_A_NUMBER, f'must answer {{"rewards": [...]}} (got {_words(answer)})') from None
+            return as_rewards(f"reward.url={self.config.url}", given, batch.samples, report)
+        except FailedError as error:
+            lost(report, error.what, batch.samples, str(error))
+        except ValueError as error:  # another number of rewards
+            lost(report, NOT_A_NUMBER, batch.samples, str(error))
+        return [None] * batch.samples
 
     def _response(self, body: bytes) -> Answer:
         """The server's answer with status 200, asked for at most 1 + `retries` times."""
@@ -140,7 +178,7 @@ class HttpReward:
             return None
         if isinstance(result, requests.Timeout):
             raise self._late() from None
-        raise self._broken(f"gave no answer: {type(result).__name__}: {one_line(str(result), 400)}") from result
+        raise self._broken(RAISED, f"gave no answer: {type(result).__name__}: {one_line(str(result), 400)}") from result
 
     def _post(self, body: bytes) -> Answer:
         """The whole answer; ValueError for one that is longer than any, or in an encoding (gzip): none is asked for."""
@@ -170,33 +208,36 @@ class HttpReward:
         return request
 
     def _retry_after(self, response: Answer) -> float:
-        """Seconds that a busy server asks to wait; RunError for every other answer."""
+        """Seconds that a busy server asks to wait; FailedError for every other answer."""
         status, asked = response.status_code, response.headers.get("Retry-After")
         if status not in BUSY or asked is None:
             hint = f" (token: the environment variable {self.config.token_variable})" if status in (401, 403) else ""
-            raise self._broken(f"answered {status}{hint}: {_words(response)}")
+            raise self._broken(REFUSED, f"answered {status}{hint}: {_words(response)}")
         wait_s = _seconds(asked)
         if wait_s is None or wait_s > self.config.timeout_s:
             raise self._broken(
+                REFUSED,
                 f"answered {status} with Retry-After: {one_line(asked, 80)}, and a wait must be at most "
-                f"reward.timeout_s={self.config.timeout_s:g} seconds"
+                f"reward.timeout_s={self.config.timeout_s:g} seconds",
             )
         return wait_s
 
-    def _late(self) -> RunError:
+    def _late(self) -> FailedError:
         return self._broken(
+            TIMED_OUT,
             f"did not answer within reward.timeout_s={self.config.timeout_s:g} seconds: raise it, or lower "
-            f"reward.batch_size ({self.config.batch_size})"
+            f"reward.batch_size ({self.config.batch_size}) or reward.concurrency ({self.config.concurrency})",
         )
 
-    def _absent(self, what: str) -> RunError:
+    def _absent(self, what: str) -> FailedError:
         return self._broken(
+            REFUSED,
             f"{what} {1 + self.config.retries} time(s): look whether it runs, or raise reward.retries "
-            f"({self.config.retries})"
+            f"({self.config.retries})",
         )
 
-    def _broken(self, what: str) -> RunError:
-        return RunError(f"reward.url={self.config.url} {what}")
+    def _broken(self, what: str, why: str) -> FailedError:
+        return FailedError(what, f"reward.url={self.config.url} {why}")
 
 
 def _words(response: Answer) -> str:
