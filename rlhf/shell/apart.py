@@ -47,7 +47,7 @@ class Apart:
         """What the function returns; RaisedError with what it raises, LateError where it has taken too long."""
         pipe = self._pipe or self._started()
         try:
-            pipe.send((arguments, named, timeout_s))
+            pipe.send((arguments, named, timeout_s + GRACE_S))
             if not pipe.poll(timeout_s):
                 raise LateError
             good, answer = pipe.recv()
@@ -126,8 +126,8 @@ def serve(descriptor: int) -> None:
     pipe.send(None)
     threading.Thread(target=_hear, args=(pipe, inbox), daemon=True).start()
     while True:
-        arguments, named, timeout_s = inbox.get()
-        signal.setitimer(signal.ITIMER_PROF, timeout_s + GRACE_S)  # its signal ends a process that does not handle it
+        arguments, named, most_cpu_s = inbox.get()
+        signal.setitimer(signal.ITIMER_PROF, most_cpu_s)  # its signal ends a process that does not handle it
         try:
             answer = True, called(*arguments, **named)
         except Exception as error:
