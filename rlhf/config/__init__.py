@@ -9,6 +9,7 @@ choices known to Hydra.
 
 from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.checkpoint import CheckpointConfig
+from rlhf.config.cut import Cut
 from rlhf.config.logger import (
     ConsoleLoggerConfig,
     JsonlLoggerConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "ArithmeticTaskConfig",
     "CheckpointConfig",
     "ConsoleLoggerConfig",
+    "Cut",
     "Device",
     "EnvironmentConfig",
     "EvaluateConfig",
