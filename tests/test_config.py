@@ -25,6 +25,7 @@ NEEDS = {
 
 WITH = {choice: (needed,) for choice, needed in NEEDS.items()} | {  # what it does not go with is the default
     "task=guess": ("reward=verifier",),
+    "reward=judge": ("reward.url=http://127.0.0.1:8000/v1/chat/completions", "reward.model=judge"),
     "rollout=vllm": ("transfer.take=copy",),
     "trainer=sharded": ("transfer.take=copy",),
     "transfer=handles": ("rollout=vllm", "transfer.sender.url=[http://127.0.0.1:8000]"),
@@ -183,7 +184,7 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (sum_of("{a: verifier}"), r"reward\.parts\.a must be like \{kind: verifier, weight: 1\.0\} \(got 'verifier'\)"),
         (
             sum_of("{a: {kind: sum}}"),
-            r"must be one of verifier, math, model, function, http \(got 'sum'\)",
+            r"must be one of verifier, math, model, function, http, judge \(got 'sum'\)",
         ),
         (sum_of("{a: {kind: [verifier]}}"), r"reward\.parts\.a\.kind must be one of .* \(got \['verifier'\]\)"),
         (sum_of("{a/b: {kind: verifier}}"), r"a part's name must be letters, digits and _ \(got 'a/b'\)"),

@@ -23,7 +23,7 @@ from rlhf.assembly.site import opened
 from rlhf.config import HttpRewardConfig
 from rlhf.preflight.before_torch import look
 from rlhf.ranks.place import Place
-from rlhf.rewards import HttpReward, WeightedSum, http, usable
+from rlhf.rewards import HttpReward, WeightedSum, post, usable
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.types import Prompt
@@ -283,7 +283,7 @@ def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):
     ],
 )
 def test_a_broken_answer_ends_the_run_with_the_address_after_one_request(server, answer, message, monkeypatch):
-    monkeypatch.setattr(http, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(post, "MOST_BYTES", 2**20)
     server.script = [answer]
     with pytest.raises(
         RunError, match=rf"^2 of 2 samples have no reward .*: reward\.url={server.url} {message}"
@@ -389,4 +389,4 @@ def test_a_server_on_this_machine_is_asked_itself_whatever_proxy_the_environment
     [("[::1]", True), ("[::ffff:127.0.0.1]", True), ("reward.localhost", True), ("10.0.0.1", False), ("local", False)],
 )
 def test_which_addresses_are_this_machine_s(host, here):
-    assert HttpReward(HttpRewardConfig(url=f"http://{host}:1/"))._here is here
+    assert post.Post(HttpRewardConfig(url=f"http://{host}:1/"))._here is here

@@ -25,6 +25,7 @@ from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     FunctionRewardConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
     MathRewardConfig,
     ModelRewardConfig,
     RewardConfig,
@@ -77,6 +78,7 @@ __all__ = [
     "HttpRewardConfig",
     "JsonlLoggerConfig",
     "JsonlTaskConfig",
+    "JudgeRewardConfig",
     "LoggerConfig",
     "Logprobs",
     "LoraConfig",

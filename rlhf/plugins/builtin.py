@@ -11,6 +11,7 @@ from rlhf.config import (
     HttpRewardConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
+    JudgeRewardConfig,
     MathRewardConfig,
     MlflowLoggerConfig,
     ModelRewardConfig,
@@ -46,6 +47,7 @@ PARTS = (
     Part("reward", "model", ModelRewardConfig, f"{REWARDS}:reward_model", f"{REWARDS}:check_model"),
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
     Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server
+    Part("reward", "judge", JudgeRewardConfig, f"{REWARDS}:judge"),  # nor for this one
     Part("reward", "sum", SumRewardConfig),  # made of the others
     Part("loss", "clip", make=f"{OBJECTIVE}:clip"),  # PPO's clipped surrogate
     Part("loss", "gspo", make=f"{OBJECTIVE}:gspo"),  # the same with one ratio a row

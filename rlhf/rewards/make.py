@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import (
     FunctionRewardConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
     MathRewardConfig,
     ModelConfig,
     ModelRewardConfig,
@@ -22,6 +23,7 @@ from rlhf.models.reward_model import load_reward_model, trained_by_a_run
 from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import made, part_of
 from rlhf.rewards.http import HttpReward
+from rlhf.rewards.judge import JudgeReward
 from rlhf.rewards.mathematics import MathReward
 from rlhf.rewards.own import looked_at
 from rlhf.rewards.several import functions_of
@@ -124,6 +126,11 @@ def function(config: FunctionRewardConfig, given: Given) -> Reward:
 def http(config: HttpRewardConfig, given: Given) -> Reward:
     """The user's server."""
     return HttpReward(config)
+
+
+def judge(config: JudgeRewardConfig, given: Given) -> Reward:
+    """The user's judge."""
+    return JudgeReward(config)
 
 
 def mathematics(config: MathRewardConfig, given: Given) -> Reward:
