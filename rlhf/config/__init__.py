@@ -9,6 +9,7 @@ choices known to Hydra.
 
 from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.checkpoint import CheckpointConfig
+from rlhf.config.cut import Cut
 from rlhf.config.logger import (
     ConsoleLoggerConfig,
     JsonlLoggerConfig,
@@ -24,6 +25,8 @@ from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     FunctionRewardConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
+    MathRewardConfig,
     ModelRewardConfig,
     RewardConfig,
     RewardPart,
@@ -45,6 +48,7 @@ from rlhf.config.run import (
 from rlhf.config.task import (
     ArithmeticTaskConfig,
     EnvironmentConfig,
+    FileTaskConfig,
     GuessTaskConfig,
     JsonlTaskConfig,
     ReasoningGymTaskConfig,
@@ -61,10 +65,12 @@ __all__ = [
     "ArithmeticTaskConfig",
     "CheckpointConfig",
     "ConsoleLoggerConfig",
+    "Cut",
     "Device",
     "EnvironmentConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "FileTaskConfig",
     "FunctionRewardConfig",
     "GuessTaskConfig",
     "HfModelConfig",
@@ -72,9 +78,11 @@ __all__ = [
     "HttpRewardConfig",
     "JsonlLoggerConfig",
     "JsonlTaskConfig",
+    "JudgeRewardConfig",
     "LoggerConfig",
     "Logprobs",
     "LoraConfig",
+    "MathRewardConfig",
     "MlflowLoggerConfig",
     "Mode",
     "ModelConfig",

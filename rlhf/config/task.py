@@ -143,16 +143,27 @@ class Overlong(Enum):
 
 
 @dataclass(slots=True, kw_only=True)
-class JsonlTaskConfig(TaskConfig):
-    """A JSON-lines file as TRL users have it; its forms are in rlhf/tasks/jsonl.py."""
+class FileTaskConfig(TaskConfig):
+    """Shared dials of data sets as TRL users have them; the forms of rows are in rlhf/tasks/jsonl.py."""
 
     held_out: int = 64  # rows are fewer than a generator's
-    path: str  # the file
+    path: str
     prompt_column: str = "prompt"
     answer_column: str = "answer"
+    answer_after: str | None = None  # what follows the last such mark is compared, as '####' of GSM8K; null: all of it
     overlong: Overlong = Overlong.refuse  # of rows that do not fit the model's context
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        if self.answer_after is not None and not self.answer_after.strip():
+            raise ValueError(f"task.answer_after must be a text like '####', or null (got {self.answer_after!r})")
 
     @property
     def leaves_out_overlong(self) -> bool:
         """Whether rows beyond the model's context are left out, rather than refused."""
         return self.overlong is Overlong.drop
+
+
+@dataclass(slots=True, kw_only=True)
+class JsonlTaskConfig(FileTaskConfig):
+    """A JSON-lines file."""

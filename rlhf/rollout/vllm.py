@@ -187,6 +187,7 @@ class VllmEngine:
                     ignore_eos=True,  # rows end where the message says
                     logprobs=0 if sampling.wants_logprobs(len(requests)) else None,  # of the sampled token alone
                     flat_logprobs=True,
+                    **sampling.cut.told,
                     detokenize=False,
                     output_kind=kind,
                 )

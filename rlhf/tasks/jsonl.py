@@ -18,12 +18,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from rlhf.config import JsonlTaskConfig
 from rlhf.tasks.chat import SPOKEN, Message
+from rlhf.tasks.compare import verifier
 from rlhf.tasks.json_lines import columns_of, counted, kind_of, lines, report
 from rlhf.tasks.messages import answer_of, messages_in, text_in
 from rlhf.tasks.raw import Answer, RawTask, Row
@@ -64,15 +64,9 @@ def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
     return RawTask(
         train=[row for question in questions[: -config.held_out] for row in groups[question]],
         held_out=[groups[question][0] for question in questions[-config.held_out :]],
-        gold=partial(same_answer, config.answer_column),
+        gold=verifier(config, rows, "task.path"),
         notes=notes,
     )
-
-
-def same_answer(answer_column: str, columns: Mapping[str, Any], answer: str) -> float | None:
-    """1.0 if `answer` is the row's, outer white space aside, else 0.0; None if the row has none."""
-    right = columns.get(answer_column)
-    return float(answer.strip() == right.strip()) if isinstance(right, str) else None
 
 
 def _rows(config: JsonlTaskConfig) -> tuple[list[Row], list[str]]:

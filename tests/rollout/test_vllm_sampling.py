@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf.config import Cut
 from rlhf.rollout.sampling import Sampling, seed_of
 from rlhf.rollout.vllm import Started, VllmEngine
 
@@ -117,6 +118,15 @@ def test_each_row_has_a_request_with_its_own_seed_and_the_salt_of_its_version(en
     assert {prompt["cache_salt"] for prompt in prompts} == {"5"}
     assert [each.seed for each in params] == [seed_of(seed, index) for seed in (7, 8) for index in (0, 1)]
     assert {(each.max_tokens, each.temperature, each.ignore_eos) for each in params} == {(3, 0.7, True)}
+
+
+def test_what_is_cut_off_is_told_and_nothing_else_is(engine):
+    generated(engine, cut=Cut(top_p=0.9, top_k=5))
+    for _, params in engine.asked.values():
+        assert (params.top_p, params.top_k, hasattr(params, "min_p")) == (0.9, 5, False)
+    engine.asked.clear()
+    generated(engine)
+    assert not any(hasattr(params, "top_p") for _, params in engine.asked.values())
 
 
 def test_log_probs_are_asked_of_the_rows_that_are_to_have_them(engine):
