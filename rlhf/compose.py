@@ -181,8 +181,12 @@ def _choices_of(override: Any) -> list[str]:
 
 
 def misplaced(overrides: list[str]) -> list[str]:
-    """For `group.key=...` overrides whose key only other choices of that group have: one line each that says so."""
-    hints = []
+    """For `group.key=...` overrides whose key only other choices of that group have: one line each that says so.
+
+    And for values that begin with #, which Hydra takes in quotes alone.
+    """
+    cut = [override.partition("=") for override in overrides if override.partition("=")[2].startswith("#")]
+    hints = [f"a value that begins with # needs quotes of its own: \"{key}='{value}'\"" for key, _, value in cut]
     chosen, known = _chosen(overrides), schemas()
     for override in overrides:
         path, _, key = override.partition("=")[0].lstrip("+~").rpartition(".")

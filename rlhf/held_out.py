@@ -44,13 +44,19 @@ def measure(
     With the sampled answers; what no prompt has a gold score for is left out.
     """
     seed, n = config.seed + SEED_OFFSET, config.evaluate.samples
-    sampled = sampler.sample(prompts, n=n, temperature=config.rollout.temperature, seed=seed)
+    sampled = sampler.sample(prompts, n=n, temperature=temperature_of(config), seed=seed)
     greedy = sampler.sample(prompts, n=1, temperature=0.0, seed=seed)
     gold = gold_scores(task, sampled)
     numbers = {"gold": mean(gold), "greedy_accuracy": mean(right(gold_scores(task, greedy)))}
     hits = list(right_of_prompts(gold, n))
     numbers |= {f"pass_at_{k}": mean([pass_at_k(n, c, k) for c in hits]) for k in sorted(set(config.evaluate.k))}
     return {name: value for name, value in numbers.items() if value is not None}, sampled
+
+
+def temperature_of(config: RunConfig | EvaluationConfig) -> float:
+    """That of the sampled answers."""
+    given = config.evaluate.temperature
+    return config.rollout.temperature if given is None else given
 
 
 def gold_scores(task: Task, rollouts: Rollouts) -> list[float | None]:

@@ -24,7 +24,7 @@ from rlhf.reports.page import element, folded, html, picture, table, tiles
 from rlhf.reports.plots import AGES, HARDWARE, LATENCY, PANELS, Panel, draw_panel, draw_phases, drawing, fired, save
 from rlhf.reports.run_folder import RunFolder, is_run, read_run, runs_below
 from rlhf.reports.samples import samples_part
-from rlhf.reports.summary import ALARM, GPU_MEMORY, PHASES, Rows, hardware, series, summarise
+from rlhf.reports.summary import ALARM, GPU_MEMORY, PHASES, Rows, hardware, lost_rewards, series, summarise
 from rlhf.shell.screen import outlast
 
 SAMPLES = 200  # rows of the samples table at most: the best and the worst, as many of each
@@ -119,7 +119,7 @@ def _numbers(run: RunFolder) -> dict[str, str]:
         if name in summary:
             numbers[label] = shape.format(summary[name])
     memory = {name: value for name, value in run.summary.items() if name.startswith(GPU_MEMORY)}
-    return numbers | hardware(summary | memory)
+    return numbers | hardware(summary | memory) | lost_rewards(summary)
 
 
 def _alarms(rows: Rows) -> list[Element]:

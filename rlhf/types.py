@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled its end-of-sequence token,
+FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled an end-of-sequence token, or a stop text,
 TRUNCATED = "length"  # or max_new_tokens cut the row, which then has no end-of-sequence token
 
 IDS, LOGPROBS, VERSIONS, SAMPLED = "i", "f", "Q", "b"  # type codes of columns: int32, float32, uint64, int8
@@ -51,10 +51,11 @@ def column(code: str, values: Iterable[float]) -> array[Any]:
 class Completion:
     """One sampled answer as a worker returns it, or a conversation: answers, and what an environment said in between.
 
-    `ids` end with the EOS token if `finish_reason` is "stop"; `logprobs[t]` is the log-probability of `ids[t]` under
-    the sampling distribution (temperature applied), None where nobody asked for those of this row; `versions[t]` is the
-    version of the weights that sampled it. Where `sampled[t]` is 0, the environment has said the token: its log-prob is
-    0 and its version the answer's before it. Other sequences of numbers become columns.
+    `ids` end with a stop id, or with the token that completes a stop text, if `finish_reason` is "stop"; `logprobs[t]`
+    is the log-probability of `ids[t]` under the sampling distribution (temperature and cut applied), None where nobody
+    asked for those of this row; `versions[t]` is the version of the weights that sampled it. Where `sampled[t]` is 0,
+    the environment has said the token: its log-prob is 0 and its version the answer's before it. Other sequences of
+    numbers become columns.
     """
 
     ids: array[int]

@@ -38,6 +38,7 @@ FEW = ["--senders", "http", "--repeats", "1"]
 VLLM = "a vLLM: tests/gpu and tests/rollout/test_vllm.py run it"
 COMPARE = "python -m tests.benchmarks.compare_trl_gpu "
 TRL_GPU = "a GPU, vLLM and TRL: tests/benchmarks/test_compare_trl_gpu.py runs it with --dry"
+GSM8K = "needs a file: tests/test_math_rewards.py writes one"
 RANKS = "several ranks: tests/ranks/test_ranks_runs.py runs them, but shorter"
 SHARDS = "two ranks: tests/ranks/test_sharded_runs.py runs it, but shorter"
 PACKAGE = "a package that is not among those of the tests"
@@ -56,6 +57,11 @@ RUN: dict[str, str] = {  # command -> what makes it short
     f"{TRAIN}experiment=overoptimisation": f"{SHORT} {MODEL}",
     f"{TRAIN}evaluate.samples=8 evaluate.k=[1,4,8]": f"{SHORT} {MODEL}",
     f"{EVALUATE}model.path=FOLDER/policy": "task.held_out=8 rollout.max_new_tokens=4",
+    f"{EVALUATE}model.path=FOLDER/policy rollout.top_p=0.95 rollout.temperature=0.6": (
+        "task.held_out=8 rollout.max_new_tokens=4"
+    ),
+    f"{TRAIN}evaluate.top_p=0.95 evaluate.temperature=0.6": f"{SHORT} {MODEL}",
+    f"{TRAIN}'rollout.stop=[aa]'": f"{SHORT} {MODEL}",
     f"{TRAIN}experiment=checkpoint model.path=FOLDER_OR_HUB_NAME task=arithmetic model.lora.rank=16 "
     "optim.lr=1e-4": FILE,
     f"{TRAIN}task=jsonl task.path=examples/conversations.jsonl reward=function "
@@ -107,6 +113,13 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     f"{TRAIN}task=hf task.path=rows.parquet 'task.split=\"train[:1000]\"' task.held_out_path=held_out.csv "
     "'task.template={enable_thinking: false}'": DATA,
     f"{TRAIN}reward=http reward.url=http://127.0.0.1:8000/score": "needs a server: tests/test_rewards_http.py runs it",
+    f"{TRAIN}reward=judge reward.url=http://127.0.0.1:8000/v1/chat/completions reward.model=NAME": (
+        "needs a server: tests/test_judge.py runs it"
+    ),
+    f"{TRAIN}task=jsonl task.path=gsm8k.jsonl task.prompt_column=question reward=math model=hf "
+    "model.path=FOLDER_OR_HUB_NAME": GSM8K,
+    f"{TRAIN}task=jsonl task.path=gsm8k.jsonl task.prompt_column=question reward=verifier "
+    "'task.answer_after='\"'\"'####'\"'\"'' model=hf model.path=FOLDER_OR_HUB_NAME": GSM8K,
     f"{TRAIN}experiment=verifier_only task=reasoning_gym task.name=chain_sum 'task.options={{max_terms: 2}}'": (
         "needs an optional package: tests/test_reasoning_gym.py runs it"
     ),

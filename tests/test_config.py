@@ -26,6 +26,7 @@ NEEDS = {
 
 WITH = {choice: (needed,) for choice, needed in NEEDS.items()} | {  # what it does not go with is the default
     "task=guess": ("reward=verifier",),
+    "reward=judge": ("reward.url=http://127.0.0.1:8000/v1/chat/completions", "reward.model=judge"),
     "rollout=vllm": ("transfer.take=copy",),
     "trainer=sharded": ("transfer.take=copy",),
     "transfer=handles": ("rollout=vllm", "transfer.sender.url=[http://127.0.0.1:8000]"),
@@ -182,7 +183,10 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (sum_of("{}"), r"reward\.parts must be like \{right: \{kind: verifier\}\} \(got \{\}\)"),
         (sum_of("3"), r"reward\.parts must be like .* \(got 3\)"),
         (sum_of("{a: verifier}"), r"reward\.parts\.a must be like \{kind: verifier, weight: 1\.0\} \(got 'verifier'\)"),
-        (sum_of("{a: {kind: sum}}"), r"parts\.a\.kind must be one of verifier, model, function, http \(got 'sum'\)"),
+        (
+            sum_of("{a: {kind: sum}}"),
+            r"must be one of verifier, math, model, function, http, judge \(got 'sum'\)",
+        ),
         (sum_of("{a: {kind: [verifier]}}"), r"reward\.parts\.a\.kind must be one of .* \(got \['verifier'\]\)"),
         (sum_of("{a/b: {kind: verifier}}"), r"a part's name must be letters, digits and _ \(got 'a/b'\)"),
         (sum_of("{a: {kind: verifier, weight: nan}}"), r"reward\.parts\.a\.weight must be a finite number \(got nan\)"),
@@ -263,6 +267,11 @@ def test_a_key_of_another_choice_is_told_apart_from_a_typo(overrides, hint):
 )
 def test_there_is_no_hint_where_no_key_is_misplaced(overrides):
     assert misplaced(overrides) == []
+
+
+def test_a_value_that_hydra_takes_in_quotes_alone_has_a_hint():
+    (hint,) = misplaced(["task=jsonl", "task.path=x", "task.answer_after=####"])
+    assert hint == "a value that begins with # needs quotes of its own: \"task.answer_after='####'\""
 
 
 @pytest.mark.parametrize(

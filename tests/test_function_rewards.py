@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,10 +16,11 @@ import pytest
 import torch
 
 from rlhf.config import FunctionRewardConfig
-from rlhf.rewards import FunctionReward, VerifierReward, WeightedSum, rewarded, usable
+from rlhf.rewards import FunctionReward, VerifierReward, WeightedSum, in_time, rewarded, usable
+from rlhf.rewards.several import SeveralFunctions, functions_of
 from rlhf.run import run
 from rlhf.shell.ending import RunError
-from rlhf.types import Completion, Prompt, Rollouts
+from rlhf.types import Completion, Prompt, RewardReport, Rollouts
 
 MODULE = """
 import asyncio, threading, time
@@ -96,11 +100,73 @@ async def odd_raises(prompts, completions, **columns):
 async def never(prompts, completions, **columns):
     await asyncio.sleep(60)
 
+def hangs_on_bb(prompts, completions, **columns):
+    calls.append(threading.current_thread())
+    if "bb" in completions:
+        while True:
+            time.sleep(0.01)
+    return [1.0] * len(completions)
+
+def sleeps(completions, **columns):
+    calls.append(threading.current_thread())
+    time.sleep(30)
+
+def swallows(completions, **columns):
+    rewards = []
+    for text in completions:
+        try:
+            while text:
+                pass
+        except Exception:
+            pass
+        rewards.append(0.0)
+    return rewards
+
+def nothing(completions, **columns):
+    return None
+
+def only_even(completions, **columns):
+    return [None if len(text) % 2 else 1.0 for text in completions]
+
+def only_odd(completions, **columns):
+    return [10.0 if len(text) == 1 else None for text in completions]
+
+class Scale:
+    def __init__(self, factor=3.0):
+        self.factor = factor
+
+    def __call__(self, completions, **columns):
+        return [self.factor * len(text) for text in completions]
+
+scaled, twice = Scale(2.0), partial(Scale(1.0), extra=None)
+
 class Judge:
     async def __call__(self, prompts, completions, **columns):
         return [float(len(text)) for text in completions]
 
 judge, bound = Judge(), partial(later)
+"""
+
+APART = """
+import os, re, signal
+
+def holds_the_lock(completions, **columns):
+    if "bb" in completions:
+        re.match("(a+)+$", "a" * 60 + "b")
+    return [float(len(text)) for text in completions]
+
+def alarmed(completions, **columns):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return [1.0] * len(completions)
+
+def dies(completions, **columns):
+    os._exit(3)
+
+def refuses(prompts, completions, **columns):
+    raise LookupError("never")
+
+async def later(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
 """
 
 PROMPTS = [Prompt(f"{n}?", (n,), {"answer": n}) for n in range(4)]
@@ -112,8 +178,10 @@ CHAT = [Prompt("<|user|>Hi<|assistant|>", (1, 2), {}, ({"role": "user", "content
 def mine(tmp_path, monkeypatch):
     """The module `mine` on the path."""
     (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "apart.py").write_text(APART)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    for module in ("mine", "apart"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     import mine
 
     return mine
@@ -155,7 +223,6 @@ def test_numbers_of_every_kind_are_rewards_and_what_is_not_finite_is_none(mine, 
     ("given", "message"),
     [
         (lambda n: 1.0, r"must return a list of 1 numbers or None \(got float\)"),
-        (lambda n: None, r"\(got NoneType\)"),
         (lambda n: "1", r"\(got str\)"),
         (lambda n: {"reward": 1.0}, r"\(got dict\)"),
         (lambda n: torch.tensor(1.0), r"\(got Tensor\)"),
@@ -309,6 +376,139 @@ def test_dials_that_make_no_sense_are_refused(key):
     name, _, value = key.partition(": ")
     with pytest.raises(ValueError, match=rf"^reward\.{name} must be .*\(got "):
         FunctionRewardConfig(function="mine:named", **{name: float(value) if value.isdigit() else value})
+
+
+@pytest.mark.parametrize(("function", "factor"), [("scaled", 2.0), ("Scale", 3.0), ("twice", 1.0)])
+def test_objects_classes_and_partial_functions_are_functions(mine, function, factor):
+    reward = FunctionReward(f"mine:{function}")
+    reward.check(PROMPTS)
+    assert reward(PROMPTS, ANSWERS) == [factor * n for n in range(4)]
+
+
+def test_a_function_may_return_none_for_all_its_samples(mine):
+    reward = FunctionReward("mine:nothing")
+    reward.check(PROMPTS)
+    assert reward(PROMPTS, ANSWERS) == [None] * 4 and reward.report == RewardReport(errors=0)
+
+
+def test_what_is_no_number_costs_its_sample_alone_once_a_run_goes_on(mine):
+    mine.answer = [1.0, "2", 10**400, [1.0, 2.0]]
+    reward = FunctionReward("mine:gives")
+    assert reward(PROMPTS, ANSWERS) == [1.0, None, None, None]
+    assert reward.report.counts == {"not_a_number": 3} and "must return finite numbers" in reward.report.error
+
+
+# --- lists of functions, as trl's reward_funcs ------------------------------------------------------------------------
+
+
+def several(*functions: str, **dials: object) -> SeveralFunctions:
+    config = FunctionRewardConfig(function=[f"mine:{each}" for each in functions], **dials)
+    reward = functions_of(config)
+    assert isinstance(reward, SeveralFunctions)
+    return reward
+
+
+def test_of_a_list_of_functions_those_that_return_none_of_a_sample_add_nothing(mine):
+    reward = several("only_even", "only_odd", "nothing", weights=[2.0, 0.5, 1.0])
+    reward.check(PROMPTS)
+    assert reward(PROMPTS, ANSWERS) == [2.0, 5.0, 2.0, None], "of the last, all say None"
+    assert reward.report.means == {"only_even": 1.0, "only_odd": 10.0} and reward.report.errors == 0
+
+
+def test_of_a_list_of_functions_one_that_fails_on_a_sample_leaves_it_out(mine):
+    reward = several("later", "nan_of_bb", "odd_raises")
+    assert reward(PROMPTS, ANSWERS) == [0.0 + 0.0 + 2.0, None, None, None]
+    assert reward.report.counts == {"not_finite": 1, "raised": 2} and reward.report.errors == 2
+
+
+@pytest.mark.parametrize(
+    ("dials", "message"),
+    [
+        ({"function": ["a:b", "a"]}, r"^reward\.function must be like package\.module:name \(got 'a'\)"),
+        ({"function": []}, r"^reward\.function must be like package\.module:name \(got \[\]\)"),
+        ({"function": ["a:b", "a:b"]}, r"^reward\.function has a function twice"),
+        ({"function": ["a:b"], "weights": [1.0, 2.0]}, r"^reward\.weights must have a number for each function"),
+        ({"function": "a:b", "weights": [1.0]}, r"^reward\.weights must have a number for each function of a list"),
+        ({"function": ["a:b"], "weights": [math.nan]}, r"^reward\.weights must be finite numbers"),
+    ],
+)
+def test_a_list_of_functions_that_makes_no_sense_is_refused(dials, message):
+    with pytest.raises(ValueError, match=message):
+        FunctionRewardConfig(**dials)
+
+
+# --- functions that hang ----------------------------------------------------------------------------------------------
+
+
+def by(thread: str, reward: FunctionReward) -> list[float | None]:
+    """The rewards, asked for in the main thread, or in another."""
+    if thread == "main":
+        return reward(PROMPTS, ANSWERS)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(reward, PROMPTS, ANSWERS).result(60)
+
+
+@pytest.mark.parametrize("function", ["hangs_on_bb", "sleeps", "swallows"])
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_a_function_that_hangs_is_left_at_its_deadline_and_its_samples_have_no_reward(mine, function, thread):
+    reward, began = FunctionReward(f"mine:{function}", timeout_s=0.3), time.monotonic()
+    assert by(thread, reward) == [None] * 4 and time.monotonic() - began < 20
+    assert reward.report.counts == {"timed_out": 4} and reward.report.errors == 4
+    assert reward.report.error.endswith("has not answered within reward.timeout_s=0.3 seconds: raise it")
+
+
+def test_a_function_is_called_in_the_main_thread_where_that_asks_and_nothing_of_a_late_call_is_left(mine):
+    reward = FunctionReward("mine:hangs_on_bb", timeout_s=0.3)
+    before = threading.active_count()
+    assert reward(PROMPTS, ANSWERS) == [None] * 4 and reward(PROMPTS[:2], ANSWERS[:2]) == [1.0, 1.0]
+    assert set(mine.calls) == {threading.main_thread()}
+    until = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_calls_that_nothing_ends_end_the_run_before_they_are_too_many(mine, monkeypatch):
+    monkeypatch.setattr(in_time, "_left", [])
+    monkeypatch.setattr(in_time, "MOST_LEFT", 2)
+    reward = FunctionReward("mine:sleeps", timeout_s=0.05)
+    assert [by("another", reward), by("another", reward)] == [[None] * 4] * 2
+    with pytest.raises(RunError, match=r"^2 calls of the reward's function hang, .*reward\.process=true"):
+        by("another", reward)
+
+
+def test_in_a_process_of_its_own_whatever_hangs_is_killed_and_the_next_call_has_another(mine):
+    reward = FunctionReward("apart:holds_the_lock", timeout_s=1.0, process=True)
+    try:
+        assert reward(PROMPTS[:2], ANSWERS[:2]) == [0.0, 1.0]
+        assert reward(PROMPTS, ANSWERS) == [None] * 4 and reward.report.counts == {"timed_out": 4}
+        assert reward(PROMPTS[3:], ANSWERS[3:]) == [3.0]
+    finally:
+        reward.apart.close()
+
+
+def test_a_process_that_ends_itself_costs_its_samples_and_is_said(mine):
+    reward = FunctionReward("apart:dies", process=True)
+    assert reward(PROMPTS[:1], ANSWERS[:1]) == [None] and reward.report.counts == {"raised": 1}
+    assert reward.report.error.endswith("its process has ended: it crashed, or wanted too much memory")
+
+
+def test_in_a_process_of_its_own_functions_raise_and_await_as_elsewhere_and_may_use_sigalrm(mine):
+    raising, later, alarmed = (
+        FunctionReward(f"apart:{name}", process=True) for name in ("refuses", "later", "alarmed")
+    )
+    try:
+        assert raising(PROMPTS[:2], ANSWERS[:2]) == [None, None] and raising.report.counts == {"raised": 2}
+        assert "raised LookupError: never (" in raising.report.error and "apart.py:" in raising.report.error
+        assert later(PROMPTS, ANSWERS) == [0.0, 1.0, 2.0, 3.0]
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(FunctionReward("apart:alarmed").check, PROMPTS)
+            with pytest.raises(ValueError, match=r"signal only works in main thread .*: set reward\.process=true"):
+                told.result(60)
+            pool.submit(alarmed.check, PROMPTS).result(60)
+    finally:
+        for reward in (raising, later, alarmed):
+            reward.apart.close()
 
 
 # --- asynchronous functions -------------------------------------------------------------------------------------------

@@ -200,7 +200,10 @@ def test_the_example_is_composed_checked_and_made(parts):
             marks=pytest.mark.slow,
         ),
         (["task=guess", "task/environment=try_again", "reward=verifier"], "leave out task/environment"),
-        (["reward=sum", "reward.parts={a: {kind: shortt}}"], r"one of verifier, model, function, http, short \(got"),
+        (
+            ["reward=sum", "reward.parts={a: {kind: shortt}}"],
+            r"verifier, math, model, function, http, judge, short \(got",
+        ),
         pytest.param(
             ["reward=sum", "reward.parts={a: {kind: short, longest: 0}}"],
             r"reward\.parts\.a\.longest must be at least",

@@ -23,7 +23,7 @@ from rlhf.assembly.site import opened
 from rlhf.config import HttpRewardConfig
 from rlhf.preflight.before_torch import look
 from rlhf.ranks.place import Place
-from rlhf.rewards import HttpReward, http
+from rlhf.rewards import HttpReward, WeightedSum, post, usable
 from rlhf.run import run
 from rlhf.shell.ending import RunError
 from rlhf.types import Prompt
@@ -149,6 +149,11 @@ def test_a_token_that_no_header_can_carry_is_refused_without_being_shown(server,
     assert "cret" not in str(error.value)
 
 
+def ended(reward: HttpReward, *answers: str) -> None:
+    """As a run does, which ends where too few samples have a reward."""
+    usable(ask(reward, *answers), 0.5, reward.report.error)
+
+
 # --- asked again: only where the server has not begun -----------------------------------------------------------------
 
 
@@ -170,7 +175,7 @@ def test_the_time_that_a_busy_server_names_is_waited(server):
 def test_a_server_that_stays_busy_ends_the_run_after_its_retries(server):
     server.script = [says(503, Retry_After="0")] * 9
     with pytest.raises(RunError, match=rf"reward\.url={server.url} answered 503 3 time\(s\): .*reward\.retries \(2\)"):
-        ask(reward(server, retries=2), "a")
+        ended(reward(server, retries=2), "a")
     assert len(server.asked) == 3
 
 
@@ -201,7 +206,7 @@ def test_a_server_that_starts_a_moment_later_is_waited_for():
 def test_a_server_that_is_not_there_ends_the_run_with_its_address():
     url = f"http://127.0.0.1:{free_port()}/score"
     with pytest.raises(RunError, match=rf"reward\.url={url} refused the connection 2 time\(s\): look whether it runs"):
-        ask(HttpReward(HttpRewardConfig(url=url, retries=1)), "a")
+        ended(HttpReward(HttpRewardConfig(url=url, retries=1)), "a")
 
 
 def test_a_server_that_is_not_there_is_noticed_before_a_worker_is_started_or_anything_trained(
@@ -262,8 +267,8 @@ def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):
         (says(200, {"reward": [1.0, 2.0]}), r"must answer"),
         (says(200, {"rewards": [1.0]}), r"must return a list of 2 numbers or None \(got 1 values\)"),
         (says(200, {"rewards": 1.0}), r"must return a list of 2 numbers or None \(got float\)"),
-        (says(200, {"rewards": [1.0, "2"]}), r"must return finite numbers or None \(got '2'\)"),
-        (says(200, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), r"must return finite numbers or None"),
+        (says(200, {"rewards": [[1.0], "2"]}), r"must return finite numbers or None \(got '2'\)"),
+        (says(200, b'{"rewards": ["1", 1' + b"0" * 400 + b"]}"), r"must return finite numbers or None"),
         (says(200, b"[" * 100_000), r"must answer"),
         (says(500, b"\x1b[2J\x9b"), r"answered 500: '\\x1b\[2J"),
         (says(503, Retry_After="\x1b[2J"), r"answered 503 with Retry-After: \\x1b\[2J, and"),
@@ -278,10 +283,12 @@ def test_looking_for_the_server_waits_for_it_and_sends_it_nothing(server):
     ],
 )
 def test_a_broken_answer_ends_the_run_with_the_address_after_one_request(server, answer, message, monkeypatch):
-    monkeypatch.setattr(http, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(post, "MOST_BYTES", 2**20)
     server.script = [answer]
-    with pytest.raises(RunError, match=rf"^reward\.url={server.url} {message}") as caught:
-        ask(reward(server), "a", "bb")
+    with pytest.raises(
+        RunError, match=rf"^2 of 2 samples have no reward .*: reward\.url={server.url} {message}"
+    ) as caught:
+        ended(reward(server), "a", "bb")
     assert len(server.asked) == 1 and str(caught.value).isprintable()
 
 
@@ -289,7 +296,7 @@ def test_rewards_that_are_no_finite_numbers_are_none_and_are_counted(server):
     server.script = [says(200, b'{"rewards": [NaN, 1, true, Infinity, -1e999, null]}')]
     asked = reward(server)
     assert ask(asked, *"abcdef") == [None, 1.0, 1.0, None, None, None]
-    assert asked.report.counts == {"not_finite": 3} and asked.report.errors is None
+    assert asked.report.counts == {"not_finite": 3} and asked.report.errors == 0
     assert ask(asked, "ab") == [2.0] and asked.report.counts == {}
 
 
@@ -311,8 +318,49 @@ def test_an_answer_after_the_deadline_ends_the_run_at_the_deadline_after_one_req
     server.script = [slow]
     start = time.monotonic()
     with pytest.raises(RunError, match=rf"reward\.url={server.url} did not answer within reward\.timeout_s=0\.5 sec"):
-        ask(reward(server, timeout_s=0.5), "a")
+        ended(reward(server, timeout_s=0.5), "a")
     assert time.monotonic() - start < 10 and len(server.asked) == 1
+
+
+def test_a_request_that_fails_costs_its_own_samples_which_are_counted_by_what_befell_them(server):
+    refused, garbled, dropped = says(500), says(200, b"<html>"), lambda handler: handler.connection.shutdown(2)
+    server.script = [refused, silence, garbled, says(200, {"rewards": [2, "x"]}), dropped]
+    asked = reward(server, batch_size=2, timeout_s=1.0)
+    assert ask(asked, *"abcdefghijkl") == [None] * 6 + [2.0, None] + [None] * 2 + [1.0] * 2, "never 0"
+    assert asked.report.counts == {"refused": 2, "timed_out": 2, "not_a_number": 2 + 1, "raised": 2}
+    assert asked.report.errors == 9 and asked.report.error.startswith(f"reward.url={server.url} gave no answer")
+
+
+def test_so_many_requests_as_asked_for_are_at_the_server_at_once_and_rewards_are_in_order(server):
+    together = threading.Barrier(3)
+
+    def waits(handler: BaseHTTPRequestHandler) -> None:
+        """Answers once three requests are there."""
+        together.wait(20)
+        body = json.dumps({"rewards": [len(server.asked[-1]["prompts"])]}).encode()
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + body)
+
+    server.script = [waits] * 6
+    assert ask(reward(server, batch_size=1, concurrency=3, timeout_s=30), *"abcdef") == [1.0] * 6
+    server.script = []
+    many = ["x" * length for length in range(1, 40)]
+    assert ask(reward(server, batch_size=2, concurrency=8), *many) == [float(len(text)) for text in many]
+
+
+def test_a_server_works_beside_the_other_parts_of_a_sum(server):
+    there, asked = threading.Event(), reward(server)
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        there.wait(20)
+        handler.wfile.write(b'HTTP/1.0 200 OK\r\n\r\n{"rewards": [1]}')
+
+    def other(prompts: list[Prompt], answers: list[str]) -> list[float]:
+        there.set()
+        return [2.0]
+
+    server.script = [slow]
+    total = WeightedSum({"other": (1.0, other), "server": (1.0, asked)})
+    assert total([Prompt("?", (1,), {})], ["a"]) == [3.0]
 
 
 def test_a_column_that_json_cannot_say_ends_the_run_before_anything_is_sent(server):
@@ -333,7 +381,7 @@ def test_a_server_on_this_machine_is_asked_itself_whatever_proxy_the_environment
     ask(here, "a")
     assert len(server.asked) == 1
     with pytest.raises(RunError, match="ProxyError"):
-        ask(reward(server, url="http://reward.invalid/", retries=0), "a")
+        ended(reward(server, url="http://reward.invalid/", retries=0), "a")
 
 
 @pytest.mark.parametrize(
@@ -341,4 +389,4 @@ def test_a_server_on_this_machine_is_asked_itself_whatever_proxy_the_environment
     [("[::1]", True), ("[::ffff:127.0.0.1]", True), ("reward.localhost", True), ("10.0.0.1", False), ("local", False)],
 )
 def test_which_addresses_are_this_machine_s(host, here):
-    assert HttpReward(HttpRewardConfig(url=f"http://{host}:1/"))._here is here
+    assert post.Post(HttpRewardConfig(url=f"http://{host}:1/"))._here is here

@@ -39,7 +39,6 @@ from rlhf.monitor.metrics import Recorder
 from rlhf.rewards import FunctionReward, usable
 from rlhf.rollout.build import architecture_of
 from rlhf.rollout.client import RolloutClient
-from rlhf.rollout.completions import Limits, parse
 from rlhf.rollout.hf import HfEngine
 from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.worker import Worker
@@ -48,7 +47,6 @@ from rlhf.shell.ending import RunError
 from rlhf.tasks import make_task, read_task
 from rlhf.types import Completion, Prompt, Rollouts, Task
 from transfer import Transfer, make_transfer
-from transfer.agreement.wire import Refused
 from transfer.memory.digest import digest_of
 from transfer.trainer.senders.direct import DirectSender
 
@@ -157,11 +155,13 @@ def test_trap_03_the_samplers_log_probs_are_those_that_training_recomputes_at_it
 
 
 @pytest.mark.parametrize(("dial", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)])
-def test_trap_04_no_dial_and_no_message_cuts_the_distribution_whose_log_probs_are_trained_on(compose_run, dial, value):
-    with pytest.raises((CompactHydraException, AttributeError), match=dial):
-        compose_run(f"+rollout.{dial}={value}")
-    with pytest.raises(Refused, match=dial):
-        parse({"prompt": [1], dial: value}, Limits(12, 64, (1,)))
+def test_trap_04_no_dial_cuts_the_distribution_whose_log_probs_are_trained_on(compose_run, dial, value):
+    with pytest.raises(
+        (CompactHydraException, AttributeError), match=rf"rollout\.{dial}={value} cuts .* evaluate\.{dial}"
+    ):
+        compose_run(f"rollout.{dial}={value}")
+    run = compose_run(f"evaluate.{dial}={value}")
+    assert not run.rollout.cut and run.evaluate.cut(run.rollout.cut).told == {dial: value}, "of evaluations alone"
 
 
 def test_trap_05_the_sampled_eos_is_trained_on_and_the_mask_comes_from_lengths_not_from_token_values(compose_run):

@@ -154,7 +154,10 @@ def _judged(site: Site, matter: Matter, outside: Outside, stack: ExitStack) -> t
     gather: Gathers = at_once
     if site.config.rollout.ahead.lag:
         gather = stack.enter_context(closing(drawn_ahead(site, matter, outside, at_once)))
-    measure = partial(evaluated, matter.task, sampler, reward, site.config)
+    cut = site.config.evaluate.cut(site.config.rollout.cut)
+    measure = partial(
+        evaluated, matter.task, conversing(outside.client.cut(cut), outside.environment), reward, site.config
+    )
     return ToldGather(site.ranks, gather), partial(site.ranks.heard, measure)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig, VllmRolloutConfig
-from rlhf.held_out import measure
+from rlhf.held_out import measure, temperature_of
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import check_engine
@@ -56,7 +56,8 @@ def evaluate_policy(config: EvaluationConfig, folder: Path, seen: Seen | None = 
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
         client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
-        numbers = scored(task, conversing(client, task.environment), config)
+        cut = config.evaluate.cut(config.rollout.cut)
+        numbers = scored(task, conversing(client.cut(cut), task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
     _print(numbers, written)
     path = folder / "evaluation.json"
@@ -86,7 +87,9 @@ def _about(config: EvaluationConfig) -> dict[str, Any]:
         "task": choice(config.task),
         "seed": config.seed,
         "samples": config.evaluate.samples,
-        "temperature": config.rollout.temperature,
+        "temperature": temperature_of(config),
+        **config.evaluate.cut(config.rollout.cut).told,
+        **({"stop": config.rollout.stop} if config.rollout.stop else {}),
         "max_new_tokens": config.rollout.max_new_tokens,
     }
 

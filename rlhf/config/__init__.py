@@ -9,6 +9,7 @@ choices known to Hydra.
 
 from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.checkpoint import CheckpointConfig
+from rlhf.config.cut import Cut
 from rlhf.config.logger import (
     ConsoleLoggerConfig,
     JsonlLoggerConfig,
@@ -24,6 +25,8 @@ from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     FunctionRewardConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
+    MathRewardConfig,
     ModelRewardConfig,
     RewardConfig,
     RewardPart,
@@ -63,6 +66,7 @@ __all__ = [
     "ArithmeticTaskConfig",
     "CheckpointConfig",
     "ConsoleLoggerConfig",
+    "Cut",
     "Device",
     "EnvironmentConfig",
     "EvaluateConfig",
@@ -76,9 +80,11 @@ __all__ = [
     "HttpRewardConfig",
     "JsonlLoggerConfig",
     "JsonlTaskConfig",
+    "JudgeRewardConfig",
     "LoggerConfig",
     "Logprobs",
     "LoraConfig",
+    "MathRewardConfig",
     "MlflowLoggerConfig",
     "Mode",
     "ModelConfig",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from rlhf.config.cut import Cut
 from rlhf.config.model import Precision
 from rlhf.config.rules import at_least, in_range
 from transfer.agreement.shown import shown
@@ -83,6 +84,10 @@ class RolloutConfig:
     logprobs: Logprobs = Logprobs.auto  # rows whose log-probs the workers tell; rollout=vllm is faster without
     max_new_tokens: int = 16
     temperature: float = 1.0
+    top_p: float = 1.0  # of an evaluation: the fewest likeliest tokens that have so much of the probability; 1: all
+    top_k: int = 0  # of an evaluation: so many of the likeliest tokens; 0: all
+    min_p: float = 0.0  # of an evaluation: tokens of so much of the likeliest one's probability; 0: all
+    stop: list[str] = field(default_factory=list)  # texts that end an answer, with the token that completes one
     dtype: Precision | None = None  # null: the policy's own
     rows_per_request: int = 1024  # bounds a worker's memory; the samples are the same for any value
     timeout_s: float = 300.0  # deadline of one request, seconds
@@ -102,7 +107,15 @@ class RolloutConfig:
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         at_least("rollout.rows_per_request", self.rows_per_request, 1)
         positive("rollout.temperature", self.temperature)
+        self.cut.check("rollout")
+        if not all(self.stop):
+            raise ValueError(f"rollout.stop must be texts of a character at least (got {self.stop})")
         positive("rollout.timeout_s", self.timeout_s)
+
+    @property
+    def cut(self) -> Cut:
+        """Tokens that are never sampled."""
+        return Cut(self.top_p, self.top_k, self.min_p)
 
     @property
     def gpus_each(self) -> int:

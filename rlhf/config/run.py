@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -10,6 +10,7 @@ from rlhf.config.ahead_rules import check_ahead
 from rlhf.config.alarms import AlarmsConfig
 from rlhf.config.algo import AlgoConfig, Correction, DpoConfig, KlIn, TrainingConfig
 from rlhf.config.checkpoint import CheckpointConfig
+from rlhf.config.cut import WHOLE, Cut, refuse_in_training
 from rlhf.config.logger import LoggerConfig
 from rlhf.config.model import AUTO, Device, ModelConfig
 from rlhf.config.optim import OptimConfig
@@ -51,13 +52,25 @@ class EvaluateConfig:
 
     samples: int = 1  # answers sampled a prompt, beside the greedy one
     k: list[int] = field(default_factory=lambda: [1])  # pass@k: one of k answers is right (arXiv:2107.03374)
+    temperature: float | None = None  # of the sampled answers; null: rollout.temperature, as of those below
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         at_least("evaluate.samples", self.samples, 1)
+        if self.temperature is not None:
+            positive("evaluate.temperature", self.temperature)
+        self.cut(WHOLE).check("evaluate")
         for k in self.k:
             at_least("evaluate.k", k, 1)
             if k > self.samples:
                 raise ValueError(f"evaluate.k must be at most evaluate.samples ({self.samples}; got {k})")
+
+    def cut(self, rollout: Cut) -> Cut:
+        """Tokens that are never sampled, where `rollout` says so of all samples."""
+        told: dict[str, Any] = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return replace(rollout, **{name: value for name, value in told.items() if value is not None})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,6 +173,7 @@ class RunConfig:
                 )
         if self.task.most_answers > 1:
             self._check_conversation()
+        refuse_in_training(self.rollout.cut)
         check_ahead(self)
         choose_take(self, sharded=isinstance(self.trainer, ShardedConfig))
         check_transfer(self)

@@ -149,6 +149,7 @@ class FileTaskConfig(TaskConfig):
     held_out_path: str | None = None  # held-out rows of their own; null: rows of `path`
     prompt_column: str = "prompt"
     answer_column: str = "answer"
+    answer_after: str | None = None  # what follows the last such mark is compared, as '####' of GSM8K; null: all of it
     columns: Any = None  # other names: {prompt: question} takes the data's column question as prompt
     system: str | None = None  # what a system message says before each conversation that has none
     chat: bool = False  # a prompt that is a text is a user's message; so it is with `system`
@@ -158,6 +159,8 @@ class FileTaskConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
+        if self.answer_after is not None and not self.answer_after.strip():
+            raise ValueError(f"task.answer_after must be a text like '####', or null (got {self.answer_after!r})")
         if self.longest_prompt is not None:
             at_least("task.longest_prompt", self.longest_prompt, 1)
         if self.system is not None and not self.system.strip():

@@ -12,6 +12,8 @@ from rlhf.config import (
     HttpRewardConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
+    JudgeRewardConfig,
+    MathRewardConfig,
     MlflowLoggerConfig,
     ModelRewardConfig,
     ReasoningGymTaskConfig,
@@ -43,9 +45,11 @@ PARTS = (
     Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
+    Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it
     Part("reward", "model", ModelRewardConfig, f"{REWARDS}:reward_model", f"{REWARDS}:check_model"),
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
     Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server
+    Part("reward", "judge", JudgeRewardConfig, f"{REWARDS}:judge"),  # nor for this one
     Part("reward", "sum", SumRewardConfig),  # made of the others
     Part("loss", "clip", make=f"{OBJECTIVE}:clip"),  # PPO's clipped surrogate
     Part("loss", "gspo", make=f"{OBJECTIVE}:gspo"),  # the same with one ratio a row

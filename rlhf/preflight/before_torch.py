@@ -13,6 +13,8 @@ from rlhf.config import (
     FunctionRewardConfig,
     HfModelConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
+    MathRewardConfig,
     ModelRewardConfig,
     RewardConfig,
     RunConfig,
@@ -57,16 +59,22 @@ def look(config: RunConfig | EvaluationConfig) -> Seen:
 def _check_rewards(config: RewardConfig, raw: RawTask) -> None:
     """ValueError where data, a folder or a function is not there, RunError where a server is not."""
     from rlhf.rewards.columns import names
-    from rlhf.rewards.function import FunctionReward
+    from rlhf.rewards.judge import check_judge
     from rlhf.rewards.make import check_http, check_model, check_verifier
+    from rlhf.rewards.mathematics import check_math
+    from rlhf.rewards.several import functions_of
 
     for name, part in config.weighted().items():
         with named_as_part(name):
             match part.reward:
                 case FunctionRewardConfig() as own:
-                    FunctionReward(own.function, own.timeout_s, own.messages).check_columns(names(raw.train))
+                    functions_of(own).check_columns(names(raw.train))
                 case HttpRewardConfig() as server:
                     check_http(server, raw)
+                case JudgeRewardConfig() as judge:
+                    check_judge(judge, raw)
+                case MathRewardConfig() as mathematics:
+                    check_math(mathematics, raw)
                 case ModelRewardConfig(path=str() as path):
                     check_folder(path, "reward.path: cannot load a reward model")
                 case ModelRewardConfig() as trained:

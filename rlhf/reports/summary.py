@@ -17,6 +17,13 @@ from rlhf.shell.screen import plain_console
 Rows = Sequence[Mapping[str, float]]
 ALARM = "alarm/"
 PHASES = ("sample", "reward", "learn", "transfer", "verify")
+LOST = {  # samples without a reward, by what befell them
+    "timed_out": "timed out",
+    "raised": "raised",
+    "refused": "refused",
+    "not_finite": "NaN or infinite",
+    "not_a_number": "no number",
+}
 IDLE, GPU_MEMORY = "gpu_idle/", "gpu_memory_mib/"  # groups of numbers, a phase or a process each
 WHILE = {
     "sample": "sampling",
@@ -85,9 +92,16 @@ def summarise(rows: Rows) -> dict[str, float]:
         _, values = series(rows, f"train/{name}")
         if values:
             summary[f"{name}_end"] = values[-1]
+    summary |= _lost(rows)
     for name in sorted({name for row in rows for name in row if name.startswith(ALARM)}):
         summary[name] = series(rows, name)[0][0]
     return summary
+
+
+def _lost(rows: Rows) -> dict[str, float]:
+    """Samples of all steps that had no reward, by what befell them."""
+    there = {name: series(rows, f"train/reward_{name}")[1] for name in LOST}
+    return {f"rewards_{name}": sum(values) for name, values in there.items() if values}
 
 
 def _of_hardware(rows: Rows) -> dict[str, float]:
@@ -115,6 +129,12 @@ def hardware(summary: Mapping[str, Any]) -> dict[str, str]:
             phase = name.removeprefix(IDLE)
             told[f"GPU idle while {WHILE.get(phase, phase)}"] = f"{value:.0%}"
     return told
+
+
+def lost_rewards(summary: Mapping[str, Any]) -> dict[str, str]:
+    """How many samples of a run had no reward, in words, by what befell them."""
+    there = {label: summary.get(f"rewards_{name}") for name, label in LOST.items()}
+    return {f"rewards lost: {label}": f"{value:g}" for label, value in there.items() if is_number(value) and value}
 
 
 def _ks(names: Iterable[str]) -> list[int]:
@@ -172,6 +192,8 @@ def print_table(summary: Mapping[str, float], folder: Path, title: str, advice: 
     table.add_section()
     for name in [name for name in summary if name.startswith(ALARM)]:
         table.add_row(f"alarm {name.removeprefix(ALARM)}, first at step", "", f"{summary[name]:g}")
+    for label, value in lost_rewards(summary).items():
+        table.add_row(label, "", value)
     _add_speed(table, summary)
     console = plain_console()
     console.print(table)

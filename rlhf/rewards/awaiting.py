@@ -9,9 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-
-class LateError(Exception):
-    """What was awaited has not come within its deadline."""
+from rlhf.shell.apart import LateError
 
 
 def begun(coroutine: Awaitable[Any], timeout_s: float) -> Callable[[], Any]:

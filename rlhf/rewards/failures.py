@@ -12,7 +12,11 @@ from rlhf.shell.ending import RunError
 from rlhf.types import RewardReport
 from transfer.agreement.shown import shown
 
-NOT_FINITE = "not_finite"  # of RewardReport.counts
+NOT_FINITE = "not_finite"  # of RewardReport.counts: NaN or infinity;
+TIMED_OUT = "timed_out"  # no answer within reward.timeout_s;
+RAISED = "raised"  # an exception, or the end of the process;
+REFUSED = "refused"  # a server said no, or was not there;
+NOT_A_NUMBER = "not_a_number"  # an answer that holds no reward, a text, say
 
 
 def usable(rewards_B: Sequence[float | None], max_failed: float, error: str = "") -> list[float | None]:
@@ -29,17 +33,31 @@ def usable(rewards_B: Sequence[float | None], max_failed: float, error: str = ""
     )
 
 
+def lost(report: RewardReport, what: str, samples: int, error: str) -> None:
+    """Note that so many samples have no reward, by what befell them."""
+    report.counts[what] = report.counts.get(what, 0) + samples
+    report.errors = (report.errors or 0) + samples
+    report.error = error
+
+
 def as_rewards(source: str, given: Any, expected: int, report: RewardReport) -> list[float | None]:
     """What `source` returned, as rewards [expected]: a list or an array of numbers of any kind, or None.
 
-    NaN and infinity are no rewards, and are counted in `report`; ValueError for whatever else is no number.
+    NaN, infinity and whatever else is no number are no rewards, and are counted in `report`; ValueError where there are
+    not `expected` of them.
     """
     is_list = isinstance(given, (list, tuple)) or (hasattr(given, "tolist") and hasattr(given, "__len__"))
     values = _listed(given) if is_list else None
     if values is None or len(values) != expected:
         got = type(given).__name__ if values is None else f"{len(values)} values"
         raise ValueError(f"{source} must return a list of {expected} numbers or None (got {got})")
-    return only_finite(source, [_number(source, value) for value in values], report)
+    return only_finite(source, [_number(source, value, report) for value in values], report)
+
+
+def refuse_no_numbers(report: RewardReport) -> None:
+    """ValueError where a trial has given what is no number."""
+    if report.counts.get(NOT_A_NUMBER):
+        raise ValueError(report.error)
 
 
 def only_finite(source: str, rewards: Sequence[float | None], report: RewardReport) -> list[float | None]:
@@ -59,13 +77,13 @@ def _listed(given: Any) -> list[Any] | None:
         return None
 
 
-def _number(source: str, value: Any) -> float | None:
-    """A number of Python, numpy, torch or decimal, or an array with one, as a float."""
-    refused = ValueError(f"{source} must return finite numbers or None (got {shown(value, 100)})")
+def _number(source: str, value: Any, report: RewardReport) -> float | None:
+    """A number of Python, numpy, torch or decimal, or an array with one, as a float; None of whatever else."""
     try:
         told = value.item() if hasattr(value, "item") else value
-        if not isinstance(told, (Real, Decimal, type(None))):
-            raise refused
-        return None if told is None else float(told)
+        if isinstance(told, (Real, Decimal, type(None))):
+            return None if told is None else float(told)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # an integer beyond all floats; several numbers
-        raise refused from None
+        pass
+    lost(report, NOT_A_NUMBER, 1, f"{source} must return finite numbers or None (got {shown(value, 100)})")
+    return None

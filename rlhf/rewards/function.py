@@ -13,31 +13,39 @@ from rlhf.config.model import AUTO
 from rlhf.rewards import awaiting
 from rlhf.rewards.calling import Form
 from rlhf.rewards.columns import names
-from rlhf.rewards.failures import as_rewards
+from rlhf.rewards.failures import RAISED, TIMED_OUT, as_rewards, lost, refuse_no_numbers
+from rlhf.rewards.in_time import in_time
+from rlhf.rewards.own_function import OwnFunction, imported
 from rlhf.rewards.samples import Rewards, Samples
-from rlhf.shell.own_modules import import_own, looked_in
+from rlhf.shell.apart import LateError, RaisedError
+from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, RewardReport
 from transfer.agreement.shown import one_line
 
 LONGEST_ERROR = 300  # characters of an exception that are shown, on one line
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
+
+Told = list[tuple[float | None, bool]]  # of each sample its reward, and whether the function itself has said None
 
 
 class FunctionReward:
     """The user's function of prompts, completions and columns, each a list with one value a sample (calling.py).
 
     Where it raises, it is called again sample by sample; those that raise again have no reward and are counted in
-    `report`, as are NaN and infinity. An `async def` runs beside other parts of a sum; where it takes longer than
-    `timeout_s`, its samples have no reward. ValueError if what it returns is no list of rewards.
+    `report`, as are NaN, infinity and what is no number. Where it takes longer than `timeout_s`, its samples have no
+    reward. An `async def` runs beside other parts of a sum; with `process` the function is called in a process of its
+    own, which is killed at the deadline. ValueError if it returns another number of rewards.
     """
 
-    def __init__(self, name: str, timeout_s: float = TIMEOUT_S, messages: Any = AUTO) -> None:
+    def __init__(self, name: str, timeout_s: float = TIMEOUT_S, messages: Any = AUTO, process: bool = False) -> None:
         self.name = name
         self.timeout_s = timeout_s
-        self.function = _import(name)
+        self.function = imported(name)
+        self.apart = OwnFunction(name) if process else None
         self.messages = messages
         self.form = Form.of(self.function, messages)
         self.report = RewardReport()
+        self.abstained: list[bool] = []  # of the last call: samples of which the function itself has said None
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
         return self.begin(Samples(prompts, answers))()
@@ -45,7 +53,7 @@ class FunctionReward:
     def begin(self, samples: Samples) -> Callable[[], Rewards]:
         """Start on these samples, if the function is asynchronous; what is returned gives their rewards."""
         self.report = RewardReport(errors=0)
-        return partial(self._rewarded, samples, self._started(samples))
+        return partial(self._ended, samples, self._started(samples))
 
     def check(self, prompts: Sequence[Prompt], answer: str = "") -> None:
         """ValueError if the function does not take what it will be given, or returns no reward for one sample.
@@ -55,6 +63,9 @@ class FunctionReward:
         self.check_columns(names(prompts))
         trial = Samples(prompts[:1], [answer], [list(prompts[0].ids)])
         self.begin(trial)()
+        refuse_no_numbers(self.report)
+        if self.report.errors and "signal only works in main thread" in self.report.error:
+            raise ValueError(f"{self.report.error}: set reward.process=true, where it has a main thread of its own")
         if self.report.errors and self.messages == AUTO and prompts[0].messages:
             self._try_otherwise(trial, self.report.error)
 
@@ -85,43 +96,47 @@ class FunctionReward:
     def _started(self, samples: Samples) -> Callable[[], Any]:
         """What gives the function's answer: where it is asynchronous, it begins now, else when it is asked for."""
         given, named = self.form.arguments(samples)
+        if self.apart is not None:
+            return partial(self.apart, given, named, self.timeout_s)
         if inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__):
             return awaiting.begun(self.function(*given, **named), self.timeout_s)
         return partial(self._called, given, named)
 
     def _called(self, given: Sequence[Any], named: dict[str, Any]) -> Any:
-        answer = self.function(*given, **named)
+        answer = in_time(partial(self.function, *given, **named), self.timeout_s)
         return awaiting.begun(answer, self.timeout_s)() if inspect.isawaitable(answer) else answer
 
-    def _rewarded(self, samples: Samples, answer: Callable[[], Any]) -> Rewards:
+    def _ended(self, samples: Samples, answer: Callable[[], Any]) -> Rewards:
+        told = self._rewarded(samples, answer)
+        self.abstained = [said_none for _, said_none in told]
+        return [reward for reward, _ in told]
+
+    def _rewarded(self, samples: Samples, answer: Callable[[], Any]) -> Told:
         try:
             given = answer()
-        except awaiting.LateError:
-            self._count(len(samples), f"has not answered within reward.timeout_s={self.timeout_s:g} seconds: raise it")
-            return [None] * len(samples)
+        except LateError:
+            what = f"has not answered within reward.timeout_s={self.timeout_s:g} seconds: raise it"
+            return self._lost(samples, TIMED_OUT, what)
+        except RunError:
+            raise  # too many calls hang
         except Exception as error:
             if len(samples) > 1:
                 alone = [(sample, self._started(sample)) for sample in samples.each()]
-                return [reward for sample, asked in alone for reward in self._rewarded(sample, asked)]
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            text = one_line(str(error), LONGEST_ERROR)
-            self._count(1, f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
-            return [None]
-        return as_rewards(f"reward.function={self.name}", given, len(samples), self.report)
+                return [told for sample, asked in alone for told in self._rewarded(sample, asked)]
+            return self._lost(samples, RAISED, f"raised {_told(error)}")
+        if given is None:  # of all of them, as of a function that is for other rows
+            return [(None, True)] * len(samples)
+        rewards = as_rewards(f"reward.function={self.name}", given, len(samples), self.report)
+        return [(reward, value is None) for reward, value in zip(rewards, given, strict=True)]
 
-    def _count(self, samples: int, what: str) -> None:
-        self.report.errors = (self.report.errors or 0) + samples
-        self.report.error = f"reward.function={self.name} {what}"
+    def _lost(self, samples: Samples, what: str, error: str) -> Told:
+        lost(self.report, what, len(samples), f"reward.function={self.name} {error}")
+        return [(None, False)] * len(samples)
 
 
-def _import(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(import_own(module), attribute)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(
-            f"reward.function={name} cannot be imported, {looked_in()}: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"reward.function={name} must name a function (got {type(function).__name__})")
-    return function
+def _told(error: Exception) -> str:
+    """An exception, and where it was raised."""
+    if isinstance(error, RaisedError):
+        return one_line(str(error), LONGEST_ERROR)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {one_line(str(error), LONGEST_ERROR)} ({place.filename}:{place.lineno})"

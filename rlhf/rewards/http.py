@@ -2,237 +2,84 @@
 
 from __future__ import annotations
 
-import email.utils
-import ipaddress
 import json
-import os
-import queue
-import socket
-import threading
-import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-
-import requests
-from requests.structures import CaseInsensitiveDict
-from requests.utils import get_environ_proxies, select_proxy
-from urllib3.exceptions import MaxRetryError, NewConnectionError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rlhf.config import HttpRewardConfig
+from rlhf.rewards import at_once
 from rlhf.rewards.columns import columns
-from rlhf.rewards.failures import as_rewards
+from rlhf.rewards.failures import NOT_A_NUMBER, as_rewards, lost
+from rlhf.rewards.post import Answer, FailedError, Post, words
+from rlhf.rewards.samples import Rewards, Samples
 from rlhf.shell.ending import RunError
 from rlhf.types import Prompt, RewardReport
-from transfer.agreement.shown import one_line, shown
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between attempts to connect, doubled each time
-BUSY = (429, 503)
-NO_PROXY = {"http": "", "https": "", "all": ""}
-MOST_BYTES = 64 * 2**20  # of an answer
-CHUNK = 2**16  # bytes read at a time
 
 
-class Answer(NamedTuple):
-    """What the server has said."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One request: its body, and how many rewards answer it."""
 
-    status_code: int
-    headers: CaseInsensitiveDict[str]
     body: bytes
+    samples: int
 
 
 class HttpReward:
     """POSTs {"prompts": [...], "completions": [...], "columns": {name: [...]}}, reads {"rewards": [number | null]}.
 
-    Asks again, `retries` times a request, only where the server has not begun: it refused the connection, or answered
-    429 or 503 with Retry-After. Anything else that is no answer within `timeout_s` is a RunError. A bearer token is
-    sent if the environment variable `token_variable` has one. NaN and infinity are no rewards, and counted in `report`.
+    So many requests at once as `concurrency` says. The samples of a request that has no answer within `timeout_s`, or
+    another than that, have no reward, and are counted in `report`, as are NaN, infinity and what is no number.
     """
 
     def __init__(self, config: HttpRewardConfig) -> None:
         self.config = config
-        self._token = _token(config.token_variable)
+        self._post = Post(config)
         self.report = RewardReport()
-        self._here = _is_loopback(urlsplit(config.url).hostname or "")
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
-        self.report = RewardReport()
-        rewards: list[float | None] = []
-        size = self.config.batch_size
-        for start in range(0, len(answers), size):
-            rewards += self._batch(prompts[start : start + size], answers[start : start + size])
-        return rewards
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
+        return self.begin(Samples(prompts, answers))()
+
+    def begin(self, samples: Samples) -> Callable[[], Rewards]:
+        """Send the requests; what is returned waits for the rewards. RunError where columns are no JSON."""
+        self.report = report = RewardReport(errors=0)
+        batches, size = [], self.config.batch_size
+        for start in range(0, len(samples), size):
+            part = slice(start, start + size)
+            batches.append(self._batch(samples.prompts[part], samples.answers[part]))
+        answers = at_once.begun(lambda batch: self._post(batch.body), batches, self.config.concurrency)
+        return lambda: [reward for each in zip(batches, answers(), strict=True) for reward in self._read(*each, report)]
 
     def check(self) -> None:
         """RunError if nothing listens where the requests will go; waits for it as they do, and sends nothing."""
-        parts = urlsplit(self.config.url)
-        if not self._here and select_proxy(self.config.url, get_environ_proxies(self.config.url)):
-            return  # what listens there is the proxy
-        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-        wait_s = FIRST_WAIT_S
-        for left in range(self.config.retries, -1, -1):
-            try:
-                socket.create_connection(address, self.config.timeout_s).close()
-                return
-            except ConnectionRefusedError:
-                if left:
-                    time.sleep(wait_s)
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            except OSError as error:
-                raise self._broken(f"cannot be reached: {error}") from None
-        raise self._absent("refused the connection")
+        self._post.check()
 
-    def _batch(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+    def _batch(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Batch:
         asked = {
             "prompts": [prompt.text for prompt in prompts],
             "completions": list(answers),
             "columns": columns(prompts),
         }
         try:
-            body = json.dumps(asked, allow_nan=False).encode()
+            return Batch(json.dumps(asked, allow_nan=False).encode(), len(answers))
         except (TypeError, ValueError) as error:
             raise RunError(
                 f"reward.url={self.config.url} takes JSON, which a column of the task is not: {error}"
             ) from None
-        response = self._response(body)
+
+    def _read(self, batch: Batch, answer: Answer | FailedError, report: RewardReport) -> Rewards:
+        """The rewards of a request; None of each, and a count, where it has failed."""
         try:
-            given = json.loads(response.body)["rewards"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise self._broken(f'must answer {{"rewards": [...]}} (got {_words(response)})') from None
-        try:
-            return as_rewards(f"reward.url={self.config.url}", given, len(answers), self.report)
-        except ValueError as error:
-            raise RunError(str(error)) from None
-
-    def _response(self, body: bytes) -> Answer:
-        """The server's answer with status 200, asked for at most 1 + `retries` times."""
-        wait_s = FIRST_WAIT_S
-        for left in range(self.config.retries, -1, -1):
-            response = self._within_deadline(body)
-            if response is None:
-                what, pause_s, wait_s = "refused the connection", wait_s, min(2 * wait_s, LONGEST_WAIT_S)
-            elif response.status_code == 200:
-                return response
-            else:
-                what, pause_s = f"answered {response.status_code}", self._retry_after(response)
-            if left:
-                time.sleep(pause_s)
-        raise self._absent(what)
-
-    def _within_deadline(self, body: bytes) -> Answer | None:
-        """One attempt, None if the connection is refused; `timeout_s` bounds all of it, requests' own only silence."""
-        outcome: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
-
-        def attempt() -> None:
+            if isinstance(answer, FailedError):
+                raise answer
             try:
-                outcome.put(self._post(body))
-            except Exception as error:
-                outcome.put(error)
-
-        threading.Thread(target=attempt, name="reward", daemon=True).start()
-        try:
-            result = outcome.get(timeout=self.config.timeout_s)
-        except queue.Empty:
-            raise self._late() from None
-        if isinstance(result, Answer):
-            return result
-        if _refused(result):
-            return None
-        if isinstance(result, requests.Timeout):
-            raise self._late() from None
-        raise self._broken(f"gave no answer: {type(result).__name__}: {one_line(str(result), 400)}") from result
-
-    def _post(self, body: bytes) -> Answer:
-        """The whole answer; ValueError for one that is longer than any, or in an encoding (gzip): none is asked for."""
-        with requests.post(
-            self.config.url,
-            data=body,
-            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
-            auth=self._authorised,  # also keeps requests from sending what ~/.netrc has
-            timeout=self.config.timeout_s,
-            proxies=NO_PROXY if self._here else None,  # HTTP_PROXY is about other machines
-            allow_redirects=False,
-            stream=True,
-        ) as response:
-            encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding.lower() != "identity":
-                raise ValueError(f"the answer is encoded, which was not asked for: {shown(encoding)}")
-            said = bytearray()
-            for piece in response.iter_content(CHUNK):
-                said += piece
-                if len(said) > MOST_BYTES:
-                    raise ValueError(f"the answer has more than {MOST_BYTES} bytes")
-            return Answer(response.status_code, response.headers, bytes(said))
-
-    def _authorised(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token:
-            request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-    def _retry_after(self, response: Answer) -> float:
-        """Seconds that a busy server asks to wait; RunError for every other answer."""
-        status, asked = response.status_code, response.headers.get("Retry-After")
-        if status not in BUSY or asked is None:
-            hint = f" (token: the environment variable {self.config.token_variable})" if status in (401, 403) else ""
-            raise self._broken(f"answered {status}{hint}: {_words(response)}")
-        wait_s = _seconds(asked)
-        if wait_s is None or wait_s > self.config.timeout_s:
-            raise self._broken(
-                f"answered {status} with Retry-After: {one_line(asked, 80)}, and a wait must be at most "
-                f"reward.timeout_s={self.config.timeout_s:g} seconds"
-            )
-        return wait_s
-
-    def _late(self) -> RunError:
-        return self._broken(
-            f"did not answer within reward.timeout_s={self.config.timeout_s:g} seconds: raise it, or lower "
-            f"reward.batch_size ({self.config.batch_size})"
-        )
-
-    def _absent(self, what: str) -> RunError:
-        return self._broken(
-            f"{what} {1 + self.config.retries} time(s): look whether it runs, or raise reward.retries "
-            f"({self.config.retries})"
-        )
-
-    def _broken(self, what: str) -> RunError:
-        return RunError(f"reward.url={self.config.url} {what}")
-
-
-def _words(response: Answer) -> str:
-    return shown(response.body[:800].decode(errors="replace"), 200)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
-
-
-def _refused(error: Exception) -> bool:
-    """Whether the connection was refused, so that nothing can have been sent."""
-    reason: Any = error.args[0] if isinstance(error, requests.ConnectionError) and error.args else None
-    if isinstance(reason, MaxRetryError):
-        reason = reason.reason
-    return isinstance(reason, NewConnectionError) and isinstance(reason.__cause__, ConnectionRefusedError)
-
-
-def _seconds(retry_after: str) -> float | None:
-    """Seconds from now of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None if it is neither."""
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _token(variable: str) -> str:
-    """The bearer token, or "" where there is none; ValueError, without the token, if no header can carry it."""
-    token = os.environ.get(variable, "").strip()
-    if not (token.isascii() and token.isprintable()):
-        raise ValueError(f"the environment variable {variable} must be a token of printable ASCII characters")
-    return token
+                given = json.loads(answer.body)["rewards"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise self._post.broken(
+                    NOT_A_NUMBER, f'must answer {{"rewards": [...]}} (got {words(answer)})'
+                ) from None
+            return as_rewards(f"reward.url={self.config.url}", given, batch.samples, report)
+        except FailedError as error:
+            lost(report, error.what, batch.samples, str(error))
+        except ValueError as error:  # another number of rewards
+            lost(report, NOT_A_NUMBER, batch.samples, str(error))
+        return [None] * batch.samples

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import (
     FunctionRewardConfig,
     HttpRewardConfig,
+    JudgeRewardConfig,
+    MathRewardConfig,
     ModelConfig,
     ModelRewardConfig,
     RewardConfig,
@@ -20,9 +22,11 @@ from rlhf.config.rules import named_as_part
 from rlhf.models.reward_model import load_reward_model, trained_by_a_run
 from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import made, part_of
-from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
+from rlhf.rewards.judge import JudgeReward
+from rlhf.rewards.mathematics import MathReward
 from rlhf.rewards.own import looked_at
+from rlhf.rewards.several import functions_of
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
 from rlhf.shell.ending import EXPLAINED
@@ -82,7 +86,7 @@ def check_model(config: ModelRewardConfig, task: Amounts) -> None:
 def check_function(config: FunctionRewardConfig, task: Task) -> None:
     """A trial of the function."""
     answers = [answer for _, answer in task.demonstrations[:1] if isinstance(answer, str)]
-    _function(config).check(task.train, *answers)
+    functions_of(config).check(task.train, *answers)
 
 
 def check_http(config: HttpRewardConfig, task: Amounts) -> None:
@@ -116,7 +120,7 @@ def verifier(config: VerifierRewardConfig, given: Given) -> Reward:
 
 def function(config: FunctionRewardConfig, given: Given) -> Reward:
     """The user's function."""
-    return _function(config)
+    return functions_of(config)
 
 
 def http(config: HttpRewardConfig, given: Given) -> Reward:
@@ -124,13 +128,19 @@ def http(config: HttpRewardConfig, given: Given) -> Reward:
     return HttpReward(config)
 
 
+def judge(config: JudgeRewardConfig, given: Given) -> Reward:
+    """The user's judge."""
+    return JudgeReward(config)
+
+
+def mathematics(config: MathRewardConfig, given: Given) -> Reward:
+    """Equality as mathematics."""
+    return MathReward(config)
+
+
 def reward_model(config: ModelRewardConfig, given: Given) -> Reward | None:
     """The reward model of `reward.path`; None: the run trains one."""
     return None if config.path is None else _loaded(config, given.task, given.model, given.moment)
-
-
-def _function(config: FunctionRewardConfig) -> FunctionReward:
-    return FunctionReward(config.function, config.timeout_s, config.messages)
 
 
 def _loaded(config: ModelRewardConfig, task: Task, policy: ModelConfig, moment: datetime | None) -> ModelReward:

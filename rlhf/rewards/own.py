@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.plugins.part import Part, PartError
-from rlhf.rewards.failures import as_rewards
+from rlhf.rewards.failures import RAISED, as_rewards, lost, refuse_no_numbers
 from rlhf.rewards.samples import Rewards
 from rlhf.types import Prompt, Reward, RewardReport, Task
 from transfer.agreement.shown import told
 
 
 class OwnReward:
-    """Numbers of any kind become rewards; NaN and infinity are none, and counted. ValueError of whatever else.
+    """Numbers of any kind become rewards; whatever else is none, and counted.
 
-    Samples for which it raises have none, and are counted, too.
+    Samples for which it raises have none, and are counted, too; ValueError of another number of rewards than samples.
     """
 
     def __init__(self, chosen: str, function: Any) -> None:
@@ -27,8 +27,11 @@ class OwnReward:
         return [reward for given in self._asked(prompts, answers) for reward in given]
 
     def tried(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Rewards:
-        """The same, which raises whatever the part raises."""
-        return as_rewards(self.chosen, self.function(prompts, answers), len(answers), self.report)
+        """The same, which raises whatever the part raises, and ValueError of what is no number."""
+        self.report = RewardReport()
+        rewards = as_rewards(self.chosen, self.function(prompts, answers), len(answers), self.report)
+        refuse_no_numbers(self.report)
+        return rewards
 
     def _asked(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Iterator[Rewards]:
         """All at once; one by one, where that raises."""
@@ -39,8 +42,7 @@ class OwnReward:
                 for prompt, answer in zip(prompts, answers, strict=True):
                     yield from self._asked([prompt], [answer])
                 return
-            self.report.errors = (self.report.errors or 0) + 1
-            self.report.error = f"{self.chosen} raised {told(error)}"
+            lost(self.report, RAISED, 1, f"{self.chosen} raised {told(error)}")
             yield [None]
             return
         yield as_rewards(self.chosen, given, len(answers), self.report)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import EvaluationConfig, RolloutConfig, RunConfig, all_logprobs
+from rlhf.config import Cut, EvaluationConfig, RolloutConfig, RunConfig, all_logprobs
 from rlhf.models.stop_tokens import stop_ids
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import ABORTED, Sample, measured_rows, seed_of
+from rlhf.rollout.stop_texts import completing_tokens, cut_at
 from rlhf.shell.ending import RunError
 from rlhf.types import FINISHED, Completion, Prompt, Rollouts, Tokenizer
 from transfer.agreement.shown import shown
@@ -86,6 +88,9 @@ class RolloutClient:
         self._config = config
         self._recover = recover
         self._recoveries: Counter[Sender] = Counter()
+        vocabulary = wanted.vocabulary if config.stop else None
+        completing = [] if vocabulary is None else completing_tokens(config.stop, tokenizer, vocabulary)
+        self._ends = tuple(dict.fromkeys([*stop_ids(tokenizer), *completing]))
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
@@ -106,6 +111,12 @@ class RolloutClient:
         """A client of one of the workers, which recovers none."""
         return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
 
+    def cut(self, cut: Cut) -> RolloutClient:
+        """As this one, for samples of which some tokens are cut off."""
+        other = copy.copy(self)
+        other._config = replace(self._config, top_p=cut.top_p, top_k=cut.top_k, min_p=cut.min_p)
+        return other
+
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""
         back = self._recover(sender)
@@ -117,8 +128,9 @@ class RolloutClient:
         return self._recoveries[sender]
 
     def texts(self, completions: Sequence[Completion]) -> list[str]:
-        """Each completion without its special tokens, and without the one that ended it, which need not be special."""
-        said = [c.ids.tolist()[:-1] if c.finish_reason == FINISHED else c.ids.tolist() for c in completions]
+        """Each completion without its special tokens, nor the stop id that ended it, which need not be special."""
+        ends = frozenset(stop_ids(self._tokenizer))
+        said = [c.ids.tolist()[:-1] if _stopped(c, ends) else c.ids.tolist() for c in completions]
         return self._tokenizer.batch_decode(said, skip_special_tokens=True)
 
     def complete(
@@ -134,7 +146,8 @@ class RolloutClient:
             "n": n,
             "max_tokens": self._config.max_new_tokens,
             "temperature": temperature,
-            "stop_token_ids": list(stop_ids(self._tokenizer)),
+            **(self._config.cut.told if temperature else {}),
+            "stop_token_ids": list(self._ends),
             "logprobs": 0,
             "return_token_ids": True,
             "encoding": "columns",
@@ -154,7 +167,8 @@ class RolloutClient:
             answers = [self._answer(pool, job, future) for job, future in zip(jobs, asked, strict=True)]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure or Ctrl-C, do not wait for slow workers
-        return [completion for answer in answers for completion in answer]
+        completions = [completion for answer in answers for completion in answer]
+        return cut_at(self._config.stop, completions, self._tokenizer)
 
     def _answer(
         self, pool: ThreadPoolExecutor, job: tuple[Sender, Share, Settings], future: Future[list[Completion]]
@@ -212,6 +226,11 @@ def blocks(count: int, parts: int) -> list[slice]:
     """`count` things as `parts` contiguous slices whose lengths differ by one at most."""
     bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _stopped(completion: Completion, ends: Set[int]) -> bool:
+    """Whether a stop id has ended it, and no stop text."""
+    return completion.finish_reason == FINISHED and completion.ids[-1] in ends
 
 
 def _completion(sample: Sample, measured: bool, settings: Settings) -> Completion:

@@ -10,19 +10,21 @@ Choice i*n + j is sample j of prompt i. Without `stop_token_ids` rows stop at th
 config. Ours, not vLLM's: `seeds` (one a prompt; `seed` gives prompt i its own seed, made of `seed` and i) and
 `weight_versions`, [version, tokens] for each run of tokens that one version sampled, the first in `weight_version`. An
 answer with finish_reason "abort" was cut short by new weights or by a pause. There is no tokenizer here, so `text` is
-empty and a prompt of text is refused. Two more fields are ours: `logprobs_rows` names the choices that are to have
-log-probs where `logprobs` is given, others have null; and with `"encoding": "columns"` the answer is not JSON but the
-bytes of columns.py.
+empty and a prompt of text is refused. `top_p`, `top_k` and `min_p` cut tokens off the distribution, as vLLM does;
+log-probs are of the distribution that is sampled from, at its temperature, of what is left of it. Two more fields are
+ours: `logprobs_rows` names the choices that are to have log-probs where `logprobs` is given, others have null; and with
+`"encoding": "columns"` the answer is not JSON but the bytes of columns.py.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
+from rlhf.config.cut import WHOLE, Cut
 from rlhf.rollout import columns
 from rlhf.rollout.sampling import Sample, Sampling, seed_of
 from transfer.agreement import wire
@@ -61,6 +63,7 @@ def parse(body: Mapping[str, Any], limits: Limits) -> Request:
         max_tokens=_max_tokens(body, prompts, limits),
         temperature=_temperature(body),
         stop_ids=tuple(_ids("stop_token_ids", body.get("stop_token_ids", limits.stop_ids), limits)),
+        cut=_cut(body),
         with_logprobs=_with_logprobs(body, len(prompts) * body.get("n", 1)),
     )
     return Request(prompts, _seeds(body, len(prompts)), sampling, body.get("encoding") == COLUMNS)
@@ -112,6 +115,9 @@ KNOWN = {  # field -> is its value of the right type?
     "n": wire.is_int,
     "max_tokens": wire.is_int,
     "temperature": _is_number,
+    "top_p": _is_number,
+    "top_k": wire.is_int,
+    "min_p": _is_number,
     "seed": wire.is_int,
     "seeds": lambda value: isinstance(value, list),
     "stop_token_ids": lambda value: isinstance(value, list),
@@ -172,6 +178,15 @@ def _temperature(body: Mapping[str, Any]) -> float:
     if value != 0 and not MIN_TEMPERATURE <= value <= 1000:
         raise Refused(422, f"body.temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and 1000 (got {value})")
     return float(value)
+
+
+def _cut(body: Mapping[str, Any]) -> Cut:
+    cut = Cut(*(body.get(each.name, each.default) for each in fields(Cut)))
+    try:
+        cut.check("body")
+    except ValueError as error:
+        raise Refused(422, str(error)) from None
+    return cut if _temperature(body) else WHOLE
 
 
 def _seeds(body: Mapping[str, Any], count: int) -> list[int]:

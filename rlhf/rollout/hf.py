@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.config.cut import WHOLE, Cut
 from rlhf.rollout.decoder import Apart, Decoder, make_decoder, make_invariant_decoder
 from rlhf.rollout.invariant import BLOCK, blocked, filled, prepared
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, streams, uniforms
@@ -70,7 +71,7 @@ class HfEngine:
                 return rows.samples()
             decoder = self._decoder(prompts, sampling)
             for position in range(sampling.max_tokens):
-                ids, logprobs = self._draw(decoder.logits, uniforms(keys[rows.live], position), sampling.temperature)
+                ids, logprobs = self._draw(decoder.logits, uniforms(keys[rows.live], position), sampling)
                 rows.record(version, ids, logprobs)
                 if rows.finished or position + 1 == sampling.max_tokens:
                     break
@@ -90,11 +91,12 @@ class HfEngine:
     def _decoder(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Decoder | Apart:
         return (make_invariant_decoder if self._invariant else make_decoder)(self.model, prompts, sampling)
 
-    def _draw(self, logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        temperature, cut = sampling.temperature, sampling.cut
         if not self._invariant:
-            return draw(logits, uniform, temperature)
+            return draw(logits, uniform, temperature, cut)
         places = filled(np.arange(len(logits)), BLOCK)
-        ids, logprobs = draw(logits[torch.from_numpy(places).to(logits.device)], uniform[places], temperature)
+        ids, logprobs = draw(logits[torch.from_numpy(places).to(logits.device)], uniform[places], temperature, cut)
         return ids[: len(logits)], logprobs[: len(logits)]
 
 
@@ -162,13 +164,17 @@ class Rows:
         ]
 
 
-def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, uniform: np.ndarray, temperature: float, cut: Cut = WHOLE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token [R] from softmax(logits / temperature), by inverting its distribution at `uniform` [R], and log-prob.
 
-    Temperature 0 takes the most likely token and the log-prob of the plain softmax. A token of probability zero is
-    never drawn: the sum does not rise there.
+    Both are of what `cut` leaves of the distribution. Temperature 0 takes the most likely token and the log-prob of the
+    plain softmax. A token of probability zero is never drawn: the sum does not rise there.
     """
     scaled = logits.float() / temperature if temperature else logits.float()
+    if temperature and cut:
+        scaled = left(scaled, cut)
     logprobs = scaled.log_softmax(-1)
     if temperature:
         dtype = torch.float64 if logits.shape[-1] <= EXACT_VOCABULARY else torch.float32
@@ -181,6 +187,27 @@ def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float) -> tuple
     else:
         ids = logits.argmax(-1)
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+def left(scaled: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """The logits [R, V], those of tokens that are cut off at minus infinity.
+
+    In vLLM's order, which is transformers' but where both min_p and top_p cut: there top_p is a share of what min_p has
+    left. Of equal logits at the edge top_k keeps all.
+    """
+    if cut.min_p:
+        probabilities = scaled.softmax(-1)
+        least = cut.min_p * probabilities.amax(-1, keepdim=True)
+        scaled = scaled.masked_fill(probabilities < least, -torch.inf)
+    if cut.top_k:
+        edge = scaled.topk(min(cut.top_k, scaled.shape[-1]), dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < edge, -torch.inf)
+    if cut.top_p < 1:
+        ordered, places = scaled.sort(dim=-1)
+        without = ordered.softmax(-1).cumsum(-1) <= 1 - cut.top_p  # of the least likely, which may go
+        without[:, -1] = False
+        scaled = scaled.masked_fill(without.scatter(-1, places, without), -torch.inf)
+    return scaled
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rlhf.config.cut import WHOLE, Cut
 from rlhf.types import IDS, LOGPROBS, VERSIONS, column
 
 ABORTED = "abort"  # finish reason of a row that new weights or a pause cut short; vLLM's word
@@ -27,7 +28,10 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of spli
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to draw `n` rows a prompt, each up to `max_tokens` or any of `stop_ids`; temperature 0 is greedy."""
+    """How to draw `n` rows a prompt, each up to `max_tokens` or any of `stop_ids`; temperature 0 is greedy.
+
+    Greedy or not, log-probs are those of the distribution at its temperature, of what `cut` leaves of it.
+    """
 
     n: int
     max_tokens: int
@@ -35,6 +39,8 @@ class Sampling:
     stop_ids: tuple[int, ...]
     with_logprobs: frozenset[int] | None = None  # rows whose log-probs are wanted; None: all
     steady: bool = False  # whether the weights stay as they are until the rows have ended
+    uncut: bool = False  # whether rows go on where the weights do not stay
+    cut: Cut = WHOLE  # of no greedy one
 
     def wants_logprobs(self, row: int) -> bool:
         """Whether anybody wants the log-probs of this row."""

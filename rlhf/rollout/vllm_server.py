@@ -111,6 +111,7 @@ class ServerEngine:
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "stop_token_ids": list(sampling.stop_ids),
+            **sampling.cut.told,
         }
         asked = self._pool.submit(self._server.complete, body)
         while True:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 from rlhf.config import FileTaskConfig, HfTaskConfig, JsonlTaskConfig
+from rlhf.tasks.compare import verifier
 from rlhf.tasks.json_lines import counted, json_records, report
-from rlhf.tasks.jsonl import SYSTEM, TEMPLATE, TEMPLATE_OWN, TieError, parse_row, same_answer
+from rlhf.tasks.jsonl import SYSTEM, TEMPLATE, TEMPLATE_OWN, TieError, parse_row
 from rlhf.tasks.raw import RawTask, Row
 from rlhf.tasks.source import Source, reading
 
@@ -41,9 +41,8 @@ def _task(config: FileTaskConfig, seed: int, source: Source, own: Source | None 
         raise ValueError(f"task.template must not have {', '.join(sorted(taken))}: the harness gives that itself")
     groups, notes = _grouped(config, source)
     train, held_out = _split(config, seed, groups) if own is None else _apart(config, seed, groups, own, notes)
-    return RawTask(
-        train, held_out, partial(same_answer, config.answer_column), None, notes, config.longest_prompt, config.template
-    )
+    gold = verifier(config, [*train, *held_out], source.key)
+    return RawTask(train, held_out, gold, None, notes, config.longest_prompt, config.template)
 
 
 ENOUGH = 1000  # rows that are bad before any is good

@@ -44,12 +44,6 @@ class TieError(ValueError):
     """A pair without a better answer."""
 
 
-def same_answer(answer_column: str, columns: Mapping[str, Any], answer: str) -> float | None:
-    """1.0 if `answer` is the row's, outer white space aside, else 0.0; None if the row has none."""
-    right = columns.get(answer_column)
-    return float(answer.strip() == right.strip()) if isinstance(right, str) else None
-
-
 def parse_row(columns: Mapping[str, Any], config: FileTaskConfig, where: str = "") -> Row:
     """The columns of one as a row; ValueError says which column is wrong and how, TieError that a pair is none."""
     columns = _renamed(columns, config.columns)

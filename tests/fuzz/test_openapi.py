@@ -46,7 +46,8 @@ INIT = {
     "in_flight": "wait",
 }
 ONE_SHOT = {"names": [], "dtype_names": [], "shapes": [], "ipc_handles": []}
-SAMPLING = {"model": "m", "n": 1, "max_tokens": 2, "temperature": 0.5, "stop_token_ids": [1], "logprobs": 0}
+CUT = {"top_p": 0.9, "top_k": 3, "min_p": 0.1}
+SAMPLING = {"model": "m", "n": 1, "max_tokens": 2, "temperature": 0.5, "stop_token_ids": [1], "logprobs": 0, **CUT}
 ENCODED = {"encoding": "json", "logprobs": 0, "logprobs_rows": [0]}
 FORMS = [  # every form of every message: verb, message, and where its fields are
     ("init_weight_transfer_engine", {"init_info": INIT}, "init_info"),

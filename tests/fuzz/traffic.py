@@ -160,6 +160,7 @@ class Traffic:
         prompts = [[token() for _ in range(self.random.randint(1, 4))] for _ in range(self.random.randint(1, 2))]
         body: dict[str, Any] = {"prompt": prompts, "max_tokens": self.random.randint(1, 2)}
         extra = {"model": "m", "n": 1, "temperature": 0.5, "seed": 5, "stop_token_ids": [1], "logprobs": 0}
+        extra |= {"top_p": 0.9, "top_k": 3, "min_p": 0.1}
         return body | {key: value for key, value in extra.items() if self.random.random() < 0.4}
 
     def _bent(self, verb: str, message: dict[str, Any]) -> Sent:

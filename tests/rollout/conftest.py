@@ -29,14 +29,17 @@ VOCABULARY = 12
 
 
 class LetterTokenizer:
-    """Ids 2, 3, ... are the letters a, b, ...; 0 pads and 1 ends."""
+    """Ids 2, 3, ... are the letters a, b, ...; 0 pads and 1 ends, which are special: _ and $."""
 
     eos_token_id = EOS
     pad_token_id = 0
 
     def batch_decode(self, sequences, skip_special_tokens=False):
-        assert skip_special_tokens
-        return ["".join(chr(95 + token) for token in ids if token > EOS) for ids in sequences]
+        special = "" if skip_special_tokens else "_$"
+        return [
+            "".join(special[token : token + 1] if token <= EOS else chr(95 + token) for token in ids)
+            for ids in sequences
+        ]
 
 
 @pytest.fixture(autouse=True, scope="session")

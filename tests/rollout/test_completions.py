@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.config import Cut
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.completions import Limits, Request, answer, parse
 from rlhf.rollout.sampling import Sample, seed_of
@@ -19,6 +20,12 @@ def test_a_message_becomes_a_request():
     assert request.sampling.with_logprobs == {0, 1, 2, 3}
     sampling = request.sampling
     assert (sampling.n, sampling.max_tokens, sampling.temperature, sampling.stop_ids) == (2, 4, 0.5, (1, 2))
+
+
+def test_a_message_may_cut_tokens_off_and_a_greedy_one_has_none_to_cut():
+    cut = {"top_p": 0.9, "top_k": 7, "min_p": 0.05}
+    assert parse(GOOD | cut, LIMITS).sampling.cut == Cut(**cut) and not parse(GOOD, LIMITS).sampling.cut
+    assert not parse(GOOD | cut | {"temperature": 0}, LIMITS).sampling.cut
 
 
 def test_a_stock_clients_message_gets_openais_defaults():
@@ -56,6 +63,13 @@ def test_without_a_seed_two_messages_differ():
         ({"temperature": 1e-9}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": True}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 2}, "min_p"),
         ({"seeds": [8]}, "seeds"),
         ({"seeds": [8, -9]}, "seeds"),
         ({"seeds": [8, 2**64]}, "seeds"),

@@ -7,9 +7,12 @@ import subprocess
 import time
 
 import pytest
+import torch
 from chat_checkpoint import chat_checkpoint, write_conversations
 from living import living_in
 
+from rlhf.config import Cut
+from rlhf.rollout.hf import left
 from transfer.worker.process import python_path
 
 PYTHON = os.environ.get("RLHF_VLLM_PYTHON")
@@ -141,3 +144,53 @@ def test_vllm_samples_ahead_from_a_queue_and_rows_go_on_under_new_weights(tmp_pa
     journal = (tmp_path / "run/journal/trainer.jsonl").read_text().splitlines()
     learned = [seed for line in journal if '"consume"' in line for seed in json.loads(line)["seeds"]]
     assert len(learned) == len(set(learned)) == 8 * 16
+
+
+CUT = """
+import json, math, os, sys
+from transformers import Qwen3Config
+from rlhf.config import Cut
+from rlhf.rollout import vllm
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.spec import WorkerSpec
+
+shape = Qwen3Config(vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=64, eos_token_id=1, pad_token_id=0)
+args = {"max_model_len": 64, "enforce_eager": True}
+spec = WorkerSpec(architecture=shape.to_dict() | {"architectures": ["Qwen3ForCausalLM"]},
+    endpoint={"backend": "local"}, engine="vllm", engine_args=args)
+for name, value in vllm.environment(spec).items():
+    os.environ.setdefault(name, value)
+llm = vllm._llm(vllm._imported(), spec)
+
+def spread(model):  # the weights mean nothing, and all tokens would be as likely
+    dict(model.named_parameters())["model.norm.weight"].data.fill_(300.0)
+
+llm.apply_model(spread)
+engine = vllm.VllmEngine(llm)
+
+def first(cut):
+    sampling = Sampling(n=2048, max_tokens=1, temperature=1.3, stop_ids=(), steady=True, cut=Cut(**cut))
+    samples = engine.generate([[3, 4]], [5], sampling, lambda: 1)
+    return {sample.ids[0]: sample.logprobs[0] for sample in samples}
+
+cuts = [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 6, "top_p": 0.6}, {"min_p": 0.3, "top_p": 0.6}]
+json.dump([[cut, first(cut)] for cut in cuts], open(sys.argv[1], "w"))
+"""
+
+
+def test_vllm_cuts_as_engine_hf_does_and_its_log_probs_are_of_what_is_left(tmp_path):
+    (tmp_path / "cut.py").write_text(CUT)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        command = [PYTHON, str(tmp_path / "cut.py"), str(tmp_path / "told.json")]
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment(), timeout=DEADLINE_S, cwd=tmp_path)
+    assert done.returncode == 0, log.read_text()[-3000:]
+    (_, drawn), *told = json.loads((tmp_path / "told.json").read_text())
+    assert len(drawn) > 12 and max(drawn.values()) > min(drawn.values()) + 1, "nearly all was drawn, and is not flat"
+    logits = torch.tensor([[drawn.get(str(token), -9.0) for token in range(16)]])  # the others are seldom
+    for cut, seen in told:
+        expected = left(logits, Cut(**cut)).log_softmax(-1)[0]
+        kept = {str(token): logprob.item() for token, logprob in enumerate(expected) if not logprob.isinf()}
+        assert seen == pytest.approx({token: kept[token] for token in seen}, abs=1e-4)
+        assert len(kept) < len(drawn) and seen.keys() == kept.keys()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf.config import Cut
 from rlhf.rollout.sampling import Sampling, seed_of
 from rlhf.rollout.vllm import Started, VllmEngine
 
@@ -68,6 +69,22 @@ class FakeEngine:
         for name in names:
             del self.going[name]
 
+    @property
+    def output_processor(self):
+        states = {
+            f"{name}-0": SimpleNamespace(external_req_id=name, detokenizer=Counted(len(ids)))
+            for name, ids in self.going.items()
+        }
+        return SimpleNamespace(request_states=states)
+
+
+@dataclass
+class Counted:
+    tokens: int
+
+    def num_output_tokens(self):
+        return self.tokens
+
 
 @pytest.fixture
 def engine(monkeypatch):
@@ -103,6 +120,15 @@ def test_each_row_has_a_request_with_its_own_seed_and_the_salt_of_its_version(en
     assert {(each.max_tokens, each.temperature, each.ignore_eos) for each in params} == {(3, 0.7, True)}
 
 
+def test_what_is_cut_off_is_told_and_nothing_else_is(engine):
+    generated(engine, cut=Cut(top_p=0.9, top_k=5))
+    for _, params in engine.asked.values():
+        assert (params.top_p, params.top_k, hasattr(params, "min_p")) == (0.9, 5, False)
+    engine.asked.clear()
+    generated(engine)
+    assert not any(hasattr(params, "top_p") for _, params in engine.asked.values())
+
+
 def test_log_probs_are_asked_of_the_rows_that_are_to_have_them(engine):
     samples = generated(engine, with_logprobs=frozenset({2}), steady=True)
     assert [params.logprobs for _, params in engine.asked.values()] == [None, None, 0, None]
@@ -110,10 +136,14 @@ def test_log_probs_are_asked_of_the_rows_that_are_to_have_them(engine):
     assert samples[2].logprobs.tolist() == [0, -1, -2]
 
 
-def test_tokens_have_the_version_of_their_own_step(engine):
+@pytest.mark.parametrize("uncut", [True, False])
+def test_tokens_have_the_version_of_their_own_step(engine, uncut):
     turns = iter([5, 5, 6, 6])
-    samples = generated(engine, lambda: next(turns))
-    assert samples[1].versions.tolist() == [5, 6, 6]
+    samples = generated(engine, lambda: next(turns), uncut=uncut)
+    assert [sample.versions.tolist() for sample in samples] == [[5, 6]] + [[5, 6, 6]] * 3
+    assert [sample.ids.tolist() for sample in samples] == [[10, 1]] + [[10, 11, 12]] * 3
+    assert [sample.logprobs.tolist() for sample in samples] == [[0, -1]] + [[0, -1, -2]] * 3
+    assert {params.output_kind for _, params in engine.asked.values()} == {FINAL if uncut else DELTA}
 
 
 @pytest.mark.parametrize("steady", [True, False])

@@ -523,6 +523,15 @@ def test_a_completion_is_asked_for_without_the_servers_own_sampling_defaults(ser
     }
 
 
+def test_what_is_cut_off_is_asked_for_in_place_of_the_whole_distribution(serve):
+    fake, server = serve()
+    update([server], weights(1).items(), 1)
+    fake.calls.clear()
+    server.complete({**ASKED, "prompt": [[1, 2]], "seeds": [6], "top_p": 0.9, "min_p": 0.1})
+    asked = fake.body("/v1/completions")
+    assert (asked["top_p"], asked["top_k"], asked["min_p"]) == (0.9, 0, 0.1)
+
+
 def test_greedy_samples_are_taken_once_and_given_n_times(serve, version):
     fake, server = serve(version)
     update([server], weights(1).items(), 1)

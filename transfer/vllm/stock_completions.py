@@ -41,12 +41,14 @@ PLAIN = {  # the model's own distribution, whatever its generation_config.json s
     "frequency_penalty": 0.0,
     "ignore_eos": True,  # stop_token_ids are all that ends a sample
 }
+CUTS = ("top_p", "top_k", "min_p")
 
 
 def complete(routes: Routes, body: Mapping[str, Any], timeout_s: float) -> list[dict[str, Any]]:
     """The choices, ordered, n a prompt, without versions, for a message like our worker's; RemoteError.
 
-    `body` has prompt (lists of ids), seeds (one a prompt), n, max_tokens, temperature and stop_token_ids.
+    `body` has prompt (lists of ids), seeds (one a prompt), n, max_tokens, temperature and stop_token_ids, and may have
+    top_p, top_k and min_p.
     """
     requests = [_request(body, prompt, seed) for prompt, seed in zip(body["prompt"], body["seeds"], strict=True)]
     pool = ThreadPoolExecutor(max(1, min(len(requests), CONNECTIONS)), thread_name_prefix="completions")
@@ -62,6 +64,7 @@ def _request(body: Mapping[str, Any], prompt: Sequence[int], seed: int) -> dict[
     greedy = body["temperature"] == 0
     return {
         **PLAIN,
+        **{name: body[name] for name in CUTS if name in body},
         "prompt": list(prompt),
         "seed": seed % SEEDS,
         "n": 1 if greedy else body["n"],
