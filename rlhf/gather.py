@@ -12,7 +12,7 @@ from typing import Protocol
 from rlhf.config import RunConfig
 from rlhf.rewards import rewarded, usable
 from rlhf.shell.ending import RunError
-from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler
+from rlhf.types import Completion, Prompt, Reward, RewardReport, Rollouts, Sampler, Told
 
 Rewards = Sequence[float | None]
 Scored = tuple[Rollouts, list[float | None]]
@@ -100,7 +100,7 @@ class Group:
     seed: int
     completions: list[Completion]
     texts: list[str]
-    conversations: list[list[str]]
+    episodes: list[Told]
     rewards: list[float | None]
 
     @property
@@ -116,7 +116,7 @@ def groups_of(scored: Scored) -> list[Group]:
     groups = []
     for p, (prompt, seed) in enumerate(zip(rollouts.prompts, rollouts.seeds, strict=True)):
         of = slice(p * n, (p + 1) * n)
-        parts = rollouts.completions[of], rollouts.texts[of], rollouts.conversations[of]
+        parts = rollouts.completions[of], rollouts.texts[of], rollouts.episodes[of]
         groups.append(Group(prompt, seed, *parts, rewards[of]))
     return groups
 
@@ -129,7 +129,7 @@ def joined(groups: Sequence[Group]) -> Scored:
         texts=[text for group in groups for text in group.texts],
         seeds=[group.seed for group in groups],
         samples_per_prompt=len(groups[0].completions),
-        conversations=[said for group in groups for said in group.conversations],
+        episodes=[told for group in groups for told in group.episodes],
     )
     return rollouts, [reward for group in groups for reward in group.rewards]
 

@@ -7,16 +7,18 @@ so no mask is ever guessed from token values.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
 FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled an end-of-sequence token, or a stop text,
 TRUNCATED = "length"  # or max_new_tokens cut the row, which then has no end-of-sequence token
+
+MAX_EPISODES = 65536  # at once: as many as a message may have rows
+TIMED_OUT, RAISED, DIED, GARBAGE = "timed_out", "raised", "died", "garbage"  # what may befall an environment
 
 IDS, LOGPROBS, VERSIONS, SAMPLED = "i", "f", "Q", "b"  # type codes of columns: int32, float32, uint64, int8
 
@@ -76,6 +78,16 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What a conversation was, beside its tokens, and what its environment has told of it."""
+
+    said: list[str]  # answer, reply, answer, ...
+    score: float | None = None  # the environment's reward
+    failed: str = ""  # the class of failure that has ended it; then there is no reward
+    counts: dict[str, float] = field(default_factory=dict)  # of calls of tools, ...
+
+
+@dataclass(frozen=True, slots=True)
 class Rollouts:
     """One step's samples: row b of the B = P*n rows answers `prompts[b // samples_per_prompt]`."""
 
@@ -84,14 +96,17 @@ class Rollouts:
     texts: list[str]  # B, decoded without special tokens; of a conversation, the last answer
     seeds: list[int]  # P; no two samples of a run have one seed, unless they are the same sample
     samples_per_prompt: int
-    conversations: list[list[str]] = field(
-        default_factory=list
-    )  # B: answer, reply, ..., answer; empty: one answer each
+    episodes: list[Told] = field(default_factory=list)  # B; empty: one answer each
 
     @property
     def prompts_B(self) -> list[Prompt]:
         """The prompt of each row."""
         return [prompt for prompt in self.prompts for _ in range(self.samples_per_prompt)]
+
+    @property
+    def conversations(self) -> list[list[str]]:
+        """Of each row: answer, reply, answer, ...; nothing where each is one answer."""
+        return [told.said for told in self.episodes]
 
     @property
     def version(self) -> int:
@@ -118,19 +133,66 @@ def _of_policy(completion: Completion) -> npt.NDArray[np.int64]:
     return versions if completion.sampled is None else versions[np.asarray(completion.sampled, np.bool_)]
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What came of an episode's beginning, or of an answer; `ids` None: it is over, or it has failed."""
+
+    ids: Sequence[int] | None = None  # that follow the answer's own
+    text: str = ""  # what was said, to be shown
+    score: float | None = None  # of an episode that is over
+    failed: str = ""  # the class of failure
+    why: str = ""  # it was
+    counts: Mapping[str, float] = field(default_factory=dict)  # of what is to be counted: calls of tools, ...
+
+
+Then = Callable[[Said], None]  # told once, from any thread
+
+
+class Episode(Protocol):
+    """One row's environment. A call tells what came of it by `then`: at once, or later from another thread."""
+
+    def begin(self, then: Then) -> None:
+        """Before the first answer; the tokens that are said there follow the prompt's."""
+
+    def hear(self, answer: Completion, text: str, then: Then) -> None:
+        """An answer, and its text; not of one that the length limit has cut."""
+
+    def end(self, then: Then) -> None:
+        """No further answer comes, and the environment has not said that it is over: the score, if there is one."""
+
+    def close(self) -> None:
+        """Nothing more is asked of it; also in the middle of a call."""
+
+
 class Environment(Protocol):
-    """What answers the policy in a conversation of at most `turns` answers."""
+    """What makes episodes."""
 
     @property
-    def turns(self) -> int: ...
+    def turns(self) -> int:
+        """Answers of a row, at most."""
+
     @property
-    def longest_reply(self) -> int: ...  # tokens
+    def longest_reply(self) -> int:
+        """Tokens that it says after an answer, at most."""
 
-    def reply(self, prompt: Prompt, answers: Sequence[str]) -> str | None:
-        """What is said after these answers to the prompt, the same each time; None ends the conversation."""
+    @property
+    def concurrency(self) -> int:
+        """Episodes at once, at most."""
 
-    def encode(self, reply: str) -> list[int]:
-        """The reply's tokens, which follow the EOS of the answer before it."""
+    @property
+    def budget(self) -> int | None:
+        """Tokens of a row's answers and replies, after which there is no further answer; None: any number."""
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Deadline of each call; None: calls tell at once what came of them."""
+
+    @property
+    def opens(self) -> bool:
+        """Whether it says something before the first answer."""
+
+    def episode(self, prompt: Prompt) -> Episode:
+        """One of its own for a row with this prompt; nothing is done before it begins."""
 
 
 class Task(Protocol):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.episodes.loop import Episodes
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.rollout.client import RolloutClient
-from rlhf.rollout.turns import Conversations
 from rlhf.rollout.worker import Worker
 from rlhf.run import run
 from rlhf.tasks import make_task, read_task
@@ -79,7 +79,7 @@ def played(config, folder: Path, swapped: bool) -> tuple[float, float]:
         senders = [DirectSender(Worker.around(policy, transfer.endpoint), "worker 0")]
         transfer.open(policy.state_dict(keep_vars=True), senders)
         transfer.push(policy.state_dict())
-        sampler = Conversations(RolloutClient(senders, tokenizer, config.rollout), task.environment)
+        sampler = Episodes(RolloutClient(senders, tokenizer, config.rollout), task.environment)
         rollouts = sampler.sample(task.held_out, n=8, temperature=1.0, seed=5)
     gold = [task.score(prompt, text) for prompt, text in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
     moved = [said for said in rollouts.conversations if len(said) >= 3 and said[2] != said[0]]

@@ -24,6 +24,7 @@ from rlhf.ahead.slots import Slot, Slots
 from rlhf.ahead.stream import Stream
 from rlhf.ahead.together import Together
 from rlhf.config import RunConfig
+from rlhf.episodes.requests import MOST_REQUESTS
 from rlhf.gather import Gather, Scored, groups_of, joined
 from rlhf.monitor.metrics import Recorder
 from rlhf.shell.ending import RunError
@@ -33,7 +34,6 @@ from transfer.agreement.wire import RemoteError
 from transfer.config import InFlight
 
 LOOK_S = 1.0  # until whoever waits looks again: signals get through
-MOST_REQUESTS = 48  # that run at a worker, which has 64 threads for them
 
 
 class Seeded(Protocol):

@@ -1,4 +1,4 @@
-"""An environment and a reward that several threads ask: one after the other, since they need not know of threads."""
+"""A reward that several threads ask: one after the other, since it need not know of threads."""
 
 from __future__ import annotations
 
@@ -8,35 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from rlhf.rewards.samples import Rewards, Samples, begun
-from rlhf.types import Environment, Prompt, Reward, RewardReport
-
-
-class InTurn:
-    """As `environment`, a call at a time."""
-
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
-        self._asked = threading.Lock()
-
-    @property
-    def turns(self) -> int:
-        """As the environment's."""
-        return self._environment.turns
-
-    @property
-    def longest_reply(self) -> int:
-        """As the environment's."""
-        return self._environment.longest_reply
-
-    def reply(self, prompt: Prompt, answers: Sequence[str]) -> str | None:
-        """As the environment's."""
-        with self._asked:
-            return self._environment.reply(prompt, answers)
-
-    def encode(self, reply: str) -> list[int]:
-        """As the environment's."""
-        with self._asked:
-            return self._environment.encode(reply)
+from rlhf.types import Prompt, Reward, RewardReport
 
 
 class RewardInTurn:

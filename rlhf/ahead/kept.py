@@ -12,7 +12,7 @@ from rlhf.ahead.slots import Slot, Slots
 from rlhf.gather import Scored, groups_of, joined
 from rlhf.ranks.frames import packed, unpacked
 from rlhf.shell.ending import RunError
-from rlhf.types import VERSIONS, Completion, Prompt, RewardReport, Rollouts, column
+from rlhf.types import VERSIONS, Completion, Prompt, RewardReport, Rollouts, Told, column
 
 FILE = "ahead.bin"  # of a checkpoint
 QUEUE, STEP = "held", "rows"  # what a queue tells, and what a step's samples
@@ -48,7 +48,7 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
-        "conversations": rollouts.conversations,
+        "episodes": [[e.said, e.score, e.failed, e.counts] for e in rollouts.episodes],
         "rewards": rewards,
     }
 
@@ -67,7 +67,7 @@ def heard(said: Any, prompts: Sequence[Prompt], later: int = 0) -> Scored:
         said["texts"],
         said["seeds"],
         said["n"],
-        said["conversations"],
+        [Told(*each) for each in said["episodes"]],
     )
     return rollouts, said["rewards"]
 

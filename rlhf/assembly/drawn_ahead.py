@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from rlhf.ahead import kept
 from rlhf.ahead.exact import Exact, read
 from rlhf.ahead.free import Free, Seeded
-from rlhf.ahead.in_turn import InTurn
 from rlhf.ahead.slots import Slots
 from rlhf.ahead.stream import Stream
 from rlhf.assembly.matter import Matter
@@ -16,12 +15,12 @@ from rlhf.assembly.site import Site
 from rlhf.checkpoint.keeper import Saved
 from rlhf.config import RunConfig
 from rlhf.config.rollout import Order
+from rlhf.episodes.loop import conversing
 from rlhf.gather import Gather
 from rlhf.learning.batches import batches
 from rlhf.monitor.metrics import Recorder
 from rlhf.rollout.client import RolloutClient
-from rlhf.rollout.turns import conversing
-from rlhf.types import Prompt
+from rlhf.types import Environment, Prompt
 from transfer import Sender
 
 
@@ -30,7 +29,7 @@ class Outside:
     """What a run samples through, and by which weights first."""
 
     client: RolloutClient
-    environment: InTurn | None
+    environment: Environment | None
     record: Recorder
     version: int  # live in every worker before the first step, and of the weights of a checkpoint
 

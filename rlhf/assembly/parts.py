@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.ahead.in_turn import InTurn, RewardInTurn
+from rlhf.ahead.in_turn import RewardInTurn
 from rlhf.assembly.drawn_ahead import Outside, drawn_ahead
 from rlhf.assembly.layout import lay_out
 from rlhf.assembly.matter import Matter
@@ -21,6 +21,7 @@ from rlhf.checkpoint.keeper import FOLDER, Keeper
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
 from rlhf.config import VllmRolloutConfig
+from rlhf.episodes.loop import conversing
 from rlhf.gather import Gather
 from rlhf.held_out import evaluated
 from rlhf.loop import Parts
@@ -39,7 +40,6 @@ from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.scaling import Hooks, Scaled, Scaling
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
-from rlhf.rollout.turns import conversing
 from rlhf.rollout.vllm_transfer import for_vllm
 from transfer import Sender, Transfer, make_transfer
 from transfer.agreement.journal import Journal
@@ -52,7 +52,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     `meanwhile` is done while workers start, when there is nothing else to do.
     """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
-    ranks, environment = site.ranks, None if task.environment is None else InTurn(task.environment)
+    ranks, environment = site.ranks, task.environment
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl" if ranks.first else None)))
     transfer = stack.enter_context(
         make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal, ranks)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rlhf.compose import choice
 from rlhf.config import EvaluationConfig, HfModelConfig, VllmRolloutConfig
+from rlhf.episodes.loop import conversing
 from rlhf.held_out import measure, temperature_of
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
@@ -22,7 +23,6 @@ from rlhf.preflight.lengths import check_lengths
 from rlhf.rollout.client import RolloutClient, wanted_of
 from rlhf.rollout.launch import Workers
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
-from rlhf.rollout.turns import conversing
 from rlhf.shell.ending import RunError
 from rlhf.shell.screen import plain_console
 from rlhf.tasks import make_task

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.ranks.ranks import Ranks
-from rlhf.types import Completion, Prompt, Rollouts, Sampler
+from rlhf.types import Completion, Prompt, Rollouts, Sampler, Told
 
 Scored = tuple[Rollouts, list[float | None]]
 
@@ -22,7 +22,7 @@ def told(rollouts: Rollouts) -> dict[str, Any]:
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
-        "conversations": rollouts.conversations,
+        "episodes": [[e.said, e.score, e.failed, e.counts] for e in rollouts.episodes],
     }
 
 
@@ -34,7 +34,7 @@ def heard(said: Any) -> Rollouts:
         said["texts"],
         said["seeds"],
         said["n"],
-        said["conversations"],
+        [Told(*each) for each in said["episodes"]],
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -35,11 +37,13 @@ class Share:
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
     measured: Sequence[Sequence[int]]
+    firsts: Sequence[int] | None = None  # of each prompt, the number of its first sample; None: 0
 
     def part(self, rows: Sequence[int]) -> Share:
         """These of the prompts."""
         prompts, seeds = [self.prompts[row] for row in rows], [self.seeds[row] for row in rows]
-        return Share(prompts, seeds, [self.measured[row] for row in rows])
+        firsts = None if self.firsts is None else [self.firsts[row] for row in rows]
+        return Share(prompts, seeds, [self.measured[row] for row in rows], firsts)
 
     def rows(self, n: int) -> list[int]:
         """The rows, of n a prompt, whose log-probs are wanted."""
@@ -49,6 +53,8 @@ class Share:
         """What the worker is asked."""
         n, rows = settings["n"], self.rows(settings["n"])
         body = {"prompt": [list(ids) for ids in self.prompts], "seeds": list(self.seeds), **settings}
+        if self.firsts is not None and any(self.firsts):
+            body["firsts"] = list(self.firsts)
         return body if len(rows) == len(self.prompts) * n else {**body, "logprobs_rows": rows}
 
 
@@ -90,7 +96,8 @@ class RolloutClient:
         self._recoveries: Counter[Sender] = Counter()
         vocabulary = wanted.vocabulary if config.stop else None
         completing = [] if vocabulary is None else completing_tokens(config.stop, tokenizer, vocabulary)
-        self._ends = tuple(dict.fromkeys([*stop_ids(tokenizer), *completing]))
+        self.ends = tuple(dict.fromkeys([*stop_ids(tokenizer), *completing]))
+        self._turns: defaultdict[Sender, threading.Lock] = defaultdict(threading.Lock)
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
@@ -109,13 +116,29 @@ class RolloutClient:
 
     def of(self, sender: Sender) -> RolloutClient:
         """A client of one of the workers, which recovers none."""
-        return RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
+        other = RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
+        other._turns = self._turns
+        return other
 
     def cut(self, cut: Cut) -> RolloutClient:
         """As this one, for samples of which some tokens are cut off."""
         other = copy.copy(self)
         other._config = replace(self._config, top_p=cut.top_p, top_k=cut.top_k, min_p=cut.min_p)
         return other
+
+    @property
+    def continuous(self) -> bool:
+        """Whether rows of many requests share a worker's batch."""
+        return self._config.continuous
+
+    @property
+    def all_logprobs(self) -> bool:
+        """Whether the log-probs of all rows are wanted."""
+        return self._wanted.all_logprobs
+
+    def turn_at(self, sender: Sender) -> AbstractContextManager[object]:
+        """Hold while the worker is asked, so that it computes one batch at a time, whoever asks."""
+        return nullcontext() if self.continuous else self._turns[sender]
 
     def recover(self, sender: Sender) -> bool:
         """Bring a worker that has failed back, in the thread that started it; whether it had died, and serves again."""
@@ -140,14 +163,18 @@ class RolloutClient:
         n: int,
         temperature: float,
         measured: Sequence[int] | None = None,
+        firsts: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """n answers to each of these prompts, token ids with a seed of their own; rows with log-probs, None: all."""
+        """n answers to each of these prompts, token ids with a seed of their own; rows with log-probs, None: all.
+
+        `firsts`: of each prompt, the number of its first sample, if that is not 0.
+        """
         settings = {
             "n": n,
             "max_tokens": self._config.max_new_tokens,
             "temperature": temperature,
             **(self._config.cut.told if temperature else {}),
-            "stop_token_ids": list(self._ends),
+            "stop_token_ids": list(self.ends),
             "logprobs": 0,
             "return_token_ids": True,
             "encoding": "columns",
@@ -155,7 +182,7 @@ class RolloutClient:
         of_prompts: list[list[int]] = [[] for _ in prompts]
         for row in range(len(prompts) * n) if measured is None else measured:
             of_prompts[row // n].append(row % n)
-        whole, senders = Share(prompts, seeds, of_prompts), self.senders
+        whole, senders = Share(prompts, seeds, of_prompts, firsts), self.senders
         jobs = [
             (sender, whole.part(range(len(prompts))[block]), settings)
             for sender, block in zip(senders, blocks(len(prompts), len(senders)), strict=True)

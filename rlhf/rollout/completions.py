@@ -10,10 +10,11 @@ Choice i*n + j is sample j of prompt i. Without `stop_token_ids` rows stop at th
 config. Ours, not vLLM's: `seeds` (one a prompt; `seed` gives prompt i its own seed, made of `seed` and i) and
 `weight_versions`, [version, tokens] for each run of tokens that one version sampled, the first in `weight_version`. An
 answer with finish_reason "abort" was cut short by new weights or by a pause. There is no tokenizer here, so `text` is
-empty and a prompt of text is refused. `top_p`, `top_k` and `min_p` cut tokens off the distribution, as vLLM does;
-log-probs are of the distribution that is sampled from, at its temperature, of what is left of it. Two more fields are
-ours: `logprobs_rows` names the choices that are to have log-probs where `logprobs` is given, others have null; and with
-`"encoding": "columns"` the answer is not JSON but the bytes of columns.py.
+empty and a prompt of text is refused. `top_p`, `top_k` and `min_p` cut tokens off the distribution, as vLLM does; log-
+probs are of the distribution that is sampled from, at its temperature, of what is left of it. `firsts` (one a prompt)
+says which of its samples is the first, so that the samples of a prompt can be asked of several workers. Two more fields
+are ours: `logprobs_rows` names the choices that are to have log-probs where `logprobs` is given, others have null; and
+with `"encoding": "columns"` the answer is not JSON but the bytes of columns.py.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def parse(body: Mapping[str, Any], limits: Limits) -> Request:
         temperature=_temperature(body),
         stop_ids=tuple(_ids("stop_token_ids", body.get("stop_token_ids", limits.stop_ids), limits)),
         cut=_cut(body),
+        firsts=_firsts(body, len(prompts)),
         with_logprobs=_with_logprobs(body, len(prompts) * body.get("n", 1)),
     )
     return Request(prompts, _seeds(body, len(prompts)), sampling, body.get("encoding") == COLUMNS)
@@ -120,6 +122,7 @@ KNOWN = {  # field -> is its value of the right type?
     "min_p": _is_number,
     "seed": wire.is_int,
     "seeds": lambda value: isinstance(value, list),
+    "firsts": lambda value: isinstance(value, list) and all(map(_is_row, value)),
     "stop_token_ids": lambda value: isinstance(value, list),
     "logprobs": lambda value: value is None or (wire.is_int(value) and value <= 1),  # of the sampled token only
     "logprobs_rows": lambda value: isinstance(value, list) and all(map(_is_row, value)),
@@ -199,6 +202,13 @@ def _seeds(body: Mapping[str, Any], count: int) -> list[int]:
             422, f"body.seeds must have one seed for each of the {count} prompts, without body.seed beside it"
         )
     return seeds if all(map(_is_seed, seeds)) else _no_seed("seeds")
+
+
+def _firsts(body: Mapping[str, Any], count: int) -> tuple[int, ...] | None:
+    firsts = body.get("firsts")
+    if firsts is not None and len(firsts) != count:
+        raise Refused(422, f"body.firsts must have one number for each of the {count} prompts (got {len(firsts)})")
+    return None if firsts is None else tuple(firsts)
 
 
 def _is_seed(value: Any) -> bool:

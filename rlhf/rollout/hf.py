@@ -65,7 +65,7 @@ class HfEngine:
         reason "abort". FloatingPointError when the model's logits are not finite.
         """
         rows = Rows(len(prompts) * sampling.n, sampling)
-        keys = streams(seeds, sampling.n)
+        keys = streams(seeds, sampling.n, sampling.firsts)
         with evaluating(self.model), blocked() if self._invariant else nullcontext():
             if (version := turn()) is None:
                 return rows.samples()

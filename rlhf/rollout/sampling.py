@@ -41,6 +41,7 @@ class Sampling:
     steady: bool = False  # whether the weights stay as they are until the rows have ended
     uncut: bool = False  # whether rows go on where the weights do not stay
     cut: Cut = WHOLE  # of no greedy one
+    firsts: tuple[int, ...] | None = None  # of each prompt, the number of its first sample; None: 0
 
     def wants_logprobs(self, row: int) -> bool:
         """Whether anybody wants the log-probs of this row."""
@@ -88,9 +89,10 @@ def seed_of(seed: int, index: int) -> int:
     return int(_keys([seed], [index])[0] >> np.uint64(1))
 
 
-def streams(seeds: Sequence[int], n: int) -> Keys:
-    """The key of each of n samples a seed, [len(seeds) * n]."""
-    return _keys([seed for seed in seeds for _ in range(n)], list(range(n)) * len(seeds))
+def streams(seeds: Sequence[int], n: int, firsts: Sequence[int] | None = None) -> Keys:
+    """The key of each of n samples a seed, [len(seeds) * n]; the first of them has the number in `firsts`, or 0."""
+    numbers = [first + sample for first in firsts or [0] * len(seeds) for sample in range(n)]
+    return _keys([seed for seed in seeds for _ in range(n)], numbers)
 
 
 def uniforms(keys: Keys, position: int) -> npt.NDArray[np.float64]:

@@ -176,8 +176,9 @@ class VllmEngine:
         at_its_end = sampling.steady or sampling.uncut
         kind = RequestOutputKind.FINAL_ONLY if at_its_end else RequestOutputKind.DELTA
         requests: list[Asked] = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            for sample in range(sampling.n):
+        firsts = sampling.firsts or [0] * len(prompts)
+        for prompt, seed, first in zip(prompts, seeds, firsts, strict=True):
+            for sample in range(first, first + sampling.n):
                 params = SamplingParams(
                     n=1,
                     max_tokens=sampling.max_tokens,

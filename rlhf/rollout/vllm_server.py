@@ -106,7 +106,7 @@ class ServerEngine:
             return [Sample.empty() for _ in range(len(prompts) * sampling.n)]
         body = {
             "prompt": [list(prompt) for prompt in prompts],
-            "seeds": list(seeds),
+            "seeds": [seed + first for seed, first in zip(seeds, sampling.firsts or [0] * len(prompts), strict=True)],
             "n": sampling.n,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,7 +12,7 @@ from rlhf.models.encoding import beginning, begun
 from rlhf.tasks.chat import Chat, Message, dated
 from rlhf.tasks.json_lines import counted, report
 from rlhf.tasks.raw import Answer, Gold, RawTask, Replies, Row
-from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
+from rlhf.types import MAX_EPISODES, Completion, Environment, Pair, Prompt, Said, Task, Then, Tokenizer
 from transfer.agreement.shown import shown
 
 
@@ -34,10 +35,15 @@ class TokenisedTask:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedReplies:
-    """An `Environment` around a task's replies."""
+    """An `Environment` around a task's replies, which are asked for one after the other, whoever does."""
 
     replies: Replies
     tokenizer: Tokenizer
+    concurrency: int = MAX_EPISODES
+    budget: int | None = None
+    timeout_s: float | None = None
+    opens: bool = False
+    asked: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def turns(self) -> int:
@@ -49,13 +55,44 @@ class TokenisedReplies:
         """Tokens."""
         return len(self.encode(self.replies.longest))
 
+    def episode(self, prompt: Prompt) -> RepliesEpisode:
+        """One of its own for a row with this prompt."""
+        return RepliesEpisode(self, prompt)
+
     def reply(self, prompt: Prompt, answers: Sequence[str]) -> str | None:
         """What is said after these answers; None where the conversation is over."""
-        return self.replies.reply(prompt.columns, answers) if len(answers) < self.replies.turns else None
+        with self.asked:
+            return self.replies.reply(prompt.columns, answers)
 
     def encode(self, reply: str) -> list[int]:
         """The reply's tokens, as they stand: no chat template is put around them."""
         return self.tokenizer.encode(reply, add_special_tokens=False)
+
+
+@dataclass(slots=True)
+class RepliesEpisode:
+    """A row's: it knows the answers so far, and replies at once."""
+
+    environment: TokenisedReplies
+    prompt: Prompt
+    answers: list[str] = field(default_factory=list)
+
+    def begin(self, then: Then) -> None:
+        """Nothing is said before the first answer."""
+        then(Said(ids=()))
+
+    def hear(self, answer: Completion, text: str, then: Then) -> None:
+        """The reply to the answers so far."""
+        self.answers.append(text)
+        reply = self.environment.reply(self.prompt, self.answers)
+        then(Said() if reply is None else Said(self.environment.encode(reply), reply))
+
+    def end(self, then: Then) -> None:
+        """It has no score: the task's own is of the last answer."""
+        then(Said())
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None) -> Task:

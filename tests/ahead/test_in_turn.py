@@ -6,14 +6,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from rlhf.ahead.in_turn import InTurn, RewardInTurn
+from rlhf.ahead.in_turn import RewardInTurn
+from rlhf.tasks import Replies
+from rlhf.tasks.tokenised import TokenisedReplies
 from rlhf.types import Prompt, RewardReport
 
 
 class Alone:
     """A reward and an environment; fails if a call comes while another is at it."""
-
-    turns, longest_reply = 2, 5
 
     def __init__(self):
         self.report = RewardReport()
@@ -34,10 +34,6 @@ class Alone:
         self._work()
         return answers[-1]
 
-    def encode(self, reply):
-        self._work()
-        return [1]
-
 
 def test_threads_ask_a_reward_one_after_the_other_and_each_hears_what_was_noted_in_its_own_call():
     reward, prompt = RewardInTurn(Alone()), Prompt("", ())
@@ -54,11 +50,9 @@ def test_threads_ask_a_reward_one_after_the_other_and_each_hears_what_was_noted_
 
 
 def test_threads_ask_an_environment_one_after_the_other():
-    environment, prompt = InTurn(Alone()), Prompt("", ())
-    assert (environment.turns, environment.longest_reply) == (2, 5)
-
-    def ask(number):
-        return environment.encode(environment.reply(prompt, [str(number)]))
+    replies = Replies(2, lambda columns, answers: columns["alone"].reply(columns, answers), "", "")
+    environment, prompt = TokenisedReplies(replies, None), Prompt("", (), {"alone": Alone()})
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, range(20))) == [[1]] * 20
+        asked = pool.map(lambda number: environment.reply(prompt, [str(number)]), range(20))
+        assert list(asked) == [str(number) for number in range(20)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from rlhf.ranks.frames import packed, unpacked
 from rlhf.ranks.outside import heard, told
-from rlhf.types import Completion, Prompt, Rollouts
+from rlhf.types import Completion, Prompt, Rollouts, Told
 
 SPANS = {"i": 31, "b": 7, "Q": 64}  # type codes that rollouts have, with the bits of a number
 
@@ -76,10 +76,10 @@ def test_samples_arrive_as_they_were_but_for_what_prompts_hold_beside_their_ids(
     n = len(completions)
     prompts = [Prompt("what?", (5, 6), {"answer": "that"}), Prompt("why?", (), {}, ({"role": "user"},))]
     texts = data.draw(st.lists(st.text(), min_size=n, max_size=n))
-    talks = data.draw(st.none() | st.just([[{"role": "tool", "content": "4"}]] * n))
+    talks = data.draw(st.just([]) | st.just([Told(["a", "b", "c"], 0.5, "", {"calls": 2.0})] * n))
     rollouts = Rollouts(prompts, completions, texts, [7, 2**63], n // 2, talks)
     came = heard(unpacked(packed(told(rollouts))))
     assert [prompt.ids for prompt in came.prompts] == [(5, 6), ()]
-    assert (came.texts, came.seeds, came.samples_per_prompt, came.conversations) == (texts, [7, 2**63], n // 2, talks)
+    assert (came.texts, came.seeds, came.samples_per_prompt, came.episodes) == (texts, [7, 2**63], n // 2, talks)
     for one, other in zip(completions, came.completions, strict=True):
         assert all(same(getattr(one, name), getattr(other, name)) for name in Completion.__slots__)

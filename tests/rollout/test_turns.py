@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from rlhf.config import GuessTaskConfig, HfRolloutConfig
+from rlhf.episodes.loop import Episodes, conversing
 from rlhf.learning.forward import collate, response_logprobs
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.rollout.client import RolloutClient, Wanted
 from rlhf.rollout.columns import Expected, decode
 from rlhf.rollout.sampling import seed_of
-from rlhf.rollout.turns import Conversations, conversing
 from rlhf.rollout.worker import Worker
 from rlhf.tasks import make_task, read_task
+from rlhf.tasks.tokenised import RepliesEpisode
 from rlhf.types import Prompt
 from transfer import make_transfer
 from transfer.agreement.wire import BODY
@@ -24,10 +25,13 @@ EOS = 1
 class Listener:
     """Says "yes" (7, 8) after most answers, by their first letter; else it is over, as after `turns` answers."""
 
-    longest_reply = 2
+    longest_reply, concurrency, budget, timeout_s, opens = 2, 65536, None, None, False
 
     def __init__(self, turns=3):
         self.turns, self.heard = turns, []
+
+    def episode(self, prompt):
+        return RepliesEpisode(self, prompt)
 
     def reply(self, prompt, answers):
         self.heard.append((prompt.ids, list(answers)))
@@ -76,7 +80,7 @@ def clients(model, tokenizer, tmp_path):
 
 def test_a_row_is_its_answers_with_the_replies_between_them_masked(clients):
     client, (asked,) = clients()
-    rollouts = Conversations(client, Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=3)
+    rollouts = Episodes(client, Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=3)
     turns = [len(said) // 2 + 1 for said in rollouts.conversations]
     assert {1, 2, 3} == set(turns), "conversations of every length"
     for row, said, text in zip(rollouts.completions, rollouts.conversations, rollouts.texts, strict=True):
@@ -94,7 +98,7 @@ def test_a_row_is_its_answers_with_the_replies_between_them_masked(clients):
 
 def test_workers_are_asked_with_the_tokens_that_were_sampled_and_each_answer_is_the_next_part_of_its_row(clients):
     client, (asked,) = clients()
-    rollouts = Conversations(client, Listener()).sample(PROMPTS, n=9, temperature=1.0, seed=3)
+    rollouts = Episodes(client, Listener()).sample(PROMPTS, n=9, temperature=1.0, seed=3)
     whole = [[*prompt.ids, *row.ids] for prompt, row in zip(rollouts.prompts_B, rollouts.completions, strict=True)]
     first, *later = asked.bodies
     assert first["prompt"] == [list(prompt.ids) for prompt in PROMPTS] and first["n"] == 9
@@ -107,7 +111,7 @@ def test_workers_are_asked_with_the_tokens_that_were_sampled_and_each_answer_is_
 
 def test_the_trainer_computes_the_log_probs_that_were_sampled_at_every_turn(clients, model):
     client, _ = clients()
-    rollouts = Conversations(client, Listener()).sample(PROMPTS, n=4, temperature=0.6, seed=1)
+    rollouts = Episodes(client, Listener()).sample(PROMPTS, n=4, temperature=0.6, seed=1)
     batch = collate(rollouts, torch.device("cpu"))
     assert batch.mask_BT.sum() == rollouts.tokens < sum(len(row.ids) for row in rollouts.completions)
     with torch.no_grad():
@@ -118,21 +122,21 @@ def test_the_trainer_computes_the_log_probs_that_were_sampled_at_every_turn(clie
 
 def test_a_conversation_is_the_same_whatever_the_workers_the_other_prompts_and_the_number_of_samples(clients):
     def rows(count, prompts, n):
-        return Conversations(clients(count)[0], Listener()).sample(prompts, n=n, temperature=1.0, seed=9)
+        return Episodes(clients(count)[0], Listener()).sample(prompts, n=n, temperature=1.0, seed=9)
 
     alone = rows(1, PROMPTS, 4)
     assert rows(3, PROMPTS, 4).conversations == alone.conversations
     assert rows(1, PROMPTS[:2], 4).conversations == alone.conversations[:8]
     assert rows(1, PROMPTS, 2).conversations == [alone.conversations[4 * p + j] for p in range(4) for j in range(2)]
     assert rows(1, PROMPTS, 4).completions[5].ids == alone.completions[5].ids
-    assert Conversations(clients()[0], Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=8).texts != alone.texts
+    assert Episodes(clients()[0], Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=8).texts != alone.texts
 
 
 def test_each_answer_ends_at_any_of_the_models_stop_ids_which_is_no_part_of_what_is_heard(clients, tokenizer):
     tokenizer.stop_ids = (EOS, 5)
     client, (asked,) = clients()
     environment = Listener()
-    rollouts = Conversations(client, environment).sample(PROMPTS, n=8, temperature=1.0, seed=3)
+    rollouts = Episodes(client, environment).sample(PROMPTS, n=8, temperature=1.0, seed=3)
     assert {tuple(body["stop_token_ids"]) for body in asked.bodies} == {(EOS, 5)}
     ends = [answer.ids[-1] for answers in asked.answers for answer in answers if answer.finish_reason == "stop"]
     assert {EOS, 5} == set(ends) and max(map(len, rollouts.conversations)) > 1
@@ -143,7 +147,7 @@ def test_each_answer_ends_at_any_of_the_models_stop_ids_which_is_no_part_of_what
 
 def test_no_two_turns_have_one_seed(clients):
     client, (asked,) = clients()
-    Conversations(client, Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=3)
+    Episodes(client, Listener()).sample(PROMPTS, n=4, temperature=1.0, seed=3)
     seeds = [seed for body in asked.bodies for seed in body["seeds"]]
     assert len(seeds) == len(set(seeds)) and seeds[:4] == [seed_of(3, index) for index in range(4)]
 
@@ -151,7 +155,7 @@ def test_no_two_turns_have_one_seed(clients):
 def test_an_answer_that_the_limit_has_cut_ends_its_conversation(clients):
     client, _ = clients()
     environment = Listener()
-    rollouts = Conversations(client, environment).sample(PROMPTS, n=4, temperature=1.0, seed=3)
+    rollouts = Episodes(client, environment).sample(PROMPTS, n=4, temperature=1.0, seed=3)
     rows = zip(rollouts.prompts_B, rollouts.completions, rollouts.conversations, strict=True)
     cut = [(prompt.ids, said[::2]) for prompt, row, said in rows if row.finish_reason == "length"]
     assert len(cut) > 3 and not any(one in environment.heard for one in cut) and environment.heard
@@ -161,7 +165,7 @@ def test_an_answer_that_the_limit_has_cut_ends_its_conversation(clients):
 def test_without_an_environment_the_client_samples_as_ever(clients):
     client, _ = clients()
     assert conversing(client, None) is client
-    assert isinstance(conversing(client, Listener()), Conversations)
+    assert isinstance(conversing(client, Listener()), Episodes)
     plain = client.sample(PROMPTS, n=2, temperature=1.0, seed=0)
     assert plain.conversations == [] and plain.completions[0].mask.count(1) == len(plain.completions[0].ids)
 
@@ -174,7 +178,7 @@ def guessing(secret, guess):
     answers, hints = [], []
     while True:
         answers.append(guess(prompt.text[:2], list(zip(answers, hints, strict=True))))
-        hint = task.environment.reply(prompt, answers)
+        hint = task.environment.reply(prompt, answers) if len(answers) < task.environment.turns else None
         if hint is None:
             return task.score(prompt, answers[-1]), len(answers)
         hints.append(hint)
@@ -224,9 +228,9 @@ def test_the_tokenizer_knows_the_hints():
 
 def test_a_conversation_has_the_log_probs_of_all_its_answers_or_of_none(clients, tokenizer):
     client, (asked,) = clients()
-    all_of_them = Conversations(client, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
+    all_of_them = Episodes(client, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
     sampling = RolloutClient([asked], tokenizer, HfRolloutConfig(max_new_tokens=16), wanted=Wanted(all_logprobs=False))
-    some = Conversations(sampling, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
+    some = Episodes(sampling, Listener()).sample(PROMPTS, n=32, temperature=1.0, seed=3)
     for b, (row, known) in enumerate(zip(some.completions, all_of_them.completions, strict=True)):
         assert (row.ids, row.versions, row.sampled) == (known.ids, known.versions, known.sampled)
         assert row.logprobs == (None if b % 4 else known.logprobs)

@@ -98,6 +98,8 @@ COMPLETIONS = record(
         "min_p": {"type": "number", "minimum": 0, "maximum": 1},
         "seed": INT,
         "seeds": list_of(INT, 1, maxItems=MAX_ROWS) | {"description": "one for each prompt"},
+        "firsts": list_of(integer(0, MAX_ROWS - 1), 1, maxItems=MAX_ROWS)
+        | {"description": "of each prompt, the number of its first sample; not given: 0"},
         "stop_token_ids": list_of(_TOKEN),
         "logprobs": or_null(integer(0, 1)),
         "logprobs_rows": list_of(integer(0, MAX_ROWS - 1))

@@ -1,0 +1,242 @@
+"""All rows of a step, each with an episode of its own: whoever is ready is answered, and nobody waits for another.
+
+    waits      for a place among `concurrency` episodes
+    begins     its environment is asked for what it says first
+    ready      its next answer can be sampled
+    asked      a worker samples it
+    heard      its environment is asked what it says to that
+    over       no further answer comes, and the environment has told its score, or has failed
+
+The thread that samples does all but two things: workers are asked in threads (requests.py), and environments that take
+long have threads or processes of their own. Both tell by a queue what has come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from rlhf.episodes.requests import Asked, Requests
+from rlhf.episodes.row import Row
+from rlhf.rollout.client import RolloutClient
+from rlhf.rollout.sampling import measured_rows, seed_of
+from rlhf.shell.ending import RunError
+from rlhf.types import FINISHED, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said, Told
+from transfer import Sender
+from transfer.agreement.wire import RemoteError
+
+SAMPLES = 65536  # more than there are samples a prompt: apart from each other are the seeds of turns
+LOOK_S = 1.0  # until the step looks again: signals get through
+
+
+class Episodes:
+    """Samples conversations; a `rlhf.types.Sampler`. An answer that the length limit has cut ends its conversation."""
+
+    def __init__(self, client: RolloutClient, environment: Environment) -> None:
+        self._client, self._environment = client, environment
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
+        """Draw n conversations a prompt; each depends on its own seeds, and on what its environment says."""
+        return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
+
+    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt."""
+        measured = range(len(prompts) * n) if self._client.all_logprobs else measured_rows(len(prompts) * n)
+        rows = [
+            Row(p * n + sample, prompt, sample, self._environment.episode(prompt))
+            for p, prompt in enumerate(prompts)
+            for sample in range(n)
+        ]
+        step = _Step(self._client, self._environment, rows, seeds, n, temperature, frozenset(measured))
+        try:
+            step.play()
+        finally:
+            step.close()
+        return _rollouts(list(prompts), rows, seeds, n, self._client.ends[0])
+
+
+@dataclass(slots=True)
+class _Step:
+    client: RolloutClient
+    environment: Environment
+    rows: Sequence[Row]
+    seeds: Sequence[int]  # of the prompts
+    n: int
+    temperature: float
+    measured: frozenset[int]  # rows whose log-probs are wanted
+    events: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue)
+    ready: list[Row] = field(default_factory=list)
+    waiting: list[Row] = field(default_factory=list)  # for a place
+    open: int = 0  # episodes
+    requests: Requests = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.requests = Requests(self.client)
+        self.waiting = list(reversed(self.rows))
+
+    def play(self) -> None:
+        """Until every row is over; RemoteError or RunError of a worker that fails."""
+        while True:
+            self._begin()
+            self._ask()
+            if not self.open:
+                return
+            for event in self._events():
+                event()
+
+    def close(self) -> None:
+        """Ask no environment any more."""
+        for row in self.rows:
+            if not row.over:
+                row.episode.close()
+
+    def _begin(self) -> None:
+        """Give rows that wait a place, while there is one."""
+        while self.waiting and self.open < self.environment.concurrency:
+            row = self.waiting.pop()
+            self.open += 1
+            if self.environment.opens:
+                self._call(row, row.episode.begin)
+            else:
+                self.ready.append(row)
+
+    def _events(self) -> Iterator[Callable[[], None]]:
+        """What has come, or nothing for a while; then rows whose environments are late have failed."""
+        wait = LOOK_S
+        due = [row.deadline for row in self.rows if row.deadline is not None]
+        if due:
+            wait = max(0.0, min(wait, min(due) - time.monotonic()))
+        try:
+            yield self.events.get(timeout=wait)
+            while True:
+                yield self.events.get_nowait()
+        except Empty:
+            pass
+        now = time.monotonic()
+        for row in self.rows:
+            if row.deadline is not None and row.deadline <= now:
+                why = f"no answer within {self.environment.timeout_s:g} s"
+                self._heard(row, row.calls, Said(failed=TIMED_OUT, why=why))
+
+    # --- environments -------------------------------------------------------------------------------------------------
+
+    def _call(self, row: Row, call: Callable[..., None], *arguments: Any) -> None:
+        """Ask the row's environment; what comes at once is heard at once."""
+        row.calls += 1
+        if self.environment.timeout_s is None:
+            call(*arguments, partial(self._heard, row, row.calls))
+            return
+        row.deadline = time.monotonic() + self.environment.timeout_s
+        call(*arguments, partial(self._tell, row, row.calls))
+
+    def _tell(self, row: Row, number: int, said: Said) -> None:
+        self.events.put(partial(self._heard, row, number, said))
+
+    def _heard(self, row: Row, number: int, said: Said) -> None:
+        """What the environment has said to the call of that number."""
+        if row.over or number != row.calls:
+            return
+        row.deadline = None
+        row.counts.update(said.counts)
+        if said.ids is None:
+            self._over(row, said)
+            return
+        row.hear(said)
+        self.ready.append(row)
+
+    def _over(self, row: Row, said: Said) -> None:
+        row.end(said)
+        row.episode.close()
+        self.open -= 1
+
+    # --- workers ------------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Ask workers for the next answers of rows that are ready."""
+        self.ready.sort(key=lambda row: row.number)
+        units = list(self._units())
+        shares = self.requests.shares(len(units))
+        taken: set[int] = set()
+        for sender, part in shares:
+            for n in sorted({len(unit) for unit in units[part]}, reverse=True):
+                rows = [row for unit in units[part] if len(unit) == n for row in unit]
+                self._request(sender, rows, n)
+                taken.update(row.number for row in rows)
+        self.ready = [row for row in self.ready if row.number not in taken]
+
+    def _units(self) -> Iterator[list[Row]]:
+        """Rows that are asked for together: all samples of a prompt, at the first answer, if they begin alike."""
+        rows = list(self.ready)
+        while rows:
+            group = rows[: self.n]
+            alike = len(group) == self.n and group[0].number % self.n == 0
+            alike = alike and group[-1].number == group[0].number + self.n - 1
+            if alike and not any(row.answers for row in group) and len({row.ids.tobytes() for row in group}) == 1:
+                yield group
+                del rows[: self.n]
+            else:
+                yield [rows.pop(0)]
+
+    def _request(self, sender: Sender, rows: list[Row], n: int) -> None:
+        heads = rows[::n]
+        whole = len(self.measured) == len(self.rows)
+        asked = Asked(
+            [row.asks_with for row in heads],
+            [self._seed(row) for row in heads],
+            [0 if row.answers else row.sample for row in heads],
+            n,
+            self.temperature,
+            None if whole else [place for place, row in enumerate(rows) if row.number in self.measured],
+        )
+
+        def answered(told: list[Completion] | BaseException) -> None:
+            self.events.put(partial(self._answered, sender, rows, told))
+
+        self.requests.ask(sender, asked, answered)
+
+    def _seed(self, row: Row) -> int:
+        """Of its next answer: that of the prompt, whose samples have numbers, or of a later turn."""
+        seed = self.seeds[row.number // self.n]
+        return seed_of(seed, row.answers * SAMPLES + row.sample) if row.answers else seed
+
+    def _answered(self, sender: Sender, rows: list[Row], told: list[Completion] | BaseException) -> None:
+        self.requests.over(sender)
+        if isinstance(told, BaseException):
+            gone = isinstance(told, RemoteError) and sender not in self.client.senders
+            if not gone and not (isinstance(told, RemoteError) and self.client.recover(sender)):
+                raise told
+            self.ready += rows
+            return
+        for row, answer, text in zip(rows, told, self.client.texts(told), strict=True):
+            row.say(answer, text)
+            if answer.finish_reason != FINISHED or row.answers == self.environment.turns or self._full(row):
+                self._call(row, row.episode.end)
+            else:
+                self._call(row, row.episode.hear, answer, text)
+
+    def _full(self, row: Row) -> bool:
+        return self.environment.budget is not None and len(row.ids) >= self.environment.budget
+
+
+def _rollouts(prompts: list[Prompt], rows: Sequence[Row], seeds: list[int], n: int, end: int) -> Rollouts:
+    """RunError if no row has come to an answer."""
+    versions = [version for row in rows if row.answers for version in row.versions[-1:]]
+    if rows and not versions:
+        raise RunError(f"no environment has come to a first answer: {rows[0].failed}: {rows[0].why}")
+    return Rollouts(
+        prompts,
+        [row.completion(versions[0], end) for row in rows],
+        [row.text for row in rows],
+        seeds,
+        n,
+        [Told(row.said or [""], row.score, row.failed, dict(row.counts)) for row in rows],
+    )
+
+
+def conversing(client: RolloutClient, environment: Environment | None) -> RolloutClient | Episodes:
+    """The client itself where answers are not replied to, else conversations through it."""
+    return client if environment is None else Episodes(client, environment)
