@@ -51,7 +51,7 @@ def called(folder: str, name: str, given: Sequence[Any], named: Mapping[str, Any
     os.chdir(folder)
     answer = _function(name)(*given, **named)
     if inspect.isawaitable(answer):
-        answer = asyncio.run(_awaited(answer))
+        answer = _loop().run_until_complete(_awaited(answer))
     listed = answer.tolist() if hasattr(answer, "tolist") else answer
     return [_plain(value) for value in listed] if isinstance(listed, (list, tuple)) else listed
 
@@ -66,6 +66,12 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def _function(name: str) -> Callable[..., Any]:
     return imported(name)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, as clients that a function keeps belong to the loop in which they were made."""
+    return asyncio.new_event_loop()
 
 
 async def _awaited(answer: Any) -> Any:
