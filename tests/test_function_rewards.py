@@ -415,6 +415,19 @@ def test_of_a_list_of_functions_those_that_return_none_of_a_sample_add_nothing(m
     assert reward.report.means == {"only_even": 1.0, "only_odd": 10.0} and reward.report.errors == 0
 
 
+def test_a_list_of_functions_may_be_a_part_of_a_sum(compose_run, mine):
+    parts = (
+        "reward.parts={a: {kind: function, function: [mine:only_even, mine:only_odd], weights: [2, 0.5], weight: 3}}"
+    )
+    part = compose_run("reward=sum", parts).reward.weighted()["a"]
+    assert (part.weight, part.reward.function, part.reward.weights) == (
+        3.0,
+        ["mine:only_even", "mine:only_odd"],
+        [2.0, 0.5],
+    )
+    assert WeightedSum({"a": (3.0, functions_of(part.reward))})(PROMPTS, ANSWERS) == [6.0, 15.0, 6.0, None]
+
+
 def test_of_a_list_of_functions_one_that_fails_on_a_sample_leaves_it_out(mine):
     reward = several("later", "nan_of_bb", "odd_raises")
     assert reward(PROMPTS, ANSWERS) == [0.0 + 0.0 + 2.0, None, None, None]

@@ -159,9 +159,13 @@ def test_an_answer_that_is_computed_for_ever_has_no_reward_at_its_deadline_and_l
     (process,) = children() - before
     hostile.close()
     assert not psutil.pid_exists(process)
-    assert hostile(prompts[:1], answers[:1]) == [1.0], "another is started where it is needed"
+
+
+def test_a_reward_that_nobody_holds_any_more_has_no_process():
+    before, forgotten = children(), MathReward(MathRewardConfig(timeout_s=30.0))
+    assert forgotten([Prompt("?", (1,), {"answer": "72"})], ["#### 72"]) == [1.0]
     (process,) = children() - before
-    del hostile
+    del forgotten
     gc.collect()
     assert not psutil.pid_exists(process), "whoever forgets the reward ends its process"
 
