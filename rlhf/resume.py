@@ -61,10 +61,12 @@ def main() -> None:
         print(HELP)
         sys.exit(0 if asked else 2)
     folder, overrides = Path(words[0]), words[1:]
-    with as_command(overrides):
+    hinted = list(overrides)
+    with as_command(hinted):
         try:
             with full_disk_explained(folder), taken_back(folder):
                 config, replayed = composed(folder, overrides, where)
+                hinted[:] = replayed  # a key may belong to what the run has chosen
                 if finished(folder, replayed):
                     print(f"finished already: {folder}")
                     return

@@ -48,6 +48,8 @@ RUN: dict[str, str] = {  # command -> what makes it short
     f"{TRAIN}task=jsonl task.path=examples/preferences.jsonl optim.lr=1e-4 steps=30 rollout.max_new_tokens=64": (
         f"{SHORT} {MODEL}"
     ),
+    f"{TRAIN}task=jsonl task.path=examples/answers.jsonl 'task.system=\"Be brief: say one word.\"' "
+    "reward=verifier sft.steps=30": SHORT,
     f"{TRAIN}experiment=checkpoint model.path=FOLDER_OR_HUB_NAME task=arithmetic": FILE,
     f"{TRAIN}algo=dpo": f"{SHORT} algo.prompts=32 samples_per_prompt=8 prompts_per_step=1",
     f"{TRAIN}experiment=verifier_only task=arithmetic": SHORT,
@@ -80,6 +82,8 @@ TABLES = {  # of runs and sweeps that are there, and of a policy's tensors
     "python -m rlhf.sweep outputs/algorithms",
     "python -m rlhf.sweep outputs/algorithms --by step_ms",
 }
+DATA = "data of the user's: tests/test_data_sets.py and tests/test_data_options.py read such"
+
 COMPOSED: dict[str, str] = {  # command -> why it is not run here
     f"{TRAIN}-m experiment=smoke transfer=local seed=0,1 hydra.sweep.dir=outputs/seeds": (
         "each job imports torch anew: tests/test_sweep.py runs such sweeps"
@@ -104,6 +108,10 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     f"{TRAIN}reward=model reward.path=FOLDER_OR_HUB_NAME task=jsonl task.path=examples/conversations.jsonl": (
         "needs a reward model of others: tests/test_pretrained_rewards.py makes some"
     ),
+    f"{TRAIN}task=hf task.path=FOLDER_OR_HUB_NAME 'task.columns={{prompt: question}}' task.held_out_split=test "
+    "task.longest_prompt=512": DATA,
+    f"{TRAIN}task=hf task.path=rows.parquet 'task.split=\"train[:1000]\"' task.held_out_path=held_out.csv "
+    "'task.template={enable_thinking: false}'": DATA,
     f"{TRAIN}reward=http reward.url=http://127.0.0.1:8000/score": "needs a server: tests/test_rewards_http.py runs it",
     f"{TRAIN}reward=judge reward.url=http://127.0.0.1:8000/v1/chat/completions reward.model=NAME": (
         "needs a server: tests/test_judge.py runs it"

@@ -16,6 +16,7 @@ from transfer.config import Take
 
 NEEDS = {
     "task=jsonl": "task.path=rows.jsonl",
+    "task=hf": "task.path=rows.parquet",
     "task=reasoning_gym": "task.name=chain_sum",
     "model=hf": "model.path=a/checkpoint",
     "reward=function": "reward.function=package.module:name",

@@ -348,6 +348,18 @@ def test_a_mistake_answers_at_once_and_changes_nothing(started, tmp_path, argume
     assert "Traceback" not in done.stderr and (folder / ".hydra" / "overrides.yaml").read_text() == before
 
 
+def test_a_key_of_what_the_run_has_chosen_is_not_said_to_be_another_choices(started, tmp_path):
+    folder = started("experiment=smoke", "task=jsonl", "task.path=nowhere.jsonl")
+    (folder / "checkpoints" / "00000001").mkdir(parents=True)
+    command = [sys.executable, "-m", "rlhf.resume", str(folder), "task.prompt_column=question"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), LIGHT: "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1 and "task.path: cannot read nowhere.jsonl" in done.stderr, done.stderr
+    assert "belongs to" not in done.stderr
+
+
 def test_a_run_that_is_finished_is_left_alone_and_more_steps_go_on(compose_run, started, monkeypatch, capsys):
     folder = started(*SMALL, "steps=1")
     run(compose_run(*SMALL, "steps=1"), folder, [*SMALL, "steps=1"])

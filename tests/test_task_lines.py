@@ -38,26 +38,103 @@ def test_a_line_that_readers_take_in_several_ways_is_refused_by_its_number(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "kind"),
+    ("name", "content", "said"),
     [
-        ("rows.parquet", b"PAR1\x15\x04\x15", "a Parquet file"),
-        ("rows.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0), "compressed by gzip"),
-        ("rows.arrow", b"ARROW1\0\0", "an Arrow file"),
-        ("rows.jsonl", "\ufeff".encode("utf-16-le") + GOOD.encode("utf-16-le"), "UTF-16"),
-        ("rows.csv", b"prompt,answer\na,b\n", "a CSV file"),
-        ("rows.tsv", b"prompt\tanswer\na\tb\n", "a TSV file"),
-        ("rows.json", f"[{GOOD}, {GOOD}]".encode(), "one JSON array"),
-        ("rows.json", f" [\n {GOOD},\n {GOOD}\n]\n".encode(), "one JSON array"),
+        ("rows.parquet", b"PAR1\x15\x04\x15", "that is parquet: use task=hf"),
+        ("rows.arrow", b"ARROW1\0\0", "that is arrow: use task=hf"),
+        ("rows.csv", b"prompt,answer\na,b\n", "that is csv: use task=hf"),
+        ("rows.csv.gz", gzip.compress(b"prompt,answer\na,b\n", mtime=0), "that is csv: use task=hf"),
+        ("rows.tsv", b"prompt\tanswer\na\tb\n", "that is tsv: use task=hf"),
+        ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\0\0", "that is compressed by zstd: unpack it (zstd -d FILE)"),
+        ("rows.jsonl.bz2", b"BZh91AY", "that is compressed by bzip2: unpack it"),
+        ("rows.jsonl.xz", b"\xfd7zXZ\0", "that is compressed by xz: unpack it"),
+        ("rows.zip", b"PK\x03\x04\x14", "that is a zip archive: unpack it"),
+        (
+            "rows.jsonl",
+            "\ufeff".encode("utf-16-le") + GOOD.encode("utf-16-le"),
+            "that is UTF-16: write it anew as UTF-8",
+        ),
+        ("rows.jsonl", GOOD.encode("utf-16-be"), "that is UTF-16 or no text at all: write it anew as UTF-8"),
+        ("rows.json", b'{\n  "prompt": "a",\n  "answer": "b"\n}\n', "that is a JSON object over several lines"),
     ],
 )
-def test_a_file_of_another_kind_is_one_line_that_says_which_and_what_to_do(tmp_path, name, content, kind):
+def test_a_file_of_another_kind_is_one_line_that_says_which_and_what_to_do(tmp_path, name, content, said):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         read(path)
+    assert str(error.value).startswith(f"{path}: {said}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("pack", [bytes, lambda raw: gzip.compress(raw, mtime=0)], ids=["bytes", "gzip"])
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+def test_json_lines_and_an_array_are_the_same_rows_plain_and_packed(tmp_path, indent, pack, mark):
+    rows = [{"prompt": f"q{n}", "answer": "[{,}]", "note": [{"a": n}]} for n in range(9)]
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    array.write_bytes(pack(mark + f"\n {json.dumps(rows, indent=indent)}\n\n".encode()))
+    other = read(array)
+    one = read(lines)
+    assert [row.question for row in one.train] == [row.question for row in other.train]
+    assert [row.columns for row in one.train] == [row.columns for row in other.train]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (f'[\n{GOOD},\n{{"prompt": "c", "score": NaN}}]', 3, "not JSON: NaN is no JSON number"),
+        (f'[\n{GOOD},\n{{"prompt": "c", "prompt": "d"}}]', 3, "not JSON: the key 'prompt' is there twice"),
+        (f'[\n{GOOD},\n{{"prompt": "c",}}]', 3, "not JSON: "),
+        (f"[\n{GOOD}\n{GOOD}]", 2, "not JSON: behind it must be ',' or ']'"),
+        (f"[\n{GOOD},\n\n{GOOD}", 4, "not JSON: behind it must be ',' or ']'"),
+        (f"[\n{GOOD},\n]", 3, "not JSON: "),
+        (f"[{GOOD},\n 7,\n{GOOD}]", 2, "must be a JSON object, not a number"),
+        (f'[{GOOD},\n {{"question": 1}},\n{GOOD}]', 2, "no column 'prompt'"),
+        (f"[{GOOD}]\n[{GOOD}]", 1, "must be a JSON object, not an array"),
+        (f"[\n{GOOD}]\nx", 2, "not JSON: more is behind the array"),
+        (f"[\n{GOOD},\n" + "[" * 100_000, 3, "nested too deeply"),
+    ],
+)
+def test_what_is_bad_in_an_array_is_reported_by_its_line(tmp_path, content, line, reason):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:{line}: ") and reason in str(error.value).partition("\n")[0]
+
+
+@pytest.mark.parametrize("content", ["[]", " [ \n ] \n"])
+def test_an_empty_array_is_an_empty_file(tmp_path, content):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"rows\.json is empty: task\.path"):
+        read(path)
+
+
+def test_bytes_that_are_no_text_in_an_array_are_reported_with_their_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(f"[\n{GOOD},\n".encode() + b'{"prompt": "caf\xe9"}]')
+    with pytest.raises(ValueError, match=r"rows\.json:3: not UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("cut", [5, 40])
+def test_a_damaged_gzip_is_one_line(tmp_path, cut):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((GOOD + "\n").encode() * 50)[:cut])
+    with pytest.raises(ValueError, match=r"task\.path: cannot read .*rows\.jsonl\.gz from .*: its gzip is damaged"):
+        read(path)
+
+
+def test_a_mistake_that_is_in_every_row_is_said_without_reading_all_of_a_large_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a"}\n' * 5000 + GOOD)
+    with pytest.raises(ValueError) as error:
+        read(path)
     assert str(error.value) == (
-        f"{path} is {kind}, and task.path takes JSON lines, one object a line, in UTF-8: write it anew, "
-        "for instance with datasets.load_dataset(...)[...].to_json(path)"
+        f"{path}:1: no column 'prompt'; columns there: question; set task.prompt_column to the right one "
+        "(and so in the first 1000 lines)"
     )
 
 

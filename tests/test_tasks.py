@@ -338,7 +338,7 @@ def test_an_empty_file_is_refused(tmp_path, content):
 def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"task\.path: cannot read .*nothing\.jsonl.*No such file"):
         read_task(JsonlTaskConfig(path=str(tmp_path / "nothing.jsonl")), 0)
-    with pytest.raises(ValueError, match=r"task\.path: cannot read .*Is a directory"):
+    with pytest.raises(ValueError, match=r"task\.path: cannot read .*Is a directory; task=hf reads folders"):
         read_task(JsonlTaskConfig(path=str(tmp_path)), 0)
 
 

@@ -128,9 +128,7 @@ class ReasoningGymTaskConfig(TaskConfig):
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         at_least("task.prompts", self.prompts, 1)
-        self.options = {} if self.options is None else self.options
-        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
-            raise ValueError(f"task.options must be like {{max_terms: 3}} (got {shown(self.options)})")
+        self.options = _map("task.options", "{max_terms: 3}", self.options)
         if taken := {"seed", "size"} & set(self.options):
             raise ValueError(f"task.options must not have {', '.join(sorted(taken))}: set seed and task.prompts")
 
@@ -144,26 +142,62 @@ class Overlong(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class FileTaskConfig(TaskConfig):
-    """Shared dials of data sets as TRL users have them; the forms of rows are in rlhf/tasks/jsonl.py."""
+    """Rows that somebody has, in the forms of rlhf/tasks/jsonl.py."""
 
-    held_out: int = 64  # rows are fewer than a generator's
+    held_out: int = 64  # rows are fewer than a generator's; of rows of their own, at most as many
     path: str
+    held_out_path: str | None = None  # held-out rows of their own; null: rows of `path`
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     answer_after: str | None = None  # what follows the last such mark is compared, as '####' of GSM8K; null: all of it
+    columns: Any = None  # other names: {prompt: question} takes the data's column question as prompt
+    system: str | None = None  # what a system message says before each conversation that has none
+    chat: bool = False  # a prompt that is a text is a user's message; so it is with `system`
+    template: Any = None  # arguments of the chat template: {enable_thinking: false}; a row's own win
+    longest_prompt: int | None = None  # tokens; rows with a longer prompt are left out, and counted on the screen
     overlong: Overlong = Overlong.refuse  # of rows that do not fit the model's context
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         if self.answer_after is not None and not self.answer_after.strip():
             raise ValueError(f"task.answer_after must be a text like '####', or null (got {self.answer_after!r})")
+        if self.longest_prompt is not None:
+            at_least("task.longest_prompt", self.longest_prompt, 1)
+        if self.system is not None and not self.system.strip():
+            raise ValueError("task.system is empty: give it a text, or leave it out")
+        self.columns = _map("task.columns", "{prompt: question, answer: solution}", self.columns)
+        self.template = _map("task.template", "{enable_thinking: false}", self.template)
+        if wrong := [name for name in self.columns.values() if not isinstance(name, str)]:
+            raise ValueError(f"task.columns must name columns of the data (got {shown(wrong[0])})")
 
     @property
     def leaves_out_overlong(self) -> bool:
         """Whether rows beyond the model's context are left out, rather than refused."""
         return self.overlong is Overlong.drop
 
+    @property
+    def chats(self) -> bool:
+        """Whether prompts that are texts are asked as a user's message."""
+        return self.chat or self.system is not None
+
+
+def _map(key: str, example: str, given: Any) -> dict[str, Any]:
+    """What was given as a map, as a typed dict takes no new name from Hydra."""
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"{key} must be like {example} (got {shown(given)})")
+    return given
+
 
 @dataclass(slots=True, kw_only=True)
 class JsonlTaskConfig(FileTaskConfig):
-    """A JSON-lines file."""
+    """A file of JSON, an object a line or an array of them; it may be compressed by gzip."""
+
+
+@dataclass(slots=True, kw_only=True)
+class HfTaskConfig(FileTaskConfig):
+    """A data set: parquet, arrow, csv, a folder of them or of `save_to_disk`, or a name of the Hugging Face hub."""
+
+    split: str | None = None  # also a part of one: train[:1000]; null: `train`, or the only one
+    name: str | None = None  # of those that a data set has several of: main, socratic
+    held_out_split: str | None = None  # held-out rows of their own, of `held_out_path` or else of `path`

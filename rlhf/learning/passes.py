@@ -162,10 +162,13 @@ class Packed:
 
 
 def _as_forward(model: torch.nn.Module, computed: Callable[[], Any]) -> Any:
-    """What `computed` makes of the model's parts, as if its forward did: FSDP gathers weights around that."""
-    model.forward = computed
+    """What `computed` makes of the model's parts, as if its forward did: FSDP gathers weights around that.
+
+    On a GPU, FSDP of torch 2.11 moves the arguments there, and fails where there are none.
+    """
+    model.forward = lambda nothing: computed()
     try:
-        return model()
+        return model(None)
     finally:
         del model.forward
 

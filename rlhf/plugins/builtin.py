@@ -8,6 +8,7 @@ from rlhf.config import (
     ConsoleLoggerConfig,
     FunctionRewardConfig,
     GuessTaskConfig,
+    HfTaskConfig,
     HttpRewardConfig,
     JsonlLoggerConfig,
     JsonlTaskConfig,
@@ -40,7 +41,8 @@ PARTS = (
     Part("task", "reverse", ReverseTaskConfig, f"{TASKS}.procedural:sequence_task"),
     Part("task", "arithmetic", ArithmeticTaskConfig, f"{TASKS}.procedural:arithmetic_task"),
     Part("task", "guess", GuessTaskConfig, f"{TASKS}.guess:guess_task"),
-    Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.jsonl:jsonl_task"),
+    Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.files:jsonl_task"),
+    Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
     Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it

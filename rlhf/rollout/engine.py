@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf.rollout.sampling import Sample, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a completion asks between two tokens: the version of the weights, which may change meanwhile, or None: end.
+
+    Where nothing is `due`, it would tell what it told before.
+    """
+
+    take: Callable[[], int | None]
+    due: Callable[[], bool] = lambda: True
+
+    def __call__(self) -> int | None:
+        return self.take()
 
 
 class Engine(Protocol):

@@ -39,6 +39,7 @@ class Sampling:
     stop_ids: tuple[int, ...]
     with_logprobs: frozenset[int] | None = None  # rows whose log-probs are wanted; None: all
     steady: bool = False  # whether the weights stay as they are until the rows have ended
+    uncut: bool = False  # whether rows go on where the weights do not stay
     cut: Cut = WHOLE  # of no greedy one
 
     def wants_logprobs(self, row: int) -> bool:

@@ -12,12 +12,13 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.rollout.build import config_of, limits_of
 from rlhf.rollout.completions import Limits
+from rlhf.rollout.engine import Turn
 from rlhf.rollout.sampling import ABORTED, Sample, Sampling, seed_of
 from rlhf.rollout.spec import WorkerSpec
 from rlhf.rollout.stepping import Stepping
@@ -37,6 +38,7 @@ V2_RUNNER = ("Qwen2ForCausalLM",)  # else vLLM 0.24 gives these a runner to whic
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM 0.24 to 0.32
 WEIGHTS, CACHE = "weights", "kv_cache"  # vLLM's tags of what sleeps
 Asked = tuple[str, dict[str, Any], Any]  # name, prompt and parameters of a request
+Changes = Sequence[tuple[int, Mapping[int, int]]]  # versions that gave way, and the tokens of rows by then
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
     "VLLM_NO_USAGE_STATS": "1",
@@ -129,18 +131,20 @@ class VllmEngine:
     ) -> list[Sample]:
         """Sample row j of prompt i at index i*n + j; `seeds` has one integer a prompt.
 
-        Before each step `turn` tells the version of the weights, and may change them; on None unfinished rows end with
-        reason "abort", and without tokens where `sampling.steady` has them told only at their end.
+        `turn` tells the version of the weights before a step, and may change them; on None unfinished rows end with
+        reason "abort", and without tokens but where new weights may cut them short: others are told of at their end.
         """
         rows = [Sample.empty(sampling.wants_logprobs(row)) for row in range(len(prompts) * sampling.n)]
-        with self._stepping.joined(turn) as part:
+        at_its_end = sampling.steady or sampling.uncut  # each row is told of
+        with self._stepping.joined(turn if isinstance(turn, Turn) else Turn(turn)) as part:
             if part.ready() is None:
                 return rows
             requests = self._requests(prompts, seeds, sampling, part.version)
             part.submit({name: row for row, (name, *_) in enumerate(requests)}, lambda: self._hand_over(requests))
             while part.rows and (outputs := part.step()) is not None:
                 for row, output in outputs:
-                    _extend(rows[row], output.outputs[0], part.version)
+                    changes = part.changes if at_its_end else ()
+                    _extend(rows[row], output.outputs[0], changes, row, part.version)
         return rows
 
     def sleep(self, level: int) -> None:
@@ -169,7 +173,8 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         salt = {} if self._keeps_prefix_cache else {"cache_salt": str(version)}
-        kind = RequestOutputKind.FINAL_ONLY if sampling.steady else RequestOutputKind.DELTA
+        at_its_end = sampling.steady or sampling.uncut
+        kind = RequestOutputKind.FINAL_ONLY if at_its_end else RequestOutputKind.DELTA
         requests: list[Asked] = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             for sample in range(sampling.n):
@@ -213,17 +218,27 @@ class OneStream:
         if self._recomputes:
             self._engine.reset_prefix_cache(reset_running_requests=True)
 
+    def progress(self) -> dict[str, int]:
+        """The tokens that vLLM has sampled of each request so far."""
+        states = self._engine.output_processor.request_states.values()
+        return {state.external_req_id: state.detokenizer.num_output_tokens() for state in states}
+
     def abort_request(self, names: list[str]) -> None:
         """Forget these requests."""
         self._engine.abort_request(names)
 
 
-def _extend(row: Sample, output: Any, version: int | None) -> None:
-    """Give the row the tokens of one more step, or all of them."""
+def _extend(sample: Sample, output: Any, changes: Changes, row: int, version: int | None) -> None:
+    """Give the row the tokens of one more step, or all of them, each with the version that has sampled it."""
     assert version is not None
     ids = output.token_ids
-    row.grow(ids, output.logprobs.logprobs[-len(ids) :] if output.logprobs is not None and ids else (), version)
-    row.finish_reason = {"stop": FINISHED, "length": TRUNCATED}.get(output.finish_reason, ABORTED)
+    logprobs = output.logprobs.logprobs[-len(ids) :] if output.logprobs is not None and ids else ()
+    for before, tokens in changes:
+        fresh = max(0, tokens.get(row, 0) - len(sample.ids))
+        sample.grow(ids[:fresh], logprobs[:fresh], before)
+        ids, logprobs = ids[fresh:], logprobs[fresh:]
+    sample.grow(ids, logprobs, version)
+    sample.finish_reason = {"stop": FINISHED, "length": TRUNCATED}.get(output.finish_reason, ABORTED)
 
 
 def _imported() -> Any:

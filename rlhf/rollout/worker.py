@@ -22,7 +22,7 @@ from rlhf.monitor.gpu import GPU_MEMORY, gpu_peak
 from rlhf.monitor.traces import Traces
 from rlhf.rollout import completions
 from rlhf.rollout.build import build_model, limits_of
-from rlhf.rollout.engine import Engine
+from rlhf.rollout.engine import Engine, Turn
 from rlhf.rollout.gpus import claim
 from rlhf.rollout.pause_gate import PAUSE_MODES, PauseGate
 from rlhf.rollout.spec import WorkerSpec
@@ -66,8 +66,10 @@ class Worker:
         """Answer the message of completions.py, as JSON or as columns; 503 while paused or without weights."""
         request = completions.parse(body, self._limits)
         with self._gate.generating(), self._receiver.serving() as weights:
-            turn = lambda: None if self._gate.aborting() else weights()  # noqa: E731
-            sampling = replace(request.sampling, steady=weights.steady)
+            turn = Turn(
+                lambda: None if self._gate.aborting() else weights(), lambda: self._gate.aborting() or weights.due
+            )
+            sampling = replace(request.sampling, steady=weights.steady, uncut=weights.uncut)
             samples = self._engine.generate(request.prompts, request.seeds, sampling, turn)
         return completions.answer(request, samples)
 

@@ -68,7 +68,8 @@ class Chat:
         if not getattr(self.tokenizer, "chat_template", None):  # a checkpoint's tokenizer has one, or None
             raise ValueError(
                 "the data are conversations, and the model's tokenizer has no chat template: choose a chat model "
-                "(model.path), or a file whose prompts are texts (task.path)"
+                "(model.path), or a file whose prompts are texts (task.path; with task.system or task.chat all are "
+                "conversations)"
             )
 
     def asked(self, messages: Sequence[Message], given: Mapping[str, Any], look: bool = True) -> str:

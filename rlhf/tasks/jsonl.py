@@ -1,4 +1,4 @@
-"""A JSON-lines file as TRL users have it. Forms of a line, told apart by their columns (one that is null is absent):
+"""Rows as TRL users have them. Forms of a row, told apart by their columns (one that is null is absent):
 
     {"prompt": text | messages, "answer": text | number}            a reference to score against, and a demonstration
     {"prompt": text | messages, "completion": text | messages}      a demonstration
@@ -10,28 +10,28 @@
 
 `tools` and `chat_template_kwargs` are handed to the chat template of a conversation. Where an answer takes several
 turns, each of the assistant's is a demonstration of its own, and what tools said is before it. Every other column goes
-to `Prompt.columns`. All bad lines are reported together, before anything starts; pairs of equal answers are left out.
+to `Prompt.columns`. How files are read is in json_lines.py and hf.py, and how rows become a task in files.py.
 """
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from rlhf.config import JsonlTaskConfig
+from rlhf.config import FileTaskConfig
 from rlhf.tasks.chat import SPOKEN, Message
-from rlhf.tasks.compare import verifier
-from rlhf.tasks.json_lines import columns_of, counted, kind_of, lines, report
+from rlhf.tasks.json_lines import kind_of
 from rlhf.tasks.messages import answer_of, messages_in, text_in
-from rlhf.tasks.raw import Answer, RawTask, Row
+from rlhf.tasks.raw import Answer, Row
 from transfer.agreement.shown import shown
 
 TEMPLATE = ("tools", "chat_template_kwargs")  # columns that chat templates are given
 PREFERENCE = ("chosen", "rejected")
 CONVERSATIONS = ("messages", "conversations")
+SYSTEM = ("system", "developer")  # roles of a message that a conversation's own instructions are in
 FORMS = ("messages", *PREFERENCE)  # columns that are no reward's
 TEMPLATE_OWN = (  # of apply_chat_template: what to render, and into what
     "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
@@ -44,62 +44,9 @@ class TieError(ValueError):
     """A pair without a better answer."""
 
 
-def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
-    """Read the file; ValueError with file, line numbers and reasons if any line is bad."""
-    groups: dict[str, list[Row]] = {}  # by question, so that no held-out question is also trained on
-    rows, notes = _rows(config)
-    for row in rows:
-        groups.setdefault(json.dumps(row.question), []).append(row)
-    questions = list(groups)
-    if len(questions) == 1:
-        raise ValueError(
-            f"{config.path} has one prompt, and one at least is held out: add lines with other prompts to task.path"
-        )
-    if len(questions) <= config.held_out:
-        raise ValueError(
-            f"{config.path} has {len(questions)} different prompts, too few to hold {config.held_out} out and train on "
-            f"the others: set task.held_out below {len(questions)}, or add lines to task.path"
-        )
-    random.Random(seed).shuffle(questions)
-    return RawTask(
-        train=[row for question in questions[: -config.held_out] for row in groups[question]],
-        held_out=[groups[question][0] for question in questions[-config.held_out :]],
-        gold=verifier(config, rows, "task.path"),
-        notes=notes,
-    )
-
-
-def _rows(config: JsonlTaskConfig) -> tuple[list[Row], list[str]]:
-    """Every line as a row, and what is to be said of them; ValueError with all (at most SHOWN) bad lines."""
-    rows: list[Row] = []
-    bad: dict[str, str] = {}
-    ties: list[str] = []
-    for number, line in lines(config.path):
-        where = f"{config.path}:{number}"
-        try:
-            rows.append(parse_row(columns_of(line), config, where))
-        except ValueError as error:
-            bad[where] = str(error)
-            if isinstance(error, TieError):
-                ties.append(where)
-    if len(bad) > len(ties) or (ties and not any(row.preference for row in rows)):
-        raise ValueError(report(list(bad.items()), len(rows)))
-    if not rows:
-        raise ValueError(f"{config.path} is empty: task.path must name a file with one JSON object a line")
-    return rows, list(_notes(rows, ties))
-
-
-def _notes(rows: Sequence[Row], ties: Sequence[str]) -> Iterator[str]:
-    """What to say of rows that are read."""
-    if ties:
-        yield f"warning: pairs whose chosen and rejected answers are the same are left out: {counted(ties)}"
-    for column in TEMPLATE:
-        if unseen := [row.where for row in rows if isinstance(row.question, str) and column in row.columns]:
-            yield f"warning: {column!r} is for chat templates, and these prompts are texts: {counted(unseen)}"
-
-
-def parse_row(columns: Mapping[str, Any], config: JsonlTaskConfig, where: str = "") -> Row:
-    """One line's columns as a row; ValueError says which column is wrong and how, TieError that a pair is none."""
+def parse_row(columns: Mapping[str, Any], config: FileTaskConfig, where: str = "") -> Row:
+    """The columns of one as a row; ValueError says which column is wrong and how, TieError that a pair is none."""
+    columns = _renamed(columns, config.columns)
     there = _with_system({key: value for key, value in columns.items() if value is not None})
     row, used = _in_its_form(there, config)
     others = {key: value for key, value in there.items() if key not in (config.prompt_column, *FORMS, *used)}
@@ -111,10 +58,35 @@ def parse_row(columns: Mapping[str, Any], config: JsonlTaskConfig, where: str = 
         others[config.answer_column] = reference
         demonstration = demonstration if "completion" in used else reference
     answers = (demonstration, *(row.preference or ()))
-    if isinstance(row.question, str) and any(isinstance(answer, dict) for answer in answers):
+    if isinstance(row.question, str) and not config.chats and any(isinstance(answer, dict) for answer in answers):
         raise ValueError("an answer with more than a text (tool_calls, ...) needs a prompt of messages, not a text")
-    given = {} if isinstance(row.question, str) else _given(there)
-    return Row(row.question, others, demonstration, row.preference, given, row.turns, where)
+    given = {} if isinstance(row.question, str) and not config.chats else {**config.template, **_given(there)}
+    return _asked_as(Row(row.question, others, demonstration, row.preference, given, row.turns, where), config)
+
+
+def _renamed(columns: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any]:
+    """The columns by the names that `task.columns` gives them."""
+    if not names:
+        return columns
+    for name in names.values():
+        if name not in columns:
+            raise ValueError(_no_column(name, columns, "task.columns"))
+    gone = {*names, *names.values()}
+    return {name: columns[data] for name, data in names.items()} | {
+        name: value for name, value in columns.items() if name not in gone
+    }
+
+
+def _asked_as(row: Row, config: FileTaskConfig) -> Row:
+    """The row with a text asked as a user's message, and behind a system message, where `config` says so."""
+    if not config.chats:
+        return row
+    question = [{"role": "user", "content": row.question}] if isinstance(row.question, str) else row.question
+    if config.system is None or question[0]["role"] in SYSTEM:
+        return replace(row, question=question)
+    before = [{"role": "system", "content": config.system}]
+    turns = [([*before, *asked], answer) for asked, answer in row.turns]
+    return replace(row, question=before + question, turns=turns)
 
 
 def _with_system(there: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +98,7 @@ def _with_system(there: dict[str, Any]) -> dict[str, Any]:
     return {**others, "conversations": [{"from": "system", "value": system}, *said]}
 
 
-def _in_its_form(there: Mapping[str, Any], config: JsonlTaskConfig) -> tuple[Row, Sequence[str]]:
+def _in_its_form(there: Mapping[str, Any], config: FileTaskConfig) -> tuple[Row, Sequence[str]]:
     """Question, demonstrations and preference of a row, and the columns that they were made of."""
     prompt = config.prompt_column
     conversation = next((column for column in CONVERSATIONS if column in there), None)

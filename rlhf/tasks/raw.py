@@ -82,6 +82,10 @@ class RawTask:
     gold: Gold
     replies: Replies | None = None  # None: one answer a prompt
     notes: Sequence[str] = ()  # what a user should know of the data, a line each
+    longest_prompt: int | None = None  # tokens: rows with a longer one are left out
+    template: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of what rows are given, what the configuration gives all
 
     @property
     def conversational(self) -> bool:

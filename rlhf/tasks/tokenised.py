@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -66,16 +67,43 @@ def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None
     maker = _Maker(tokenizer, Chat(tokenizer) if raw.conversational else None)
     with dated(tokenizer, moment if raw.conversational else None):
         rows = maker.all([*raw.train, *raw.held_out])
-    train = rows[: len(raw.train)]
+    train, held_out = rows[: len(raw.train)], rows[len(raw.train) :]
+    longest: list[str] = []
+    if raw.longest_prompt is not None:
+        train, held_out, longest = _short(train, held_out, raw.longest_prompt)
     return TokenisedTask(
         train=[row.prompt for row in train],
-        held_out=[row.prompt for row in rows[len(raw.train) :]],
+        held_out=[row.prompt for row in held_out],
         demonstrations=[demonstration for row in train for demonstration in row.demonstrations],
         preferences=[row.preference for row in train if row.preference is not None],
         gold=raw.gold,
         environment=TokenisedReplies(raw.replies, tokenizer) if raw.replies is not None else None,
-        notes=[*raw.notes, *maker.notes()],
+        notes=[*raw.notes, *_unnamed(raw, tokenizer), *maker.notes(), *longest],
     )
+
+
+def _short(
+    train: list[_TokenisedRow], held_out: list[_TokenisedRow], longest: int
+) -> tuple[list[_TokenisedRow], list[_TokenisedRow], list[str]]:
+    """The rows whose prompt has at most `longest` tokens, and what is to be said of the others."""
+    kept, left = ([row for row in rows if len(row.prompt.ids) <= longest] for rows in (train, held_out))
+    for rows, short, purpose in ((train, kept, "to train on"), (held_out, left, "to hold out")):
+        if not short:
+            least = min(len(row.prompt.ids) for row in rows)
+            raise ValueError(
+                f"task.longest_prompt={longest} leaves no prompt {purpose}: the shortest has {least} tokens"
+            )
+    gone = [row.prompt.where for row in (*train, *held_out) if len(row.prompt.ids) > longest]
+    held = f", {len(held_out) - len(left)} of them held out" if len(left) < len(held_out) else ""
+    told = f"task.longest_prompt={longest} leaves out rows with longer prompts: {counted(gone)}{held}"
+    return kept, left, [told] if gone else []
+
+
+def _unnamed(raw: RawTask, tokenizer: Tokenizer) -> Iterator[str]:
+    """Arguments for all rows of which the chat template knows nothing: jinja takes any, and says nothing."""
+    text = str(getattr(tokenizer, "chat_template", None))
+    if other := [name for name in raw.template if not re.search(rf"\b{re.escape(name)}\b", text)]:
+        yield f"warning: the model's chat template does not use {', '.join(map(shown, other))} of task.template"
 
 
 @dataclass(frozen=True, slots=True)

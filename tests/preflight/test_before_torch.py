@@ -15,7 +15,18 @@ from rlhf.preflight.before_torch import look
 from rlhf.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
-ABSENT = ("torch", "transformers", "ray", "matplotlib", "tensorboard", "numpy", "peft", "wandb", "reasoning_gym")
+ABSENT = (
+    "torch",
+    "transformers",
+    "ray",
+    "matplotlib",
+    "tensorboard",
+    "numpy",
+    "peft",
+    "wandb",
+    "reasoning_gym",
+    "datasets",
+)
 SCRIPT = f"""\
 import json, sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))
@@ -55,7 +66,7 @@ MISTAKES = {
     "task.path=empty.jsonl": "empty.jsonl is empty: ",
     "task.path=alike.jsonl": "alike.jsonl has one prompt, and one at least is held out",
     "task.path=few.jsonl": "few.jsonl has 10 different prompts, too few to hold 64 out",
-    "task.path=table.csv": "table.csv is a CSV file, and task.path takes JSON lines",
+    "task.path=table.csv": "table.csv: that is csv: use task=hf",
     "task.path=roles.jsonl": "roles.jsonl:1: 'messages[0]' has the unknown role 'human'; known: ",
     "task.path=unanswered.jsonl": "unanswered.jsonl:1: 'messages' must hold a user's message before the assis",
     "task.path=pairs.jsonl": "pairs.jsonl:1: a preference needs both 'chosen' and 'rejected': 'rejected' is missing",
@@ -64,6 +75,7 @@ MISTAKES = {
     "task.path=prompts.jsonl sft.steps=0 reward=verifier": "reward=verifier needs answers to compare with, and no row",
     "task.path=prompts.jsonl sft.steps=0 reward=model": "reward=model needs chosen/rejected rows, or answers",
     "task.path=good.jsonl prompts_per_step=50": "prompts_per_step must be at most the task's 36 training prompts",
+    "task=hf task.path=good.jsonl": "task=hf needs the package datasets: pip install",
     "task=reasoning_gym task.name=chain_sum": "task=reasoning_gym needs the package reasoning-gym: pip install",
     "logger=[jsonl,wandb]": "logger=wandb needs the package wandb: pip install",
     "model.lora.rank=4": "model.lora.rank needs the package peft: pip install",

@@ -72,7 +72,8 @@ def learner_of(words: str, ranks: Ranks = ALONE, sharded: bool | Sharded = False
                 torch.nn.init.normal_(tensor, std=0.2, generator=torch.Generator().manual_seed(3))
     critic = value_model(policy, Head.token) if config.rl.has_critic else None
     if critic is not None:
-        torch.nn.init.normal_(critic.score.weight, std=0.5, generator=torch.Generator().manual_seed(4))
+        drawn = torch.normal(0.0, 0.5, critic.score.weight.shape, generator=torch.Generator().manual_seed(4))
+        critic.score.weight.data.copy_(drawn)
     spread = Sharded(ranks, torch.device("cpu")) if sharded is True else sharded or Whole(ranks)
     reference = policy if has_adapter(policy) else reference.requires_grad_(False)
     for model in {id(each): each for each in (policy, reference, critic) if each is not None}.values():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.rollout.engine import Turn
 from rlhf.rollout.stepping import Stepping
 from transfer.worker.gate import Gate
 
@@ -56,6 +57,10 @@ class FakeEngine:
         finally:
             self.busy.release()
 
+    def progress(self):
+        assert not self.busy.locked()
+        return {name: int(name.split(":")[0]) - left for name, left in self.left.items()}
+
     def changed(self):
         assert self.left and not self.busy.locked()
         self.changes += 1
@@ -72,8 +77,12 @@ class FakeEngine:
             del self.left[name]
         self.busy.release()
 
+    @property
     def turn(self):
         """What a completion asks that keeps going when weights change."""
+        return Turn(self.take, lambda: self.gate.wanted)
+
+    def take(self):
         if self.gate.wanted:
             self.gate.give_way(DEADLINE_S)
         return self.version
@@ -83,10 +92,10 @@ class FakeEngine:
             self.version += 1
 
 
-def complete(stepping, engine, names, turn=None, started=None):
-    """The versions of each row's tokens, cut where `turn` says None."""
+def complete(stepping, engine, names, take=None, started=None):
+    """The versions of each row's tokens, cut where `take` says None, which is asked before each step."""
     rows = [[] for _ in names]
-    with engine.gate.shared(DEADLINE_S), stepping.joined(turn or engine.turn) as part:
+    with engine.gate.shared(DEADLINE_S), stepping.joined(engine.turn if take is None else Turn(take)) as part:
         if part.ready() is None:
             return rows
         part.submit({name: row for row, name in enumerate(names)}, lambda: engine.give(names))
@@ -241,7 +250,7 @@ def test_any_schedule_ends_with_every_row_whole_or_cut_where_it_was_told(seed):
 
         def turn():
             left[0] -= 1
-            return None if left[0] < 0 else engine.turn()
+            return None if left[0] < 0 else engine.take()
 
         names = [f"{length}:{number}.{row}" for row, length in enumerate(plan["lengths"])]
         rows = complete(stepping, engine, names, turn)

@@ -69,6 +69,22 @@ class FakeEngine:
         for name in names:
             del self.going[name]
 
+    @property
+    def output_processor(self):
+        states = {
+            f"{name}-0": SimpleNamespace(external_req_id=name, detokenizer=Counted(len(ids)))
+            for name, ids in self.going.items()
+        }
+        return SimpleNamespace(request_states=states)
+
+
+@dataclass
+class Counted:
+    tokens: int
+
+    def num_output_tokens(self):
+        return self.tokens
+
 
 @pytest.fixture
 def engine(monkeypatch):
@@ -120,10 +136,14 @@ def test_log_probs_are_asked_of_the_rows_that_are_to_have_them(engine):
     assert samples[2].logprobs.tolist() == [0, -1, -2]
 
 
-def test_tokens_have_the_version_of_their_own_step(engine):
+@pytest.mark.parametrize("uncut", [True, False])
+def test_tokens_have_the_version_of_their_own_step(engine, uncut):
     turns = iter([5, 5, 6, 6])
-    samples = generated(engine, lambda: next(turns))
-    assert samples[1].versions.tolist() == [5, 6, 6]
+    samples = generated(engine, lambda: next(turns), uncut=uncut)
+    assert [sample.versions.tolist() for sample in samples] == [[5, 6]] + [[5, 6, 6]] * 3
+    assert [sample.ids.tolist() for sample in samples] == [[10, 1]] + [[10, 11, 12]] * 3
+    assert [sample.logprobs.tolist() for sample in samples] == [[0, -1]] + [[0, -1, -2]] * 3
+    assert {params.output_kind for _, params in engine.asked.values()} == {FINAL if uncut else DELTA}
 
 
 @pytest.mark.parametrize("steady", [True, False])

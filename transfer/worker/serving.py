@@ -15,13 +15,20 @@ from transfer.worker.standing import Standing
 class Turns:
     """Asked before each token of a completion; `versions` are those that it was told, each once.
 
-    `steady`: there will be one, since new weights wait for the completion's end.
+    `steady`: there will be one, since new weights wait for the completion's end; `uncut`: it goes on with others.
     """
 
-    def __init__(self, turn: Callable[[], int | None], steady: bool) -> None:
+    def __init__(self, turn: Callable[[], int | None], gate: Gate, in_flight: InFlight) -> None:
         self._turn = turn
-        self.steady = steady
+        self._gate = gate
+        self.steady = in_flight is InFlight.wait
+        self.uncut = in_flight is InFlight.keep
         self.versions: list[int] = []
+
+    @property
+    def due(self) -> bool:
+        """Whether new weights wait for it."""
+        return self._gate.wanted and not self.steady
 
     def __call__(self) -> int | None:
         """The version of the weights that the next token is sampled with; None if the completion is to end here."""
@@ -45,7 +52,7 @@ class Serving:
         with self._gate.shared(standing.terms.timeout_s):
             standing.serves()
             in_flight = standing.terms.in_flight  # as it was agreed when the completion began
-            turns = Turns(partial(self._turn, in_flight), in_flight is InFlight.wait)
+            turns = Turns(partial(self._turn, in_flight), self._gate, in_flight)
             began = time.monotonic()
             try:
                 yield turns
