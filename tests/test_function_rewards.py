@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -497,7 +498,26 @@ def test_in_a_process_of_its_own_whatever_hangs_is_killed_and_the_next_call_has_
         assert reward(PROMPTS, ANSWERS) == [None] * 4 and reward.report.counts == {"timed_out": 4}
         assert reward(PROMPTS[3:], ANSWERS[3:]) == [3.0]
     finally:
-        reward.apart.close()
+        reward.close()
+
+
+@pytest.mark.slow
+def test_a_runs_processes_end_with_it(compose_run, tmp_path, mine):
+    before = {child.pid for child in psutil.Process().children()}
+    parts = "reward.parts={a: {kind: function, function: apart:holds_the_lock, process: true}, b: {kind: math}}"
+    data = "\n".join(json.dumps({"prompt": f"{n}=", "answer": str(n)}) for n in range(8))
+    (tmp_path / "rows.jsonl").write_text(data)
+    rows = (
+        "task=jsonl",
+        f"task.path={tmp_path}/rows.jsonl",
+        "task.held_out=2",
+        "prompts_per_step=4",
+        "evaluate_every=2",
+    )
+    run(compose_run(*SMOKE, *rows, "reward=sum", parts), tmp_path / "run")
+    assert {child.pid for child in psutil.Process().children()} == before
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("train/reward/a" in row and "train/reward/b" in row for row in told if "train/loss" in row)
 
 
 def test_a_process_that_ends_itself_costs_its_samples_and_is_said(mine):
@@ -521,7 +541,7 @@ def test_in_a_process_of_its_own_functions_raise_and_await_as_elsewhere_and_may_
             pool.submit(alarmed.check, PROMPTS).result(60)
     finally:
         for reward in (raising, later, alarmed):
-            reward.apart.close()
+            reward.close()
 
 
 # --- asynchronous functions -------------------------------------------------------------------------------------------
