@@ -145,6 +145,9 @@ class _Step:
         if said.ids is None:
             self._over(row, said)
             return
+        if row.answers == self.environment.turns:  # what was said to the last answer, nobody is told
+            self._call(row, row.episode.end)
+            return
         row.hear(said)
         self.ready.append(row)
 
@@ -213,7 +216,7 @@ class _Step:
             return
         for row, answer, text in zip(rows, told, self.client.texts(told), strict=True):
             row.say(answer, text)
-            if answer.finish_reason != FINISHED or row.answers == self.environment.turns or self._full(row):
+            if answer.finish_reason != FINISHED or self._full(row):
                 self._call(row, row.episode.end)
             else:
                 self._call(row, row.episode.hear, answer, text)
