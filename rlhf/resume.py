@@ -23,6 +23,7 @@ from rlhf.config import Mode, RunConfig
 from rlhf.config.model import AUTO
 from rlhf.preflight.before_torch import look
 from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
+from rlhf.shell.going_on import given_to, goes_on_by
 from rlhf.shell.own_modules import look_in
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import Where, note, noted, of_command
@@ -117,6 +118,9 @@ def composed(folder: Path, overrides: Sequence[str], given: Where = NOWHERE) -> 
     """
     from omegaconf import OmegaConf
 
+    if (objects := given_to(folder)) is not None:
+        gave = f", which gave it {', '.join(objects)}" if objects else ""
+        raise ValueError(f"{folder} is the run of a Python program{gave}: go on there, with {goes_on_by(folder)}")
     first = [str(each) for each in OmegaConf.load(_hydra(folder) / "overrides.yaml")]
     began, chosen = OmegaConf.to_container(OmegaConf.load(_hydra(folder) / "config.yaml")), _chosen(folder, first)
     where = noted(_hydra(folder) / HYDRA, given)

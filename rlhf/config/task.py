@@ -201,3 +201,15 @@ class HfTaskConfig(FileTaskConfig):
     split: str | None = None  # also a part of one: train[:1000]; null: `train`, or the only one
     name: str | None = None  # of those that a data set has several of: main, socratic
     held_out_split: str | None = None  # held-out rows of their own, of `held_out_path` or else of `path`
+
+
+@dataclass(slots=True, kw_only=True)
+class GivenTaskConfig(FileTaskConfig):
+    """Rows of a Python program: `rlhf.train(config, data=rows, held_out=others)`."""
+
+    path: str = "data"  # as messages call them
+
+    def __post_init__(self) -> None:
+        FileTaskConfig.__post_init__(self)
+        if self.held_out_path is not None:
+            raise ValueError("task=given has no task.held_out_path: give held-out rows by rlhf.train(held_out=...)")

@@ -7,6 +7,8 @@ from rlhf.config import (
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
     FunctionRewardConfig,
+    GivenRewardConfig,
+    GivenTaskConfig,
     GuessTaskConfig,
     HfTaskConfig,
     HttpRewardConfig,
@@ -43,11 +45,13 @@ PARTS = (
     Part("task", "guess", GuessTaskConfig, f"{TASKS}.guess:guess_task"),
     Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.files:jsonl_task"),
     Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
+    Part("task", "given", GivenTaskConfig, f"{TASKS}.given:given_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
     Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it
     Part("reward", "model", ModelRewardConfig, f"{REWARDS}:reward_model", f"{REWARDS}:check_model"),
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
+    Part("reward", "given", GivenRewardConfig, f"{REWARDS}:given_functions"),  # which tries them
     Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server
     Part("reward", "judge", JudgeRewardConfig, f"{REWARDS}:judge"),  # nor for this one
     Part("reward", "sum", SumRewardConfig),  # made of the others

@@ -23,7 +23,7 @@ def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
     sources = [Source(config.path, "task.path", json_records(config.path))]
     if (path := config.held_out_path) is not None:
         sources.append(Source(path, "task.held_out_path", json_records(path, "task.held_out_path")))
-    return _task(config, seed, *sources)
+    return task_of(config, seed, *sources)
 
 
 def hf_task(config: HfTaskConfig, seed: int) -> RawTask:
@@ -32,15 +32,17 @@ def hf_task(config: HfTaskConfig, seed: int) -> RawTask:
 
     with reading(config.path):
         sources = sources_of(config)
-    return _task(config, seed, *sources)
+    return task_of(config, seed, *sources)
 
 
-def _task(config: FileTaskConfig, seed: int, source: Source, own: Source | None = None) -> RawTask:
+def task_of(config: FileTaskConfig, seed: int, source: Source, own: Source | None = None) -> RawTask:
     """The task of these rows, of which some are held out, or those of `own`."""
     if taken := set(TEMPLATE_OWN) & set(config.template):
         raise ValueError(f"task.template must not have {', '.join(sorted(taken))}: the harness gives that itself")
     groups, notes = _grouped(config, source)
-    train, held_out = _split(config, seed, groups) if own is None else _apart(config, seed, groups, own, notes)
+    train, held_out = (
+        _split(config, seed, groups, source.key) if own is None else _apart(config, seed, groups, own, notes)
+    )
     gold = verifier(config, [*train, *held_out], source.key)
     return RawTask(train, held_out, gold, None, notes, config.longest_prompt, config.template)
 
@@ -49,16 +51,16 @@ ENOUGH = 1000  # rows that are bad before any is good
 Groups = dict[str, list[Row]]  # by question
 
 
-def _split(config: FileTaskConfig, seed: int, groups: Groups) -> tuple[list[Row], list[Row]]:
+def _split(config: FileTaskConfig, seed: int, groups: Groups, key: str) -> tuple[list[Row], list[Row]]:
     questions = list(groups)
     if len(questions) == 1:
         raise ValueError(
-            f"{config.path} has one prompt, and one at least is held out: add lines with other prompts to task.path"
+            f"{config.path} has one prompt, and one at least is held out: add lines with other prompts to {key}"
         )
     if len(questions) <= config.held_out:
         raise ValueError(
             f"{config.path} has {len(questions)} different prompts, too few to hold {config.held_out} out and train on "
-            f"the others: set task.held_out below {len(questions)}, or add lines to task.path"
+            f"the others: set task.held_out below {len(questions)}, or add lines to {key}"
         )
     random.Random(seed).shuffle(questions)
     train = [row for question in questions[: -config.held_out] for row in groups[question]]
