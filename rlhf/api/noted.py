@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.config import RunConfig
 from rlhf.preflight.objects import Objects
 from rlhf.reports.run_folder import flat
+from rlhf.shell.dials import replace
 from rlhf.shell.going_on import GIVEN, given_to
 
 MOST = 8  # dials that a line names
@@ -33,7 +34,7 @@ def note(config: RunConfig, folder: Path, objects: Objects, resume: bool) -> Non
         "hydra": {"hydra": {"runtime": {"cwd": os.getcwd()}}},
     }
     for name, value in told.items():
-        (there / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(value)), encoding="utf-8")
+        replace(there / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(value)))
 
 
 def told_of(objects: Objects) -> str:

@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from rlhf.preflight.before_torch import look
 from rlhf.preflight.objects import Objects
 from rlhf.ranks.place import Place, place_of
 from rlhf.reports.summary import read_summary
+from rlhf.shell.dials import taken_back
 from rlhf.shell.ending import check_free
 from rlhf.shell.going_on import given_to, goes_on_by
 
@@ -82,7 +83,7 @@ def _run(config: RunConfig, folder: Path, objects: Objects, resume: bool, place:
     from rlhf.models.given import borrowed
     from rlhf.run import run
 
-    with borrowed(objects.policy):
+    with borrowed(objects.policy), taken_back(folder) if resume else nullcontext():
         seen = look(config, objects)
         note(config, folder, objects, resume)
         run(config, folder, resume=resume, seen=seen, place=place)
