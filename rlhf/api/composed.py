@@ -81,10 +81,15 @@ def _written(value: Any) -> str:
         case int() | float():
             return repr(value)
         case str():
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            return value if value.isidentifier() else f"'{escaped}'"
+            return value if value.isidentifier() else _quoted(value)
         case Mapping():
             return "{" + ",".join(f"{key}:{_written(each)}" for key, each in value.items()) + "}"
         case list() | tuple():
             return "[" + ",".join(map(_written, value)) + "]"
     raise ValueError(f"a dial is a number, text, list or dict, true, false or None (got {shown(value)})")
+
+
+def _quoted(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()

@@ -51,9 +51,9 @@ PARTS = (
     Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it
     Part("reward", "model", ModelRewardConfig, f"{REWARDS}:reward_model", f"{REWARDS}:check_model"),
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
-    Part("reward", "given", GivenRewardConfig, f"{REWARDS}:given_functions"),  # which tries them
     Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server
     Part("reward", "judge", JudgeRewardConfig, f"{REWARDS}:judge"),  # nor for this one
+    Part("reward", "given", GivenRewardConfig, f"{REWARDS}:given_functions"),  # which tries them
     Part("reward", "sum", SumRewardConfig),  # made of the others
     Part("loss", "clip", make=f"{OBJECTIVE}:clip"),  # PPO's clipped surrogate
     Part("loss", "gspo", make=f"{OBJECTIVE}:gspo"),  # the same with one ratio a row
