@@ -121,6 +121,7 @@ def test_other_rows_are_refused_when_a_run_goes_on_and_its_dials_stay(train, tmp
     assert "other dials from here on: steps is 3 (was 2)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_commands_say_that_a_run_is_a_program_s_and_read_it(train, tmp_path, monkeypatch, capsys):
     import rlhf.report
     import rlhf.resume
@@ -201,6 +202,7 @@ def test_a_notebook_is_shown_lines_without_control_characters(train, monkeypatch
     assert not set(shown) & {"\x1b", "\r", "\b"}
 
 
+@pytest.mark.slow
 def test_rows_come_from_data_sets_iterables_and_files(train, tmp_path):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "held.jsonl").write_text('{"prompt": "say 99", "answer": "99"}\n')
@@ -290,6 +292,7 @@ def test_a_policy_that_no_worker_can_make_is_refused(policy, train):
         train(tokenizer=None)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_the_policy_s_folder_is_taken_where_none_is_given(train, tmp_path, policy):
     start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     train()
