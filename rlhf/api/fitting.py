@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields, replace
 from typing import Any, TypeVar
 
 from rlhf.config import (
+    EnvironmentTaskConfig,
     GivenModelConfig,
     GivenRewardConfig,
     GivenTaskConfig,
@@ -17,13 +18,14 @@ from rlhf.config import (
     RewardPart,
     RunConfig,
     SumRewardConfig,
+    TaskConfig,
 )
 from rlhf.preflight.objects import Objects
 from transfer.agreement.shown import shown
 
 Function = Callable[..., Any]
 Config = TypeVar("Config")
-PLACES = ("path", "held_out_path")  # of rows that others take the place of
+PLACES = ("path",)  # of rows that others take the place of
 
 
 def named(rewards: Any) -> tuple[dict[str, Function], list[float] | None]:
@@ -64,7 +66,7 @@ def fitted(config: RunConfig, objects: Objects, listed: bool, weights: list[floa
     if objects.held_out is not None and objects.data is None:
         raise ValueError("held_out= are rows beside those of data=: give data=, too, or set task.held_out_path")
     if objects.data is not None:
-        changed["task"] = like(GivenTaskConfig, config.task, leave=PLACES)
+        changed["task"] = _asked(config.task)
     if objects.policy is not None:
         from rlhf.models.given import check_policy
 
@@ -74,6 +76,13 @@ def fitted(config: RunConfig, objects: Objects, listed: bool, weights: list[floa
         given = {"function": names, **({} if weights is None else {"weights": weights})}
         changed["reward"] = _rewarded(config.reward, given)
     return replace(config, **changed)
+
+
+def _asked(config: TaskConfig) -> TaskConfig:
+    """The rows as the task, or as those of an environment."""
+    if isinstance(config, EnvironmentTaskConfig):
+        return replace(config, path=GivenTaskConfig().path)
+    return like(GivenTaskConfig, config, leave=PLACES)
 
 
 def _rewarded(config: RewardConfig, given: dict[str, Any]) -> RewardConfig:

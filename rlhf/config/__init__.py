@@ -57,6 +57,7 @@ from rlhf.config.run import (
 from rlhf.config.task import (
     ArithmeticTaskConfig,
     EnvironmentConfig,
+    EnvironmentTaskConfig,
     FileTaskConfig,
     GivenTaskConfig,
     GuessTaskConfig,
@@ -79,6 +80,7 @@ __all__ = [
     "Cut",
     "Device",
     "EnvironmentConfig",
+    "EnvironmentTaskConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "FileTaskConfig",

@@ -13,6 +13,7 @@ from rlhf.environments.dialogue import Dialogue, Message
 from rlhf.environments.factory import Factory
 from rlhf.environments.hosts import Hosts, Outcome, Seat
 from rlhf.models.encoding import beginning, begun
+from rlhf.models.tool_calls import ToolFormat
 from rlhf.types import GARBAGE, Completion, Prompt, Said, Then, Tokenizer
 
 TRIAL_S = 10.0  # beyond a call's deadline, for what is tried before anything is trained
@@ -25,10 +26,12 @@ class Site:
     config: EnvironmentTaskConfig
     factory: Factory
     tokenizer: Tokenizer
+    tool_format: ToolFormat | None = None  # None: it is played
+    schemas: list[dict[str, Any]] = field(default_factory=list)  # of its tools
     hosts: Hosts = field(init=False)
 
     def __post_init__(self) -> None:
-        named = self.config.factory, self.config.tools
+        named = self.config.factory, tuple(self.config.tools)
         self.hosts = Hosts(named, self.config.processes, self.config.concurrency)
 
     def said(self, text: str, prompt: Prompt) -> list[int]:
@@ -72,7 +75,12 @@ class ClassEpisode:
         except ValueError as error:
             then(Said(failed="died", why=str(error)))
             return
-        self.seat.make(self._unless_failed(then, lambda _: self._reset(then)))
+        factory, arguments = self.site.factory, dict[str, Any]()
+        if factory.has("reset"):
+            asked = [dict(message) for message in self.prompt.messages] or self.prompt.text
+            arguments = factory.given({"prompt": asked, **self.prompt.columns})
+        heard = self._unless_failed(then, lambda value: then(self._opened(value)))
+        self.seat.make("reset" if factory.has("reset") else "", arguments, heard)
 
     def end(self, then: Then) -> None:
         """Ask for its reward, if it has one."""
@@ -111,14 +119,6 @@ class ClassEpisode:
 
         return told
 
-    def _reset(self, then: Then) -> None:
-        if not self.site.factory.has("reset"):
-            then(Said(ids=()))
-            return
-        asked = [dict(message) for message in self.prompt.messages] or self.prompt.text
-        row = {"prompt": asked, **self.prompt.columns}
-        self.call("reset", self.site.factory.given(row), then, lambda value: then(self._opened(value)))
-
     def _opened(self, value: Any) -> Said:
         """What reset has said; Gymnasium's form has an information beside it."""
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict) and "role" not in value[1]:
@@ -156,6 +156,7 @@ class ClassEnvironment:
     def __init__(self, site: Site, episode: type[ClassEpisode], longest_reply: int) -> None:
         self._site, self._episode = site, episode
         self.longest_reply = longest_reply
+        self.scores = site.factory.plays or site.factory.has("get_reward")
 
     def __enter__(self) -> ClassEnvironment:
         self._site.hosts.__enter__()

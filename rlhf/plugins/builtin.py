@@ -6,6 +6,7 @@ from rlhf.config import (
     AdamWConfig,
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
+    EnvironmentTaskConfig,
     FunctionRewardConfig,
     GivenRewardConfig,
     GivenTaskConfig,
@@ -46,6 +47,7 @@ PARTS = (
     Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.files:jsonl_task"),
     Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
     Part("task", "given", GivenTaskConfig, f"{TASKS}.given:given_task"),
+    Part("task", "environment", EnvironmentTaskConfig, f"{TASKS}.staged:environment_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
     Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it

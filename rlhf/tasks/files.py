@@ -20,10 +20,7 @@ from rlhf.tasks.source import Source, reading
 
 def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
     """Read the file; ValueError with file, line numbers and reasons if any line is bad."""
-    sources = [Source(config.path, "task.path", json_records(config.path))]
-    if (path := config.held_out_path) is not None:
-        sources.append(Source(path, "task.held_out_path", json_records(path, "task.held_out_path")))
-    return task_of(config, seed, *sources)
+    return task_of(config, seed, *json_sources(config))
 
 
 def hf_task(config: HfTaskConfig, seed: int) -> RawTask:
@@ -35,6 +32,14 @@ def hf_task(config: HfTaskConfig, seed: int) -> RawTask:
     return task_of(config, seed, *sources)
 
 
+def json_sources(config: FileTaskConfig) -> list[Source]:
+    """The rows of the file, and of that of held-out rows, if there is one."""
+    sources = [Source(config.path, "task.path", json_records(config.path))]
+    if (path := config.held_out_path) is not None:
+        sources.append(Source(path, "task.held_out_path", json_records(path, "task.held_out_path")))
+    return sources
+
+
 def task_of(config: FileTaskConfig, seed: int, source: Source, own: Source | None = None) -> RawTask:
     """The task of these rows, of which some are held out, or those of `own`."""
     if taken := set(TEMPLATE_OWN) & set(config.template):
@@ -44,7 +49,7 @@ def task_of(config: FileTaskConfig, seed: int, source: Source, own: Source | Non
         _split(config, seed, groups, source.key) if own is None else _apart(config, seed, groups, own, notes)
     )
     gold = verifier(config, [*train, *held_out], source.key)
-    return RawTask(train, held_out, gold, None, notes, config.longest_prompt, config.template)
+    return RawTask(train, held_out, gold, notes=notes, longest_prompt=config.longest_prompt, template=config.template)
 
 
 ENOUGH = 1000  # rows that are bad before any is good

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import GivenTaskConfig
+from rlhf.config import FileTaskConfig, GivenTaskConfig
 from rlhf.tasks.files import task_of
 from rlhf.tasks.json_lines import Record, json_records, object_in
 from rlhf.tasks.raw import RawTask
@@ -30,13 +30,18 @@ def given_task(config: GivenTaskConfig, seed: int, data: Any = None, held_out: A
             "task=given takes its rows from a Python program, rlhf.train(config, data=rows): give them there, or "
             "choose task=jsonl task.path=FILE"
         )
+    return task_of(config, seed, *sources_of(config, data, held_out))
+
+
+def sources_of(config: FileTaskConfig, data: Any, held_out: Any = None) -> list[Source]:
+    """Where the rows come from, and those that are held out, if the program gives some; ValueError if that has none."""
     sources = [_source(config, data, "data")]
     if held_out is not None:
         sources.append(_source(config, held_out, "held_out"))
-    return task_of(config, seed, *sources)
+    return sources
 
 
-def _source(config: GivenTaskConfig, rows: Any, key: str) -> Source:
+def _source(config: FileTaskConfig, rows: Any, key: str) -> Source:
     """Where the rows of an argument come from; ValueError if it is none of what has rows."""
     if isinstance(rows, (str, os.PathLike)):
         return _of_path(config, os.fspath(rows), key)
@@ -50,7 +55,7 @@ def _source(config: GivenTaskConfig, rows: Any, key: str) -> Source:
     return Source(key, key, _records(rows, key), "rows like {'prompt': ...}")
 
 
-def _of_path(config: GivenTaskConfig, path: str, key: str) -> Source:
+def _of_path(config: FileTaskConfig, path: str, key: str) -> Source:
     """A file of JSON as task=jsonl reads it, whatever else as task=hf does."""
     if Path(path).name.lower().endswith(LINES):
         return Source(path, key, json_records(path, key))
@@ -60,7 +65,7 @@ def _of_path(config: GivenTaskConfig, path: str, key: str) -> Source:
         return at_path(config, path, key)
 
 
-def _of_data_set(config: GivenTaskConfig, rows: Any, key: str) -> Source:
+def _of_data_set(config: FileTaskConfig, rows: Any, key: str) -> Source:
     from rlhf.tasks.hf import Loaded, rows_of
 
     return rows_of(config, Loaded(key, [key], loaded={key: rows}), key, key, key)

@@ -220,6 +220,15 @@ def test_a_sum_has_a_place_for_a_program_s_functions(train):
     )
 
 
+def test_rows_are_those_of_an_environment_s_episodes(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{a}*{b}=", "answer": str(a * b)} for a in range(2, 8) for b in range(2, 8)]
+    words = ["experiment=calculator", "steps=1", "task.held_out=4", "sft.steps=1", "logger=[]", "transfer=local"]
+    words += ["prompts_per_step=2", "samples_per_prompt=2"]
+    result = rlhf.train(rlhf.compose(words), folder=tmp_path / "run", data=rows)
+    assert {row["prompt"] for row in result.samples}
+    assert all(any(each["prompt"] in row["prompt"] for each in rows) for row in result.samples)
+
+
 def test_an_adapter_is_trained_in_the_policy_that_is_given(train, policy):
     pytest.importorskip("peft")
     train("model.lora.rank=2")
