@@ -34,7 +34,7 @@ class ToolEpisode(ClassEpisode):
         if not calls and not parsed.errors:
             self.end(then)
             return
-        _Turn(self, calls, list(parsed.errors), then).go_on()
+        self.there(then, _Turn(self, calls, list(parsed.errors), then).go_on)
 
     def answered(self, names: Sequence[str], contents: Sequence[str], counts: dict[str, float]) -> Said:
         """What is said to the policy."""
