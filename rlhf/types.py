@@ -65,6 +65,8 @@ class Completion:
     versions: array[int]
     finish_reason: str
     sampled: array[int] | None = None  # None: the policy has sampled all of them
+    prompt: tuple[int, ...] | None = None  # the row's own, where that is not the one that its group shares
+    earlier: tuple[Completion, ...] = ()  # of the same sample, with prompts of their own: the context was rewritten
 
     def __post_init__(self) -> None:
         for name, code in (("ids", IDS), ("logprobs", LOGPROBS), ("versions", VERSIONS), ("sampled", SAMPLED)):
@@ -75,6 +77,12 @@ class Completion:
     def mask(self) -> array[int]:
         """For each token, 1 if the policy has sampled it, else 0."""
         return array(SAMPLED, b"\x01") * len(self.ids) if self.sampled is None else self.sampled
+
+    @property
+    def tokens(self) -> int:
+        """How many of them the policy has sampled, with those of `earlier`."""
+        own = len(self.ids) if self.sampled is None else self.sampled.count(1)
+        return own + sum(each.tokens for each in self.earlier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +119,19 @@ class Rollouts:
     @property
     def version(self) -> int:
         """The oldest version that sampled any token."""
-        return min(min(completion.versions) for completion in self.completions)
+        return min(min(row.versions) for completion in self.completions for row in (completion, *completion.earlier))
 
     def lags(self, version: int) -> npt.NDArray[np.int64]:
         """How many versions each sampled token is behind the trainer's `version`, [tokens]."""
         import numpy as np
 
-        return version - np.concatenate([_of_policy(completion) for completion in self.completions])
+        rows = (row for completion in self.completions for row in (completion, *completion.earlier))
+        return version - np.concatenate([_of_policy(row) for row in rows])
 
     @property
     def tokens(self) -> int:
         """How many tokens were sampled."""
-        return sum(len(c.ids) if c.sampled is None else c.sampled.count(1) for c in self.completions)
+        return sum(completion.tokens for completion in self.completions)
 
 
 def _of_policy(completion: Completion) -> npt.NDArray[np.int64]:
@@ -143,6 +152,7 @@ class Said:
     failed: str = ""  # the class of failure
     why: str = ""  # it was
     counts: Mapping[str, float] = field(default_factory=dict)  # of what is to be counted: calls of tools, ...
+    prompt: tuple[int, ...] | None = None  # in place of the task's own, of an episode that has begun
 
 
 Then = Callable[[Said], None]  # told once, from any thread

@@ -38,7 +38,7 @@ FEW = ["--senders", "http", "--repeats", "1"]
 VLLM = "a vLLM: tests/gpu and tests/rollout/test_vllm.py run it"
 COMPARE = "python -m tests.benchmarks.compare_trl_gpu "
 TRL_GPU = "a GPU, vLLM and TRL: tests/benchmarks/test_compare_trl_gpu.py runs it with --dry"
-GSM8K = "needs a file: tests/test_math_rewards.py writes one"
+GSM8K = "needs the hub: tests/test_math_rewards.py has rows of its form"
 RANKS = "several ranks: tests/ranks/test_ranks_runs.py runs them, but shorter"
 SHARDS = "two ranks: tests/ranks/test_sharded_runs.py runs it, but shorter"
 PACKAGE = "a package that is not among those of the tests"
@@ -116,10 +116,10 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     f"{TRAIN}reward=judge reward.url=http://127.0.0.1:8000/v1/chat/completions reward.model=NAME": (
         "needs a server: tests/test_judge.py runs it"
     ),
-    f"{TRAIN}task=jsonl task.path=gsm8k.jsonl task.prompt_column=question reward=math model=hf "
-    "model.path=FOLDER_OR_HUB_NAME": GSM8K,
-    f"{TRAIN}task=jsonl task.path=gsm8k.jsonl task.prompt_column=question reward=verifier "
-    "'task.answer_after='\"'\"'####'\"'\"'' model=hf model.path=FOLDER_OR_HUB_NAME": GSM8K,
+    f"{TRAIN}task=hf task.path=openai/gsm8k task.name=main task.prompt_column=question "
+    "'task.answer_after='\"'\"'####'\"'\"'' reward=math model=hf model.path=FOLDER_OR_HUB_NAME": GSM8K,
+    f"{TRAIN}task=hf task.path=openai/gsm8k task.name=main task.prompt_column=question "
+    "'task.answer_after='\"'\"'####'\"'\"'' reward=verifier model=hf model.path=FOLDER_OR_HUB_NAME": GSM8K,
     f"{TRAIN}experiment=verifier_only task=reasoning_gym task.name=chain_sum 'task.options={{max_terms: 2}}'": (
         "needs an optional package: tests/test_reasoning_gym.py runs it"
     ),

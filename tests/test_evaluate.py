@@ -99,6 +99,15 @@ def test_the_same_evaluation_gives_the_same_numbers_and_another_temperature_othe
     assert cold["sampled_gold"] != first["sampled_gold"]
 
 
+@pytest.mark.parametrize("dial", ["rollout.top_k=1", "evaluate.top_k=1", "evaluate.min_p=1.0", "rollout.top_p=1e-6"])
+def test_an_evaluation_samples_from_what_is_left_of_a_cut_distribution(trained, tmp_path, capsys, dial):
+    numbers = evaluated(trained, tmp_path, "evaluate.samples=2", "evaluate.k=[1]", "evaluate.temperature=1.5", dial)
+    name, value = dial.partition(".")[2].split("=")
+    assert numbers["pass@1"] == numbers["greedy_accuracy"], "where the likeliest token alone is left"
+    assert numbers[name] == float(value) and numbers["temperature"] == 1.5
+    assert f"at temperature 1.5, {name} {float(value):g}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_numbers_of_one_process(trained, tmp_path):
     alone = evaluated(trained, tmp_path / "local")

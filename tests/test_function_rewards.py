@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -415,6 +416,19 @@ def test_of_a_list_of_functions_those_that_return_none_of_a_sample_add_nothing(m
     assert reward.report.means == {"only_even": 1.0, "only_odd": 10.0} and reward.report.errors == 0
 
 
+def test_a_list_of_functions_may_be_a_part_of_a_sum(compose_run, mine):
+    parts = (
+        "reward.parts={a: {kind: function, function: [mine:only_even, mine:only_odd], weights: [2, 0.5], weight: 3}}"
+    )
+    part = compose_run("reward=sum", parts).reward.weighted()["a"]
+    assert (part.weight, part.reward.function, part.reward.weights) == (
+        3.0,
+        ["mine:only_even", "mine:only_odd"],
+        [2.0, 0.5],
+    )
+    assert WeightedSum({"a": (3.0, functions_of(part.reward))})(PROMPTS, ANSWERS) == [6.0, 15.0, 6.0, None]
+
+
 def test_of_a_list_of_functions_one_that_fails_on_a_sample_leaves_it_out(mine):
     reward = several("later", "nan_of_bb", "odd_raises")
     assert reward(PROMPTS, ANSWERS) == [0.0 + 0.0 + 2.0, None, None, None]
@@ -484,7 +498,26 @@ def test_in_a_process_of_its_own_whatever_hangs_is_killed_and_the_next_call_has_
         assert reward(PROMPTS, ANSWERS) == [None] * 4 and reward.report.counts == {"timed_out": 4}
         assert reward(PROMPTS[3:], ANSWERS[3:]) == [3.0]
     finally:
-        reward.apart.close()
+        reward.close()
+
+
+@pytest.mark.slow
+def test_a_runs_processes_end_with_it(compose_run, tmp_path, mine):
+    before = {child.pid for child in psutil.Process().children()}
+    parts = "reward.parts={a: {kind: function, function: apart:holds_the_lock, process: true}, b: {kind: math}}"
+    data = "\n".join(json.dumps({"prompt": f"{n}=", "answer": str(n)}) for n in range(8))
+    (tmp_path / "rows.jsonl").write_text(data)
+    rows = (
+        "task=jsonl",
+        f"task.path={tmp_path}/rows.jsonl",
+        "task.held_out=2",
+        "prompts_per_step=4",
+        "evaluate_every=2",
+    )
+    run(compose_run(*SMOKE, *rows, "reward=sum", parts), tmp_path / "run")
+    assert {child.pid for child in psutil.Process().children()} == before
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("train/reward/a" in row and "train/reward/b" in row for row in told if "train/loss" in row)
 
 
 def test_a_process_that_ends_itself_costs_its_samples_and_is_said(mine):
@@ -508,7 +541,7 @@ def test_in_a_process_of_its_own_functions_raise_and_await_as_elsewhere_and_may_
             pool.submit(alarmed.check, PROMPTS).result(60)
     finally:
         for reward in (raising, later, alarmed):
-            reward.apart.close()
+            reward.close()
 
 
 # --- asynchronous functions -------------------------------------------------------------------------------------------

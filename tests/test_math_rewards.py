@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf.config import FileTaskConfig, JsonlTaskConfig, MathRewardConfig
+from rlhf.config import FileTaskConfig, HfTaskConfig, JsonlTaskConfig, MathRewardConfig
 from rlhf.preflight import before_torch
 from rlhf.rewards import VerifierReward
 from rlhf.rewards.mathematics import MathReward, check_math
@@ -82,6 +82,19 @@ def test_with_a_mark_the_verifier_compares_what_follows_it(rows):
     assert verifier(prompts, RIGHT) == [1.0] * 4 and verifier(prompts, WRONG) == [0.0] * 4
     assert verifier(prompts, [row["answer"] for row in GSM8K]) == [1.0] * 4
     assert VerifierReward(task(rows))(prompts, RIGHT) == [0.0] * 4, "without it, all of the answer"
+
+
+def test_of_gsm8ks_parquet_right_answers_have_1_and_wrong_ones_0_by_both(tmp_path, reward):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "main" / "train-00000-of-00001.parquet"
+    path.parent.mkdir()
+    datasets.Dataset.from_list(GSM8K).to_parquet(str(path))
+    config = HfTaskConfig(path=str(path), held_out=1, prompt_column="question", answer_after="####")
+    raw = read_task(config, 0)
+    there = {row.question: Prompt(row.question, (1,), row.columns) for row in [*raw.train, *raw.held_out]}
+    prompts = [there[row["question"]] for row in GSM8K]
+    for each in (reward, VerifierReward(raw)):
+        assert each(prompts, RIGHT) == [1.0] * 4 and each(prompts, WRONG) == [0.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -159,9 +172,13 @@ def test_an_answer_that_is_computed_for_ever_has_no_reward_at_its_deadline_and_l
     (process,) = children() - before
     hostile.close()
     assert not psutil.pid_exists(process)
-    assert hostile(prompts[:1], answers[:1]) == [1.0], "another is started where it is needed"
+
+
+def test_a_reward_that_nobody_holds_any_more_has_no_process():
+    before, forgotten = children(), MathReward(MathRewardConfig(timeout_s=30.0))
+    assert forgotten([Prompt("?", (1,), {"answer": "72"})], ["#### 72"]) == [1.0]
     (process,) = children() - before
-    del hostile
+    del forgotten
     gc.collect()
     assert not psutil.pid_exists(process), "whoever forgets the reward ends its process"
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from rlhf.ahead.slots import Slot, Slots
 from rlhf.gather import Scored, groups_of, joined
-from rlhf.ranks.frames import packed, unpacked
+from rlhf.ranks.frames import heard_row, packed, told_row, unpacked
 from rlhf.shell.ending import RunError
-from rlhf.types import VERSIONS, Completion, Prompt, RewardReport, Rollouts, Told, column
+from rlhf.types import VERSIONS, Prompt, RewardReport, Rollouts, Told, column
 
 FILE = "ahead.bin"  # of a checkpoint
 QUEUE, STEP = "held", "rows"  # what a queue tells, and what a step's samples
@@ -44,7 +44,7 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
     rollouts, rewards = scored
     return {
         "prompts": [numbers[id(prompt)] for prompt in rollouts.prompts],
-        STEP: [[c.ids, c.logprobs, c.versions, c.finish_reason, c.sampled] for c in rollouts.completions],
+        STEP: [told_row(row) for row in rollouts.completions],
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
@@ -55,7 +55,7 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
 
 def heard(said: Any, prompts: Sequence[Prompt], later: int = 0) -> Scored:
     """The inverse of `told`; versions have numbers that are `later` now."""
-    completions = [Completion(*row) for row in said[STEP]]
+    completions = [heard_row(row) for row in said[STEP]]
     if later:
         completions = [
             replace(each, versions=column(VERSIONS, [number + later for number in each.versions]))

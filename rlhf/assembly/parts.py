@@ -149,6 +149,9 @@ def _judged(site: Site, matter: Matter, outside: Outside, stack: ExitStack) -> t
     if not site.ranks.first:
         return ToldGather(site.ranks, None), partial(site.ranks.heard, _elsewhere)
     sampler = conversing(outside.client, outside.environment)
+    for part in matter.rewards.values():
+        if (close := getattr(part, "close", None)) is not None:
+            stack.callback(close)  # processes in which it computes
     reward = RewardInTurn(combine(site.config.reward, matter.rewards))
     at_once = Gather(sampler, reward, site.config, outside.record)
     gather: Gathers = at_once

@@ -98,6 +98,7 @@ def _print(numbers: dict[str, float], written: dict[str, Any]) -> None:
     title = (
         f"{written['model']} on {written['task']}: {numbers['prompts']:.0f} held-out prompts, "
         f"{written['samples']} samples each at temperature {written['temperature']:g}"
+        + "".join(f", {name} {written[name]:g}" for name in ("top_p", "top_k", "min_p") if name in written)
     )
     table = Table(show_header=False)
     table.add_column()

@@ -289,4 +289,6 @@ def _typed(kind: str, values: dict[str, Any]) -> RewardConfig:
             node[key] = value
         except OmegaConfBaseException as error:
             raise ValueError(f"reward.{key}: {str(error).splitlines()[0]}") from None
-    return schema(**{str(key): value for key, value in node.items()})
+    plain = OmegaConf.to_container(node)
+    assert isinstance(plain, dict)
+    return schema(**{str(key): value for key, value in plain.items()})

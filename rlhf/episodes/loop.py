@@ -175,7 +175,7 @@ class _Step:
             group = rows[: self.n]
             alike = len(group) == self.n and group[0].number % self.n == 0
             alike = alike and group[-1].number == group[0].number + self.n - 1
-            if alike and not any(row.answers for row in group) and len({row.ids.tobytes() for row in group}) == 1:
+            if alike and not any(row.answers for row in group) and len({tuple(row.asks_with) for row in group}) == 1:
                 yield group
                 del rows[: self.n]
             else:

@@ -25,6 +25,7 @@ class Row:
     prompt: Prompt
     sample: int
     episode: Episode
+    own: tuple[int, ...] | None = None  # its prompt, where the environment has said what it is
     said: list[str] = field(default_factory=list)  # answer, reply, answer, ...
     ids: array[int] = field(default_factory=partial(array, IDS))
     logprobs: array[float] | None = None  # as those of its first answer: of all its answers, or of none
@@ -43,7 +44,7 @@ class Row:
     @property
     def asks_with(self) -> list[int]:
         """The prompt of its next answer."""
-        return [*self.prompt.ids, *self.ids]
+        return [*(self.prompt.ids if self.own is None else self.own), *self.ids]
 
     def say(self, answer: Completion, text: str) -> None:
         """The policy's turn."""
@@ -59,6 +60,7 @@ class Row:
     def hear(self, said: Said) -> None:
         """The environment's turn."""
         ids = column(IDS, said.ids or ())
+        self.own = self.own if said.prompt is None else said.prompt
         if self.answers:
             self.said.append(said.text)
         self._add(ids, array(LOGPROBS, (0.0,)) * len(ids), self.versions[-1:] * len(ids), 0)
@@ -77,7 +79,8 @@ class Row:
         if not self.answers:
             said = array(IDS, (end,)), None, array(VERSIONS, (version,))
             return Completion(*said, FINISHED, array(SAMPLED, (0,)))
-        return Completion(self.ids, self.logprobs, self.versions, self.finish_reason, self.sampled)
+        own = None if self.own == self.prompt.ids else self.own
+        return Completion(self.ids, self.logprobs, self.versions, self.finish_reason, self.sampled, own)
 
     def _add(self, ids: Sequence[int], logprobs: Sequence[float] | None, versions: Sequence[int], sampled: int) -> None:
         self.ids.extend(ids)

@@ -6,14 +6,17 @@ advantages_Pn; those of a token are (algo, signal) -> (advantages_BT, returns_BT
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlhf.config.algo import AlgoConfig
 from rlhf.learning import advantages as adv
 from rlhf.plugins.part import TOKENS
 from rlhf.plugins.registry import find
+from rlhf.shell.ending import RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,18 @@ class Signal:
     mask_BT: Tensor  # 1 on sampled tokens
     prompts: int  # P
     values_BT: Tensor | None = None  # the critic's
+    sample_of_B: Sequence[int] | None = None  # of rows behind the P*n samples, that of which they are; None: no others
 
     @property
     def rewards_Pn(self) -> Tensor:
         """Of each answer, less its tokens' penalties."""
-        return (self.rewards_B - self.penalty_BT.sum(dim=1)).view(self.prompts, -1)
+        penalties_B = self.penalty_BT.sum(dim=1)
+        if self.sample_of_B is None:
+            return (self.rewards_B - penalties_B).view(self.prompts, -1)
+        samples = max(self.sample_of_B) + 1
+        of_samples = torch.zeros(samples, dtype=penalties_B.dtype, device=penalties_B.device)
+        of_samples = of_samples.index_add(0, self._samples, penalties_B)
+        return (self.rewards_B[:samples] - of_samples).view(self.prompts, -1)
 
     @property
     def rho_BT(self) -> Tensor:
@@ -38,13 +48,23 @@ class Signal:
 
     def over_tokens(self, advantages_Pn: Tensor) -> Tensor:
         """Each answer's advantage on its tokens [B, T], 0 on answers that are left out."""
-        return advantages_Pn.flatten().nan_to_num()[:, None] * self.mask_BT
+        advantages = advantages_Pn.flatten().nan_to_num()
+        return (advantages if self.sample_of_B is None else advantages[self._samples])[:, None] * self.mask_BT
+
+    @property
+    def _samples(self) -> Tensor:
+        return torch.tensor(self.sample_of_B, device=self.mask_BT.device)
 
 
 def estimate(algo: AlgoConfig, signal: Signal) -> tuple[Tensor, Tensor | None]:
     """The advantages [B, T] that `algo.advantage` names, and returns [B, T] for a critic."""
     part = find("advantage", algo.advantage)
     if TOKENS in part.traits:
+        if signal.sample_of_B is not None and len(signal.sample_of_B) > max(signal.sample_of_B) + 1:
+            raise RunError(
+                f"algo={algo.name} follows rewards from token to token, and the context of a sample was rewritten, so "
+                "that it is several rows: choose an algo that compares whole samples (grpo, rloo, dapo, ...)"
+            )
         advantages_BT, returns_BT = part.maker()(algo, signal)
         return advantages_BT, returns_BT
     return signal.over_tokens(part.maker()(algo, signal.rewards_Pn)), None

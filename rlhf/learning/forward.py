@@ -21,7 +21,7 @@ from rlhf.learning import losses
 from rlhf.learning.microbatches import length_groups
 from rlhf.models.model_cache import cache_name, parameters_of
 from rlhf.models.recompute import recomputing
-from rlhf.types import TRUNCATED, Rollouts
+from rlhf.types import TRUNCATED, Completion, Rollouts
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Batch:
     """Rows padded to tensors, and what is known about them before the update; None: this algorithm does not need it."""
 
     prompts: list[tuple[int, ...]]  # P
-    prompt_of_B: list[int]
+    prompt_of_B: list[int]  # by which a row is computed
     ids_BT: Tensor
     mask_BT: Tensor
     sampled_BT: Tensor  # the workers' log-probs
@@ -40,7 +40,15 @@ class Batch:
     values_BT: Tensor | None = None
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None
+    samples: int | None = None  # rows that are samples, by their prompts' order: the first ones; None: all
+    sample_of_B: list[int] | None = None  # to which others belong; None: there are no others
+    group_of_B: list[int] | None = None  # the step's prompt that the row is of; None: as prompt_of_B
     known_lengths: list[int] | None = None  # what `lengths` says, while the mask stays as it is
+
+    @property
+    def groups(self) -> list[int]:
+        """The step's prompt that each row is of."""
+        return self.prompt_of_B if self.group_of_B is None else self.group_of_B
 
     def with_lengths(self) -> Batch:
         """The same, which knows its rows' lengths, so that nobody has to wait for the device to ask for them."""
@@ -79,7 +87,8 @@ class Batch:
 
 def collate(rollouts: Rollouts, device: torch.device) -> Batch:
     """Pad the rows on the right; the mask comes from who said a token, never from token values."""
-    rows = [completion.ids for completion in rollouts.completions]
+    completions, sample_of_B = _with_earlier(rollouts)
+    rows = [completion.ids for completion in completions]
     width = max(1, *(len(row) for row in rows))
 
     def pad(columns: Sequence[Sequence[float]], dtype: type[np.generic]) -> Tensor:
@@ -88,15 +97,33 @@ def collate(rollouts: Rollouts, device: torch.device) -> Batch:
             row[: len(values)] = values  # read through the column's own memory
         return torch.from_numpy(padded).to(device)
 
+    group_of_B = [b // rollouts.samples_per_prompt for b in sample_of_B]
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(c.prompt for c in completions if c.prompt))}
+    shared = len(rollouts.prompts)  # of groups; rows' own are behind them
+    own = len(completions) > len(rollouts.completions) or bool(prompts)
+    of_row = zip(group_of_B, completions, strict=True)
     return Batch(
-        prompts=[prompt.ids for prompt in rollouts.prompts],
-        prompt_of_B=[b // rollouts.samples_per_prompt for b in range(len(rows))],
+        prompts=[*(prompt.ids for prompt in rollouts.prompts), *prompts],
+        prompt_of_B=[group if c.prompt is None else shared + prompts[c.prompt] for group, c in of_row],
         ids_BT=pad(rows, np.int64),
-        mask_BT=pad([completion.mask for completion in rollouts.completions], np.float32),
-        sampled_BT=pad([completion.logprobs or () for completion in rollouts.completions], np.float32),
-        truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in rollouts.completions], device=device),
-        measured_B=torch.tensor([c.logprobs is not None for c in rollouts.completions], device=device),
+        mask_BT=pad([completion.mask for completion in completions], np.float32),
+        sampled_BT=pad([completion.logprobs or () for completion in completions], np.float32),
+        truncated_B=torch.tensor([c.finish_reason == TRUNCATED for c in completions], device=device),
+        measured_B=torch.tensor([c.logprobs is not None for c in completions], device=device),
+        samples=len(rollouts.completions) if own else None,
+        sample_of_B=sample_of_B if own else None,
+        group_of_B=group_of_B if own else None,
     )
+
+
+def _with_earlier(rollouts: Rollouts) -> tuple[list[Completion], list[int]]:
+    """All rows that are learned from, the samples first, and the sample that each is of."""
+    rows = list(rollouts.completions)
+    sample_of = list(range(len(rows)))
+    for sample, completion in enumerate(rollouts.completions):
+        rows += completion.earlier
+        sample_of += [sample] * len(completion.earlier)
+    return rows, sample_of
 
 
 @dataclass(frozen=True, slots=True)

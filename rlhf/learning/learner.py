@@ -94,7 +94,7 @@ class Learner:
         batch = collate(rollouts, self.device)
         with torch.no_grad():
             if self.config.updates_per_step > 1:  # the first update's own pass gives its rows' old log-probs
-                later = [b for b, p in enumerate(batch.prompt_of_B) if p not in self._chosen(batch, 0)]
+                later = [b for b, p in enumerate(batch.groups) if p not in self._chosen(batch, 0)]
                 old_BT = self._over(batch, lambda rows: self._logprobs(self.policy, rows), later)
                 batch.old_BT = batch.sampled_BT.index_copy(0, torch.tensor(later, device=self.device), old_BT[later])
             if self.reference is not None:
@@ -111,7 +111,9 @@ class Learner:
         A reward of None leaves its sample out. Raises RunError after three updates in a row without finite
         gradients.
         """
-        rewards = torch.tensor([float("nan") if r is None else r for r in rewards_B], device=self.device)
+        samples = range(len(rewards_B)) if batch.sample_of_B is None else batch.sample_of_B
+        told = [float("nan") if reward is None else reward for reward in rewards_B]
+        rewards = torch.tensor([told[sample] for sample in samples], device=self.device)
         batch.mask_BT = batch.mask_BT * (~rewards.isnan())[:, None]
         self._estimate(batch, rewards - self._overlong_penalty(batch))
         if self.algo.truncated is Truncated.drop:
@@ -120,13 +122,13 @@ class Learner:
         if batch.values_BT is not None and batch.returns_BT is not None:
             totals["explained_variance"] = adv.explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)
         updates = self.config.updates_per_step
-        told: dict[str, int] = {}  # updates that measured it: not all have rows with the workers' log-probs
+        counted: dict[str, int] = {}  # updates that measured it: not all have rows with the workers' log-probs
         for update in range(updates):
-            rows = [b for b, p in enumerate(batch.prompt_of_B) if p in self._chosen(batch, update)]
+            rows = [b for b, p in enumerate(batch.groups) if p in self._chosen(batch, update)]
             for name, value in self._update(batch if update else replace(batch, old_BT=None), rows).items():
                 totals[name] = totals.get(name, 0.0) + value / updates
-                told[name] = told.get(name, 0) + 1
-        totals |= {name: totals[name] * updates / count for name, count in told.items() if count < updates}
+                counted[name] = counted.get(name, 0) + 1
+        totals |= {name: totals[name] * updates / count for name, count in counted.items() if count < updates}
         self.steps += 1
         if batch.ref_BT is not None:
             kl_B = losses.counted(losses.kl_k1(self._old(batch), batch.ref_BT), batch.mask_BT).sum(dim=1)
@@ -185,7 +187,8 @@ class Learner:
         if self.algo.kl_in is KlIn.reward and batch.ref_BT is not None:
             estimator = losses.KL[self.algo.kl_estimator.value if self.algo.kl_estimator else "k1"]
             penalty_BT = losses.counted(self.kl.coefficient * estimator(self._old(batch), batch.ref_BT), mask_BT)
-        signal = Signal(rewards_B, penalty_BT, mask_BT, len(batch.prompts), batch.values_BT)
+        prompts = max(batch.groups) + 1
+        signal = Signal(rewards_B, penalty_BT, mask_BT, prompts, batch.values_BT, batch.sample_of_B)
         batch.advantages_BT, batch.returns_BT = estimate(self.algo, signal)
 
     def _update(self, batch: Batch, rows: list[int]) -> dict[str, float]:
@@ -194,7 +197,7 @@ class Learner:
             self.algo.aggregation.value,
             batch.mask_BT[rows].sum(dim=1),
             self.config.row_tokens,
-            torch.tensor(batch.prompt_of_B, device=self.device)[rows],
+            torch.tensor(batch.groups, device=self.device)[rows],
         )
         weight_of_B = torch.zeros(len(batch.prompt_of_B), device=self.device)
         weight_of_B[rows] = weights_B

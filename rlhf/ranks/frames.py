@@ -13,6 +13,8 @@ import struct
 from array import array
 from typing import Any
 
+from rlhf.types import Completion
+
 HEAD = struct.Struct("<Q")
 COLUMN = "\0"
 
@@ -48,3 +50,17 @@ def unpacked(raw: bytes) -> Any:
         return held
 
     return json.loads(raw[HEAD.size : HEAD.size + size], object_hook=column)
+
+
+def told_row(row: Completion) -> list[Any]:
+    """A row of samples as JSON and columns."""
+    prompt = None if row.prompt is None else list(row.prompt)
+    earlier = [told_row(each) for each in row.earlier]
+    return [row.ids, row.logprobs, row.versions, row.finish_reason, row.sampled, prompt, earlier]
+
+
+def heard_row(said: Any) -> Completion:
+    """The inverse of `told_row`."""
+    ids, logprobs, versions, reason, sampled, prompt, earlier = said
+    row = ids, logprobs, versions, reason, sampled
+    return Completion(*row, None if prompt is None else tuple(prompt), tuple(map(heard_row, earlier)))

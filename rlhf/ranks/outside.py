@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.ranks.frames import heard_row, told_row
 from rlhf.ranks.ranks import Ranks
-from rlhf.types import Completion, Prompt, Rollouts, Sampler, Told
+from rlhf.types import Prompt, Rollouts, Sampler, Told
 
 Scored = tuple[Rollouts, list[float | None]]
 
@@ -18,7 +19,7 @@ def told(rollouts: Rollouts) -> dict[str, Any]:
     """Samples as JSON and columns; of a prompt its ids alone."""
     return {
         "prompts": [list(prompt.ids) for prompt in rollouts.prompts],
-        "rows": [[c.ids, c.logprobs, c.versions, c.finish_reason, c.sampled] for c in rollouts.completions],
+        "rows": [told_row(row) for row in rollouts.completions],
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
@@ -30,7 +31,7 @@ def heard(said: Any) -> Rollouts:
     """The inverse of `told`."""
     return Rollouts(
         [Prompt("", tuple(ids)) for ids in said["prompts"]],
-        [Completion(*row) for row in said["rows"]],
+        [heard_row(row) for row in said["rows"]],
         said["texts"],
         said["seeds"],
         said["n"],

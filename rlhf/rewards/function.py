@@ -55,6 +55,11 @@ class FunctionReward:
         self.report = RewardReport(errors=0)
         return partial(self._ended, samples, self._started(samples))
 
+    def close(self) -> None:
+        """End the process of its own, if there is one; the next call starts another."""
+        if self.apart is not None:
+            self.apart.close()
+
     def check(self, prompts: Sequence[Prompt], answer: str = "") -> None:
         """ValueError if the function does not take what it will be given, or returns no reward for one sample.
 

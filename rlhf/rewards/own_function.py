@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ class OwnFunction:
 
     def __call__(self, given: Sequence[Any], named: Mapping[str, Any], timeout_s: float) -> Any:
         """What it returns, of numbers and None; RaisedError or LateError where it returns nothing."""
-        return self._apart(os.getcwd(), self._name, list(given), dict(named), timeout_s=timeout_s)
+        return self._apart(self._name, list(given), dict(named), timeout_s=timeout_s)
 
     def close(self) -> None:
         """End the process; the next call starts another."""
@@ -46,12 +45,11 @@ def imported(name: str) -> Callable[..., Any]:
     return function
 
 
-def called(folder: str, name: str, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+def called(name: str, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
     """In its process: the function's answer, whose arrays and tensors become numbers."""
-    os.chdir(folder)
     answer = _function(name)(*given, **named)
     if inspect.isawaitable(answer):
-        answer = asyncio.run(_awaited(answer))
+        answer = _loop().run_until_complete(_awaited(answer))
     listed = answer.tolist() if hasattr(answer, "tolist") else answer
     return [_plain(value) for value in listed] if isinstance(listed, (list, tuple)) else listed
 
@@ -66,6 +64,12 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def _function(name: str) -> Callable[..., Any]:
     return imported(name)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, as clients that a function keeps belong to the loop in which they were made."""
+    return asyncio.new_event_loop()
 
 
 async def _awaited(answer: Any) -> Any:

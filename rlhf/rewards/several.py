@@ -31,6 +31,11 @@ class SeveralFunctions:
         self.report = RewardReport(errors=0)
         return partial(self._summed, {name: each.begin(samples) for name, (_, each) in self.functions.items()})
 
+    def close(self) -> None:
+        """End the processes of their own, if there are any."""
+        for _, function in self.functions.values():
+            function.close()
+
     def check(self, prompts: Sequence[Prompt], answer: str = "") -> None:
         """ValueError if one of them does not take what it will be given, or returns no reward for one sample."""
         for _, function in self.functions.values():

@@ -116,8 +116,8 @@ class RolloutClient:
 
     def of(self, sender: Sender) -> RolloutClient:
         """A client of one of the workers, which recovers none."""
-        other = RolloutClient([sender], self._tokenizer, self._config, wanted=self._wanted, heard=self._heard)
-        other._turns = self._turns
+        other = copy.copy(self)
+        other._senders, other._recover, other._recoveries = [sender], lambda _: False, Counter()
         return other
 
     def cut(self, cut: Cut) -> RolloutClient:

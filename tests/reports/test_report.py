@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.report import main
-from rlhf.reports.summary import PHASES, write_summary
+from rlhf.reports.summary import PHASES, lost_rewards, summarise, write_summary
 
 STEPS = 100
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="alert(1)">&lt;b&gt; \u202e\x00 </td></table>'
@@ -168,6 +168,15 @@ def test_what_a_run_has_made_of_its_gpu_is_in_the_head_and_drawn(tmp_path):
     assert told["5000"] == "tokens a second, while sampling"
     drawn = drawings(read)
     assert {"Tokens a second", "MFU of learning", "Share of a phase without a kernel on the GPU"} < set(drawn)
+
+
+def test_samples_without_a_reward_are_told_by_what_befell_them():
+    common = {"seconds/step": 1.0, "seconds/transfer": 0.1}
+    counts = [{"train/reward_timed_out": 2.0}, {"train/reward_timed_out": 1.0, "train/reward_refused": 4.0}, {}]
+    summary = summarise([{"step": step, **common, **each} for step, each in enumerate(counts, start=1)])
+    assert (summary["rewards_timed_out"], summary["rewards_refused"]) == (3.0, 4.0)
+    assert lost_rewards(summary) == {"rewards lost: timed out": "3", "rewards lost: refused": "4"}
+    assert lost_rewards(summarise([{"step": 1, **common}])) == {}
 
 
 def test_who_waits_for_whom_is_said_with_what_to_do_and_drawn_lane_by_lane(tmp_path):
