@@ -1,0 +1,37 @@
+"""The task of an agent: rows of a file, and a program for each."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rlhf.config.task import AgentTaskConfig
+from rlhf.tasks.files import jsonl_task
+from rlhf.tasks.raw import RawTask
+from rlhf.types import Environment, Tokenizer
+from transfer.agreement.shown import shown
+
+
+def agent_task(config: AgentTaskConfig, seed: int) -> RawTask:
+    """Read the rows; ValueError with file, line numbers and reasons if any line is bad, or where there is no program."""
+    check_command(config.command)
+    return replace(jsonl_task(config, seed), surroundings=partial(_environment, config))
+
+
+def check_command(command: str) -> None:
+    """ValueError unless there is such a program, and its script, if it is given one."""
+    words = shlex.split(command)
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"task.command: there is no program {shown(words[0])}: give its path, or one that PATH has")
+    script = next((word for word in words[1:] if not word.startswith("-")), "")
+    if script.endswith(".py") and "-m" not in words and not Path(script).is_file():
+        raise ValueError(f"task.command: there is no file {shown(script)} (seen from {Path.cwd()})")
+
+
+def _environment(config: AgentTaskConfig, tokenizer: Tokenizer) -> Environment:
+    from rlhf.agents.environment import AgentEnvironment
+
+    return AgentEnvironment(config, tokenizer)
