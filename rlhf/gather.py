@@ -80,16 +80,20 @@ class Gather:
             rewards, report = self.rewarded(rollouts)
         if report is not None:
             self.record.rewarded(report)
-        return rollouts, self.usable(rewards, report)
+        return rollouts, self.usable(rewards, report, rollouts)
 
     def rewarded(self, rollouts: Rollouts) -> tuple[Rewards, RewardReport | None]:
         """A reward for each sample, and what was noted; None of one that cannot be had."""
         rewards = rewarded(self.reward, rollouts)
         return rewards, getattr(self.reward, "report", None)
 
-    def usable(self, rewards: Rewards, report: RewardReport | None) -> list[float | None]:
+    def usable(
+        self, rewards: Rewards, report: RewardReport | None, rollouts: Rollouts | None = None
+    ) -> list[float | None]:
         """The rewards of a batch; RunError if more than `reward.max_failed` of them are missing."""
-        return usable(rewards, self.config.reward.max_failed, report.error if report else "")
+        episodes = rollouts.episodes if rollouts is not None else ()
+        why = next((f"environment {told.failed}: {told.why}" for told in episodes if told.failed), "")
+        return usable(rewards, self.config.reward.max_failed, (report.error if report else "") or why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from math import comb
 from rlhf.config import EvaluationConfig, RunConfig, VerifierRewardConfig
 from rlhf.monitor.metrics import Recorder, mean
 from rlhf.rewards import rewarded
-from rlhf.types import Prompt, Reward, RewardReport, Rollouts, Sampler, Task
+from rlhf.types import Prompt, Reward, RewardReport, Rollouts, Sampler, Task, gold_scores
 
 SEED_OFFSET = 1_000_003  # evaluation draws from seeds that training does not use
 
@@ -57,11 +57,6 @@ def temperature_of(config: RunConfig | EvaluationConfig) -> float:
     """That of the sampled answers."""
     given = config.evaluate.temperature
     return config.rollout.temperature if given is None else given
-
-
-def gold_scores(task: Task, rollouts: Rollouts) -> list[float | None]:
-    """The task's own score of each answer [B]; None where the data hold no reference."""
-    return [task.score(prompt, text) for prompt, text in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
 
 
 def right(gold: Sequence[float | None]) -> list[float | None]:

@@ -93,6 +93,7 @@ class Told:
     score: float | None = None  # the environment's reward
     failed: str = ""  # the class of failure that has ended it; then there is no reward
     counts: dict[str, float] = field(default_factory=dict)  # of calls of tools, ...
+    why: str = ""  # it has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,10 @@ class Episode(Protocol):
 
 
 class Environment(Protocol):
-    """What makes episodes."""
+    """What makes episodes; to be used as a context."""
+
+    def __enter__(self) -> Environment: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     @property
     def turns(self) -> int:
@@ -198,6 +202,10 @@ class Environment(Protocol):
         """Deadline of each call; None: calls tell at once what came of them."""
 
     @property
+    def scores(self) -> bool:
+        """Whether episodes tell a score, which is then the task's own."""
+
+    @property
     def opens(self) -> bool:
         """Whether it says something before the first answer."""
 
@@ -217,6 +225,13 @@ class Task(Protocol):
 
     def score(self, prompt: Prompt, answer: str) -> float | None:
         """The task's own (gold) reward in [0, 1] of the (last) answer; None where the data holds no reference."""
+
+
+def gold_scores(task: Task, rollouts: Rollouts) -> list[float | None]:
+    """The task's own score of each sample [B], its environment's where that tells one; None where there is none."""
+    if task.environment is not None and task.environment.scores:
+        return [told.score for told in rollouts.episodes]
+    return [task.score(prompt, text) for prompt, text in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
 
 
 class Amounts(Protocol):

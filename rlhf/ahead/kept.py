@@ -48,7 +48,7 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
-        "episodes": [[e.said, e.score, e.failed, e.counts] for e in rollouts.episodes],
+        "episodes": [[e.said, e.score, e.failed, e.counts, e.why] for e in rollouts.episodes],
         "rewards": rewards,
     }
 

@@ -20,6 +20,7 @@ from rlhf.assembly.warm_up import warm_up
 from rlhf.checkpoint.keeper import FOLDER, Keeper
 from rlhf.checkpoint.state import State
 from rlhf.checkpoint.store import Store
+from rlhf.compose import choice
 from rlhf.config import VllmRolloutConfig
 from rlhf.episodes.loop import conversing
 from rlhf.gather import Gather
@@ -41,6 +42,8 @@ from rlhf.rollout.launch import Workers
 from rlhf.rollout.scaling import Hooks, Scaled, Scaling
 from rlhf.rollout.spec_of_run import JOURNALS, worker_spec
 from rlhf.rollout.vllm_transfer import for_vllm
+from rlhf.tasks.tokenised import tried
+from rlhf.types import Environment, Task
 from transfer import Sender, Transfer, make_transfer
 from transfer.agreement.journal import Journal
 from transfer.config import LocalConfig
@@ -52,7 +55,7 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     `meanwhile` is done while workers start, when there is nothing else to do.
     """
     config, task, tokenizer, policy = site.config, matter.task, matter.tokenizer, matter.policy
-    ranks, environment = site.ranks, task.environment
+    ranks, environment = site.ranks, _environment(site, task, stack)
     journal = stack.enter_context(closing(Journal(site.folder / JOURNALS / "trainer.jsonl" if ranks.first else None)))
     transfer = stack.enter_context(
         make_transfer(config.transfer, site.folder, config.rollout.in_flight, journal, ranks)
@@ -95,6 +98,14 @@ def built(site: Site, matter: Matter, stack: ExitStack, meanwhile: Callable[[], 
     )
     _let_change(site, workers, transfer, gather, _when_changed(site, matter, client.recover, probe, record), stack)
     return Parts(task, own, gather, measure, transfer, probe, record, keeper, version)
+
+
+def _environment(site: Site, task: Task, stack: ExitStack) -> Environment | None:
+    """What answers the policy, if anything does: it is tried on one row, and closed with the stack."""
+    environment = task.environment
+    if environment is not None and site.ranks.first:
+        tried(stack.enter_context(environment), task.train[0], f"task={choice(site.config.task)}")
+    return environment
 
 
 def _writes_nothing(folder: Path) -> None:

@@ -57,6 +57,8 @@ def evaluate_policy(config: EvaluationConfig, folder: Path, seen: Seen | None = 
         transfer.push(policy.state_dict())
         client = RolloutClient(senders, tokenizer, config.rollout, transfer.recover, wanted_of(config, policy))
         cut = config.evaluate.cut(config.rollout.cut)
+        if task.environment is not None:
+            stack.enter_context(task.environment)
         numbers = scored(task, conversing(client.cut(cut), task.environment), config)
     written = {**_about(config), **numbers, "seconds": time.monotonic() - start}
     _print(numbers, written)

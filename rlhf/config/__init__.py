@@ -48,6 +48,7 @@ from rlhf.config.run import (
 from rlhf.config.task import (
     ArithmeticTaskConfig,
     EnvironmentConfig,
+    EnvironmentTaskConfig,
     FileTaskConfig,
     GuessTaskConfig,
     HfTaskConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "Cut",
     "Device",
     "EnvironmentConfig",
+    "EnvironmentTaskConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "FileTaskConfig",

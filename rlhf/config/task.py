@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from rlhf.config.rules import at_least, in_range
 from transfer.agreement.shown import shown
+from transfer.config import positive
 
 
 @dataclass(slots=True, kw_only=True)
@@ -201,3 +202,45 @@ class HfTaskConfig(FileTaskConfig):
     split: str | None = None  # also a part of one: train[:1000]; null: `train`, or the only one
     name: str | None = None  # of those that a data set has several of: main, socratic
     held_out_split: str | None = None  # held-out rows of their own, of `held_out_path` or else of `path`
+
+
+@dataclass(slots=True, kw_only=True)
+class EnvironmentTaskConfig(HfTaskConfig):
+    """Conversations with an instance of a user's class a row, whose methods are tools, or that has reset and step."""
+
+    path: str = ""  # a file or a data set, as task=jsonl or task=hf reads it; "": the class has rows()
+    factory: str | None = None  # the class, as package.module:Class
+    tools: list[str] = field(default_factory=list)  # functions that are tools without state, as package.module:name
+    turns: int = 4  # answers of the policy, at most
+    concurrency: int = 256  # episodes at once
+    processes: int = 1  # that hold the instances
+    timeout_s: float = 60.0  # deadline of each call of the environment, or of all that an answer calls, seconds
+    reply_tokens: int = 256  # of what the environment says to an answer; what is longer is cut
+    budget: int | None = None  # tokens of a row's answers and replies, after which there is no further answer
+    show_tools: bool = True  # to the policy, by its chat template; false: it knows them from elsewhere
+    tool_format: str | None = None  # the family that writes calls as the model does; null: by its tokenizer
+    keeps_thoughts: bool = False  # the policy sees what it has thought, also where its template would leave that out
+
+    def __post_init__(self) -> None:
+        HfTaskConfig.__post_init__(self)
+        for key in ("turns", "concurrency", "processes", "reply_tokens"):
+            at_least(f"task.{key}", getattr(self, key), 1)
+        positive("task.timeout_s", self.timeout_s)
+        if self.budget is not None:
+            at_least("task.budget", self.budget, 1)
+        if self.environment is not None:
+            raise ValueError("task=environment is a conversation already: leave out task/environment")
+        for key, named in (("factory", self.factory), *(("tools", each) for each in self.tools)):
+            if named is not None and not all(named.partition(":")[::2]):
+                raise ValueError(f"task.{key} must be like package.module:name (got {named!r})")
+        if self.factory is None and not self.tools:
+            raise ValueError(
+                "task=environment needs task.factory=package.module:Class, or task.tools=[module:function]"
+            )
+        if self.factory is None and not self.path:
+            raise ValueError("task.tools has no rows of its own: set task.path to a file of prompts")
+
+    @property
+    def most_answers(self) -> int:
+        """Answers of one row, at most."""
+        return self.turns

@@ -13,6 +13,7 @@ from rlhf.environments.dialogue import Dialogue, Message
 from rlhf.environments.factory import Factory
 from rlhf.environments.hosts import Hosts, Outcome, Seat
 from rlhf.models.encoding import beginning, begun
+from rlhf.models.tool_calls import ToolFormat
 from rlhf.types import GARBAGE, Completion, Prompt, Said, Then, Tokenizer
 
 TRIAL_S = 10.0  # beyond a call's deadline, for what is tried before anything is trained
@@ -25,10 +26,12 @@ class Site:
     config: EnvironmentTaskConfig
     factory: Factory
     tokenizer: Tokenizer
+    tool_format: ToolFormat | None = None  # None: it is played
+    schemas: list[dict[str, Any]] = field(default_factory=list)  # of its tools
     hosts: Hosts = field(init=False)
 
     def __post_init__(self) -> None:
-        named = self.config.factory, self.config.tools
+        named = self.config.factory, tuple(self.config.tools)
         self.hosts = Hosts(named, self.config.processes, self.config.concurrency)
 
     def said(self, text: str, prompt: Prompt) -> list[int]:
@@ -156,6 +159,7 @@ class ClassEnvironment:
     def __init__(self, site: Site, episode: type[ClassEpisode], longest_reply: int) -> None:
         self._site, self._episode = site, episode
         self.longest_reply = longest_reply
+        self.scores = site.factory.plays or site.factory.has("get_reward")
 
     def __enter__(self) -> ClassEnvironment:
         self._site.hosts.__enter__()

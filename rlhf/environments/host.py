@@ -77,10 +77,10 @@ def serve(descriptor: int) -> None:
     named, sys.path[:], calls, parent = pipe.recv()
     if os.getppid() != parent:
         return
-    from rlhf.plugins.part import imported
+    from rlhf.environments.factory import instance_maker
 
     try:
-        make = imported(named)
+        make = instance_maker(*named)
     except BaseException as error:
         pipe.send_bytes(json.dumps([0, told_of(error), None]).encode())
         return

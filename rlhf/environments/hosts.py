@@ -35,14 +35,15 @@ class Outcome:
 
 
 Heard = Callable[[Outcome], None]
+Named = tuple[str | None, tuple[str, ...]]  # a class, and functions beside its methods, as package.module:name
 
 
 class Process:
     """One process; calls are told of in a thread of its own."""
 
-    def __init__(self, named: str, calls: int) -> None:
+    def __init__(self, named: Named, calls: int) -> None:
         """ValueError if the user's module cannot be imported there, or not in time."""
-        self._guard = threading.Lock()
+        self._guard, self._sending = threading.Lock(), threading.Lock()
         self._numbers = itertools.count(1)
         self._asked: dict[int, Heard] = {}
         self.rows = 0
@@ -63,16 +64,16 @@ class Process:
             raise
         threading.Thread(target=self._hear, args=(self._pipe,), name="environments", daemon=True).start()
 
-    def _begin(self, named: str, calls: int) -> None:
+    def _begin(self, named: Named, calls: int) -> None:
         try:
             self._pipe.send((named, sys.path, calls, os.getpid()))
             _, error, _ = json.loads(self._pipe.recv_bytes()) if self._pipe.poll(START_S) else (0, "", None)
         except (EOFError, OSError):
             error = "its process has ended"
         if error == "":
-            raise ValueError(f"{named}: its module has not been imported within {START_S:g} s")
+            raise ValueError(f"{_shown(named)}: its module has not been imported within {START_S:g} s")
         if error is not None:
-            raise ValueError(f"{named} cannot be had in a process of its own: {error}")
+            raise ValueError(f"{_shown(named)} cannot be had in a process of its own: {error}")
 
     def ask(self, row: int, verb: str, name: str, arguments: dict[str, Any], heard: Heard) -> None:
         """Ask for one thing; `heard` is told, from another thread or at once."""
@@ -85,7 +86,8 @@ class Process:
             heard(Outcome(failed=DIED, why=self._ended()))
             return
         try:
-            self._pipe.send((number, row, verb, name, arguments))
+            with self._sending:
+                self._pipe.send((number, row, verb, name, arguments))
         except OSError:
             self._lost()
         except Exception as error:  # what cannot be pickled
@@ -175,7 +177,7 @@ class Seat:
 class Hosts:
     """Up to `count` processes, each with many rows; a context that ends them all."""
 
-    named: str  # package.module:name of what makes an instance
+    named: Named
     count: int
     calls: int  # that run at the same time in a process
     _processes: list[Process] = field(default_factory=list)
@@ -230,3 +232,7 @@ class Hosts:
 
 def _nothing(outcome: Outcome) -> None:
     """What became of an instance that was dropped is nobody's business."""
+
+
+def _shown(named: Named) -> str:
+    return ", ".join(filter(None, (named[0], *named[1])))

@@ -12,7 +12,6 @@ from typing import Any
 from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.environment import ClassEpisode, Site, as_tool_messages
 from rlhf.environments.hosts import Outcome
-from rlhf.models.tool_calls import ToolFormat
 from rlhf.types import RAISED, Completion, Prompt, Said, Then
 
 CALLS, FAILURES = "tools/calls", "tools/failures"
@@ -24,12 +23,13 @@ class ToolEpisode(ClassEpisode):
 
     def __init__(self, site: Site, prompt: Prompt) -> None:
         super().__init__(site, prompt)
-        self._format = ToolFormat.of(site.tokenizer, site.config.tool_format)
+        self._format = site.tool_format
 
     def hear(self, answer: Completion, text: str, then: Then) -> None:
         """Make the calls of the answer, one after the other."""
+        assert self._format is not None, "it has tools"
         said = self.site.tokenizer.batch_decode([answer.ids.tolist()[:-1]], skip_special_tokens=False)[0]
-        parsed = self._format.parse(said, self.prompt.given.get("tools", ()))
+        parsed = self._format.parse(said, self.site.schemas)
         calls: list[Any] = list(parsed.message.get("tool_calls") or ())
         if not calls and not parsed.errors:
             self.end(then)

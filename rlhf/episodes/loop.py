@@ -233,7 +233,7 @@ def _rollouts(prompts: list[Prompt], rows: Sequence[Row], seeds: list[int], n: i
         [row.text for row in rows],
         seeds,
         n,
-        [Told(row.said or [""], row.score, row.failed, dict(row.counts)) for row in rows],
+        [Told(row.said or [""], row.score, row.failed, dict(row.counts), row.why) for row in rows],
     )
 
 

@@ -20,7 +20,7 @@ from rlhf.monitor.profiler import Profiler
 from rlhf.monitor.progress import Stage
 from rlhf.reports.lanes import TRAINER
 from rlhf.shell.ending import RunError
-from rlhf.types import TRUNCATED, RewardReport, Rollouts, Task
+from rlhf.types import TRUNCATED, RewardReport, Rollouts, Task, Told, gold_scores
 from transfer import Transfer
 from transfer.agreement.journal import Journal
 
@@ -39,6 +39,16 @@ def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are there; None of nothing."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
+
+
+def of_episodes(episodes: Sequence[Told]) -> dict[str, float]:
+    """What is counted of a step's episodes: calls of tools, ..., and those that have failed, by class."""
+    found: dict[str, float] = {}
+    for told in episodes:
+        failed = {f"environment/{told.failed}": 1.0} if told.failed else {}
+        for name, count in (told.counts | failed).items():
+            found[name] = found.get(name, 0.0) + count
+    return found
 
 
 def zero_std(rewards_B: Sequence[float | None], samples_per_prompt: int) -> float | None:
@@ -153,7 +163,7 @@ class Recorder:
         """One training step is done."""
         gold_B = list(rewards_B)
         if not self.verified:
-            gold_B = [task.score(p, t) for p, t in zip(rollouts.prompts_B, rollouts.texts, strict=True)]
+            gold_B = gold_scores(task, rollouts)
         rows = len(rollouts.texts)
         metrics: dict[str, float | None] = {
             "train/reward": mean(rewards_B),
@@ -163,6 +173,7 @@ class Recorder:
             "train/truncated": sum(c.finish_reason == TRUNCATED for c in rollouts.completions) / rows,
             "train/zero_std": zero_std(rewards_B, rollouts.samples_per_prompt),
             "train/turns": mean([(len(said) + 1) / 2 for said in rollouts.conversations]),
+            **of_episodes(rollouts.episodes),
             "rollout/version": float(rollouts.version),
             **self.lag,
             **self.workers,

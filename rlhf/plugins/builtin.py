@@ -6,6 +6,7 @@ from rlhf.config import (
     AdamWConfig,
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
+    EnvironmentTaskConfig,
     FunctionRewardConfig,
     GuessTaskConfig,
     HfTaskConfig,
@@ -43,6 +44,7 @@ PARTS = (
     Part("task", "guess", GuessTaskConfig, f"{TASKS}.guess:guess_task"),
     Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.files:jsonl_task"),
     Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
+    Part("task", "environment", EnvironmentTaskConfig, f"{TASKS}.staged:environment_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
     Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it

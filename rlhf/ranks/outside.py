@@ -23,7 +23,7 @@ def told(rollouts: Rollouts) -> dict[str, Any]:
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
-        "episodes": [[e.said, e.score, e.failed, e.counts] for e in rollouts.episodes],
+        "episodes": [[e.said, e.score, e.failed, e.counts, e.why] for e in rollouts.episodes],
     }
 
 

@@ -18,19 +18,27 @@ class Samples:
     prompts: Sequence[Prompt]
     answers: Sequence[str]
     ids: Sequence[list[int]] | None = None
+    scores: Sequence[float | None] | None = None  # that their environments have told
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> Samples:
         """A step's; of a conversation, its last answer."""
-        return cls(rollouts.prompts_B, rollouts.texts, [_last_answer(row) for row in rollouts.completions])
+        ids = [_last_answer(row) for row in rollouts.completions]
+        return cls(rollouts.prompts_B, rollouts.texts, ids, [told.score for told in rollouts.episodes] or None)
+
+    def part(self, places: Sequence[int]) -> Samples:
+        """Those at these places."""
+        prompts, answers = [self.prompts[place] for place in places], [self.answers[place] for place in places]
+        others = [None if given is None else [given[place] for place in places] for given in (self.ids, self.scores)]
+        return Samples(prompts, answers, *others)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def each(self) -> Iterator[Samples]:
         """One sample after the other."""
-        for place, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
-            yield Samples([prompt], [answer], None if self.ids is None else [self.ids[place]])
+        for place in range(len(self)):
+            yield self.part([place])
 
 
 def begun(reward: Reward, samples: Samples) -> Callable[[], Rewards]:
@@ -40,8 +48,16 @@ def begun(reward: Reward, samples: Samples) -> Callable[[], Rewards]:
 
 
 def rewarded(reward: Reward, rollouts: Rollouts) -> Rewards:
-    """The rewards of a step's samples [B]."""
-    return begun(reward, Samples.of(rollouts))()
+    """The rewards of a step's samples [B]; None where the environment has failed: no reward is asked about those."""
+    samples, failed = Samples.of(rollouts), [bool(told.failed) for told in rollouts.episodes]
+    if not any(failed):
+        return begun(reward, samples)()
+    played = [place for place, fell in enumerate(failed) if not fell]
+    rewards: Rewards = [None] * len(samples)
+    if played:
+        for place, given in zip(played, begun(reward, samples.part(played))(), strict=True):
+            rewards[place] = given
+    return rewards
 
 
 def _last_answer(row: Completion) -> list[int]:

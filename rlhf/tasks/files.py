@@ -20,10 +20,7 @@ from rlhf.tasks.source import Source, reading
 
 def jsonl_task(config: JsonlTaskConfig, seed: int) -> RawTask:
     """Read the file; ValueError with file, line numbers and reasons if any line is bad."""
-    sources = [Source(config.path, "task.path", json_records(config.path))]
-    if (path := config.held_out_path) is not None:
-        sources.append(Source(path, "task.held_out_path", json_records(path, "task.held_out_path")))
-    return _task(config, seed, *sources)
+    return task_of(config, seed, *json_sources(config))
 
 
 def hf_task(config: HfTaskConfig, seed: int) -> RawTask:
@@ -32,17 +29,25 @@ def hf_task(config: HfTaskConfig, seed: int) -> RawTask:
 
     with reading(config.path):
         sources = sources_of(config)
-    return _task(config, seed, *sources)
+    return task_of(config, seed, *sources)
 
 
-def _task(config: FileTaskConfig, seed: int, source: Source, own: Source | None = None) -> RawTask:
+def json_sources(config: FileTaskConfig) -> list[Source]:
+    """The rows of the file, and of that of held-out rows, if there is one."""
+    sources = [Source(config.path, "task.path", json_records(config.path))]
+    if (path := config.held_out_path) is not None:
+        sources.append(Source(path, "task.held_out_path", json_records(path, "task.held_out_path")))
+    return sources
+
+
+def task_of(config: FileTaskConfig, seed: int, source: Source, own: Source | None = None) -> RawTask:
     """The task of these rows, of which some are held out, or those of `own`."""
     if taken := set(TEMPLATE_OWN) & set(config.template):
         raise ValueError(f"task.template must not have {', '.join(sorted(taken))}: the harness gives that itself")
     groups, notes = _grouped(config, source)
     train, held_out = _split(config, seed, groups) if own is None else _apart(config, seed, groups, own, notes)
     gold = verifier(config, [*train, *held_out], source.key)
-    return RawTask(train, held_out, gold, None, notes, config.longest_prompt, config.template)
+    return RawTask(train, held_out, gold, notes=notes, longest_prompt=config.longest_prompt, template=config.template)
 
 
 ENOUGH = 1000  # rows that are bad before any is good

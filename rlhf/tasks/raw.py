@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.config.task import EnvironmentTaskConfig
+from rlhf.environments.factory import Factory
 from rlhf.tasks.chat import Message
 
 Answer = str | Message  # a text, or an assistant's message with more than that, which the chat template renders
@@ -74,6 +77,14 @@ class Replies:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """A user's class, of which each row gets an instance."""
+
+    config: EnvironmentTaskConfig
+    factory: Factory
+
+
+@dataclass(frozen=True, slots=True)
 class RawTask:
     """A task before there is a tokenizer."""
 
@@ -82,6 +93,7 @@ class RawTask:
     gold: Gold
     replies: Replies | None = None  # None: one answer a prompt
     notes: Sequence[str] = ()  # what a user should know of the data, a line each
+    stage: Stage | None = None  # an environment of a user's class
     longest_prompt: int | None = None  # tokens: rows with a longer one are left out
     template: Mapping[str, Any] = field(
         default_factory=dict
@@ -113,9 +125,10 @@ class RawTask:
 
     def tags(self) -> list[str]:
         """What messages are marked with, sorted: roles, and keys of messages and of what their template is given."""
-        return sorted({tag for row in self._rows for tag in row.tags()})
+        tools = ("tools", "tool_calls", "tool") if self.stage is not None and not self.stage.factory.plays else ()
+        return sorted({tag for row in self._rows for tag in row.tags()}.union(tools))
 
     def characters(self) -> list[str]:
         """Every character of the task's texts, sorted."""
-        said = self.replies.characters if self.replies is not None else ""
+        said = self.replies.characters if self.replies is not None else "" if self.stage is None else string.printable
         return sorted(set(said).union(*(text for row in self._rows for text in row.texts())))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from rlhf.environments.make import environment_of
 from rlhf.models.encoding import beginning, begun
 from rlhf.tasks.chat import Chat, Message, dated
 from rlhf.tasks.json_lines import counted, report
 from rlhf.tasks.raw import Answer, Gold, RawTask, Replies, Row
-from rlhf.types import MAX_EPISODES, Completion, Environment, Pair, Prompt, Said, Task, Then, Tokenizer
+from rlhf.types import MAX_EPISODES, TIMED_OUT, Completion, Environment, Pair, Prompt, Said, Task, Then, Tokenizer
 from transfer.agreement.shown import shown
 
 
@@ -42,8 +44,15 @@ class TokenisedReplies:
     concurrency: int = MAX_EPISODES
     budget: int | None = None
     timeout_s: float | None = None
+    scores: bool = False
     opens: bool = False
     asked: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> TokenisedReplies:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is held."""
 
     @property
     def turns(self) -> int:
@@ -95,12 +104,36 @@ class RepliesEpisode:
         """Nothing is held."""
 
 
+def tried(environment: Environment, prompt: Prompt, chosen: str) -> None:
+    """ValueError unless an episode with this prompt can begin; `chosen`: what has made the environment."""
+    if not environment.opens:
+        return
+    heard, episode = queue.SimpleQueue[Said](), environment.episode(prompt)
+    try:
+        episode.begin(heard.put)
+        said = heard.get(timeout=environment.timeout_s)
+    except queue.Empty:
+        said = Said(failed=TIMED_OUT, why=f"no answer within {environment.timeout_s:g} s (task.timeout_s)")
+    finally:
+        episode.close()
+    if said.failed:
+        raise ValueError(f"{chosen} fails on the first row, before anything is trained: {said.failed}: {said.why}")
+
+
+def _environment(raw: RawTask, tokenizer: Tokenizer) -> Environment | None:
+    """What answers the policy, if anything does."""
+    if raw.stage is not None:
+        return environment_of(raw.stage.config, raw.stage.factory, tokenizer, raw.conversational)
+    return None if raw.replies is None else TokenisedReplies(raw.replies, tokenizer)
+
+
 def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None) -> Task:
     """Render conversations with the tokenizer's chat template, and tokenise prompts as it does itself.
 
     A template that asks for the date is told that of `moment`; None: today's. ValueError with all rows of which no
     prompt or no answer can be made.
     """
+    raw = _with_tools(raw)
     maker = _Maker(tokenizer, Chat(tokenizer) if raw.conversational else None)
     with dated(tokenizer, moment if raw.conversational else None):
         rows = maker.all([*raw.train, *raw.held_out])
@@ -114,9 +147,20 @@ def make_task(raw: RawTask, tokenizer: Tokenizer, moment: datetime | None = None
         demonstrations=[demonstration for row in train for demonstration in row.demonstrations],
         preferences=[row.preference for row in train if row.preference is not None],
         gold=raw.gold,
-        environment=TokenisedReplies(raw.replies, tokenizer) if raw.replies is not None else None,
+        environment=_environment(raw, tokenizer),
         notes=[*raw.notes, *_unnamed(raw, tokenizer), *maker.notes(), *longest],
     )
+
+
+def _with_tools(raw: RawTask) -> RawTask:
+    """The rows, each of which is given the tools of the stage, if the policy is to be shown them."""
+    if raw.stage is None or raw.stage.factory.plays or not raw.stage.config.show_tools:
+        return raw
+    tools = raw.stage.factory.schemas()
+    train, held_out = (
+        [replace(row, given={**row.given, "tools": tools}) for row in rows] for rows in (raw.train, raw.held_out)
+    )
+    return replace(raw, train=train, held_out=held_out)
 
 
 def _short(

@@ -7,11 +7,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rlhf.rollout.turns import Conversations
 
 from rlhf.config import HfRolloutConfig
 from rlhf.rollout.client import RolloutClient, Wanted
 from rlhf.rollout.stop_texts import completing_tokens, cut_at
-from rlhf.rollout.turns import Conversations
 from rlhf.rollout.worker import Worker
 from rlhf.run import run
 from rlhf.types import Completion, Prompt
