@@ -26,8 +26,20 @@ from rlhf.gateway.session import Bounds, Session, Sessions, Terms
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import seed_of
 from rlhf.shell.ending import RunError
-from rlhf.types import DIED, FINISHED, GARBAGE, IDS, SAMPLED, TIMED_OUT, VERSIONS, Completion, Prompt, Rollouts, Told
-from rlhf.types import Tokenizer
+from rlhf.types import (
+    DIED,
+    FINISHED,
+    GARBAGE,
+    IDS,
+    SAMPLED,
+    TIMED_OUT,
+    VERSIONS,
+    Completion,
+    Prompt,
+    Rollouts,
+    Tokenizer,
+    Told,
+)
 
 LOOK_S = 0.5  # until the step looks again at deadlines: signals get through
 GRACE_S = 10.0  # to end, for a program that has told its reward
@@ -54,7 +66,8 @@ class Row:
         sequences = self.session.turns.sequences()
         said = sequences[0].said if sequences else [""]
         score = None if self.failed else self.session.reward
-        return Told(said, score, self.failed, {name: float(count) for name, count in self.session.counts.items()})
+        counts = {name: float(count) for name, count in self.session.counts.items()}
+        return Told(said, score, self.failed, counts, self.why)
 
     def completion(self, version: int, end: int) -> Completion:
         """What is learned from; of a row without an answer a token `end` of that version, with mask 0."""

@@ -9,16 +9,18 @@ from functools import partial
 from pathlib import Path
 
 from rlhf.config.task import AgentTaskConfig
-from rlhf.tasks.files import jsonl_task
+from rlhf.tasks.files import task_of
 from rlhf.tasks.raw import RawTask
+from rlhf.tasks.staged import sources_at, unplayed
 from rlhf.types import Environment, Tokenizer
 from transfer.agreement.shown import shown
 
 
 def agent_task(config: AgentTaskConfig, seed: int) -> RawTask:
-    """Read the rows; ValueError with file, line numbers and reasons if any line is bad, or where there is no program."""
+    """Read the rows; ValueError lists those that are bad, or says that there is no such program."""
     check_command(config.command)
-    return replace(jsonl_task(config, seed), surroundings=partial(_environment, config))
+    raw = task_of(config, seed, *sources_at(config))
+    return replace(raw, gold=unplayed, surroundings=partial(_environment, config))
 
 
 def check_command(command: str) -> None:

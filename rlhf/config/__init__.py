@@ -46,6 +46,7 @@ from rlhf.config.run import (
     needs_logprobs,
 )
 from rlhf.config.task import (
+    AgentTaskConfig,
     ArithmeticTaskConfig,
     EnvironmentConfig,
     EnvironmentTaskConfig,
@@ -63,6 +64,7 @@ from rlhf.config.transfer_rules import check_transfer
 
 __all__ = [
     "AdamWConfig",
+    "AgentTaskConfig",
     "AlarmsConfig",
     "ArithmeticTaskConfig",
     "CheckpointConfig",
