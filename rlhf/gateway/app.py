@@ -98,7 +98,7 @@ class App:
 
 async def _there(future: asyncio.Future[Any], receive: Receive) -> bool:
     """Wait for it; False if the client has gone before."""
-    gone = asyncio.ensure_future(receive())
+    gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait([future, gone], return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -107,6 +107,11 @@ async def _there(future: asyncio.Future[Any], receive: Receive) -> bool:
         return True
     future.cancel()
     return False
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":  # a body's end may come twice
+        pass
 
 
 def _read(body: bytearray) -> dict[str, Any]:

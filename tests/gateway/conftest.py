@@ -1,61 +1,35 @@
-"""A policy of random weights that talks in characters, behind the endpoint."""
+"""The endpoint before a policy of random weights, or before one that says what a test has it say."""
 
 from __future__ import annotations
 
-import string
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
-import torch
+from talking import client_of, talking_policy, talking_tokenizer
 
-from rlhf.config import HfRolloutConfig, TinyModelConfig
 from rlhf.gateway.calls import Calls, Limits
 from rlhf.gateway.sampling import Sampling
 from rlhf.gateway.server import serving
 from rlhf.gateway.session import Bounds, Sessions, Terms
-from rlhf.models.policy import make_policy
-from rlhf.models.tokenizer import make_tokenizer
-from rlhf.rollout.client import RolloutClient, Wanted
-from rlhf.rollout.worker import Worker
 from rlhf.types import Completion
-from transfer import make_transfer
-from transfer.config import LocalConfig
-from transfer.trainer.senders.direct import DirectSender
-
-MODEL = TinyModelConfig(hidden=16, layers=1, heads=2, context=512)
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return make_tokenizer(MODEL, string.printable, chat=True, tags=["tools", "tool_calls", "tool"])
+    return talking_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def policy(tokenizer):
-    torch.set_num_threads(1)
-    model = make_policy(MODEL, tokenizer, seed=0)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(8)  # far from uniform,
-        model.lm_head.weight[tokenizer.eos_token_id].mul_(4)  # and sometimes at an end
-    return model.eval()
+    return talking_policy(tokenizer)
 
 
 @pytest.fixture
 def client(policy, tokenizer, tmp_path):
-    """Of one worker in this process."""
-    with make_transfer(LocalConfig(), tmp_path) as transfer:
-        senders = [DirectSender(Worker.around(policy, transfer.endpoint), "worker 0")]
-        transfer.open(policy.state_dict(keep_vars=True), senders)
-        transfer.push(policy.state_dict())
-        config = HfRolloutConfig(max_new_tokens=12, temperature=0.7)
-        yield RolloutClient(senders, tokenizer, config, wanted=wanted_of_policy(policy))
-
-
-def wanted_of_policy(policy):
-    shape = policy.config.get_text_config()
-    return Wanted(True, shape.vocab_size, shape.max_position_embeddings)
+    with client_of(policy, tokenizer, tmp_path) as made:
+        yield made
 
 
 FREE = Bounds()
