@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rlhf.ahead import kept
+from rlhf.ahead.shares import Shares, Unit
 from rlhf.ahead.slots import Slot, Slots
 from rlhf.ahead.stream import Stream
 from rlhf.ahead.together import Together
@@ -39,8 +40,10 @@ LOOK_S = 1.0  # until whoever waits looks again: signals get through
 class Seeded(Protocol):
     """What samples at one worker."""
 
-    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
-        """Draw n answers a prompt, each prompt with a seed of its own."""
+    def sample_seeded(
+        self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float, firsts: Sequence[int] | None
+    ) -> Rollouts:
+        """Draw n answers a prompt, each prompt with a seed of its own, from its sample number `firsts` on; None: 0."""
 
 
 class Workers(Protocol):
@@ -85,7 +88,7 @@ class Request:
 
     sender: Sender
     desk: Desk
-    slots: Sequence[Slot]
+    units: Sequence[Unit]
     recoveries: int  # of the worker, when it was asked
     pushes: int
 
@@ -118,6 +121,8 @@ class Free:
         self._workers, self._sampler_of = workers, sampler_of
         self._stream, self._slots = stream, slots
         self._rewarded = Together(gather.rewarded)
+        spread = len(workers.senders) if gather.config.rollout.ahead.spread else 1
+        self._shares = Shares.of(gather.config.samples_per_prompt, spread)
         self._changed = threading.Condition()  # guards all below, and the slots
         self._desks: dict[Sender, Desk] = {}
         self._pushes = self._requests = 0
@@ -231,16 +236,18 @@ class Free:
         load = Load.of(self._gather.config, len(senders))
         desks = {sender: self._desks.setdefault(sender, Desk()) for sender in senders}
         there = [sender for sender, desk in desks.items() if desk.lost is None]
-        while there and not self._rests and (slots := list(islice(self._slots.waiting(), load.prompts))):
+        while there and not self._rests:
+            units = list(islice(self._shares.waiting(self._slots.waiting()), load.prompts))
+            if not units:
+                return
             sender = min(there, key=lambda each: (desks[each].requests, desks[each].last))
             desk = desks[sender]
             if desk.requests == load.requests:
                 return
-            for slot in slots:
-                slot.asked = True
+            self._shares.ask(units)
             self._requests += 1
             desk.requests, desk.last = desk.requests + 1, self._requests
-            request = Request(sender, desk, slots, self._workers.recoveries(sender), self._pushes)
+            request = Request(sender, desk, units, self._workers.recoveries(sender), self._pushes)
             self._start(request)
 
     @property
@@ -256,18 +263,17 @@ class Free:
             self._failed(request, RunError(f"{why} rollout.ahead.lag or prompts_per_step"))
 
     def _failed(self, request: Request, error: BaseException) -> None:
-        for slot in request.slots:
-            slot.asked = False
+        self._shares.give_back(request.units)
         desk = request.desk
         if not isinstance(error, RemoteError):
             self._error = self._error or error
         elif desk.lost is None and request.recoveries == self._workers.recoveries(request.sender):
             desk.lost, desk.recoveries, desk.pushes = error, request.recoveries, request.pushes
 
-    def _drawn(self, request: Request, scored: Scored, report: RewardReport | None) -> None:
+    def _drawn(self, slots: Sequence[Slot], scored: Scored, report: RewardReport | None) -> None:
         since, kept = self._since, list[Slot]()
-        since.tokens += scored[0].tokens
-        for slot, group in zip(request.slots, groups_of(scored), strict=True):
+        for slot, group in zip(slots, groups_of(scored), strict=True):
+            slot.shares = {}
             slot.group = group
             if self._gather.config.rl.dynamic_sampling and not group.has_signal:
                 self._slots.leave_out(slot)
@@ -291,11 +297,15 @@ class Free:
             with self._changed:
                 request.desk.requests -= 1
                 sampling = False
+                self._since.tokens += rollouts.tokens
+                whole = self._shares.came(request.units, groups_of((rollouts, [None] * len(rollouts.texts))))
                 self._feed()
                 self._changed.notify_all()
-            rewards, report = self._rewarded(rollouts)
-            with self._changed:
-                self._drawn(request, (rollouts, list(rewards)), report)
+            if whole:
+                rollouts, _ = joined([group for _, group in whole])
+                rewards, report = self._rewarded(rollouts)
+                with self._changed:
+                    self._drawn([slot for slot, _ in whole], (rollouts, list(rewards)), report)
         except BaseException as error:  # the trainer's thread raises it, or brings the worker back
             with self._changed:
                 request.desk.requests -= sampling
@@ -307,7 +317,8 @@ class Free:
     def _sampled(self, request: Request) -> Rollouts:
         config = self._gather.config
         with self._changed:
-            asked = [self._stream[slot.index] for slot in request.slots]
+            asked = [self._stream[slot.index] for slot, _ in request.units]
         sampler = self._sampler_of(request.sender)
         prompts, seeds = [prompt for prompt, _ in asked], [seed for _, seed in asked]
-        return sampler.sample_seeded(prompts, seeds, config.samples_per_prompt, config.rollout.temperature)
+        firsts = [first for _, first in request.units]
+        return sampler.sample_seeded(prompts, seeds, self._shares.rows, config.rollout.temperature, firsts)

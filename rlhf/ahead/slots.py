@@ -26,7 +26,8 @@ class Slot:
     """A prompt that is admitted and not released."""
 
     index: int  # in the stream of prompts
-    asked: bool = False  # a worker is drawing its group
+    asked: bool = False  # workers are drawing all of its group
+    shares: dict[int, Group | None] = field(default_factory=dict)  # that are asked for, by their first sample
     group: Group | None = None  # once it is whole
     report: RewardReport | None = None  # what the reward noted of it, and of the groups that were rewarded with it
 
@@ -58,7 +59,7 @@ class Slots:
                 completions = slot.group.completions
                 oldest = min(min(each.versions) for each in completions)
                 if version + place // self.size - oldest > self.lag or len(completions) != samples:
-                    slot.asked, slot.group, slot.report = False, None, None
+                    slot.asked, slot.group, slot.report, slot.shares = False, None, None, {}
 
     def waiting(self) -> Iterator[Slot]:
         """Those that nobody draws yet; not of more than may have a slot, as a run that goes on may find."""

@@ -45,6 +45,7 @@ class AheadConfig:
 
     lag: int = 0  # 0: a step's samples are drawn when it begins; 1: while the step before is learned from; 2, ...: free
     order: Order = Order.exact  # free: a queue of (lag + 1) x prompts_per_step groups; no two runs are the same
+    spread: bool = False  # a group's samples are drawn by several workers, so that one long row holds up fewer; free
     window: int = (
         0  # of order=free: groups that may overtake a slow one, which is then older by window / prompts_per_step
     )
@@ -56,6 +57,11 @@ class AheadConfig:
             raise ValueError(
                 f"in exact order a step is sampled while the one before is learned from, and no earlier: choose "
                 f"rollout.ahead.lag=1, or rollout.ahead.order=free (got rollout.ahead.lag={self.lag})"
+            )
+        if self.spread and (self.order is Order.exact or not self.lag):
+            raise ValueError(
+                "rollout.ahead.spread=true draws a group by several workers while others are learned from: choose "
+                "rollout.ahead.order=free and a lag of 1 or more, or leave it out"
             )
         if self.window and (self.order is Order.exact or not self.lag):
             raise ValueError(

@@ -75,7 +75,12 @@ class ClassEpisode:
         except ValueError as error:
             then(Said(failed="died", why=str(error)))
             return
-        self.seat.make(self._unless_failed(then, lambda _: self._reset(then)))
+        factory, arguments = self.site.factory, dict[str, Any]()
+        if factory.has("reset"):
+            asked = [dict(message) for message in self.prompt.messages] or self.prompt.text
+            arguments = factory.given({"prompt": asked, **self.prompt.columns})
+        heard = self._unless_failed(then, lambda value: then(self._opened(value)))
+        self.seat.make("reset" if factory.has("reset") else "", arguments, heard)
 
     def end(self, then: Then) -> None:
         """Ask for its reward, if it has one."""
@@ -113,14 +118,6 @@ class ClassEpisode:
                 then(Said(failed=GARBAGE, why=f"{type(error).__name__}: {error}"))
 
         return told
-
-    def _reset(self, then: Then) -> None:
-        if not self.site.factory.has("reset"):
-            then(Said(ids=()))
-            return
-        asked = [dict(message) for message in self.prompt.messages] or self.prompt.text
-        row = {"prompt": asked, **self.prompt.columns}
-        self.call("reset", self.site.factory.given(row), then, lambda value: then(self._opened(value)))
 
     def _opened(self, value: Any) -> Said:
         """What reset has said; Gymnasium's form has an information beside it."""

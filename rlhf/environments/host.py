@@ -2,7 +2,8 @@
 
     python -m rlhf.environments.host DESCRIPTOR        a pipe of whoever asks
 
-Asked are (number, row, verb, name, arguments): "make" an instance, "call" its method, "drop" it, which closes it.
+Asked are (number, row, verb, name, arguments): "make" an instance, and call its method if one is named; "call" one;
+"drop" it, which closes it.
 Told is JSON: [number, null, value], or [number, error, null]. Calls of several rows run at the same time: coroutines in
 one loop, other functions each in a thread. It ends with whoever asks, also when that is killed.
 """
@@ -39,8 +40,8 @@ class Host:
         try:
             match verb:
                 case "make":
-                    self._instances[row] = await self._called(self._make)
-                    value = None
+                    instance = self._instances[row] = await self._called(self._make)
+                    value = await self._called(getattr(instance, name), **arguments) if name else None
                 case "call":
                     value = await self._called(getattr(self._instances[row], name), **arguments)
                 case _:

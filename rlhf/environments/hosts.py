@@ -149,9 +149,9 @@ class Seat:
     waits: bool = False  # for an answer
     closed: bool = False
 
-    def make(self, heard: Heard) -> None:
-        """Make the instance."""
-        self._ask("make", "", {}, heard)
+    def make(self, name: str, arguments: dict[str, Any], heard: Heard) -> None:
+        """Make the instance, and call a method of it; "": none."""
+        self._ask("make", name, arguments, heard)
 
     def call(self, name: str, arguments: dict[str, Any], heard: Heard) -> None:
         """Call a method of it."""

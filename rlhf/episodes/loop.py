@@ -43,11 +43,18 @@ class Episodes:
         """Draw n conversations a prompt; each depends on its own seeds, and on what its environment says."""
         return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
 
-    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
-        """As `sample` does, with a seed of its own for each prompt."""
+    def sample_seeded(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: list[int],
+        n: int,
+        temperature: float,
+        firsts: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt, from its sample number `firsts` on; None: 0."""
         measured = range(len(prompts) * n) if self._client.all_logprobs else measured_rows(len(prompts) * n)
         rows = [
-            Row(p * n + sample, prompt, sample, self._environment.episode(prompt))
+            Row(p * n + sample, prompt, sample + (firsts[p] if firsts else 0), self._environment.episode(prompt))
             for p, prompt in enumerate(prompts)
             for sample in range(n)
         ]
@@ -145,6 +152,9 @@ class _Step:
         if said.ids is None:
             self._over(row, said)
             return
+        if row.answers == self.environment.turns:  # what was said to the last answer, nobody is told
+            self._call(row, row.episode.end)
+            return
         row.hear(said)
         self.ready.append(row)
 
@@ -213,7 +223,7 @@ class _Step:
             return
         for row, answer, text in zip(rows, told, self.client.texts(told), strict=True):
             row.say(answer, text)
-            if answer.finish_reason != FINISHED or row.answers == self.environment.turns or self._full(row):
+            if answer.finish_reason != FINISHED or self._full(row):
                 self._call(row, row.episode.end)
             else:
                 self._call(row, row.episode.hear, answer, text)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import EvaluationConfig, ModelRewardConfig, RunConfig
+from rlhf.config import EnvironmentTaskConfig, EvaluationConfig, ModelRewardConfig, RunConfig
 from rlhf.config.algo import DpoConfig
 from rlhf.learning.pass_choice import context_of
 from rlhf.models.stop_tokens import ended
 from rlhf.preflight.plan import check_rows
 from rlhf.preflight.rotary import change_of, check_rotary
 from rlhf.tasks.json_lines import some
-from rlhf.types import Pair, Prompt, Task, Tokenizer
+from rlhf.types import Environment, Pair, Prompt, Task, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,13 +110,20 @@ def _prompts(config: RunConfig | EvaluationConfig, task: Task, limit: int) -> li
     if later:
         raise ValueError(
             f"{named} and {config.task.most_answers} answers ({config.task.turns_key}) of up to {new} tokens "
-            f"(rollout.max_new_tokens) with replies do not fit the model's context of {limit} tokens: lower one of "
-            f"them, or {LONGER}{rows}"
+            f"(rollout.max_new_tokens) with {_replies(config, told)} do not fit the model's context of {limit} tokens: "
+            f"lower one of them, or {LONGER}{rows}"
         )
     raise ValueError(
         f"{named} and rollout.max_new_tokens ({new}) do not fit the model's context of {limit} tokens: lower "
         f"rollout.max_new_tokens, or {LONGER}{rows}"
     )
+
+
+def _replies(config: RunConfig | EvaluationConfig, told: Environment | None) -> str:
+    """What is said between answers, and by which key it is bounded."""
+    if told is None or not isinstance(config.task, EnvironmentTaskConfig):
+        return "replies"
+    return f"replies of up to {told.longest_reply} tokens (task.reply_tokens={config.task.reply_tokens})"
 
 
 def _answer_lengths(task: Task, tokenizer: Tokenizer) -> list[int]:

@@ -105,10 +105,17 @@ class RolloutClient:
         """Draw n answers a prompt, in parallel; RemoteError or RunError names a worker that fails or talks nonsense."""
         return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
 
-    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
-        """As `sample` does, with a seed of its own for each prompt."""
+    def sample_seeded(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: list[int],
+        n: int,
+        temperature: float,
+        firsts: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt, from its sample number `firsts` on; None: 0."""
         measured = None if self._wanted.all_logprobs else measured_rows(len(prompts) * n)
-        completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature, measured)
+        completions = self.complete([prompt.ids for prompt in prompts], seeds, n, temperature, measured, firsts)
         return Rollouts(list(prompts), completions, self.texts(completions), seeds, n)
 
     @property

@@ -93,7 +93,8 @@ class RepliesEpisode:
     def hear(self, answer: Completion, text: str, then: Then) -> None:
         """The reply to the answers so far."""
         self.answers.append(text)
-        reply = self.environment.reply(self.prompt, self.answers)
+        last = len(self.answers) == self.environment.turns
+        reply = None if last else self.environment.reply(self.prompt, self.answers)
         then(Said() if reply is None else Said(self.environment.encode(reply), reply))
 
     def end(self, then: Then) -> None:

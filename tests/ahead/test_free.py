@@ -68,7 +68,7 @@ class House:
         house = self
 
         class Sampler:
-            def sample_seeded(self, prompts, seeds, n, temperature):
+            def sample_seeded(self, prompts, seeds, n, temperature, firsts):
                 house.asked.append((name, [prompt.ids[0] for prompt in prompts]))
                 version = house.version
                 assert house.may[name].wait(WAIT_S)

@@ -212,3 +212,13 @@ def test_a_learner_can_train_the_model_after_sampling_from_it():
     HfEngine(model).generate(MIXED, range(5), SAMPLING, TURN)
     model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
     assert model.lm_head.weight.grad is not None
+
+
+def test_samples_have_the_numbers_that_they_have_in_their_group(model):
+    sampling = Sampling(n=6, max_tokens=5, temperature=1.0, stop_ids=(1,))
+    together = HfEngine(model).generate([[3, 4], [5]], [7, 8], sampling, lambda: 0)
+    for first in (0, 2, 4):
+        share = replace(sampling, n=2, firsts=(first, first))
+        part = HfEngine(model).generate([[3, 4], [5]], [7, 8], share, lambda: 0)
+        expected = [*together[first : first + 2], *together[6 + first : 8 + first]]
+        assert [sample.ids for sample in part] == [sample.ids for sample in expected]
