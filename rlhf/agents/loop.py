@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import tempfile
 import time
 from array import array
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rlhf.agents.process import AgentProcess, Guard
+from rlhf.agents.process import AgentProcess, Guard, words_of
 from rlhf.config.task import AgentTaskConfig
 from rlhf.gateway.calls import Calls, Limits
 from rlhf.gateway.sampling import Sampling
@@ -90,11 +89,18 @@ class Agents:
         """Let n programs run for each prompt; what each is told depends on its own seeds, and on what it asks."""
         return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
 
-    def sample_seeded(self, prompts: Sequence[Prompt], seeds: list[int], n: int, temperature: float) -> Rollouts:
-        """As `sample` does, with a seed of its own for each prompt."""
+    def sample_seeded(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: list[int],
+        n: int,
+        temperature: float,
+        firsts: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """As `sample` does, with a seed of its own for each prompt, and the number of its first sample, if not 0."""
         allowed = tuple(dict.fromkeys([temperature, self._client.config.temperature]))
         rows = [
-            Row(p * n + sample, prompt, Terms(seeds[p], sample, temperature, allowed))
+            Row(p * n + sample, prompt, Terms(seeds[p], (firsts[p] if firsts else 0) + sample, temperature, allowed))
             for p, prompt in enumerate(prompts)
             for sample in range(n)
         ]
@@ -167,7 +173,7 @@ class _Step:
         bounds = Bounds(calls=self.config.calls)
         row.session, key = self.sessions.begin(row.terms, bounds, self.config.timeout_s + GRACE_S)
         row.deadline = time.monotonic() + self.config.timeout_s
-        command, log = shlex.split(self.config.command), self.place.folder / f"{row.number}.log"
+        command, log = words_of(self.config.command), self.place.folder / f"{row.number}.log"
         try:
             row.process = AgentProcess(command, self.place.variables(row, key), log, self.place.guard)
         except OSError as error:

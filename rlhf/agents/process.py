@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,12 @@ from transfer.agreement.shown import one_line
 
 TAIL = 2000  # bytes of what it has printed last, of which a line is shown
 GUARD_S = 5.0  # for the guard to end
+
+
+def words_of(command: str) -> list[str]:
+    """The program and its arguments; `python` is that of the run."""
+    words = shlex.split(command)
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
 class Guard:

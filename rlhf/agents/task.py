@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rlhf.agents.process import words_of
 from rlhf.config.task import AgentTaskConfig
+from rlhf.models.tool_calls import ToolFormat
 from rlhf.tasks.files import task_of
 from rlhf.tasks.raw import RawTask
 from rlhf.tasks.staged import sources_at, unplayed
@@ -19,13 +20,15 @@ from transfer.agreement.shown import shown
 def agent_task(config: AgentTaskConfig, seed: int) -> RawTask:
     """Read the rows; ValueError lists those that are bad, or says that there is no such program."""
     check_command(config.command)
+    if config.tool_format is not None:
+        ToolFormat.of(None, config.tool_format)
     raw = task_of(config, seed, *sources_at(config))
     return replace(raw, gold=unplayed, surroundings=partial(_environment, config))
 
 
 def check_command(command: str) -> None:
     """ValueError unless there is such a program, and its script, if it is given one."""
-    words = shlex.split(command)
+    words = words_of(command)
     if shutil.which(words[0]) is None:
         raise ValueError(f"task.command: there is no program {shown(words[0])}: give its path, or one that PATH has")
     script = next((word for word in words[1:] if not word.startswith("-")), "")

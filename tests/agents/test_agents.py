@@ -93,9 +93,9 @@ def test_what_befalls_a_program_is_a_class_of_failure_and_never_a_reward(agents,
 @pytest.mark.slow
 def test_a_program_without_a_reward_at_its_deadline_is_killed(agents, prompt):
     started = time.monotonic()
-    rollouts = agents(BEFALLS, timeout_s=8.0).sample([prompt("x", kind="late")], n=1, temperature=0.7, seed=3)
+    rollouts = agents(BEFALLS, timeout_s=5.0).sample([prompt("x", kind="late")], n=1, temperature=0.7, seed=3)
     assert rollouts.episodes[0].failed == "timed_out" and "task.timeout_s" in rollouts.episodes[0].why
-    assert 8 <= time.monotonic() - started < 60
+    assert 5 <= time.monotonic() - started < 60
 
 
 def test_a_step_in_which_no_program_comes_to_an_answer_says_why(agents, prompt):
