@@ -1,42 +1,49 @@
-"""An agent that knows nothing of training: it lets a model guess a letter by hints, through OpenAI's client.
+"""An agent that knows nothing of training: it has a model guess a letter by hints, through OpenAI's API.
 
 Each row of examples/letters.jsonl is a range and a secret in it. The run starts this program once a sample, with
 OPENAI_BASE_URL and OPENAI_API_KEY in its environment, the row in RLHF_ROW, and where its reward goes in RLHF_SESSION.
+It needs nothing but Python, as 64 of it start in a step; with the package openai, `ask` is
+
+    openai.OpenAI().chat.completions.create(model="policy", messages=messages, max_tokens=2).choices[0].message
+
+python -m rlhf.train experiment=agent
 """
 
 import json
 import os
 import urllib.request
 
-import openai
-
 GUESSES = 3
 
 
+def post(url: str, body: dict) -> dict:
+    """What is answered to a message."""
+    headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+def ask(messages: list[dict]) -> dict:
+    """The model's message."""
+    body = {"model": "policy", "messages": messages, "max_tokens": 2}
+    return post(f"{os.environ['OPENAI_BASE_URL']}/chat/completions", body)["choices"][0]["message"]
+
+
 def play(row: dict) -> float:
-    """The share of guesses that were not needed; 0 without the secret."""
-    client, messages = openai.OpenAI(), list(row["prompt"])
-    for used in range(GUESSES):
-        said = client.chat.completions.create(model="policy", messages=messages, max_tokens=4).choices[0].message
-        guess = (said.content or "").strip()
+    """1 if the secret is found."""
+    messages = list(row["prompt"])
+    for _ in range(GUESSES):
+        said = ask(messages)
+        guess = said["content"].strip()
         if guess == row["answer"]:
-            return 1 - used / GUESSES
+            return 1.0
         if len(guess) != 1:
             return 0.0
         hint = "<" if row["answer"] < guess else ">"
-        messages += [{"role": "assistant", "content": said.content}, {"role": "user", "content": hint}]
+        messages += [said, {"role": "user", "content": hint}]
     return 0.0
 
 
-def tell(reward: float) -> None:
-    """End the session."""
-    request = urllib.request.Request(
-        os.environ["RLHF_SESSION"] + "/reward",
-        json.dumps({"reward": reward}).encode(),
-        {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"},
-    )
-    urllib.request.urlopen(request, timeout=60).close()
-
-
 if __name__ == "__main__":
-    tell(play(json.loads(os.environ["RLHF_ROW"])))
+    post(f"{os.environ['RLHF_SESSION']}/reward", {"reward": play(json.loads(os.environ["RLHF_ROW"]))})
