@@ -1,6 +1,7 @@
 """An agent that knows nothing of training: it has a model guess a letter by hints, through OpenAI's API.
 
-Each row of examples/letters.jsonl is a range and a secret in it. The run starts this program once a sample, with
+Each row of examples/letters.jsonl is a range, a guess as somebody might make it, and the secret, which is always the
+middle: that is to be found out. The run starts this program once a sample, with
 OPENAI_BASE_URL and OPENAI_API_KEY in its environment, the row in RLHF_ROW, and where its reward goes in RLHF_SESSION.
 It needs nothing but Python, as 64 of it start in a step; with the package openai, `ask` is
 
@@ -31,16 +32,16 @@ def ask(messages: list[dict]) -> dict:
 
 
 def play(row: dict) -> float:
-    """1 if the secret is found."""
+    """1 if the secret is found at once, less for each hint that it took, 0 if it is not found."""
     messages = list(row["prompt"])
-    for _ in range(GUESSES):
+    for hints in range(GUESSES):
         said = ask(messages)
         guess = said["content"].strip()
-        if guess == row["answer"]:
-            return 1.0
+        if guess == row["secret"]:
+            return 1 - hints / GUESSES
         if len(guess) != 1:
             return 0.0
-        hint = "<" if row["answer"] < guess else ">"
+        hint = "<" if row["secret"] < guess else ">"
         messages += [said, {"role": "user", "content": hint}]
     return 0.0
 

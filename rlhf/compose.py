@@ -11,7 +11,15 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import EvaluationConfig, HfModelConfig, HfRolloutConfig, RunConfig, TinyModelConfig, VllmRolloutConfig
+from rlhf.config import (
+    EvaluationConfig,
+    GivenModelConfig,
+    HfModelConfig,
+    HfRolloutConfig,
+    RunConfig,
+    TinyModelConfig,
+    VllmRolloutConfig,
+)
 from rlhf.config.algo import AlgoConfig, DpoConfig
 from rlhf.config.trainer import OneConfig, ReplicasConfig, ShardedConfig
 from rlhf.plugins.found import use, warn
@@ -19,6 +27,7 @@ from rlhf.plugins.hydra_choices import register_parts
 from rlhf.plugins.part import KINDS, PartError
 from rlhf.plugins.registry import find_loaded, loaded, names
 from rlhf.plugins.wanted import PLUGINS, wanted
+from rlhf.shell.called import let_be_called
 from rlhf.shell.own_modules import look_in
 from rlhf.shell.search_path import Where, of_command
 from transfer.config import (
@@ -38,7 +47,7 @@ CONF = next(
 )  # inside the package in a wheel, beside it in a checkout
 
 FIXED: dict[str, dict[str, type]] = {  # choices beside the parts of rlhf/plugins
-    "model": {"tiny": TinyModelConfig, "hf": HfModelConfig},
+    "model": {"tiny": TinyModelConfig, "hf": HfModelConfig, "given": GivenModelConfig},
     "rollout": {"hf": HfRolloutConfig, "vllm": VllmRolloutConfig},
     "algo": {"base": AlgoConfig, "dpo": DpoConfig},
     "transfer": {
@@ -53,6 +62,7 @@ FIXED: dict[str, dict[str, type]] = {  # choices beside the parts of rlhf/plugin
     "transfer/sender": {"http": HttpSenderConfig, "ray": RaySenderConfig},
 }
 CONF_ONLY = Where()
+CALLED = "rlhf.api.composed:compose"  # by `rlhf.compose(...)`
 
 
 def schemas() -> dict[str, dict[str, type]]:
@@ -230,3 +240,6 @@ def _chosen(overrides: list[str]) -> dict[str, Any]:
 
 def _keys(schema: Any) -> set[str]:
     return {f.name for f in fields(schema)} if is_dataclass(schema) else set()
+
+
+let_be_called(__name__)

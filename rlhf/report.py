@@ -176,11 +176,10 @@ def _panel(rows: Rows, panel: Panel, pngs: Path) -> Element:
 def _figure(
     name: str, title: str, draw: Callable[[Any], None], pngs: Path, size: tuple[float, float] = NARROW
 ) -> Element:
-    with drawing() as plt:
-        figure, axis = plt.subplots(figsize=size, layout="constrained")
+    with drawing() as subplots:
+        figure, axis = subplots(figsize=size)
         draw(axis)
         svg = save(figure, pngs / f"{name}.png")
-        plt.close(figure)
     return picture(svg, title, wide=size[0] == WIDE[0])
 
 

@@ -6,10 +6,8 @@ Imports nothing heavy before the configuration is checked.
 from __future__ import annotations
 
 import functools
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,9 @@ from rlhf.compose import CONF, checked, prepare
 from rlhf.config import Mode, RunConfig
 from rlhf.config.model import AUTO
 from rlhf.preflight.before_torch import look
+from rlhf.shell.dials import replace, saved, taken_back
 from rlhf.shell.ending import EXPLAINED, RunError, alone, check_free, full_disk_explained
+from rlhf.shell.going_on import given_to, goes_on_by
 from rlhf.shell.own_modules import look_in
 from rlhf.shell.screen import outlast
 from rlhf.shell.search_path import Where, note, noted, of_command
@@ -81,26 +81,6 @@ def main() -> None:
             sys.exit(1)
 
 
-@contextmanager
-def taken_back(folder: Path) -> Iterator[None]:
-    """If a resume ends with an error before anything new is saved, the run's dials are again those of before."""
-    paths = [folder / ".hydra" / name for name in ("overrides.yaml", "config.yaml", HYDRA)]
-    before, saved = {path: path.read_text(encoding="utf-8") for path in paths if path.is_file()}, _saved(folder)
-    try:
-        yield
-    except Exception:
-        changed = [path for path, text in before.items() if path.read_text(encoding="utf-8") != text]
-        if changed and not _saved(folder) - saved:
-            for path in changed:
-                _replace(path, before[path])
-            print("nothing of it is kept: the run's dials are what they were", file=sys.stderr)
-        raise
-
-
-def _saved(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("checkpoints/[0-9]*")}
-
-
 def _with_cause(error: Exception) -> str:
     """Hydra's errors say which override is wrong; why is said by what they were raised from."""
     cause = str(error.__cause__ or "").strip().partition("\n")[0]
@@ -117,6 +97,9 @@ def composed(folder: Path, overrides: Sequence[str], given: Where = NOWHERE) -> 
     """
     from omegaconf import OmegaConf
 
+    if (objects := given_to(folder)) is not None:
+        gave = f", which gave it {', '.join(objects)}" if objects else ""
+        raise ValueError(f"{folder} is the run of a Python program{gave}: go on there, with {goes_on_by(folder)}")
     first = [str(each) for each in OmegaConf.load(_hydra(folder) / "overrides.yaml")]
     began, chosen = OmegaConf.to_container(OmegaConf.load(_hydra(folder) / "config.yaml")), _chosen(folder, first)
     where = noted(_hydra(folder) / HYDRA, given)
@@ -162,7 +145,7 @@ def finished(folder: Path, overrides: Sequence[str]) -> bool:
 def _check_goes_on(folder: Path, config: RunConfig) -> None:
     """RunError if another process trains there, or if even the oldest checkpoint is beyond the run's last step."""
     check_free(folder)
-    steps = [int(name) for name in _saved(folder) if name.isdigit()]
+    steps = [int(name) for name in saved(folder) if name.isdigit()]
     if steps and min(steps) > config.steps:
         raise RunError(f"step {max(steps)} is done already: steps must be at least that (got {config.steps})")
 
@@ -281,23 +264,13 @@ def _note(hydra: Path, made: tuple[Any, Mapping[str, Any]], overrides: Sequence[
     from omegaconf import OmegaConf
 
     config, choices = made
-    _replace(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
-    _replace(hydra / "config.yaml", OmegaConf.to_yaml(config))
+    replace(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    replace(hydra / "config.yaml", OmegaConf.to_yaml(config))
     if (hydra / HYDRA).is_file():
         told = OmegaConf.load(hydra / HYDRA)
         OmegaConf.select(told, CHOICES).update(choices)
         note(told, where)
-        _replace(hydra / HYDRA, OmegaConf.to_yaml(told))
-
-
-def _replace(path: Path, text: str) -> None:
-    writing = path.with_suffix(".writing")
-    try:
-        writing.write_text(text, encoding="utf-8")
-        os.replace(writing, path)
-    except OSError:
-        writing.unlink(missing_ok=True)
-        raise
+        replace(hydra / HYDRA, OmegaConf.to_yaml(told))
 
 
 if __name__ == "__main__":

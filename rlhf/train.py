@@ -20,6 +20,7 @@ from rlhf.compose import CONF, checked, misplaced, others, prepare, register, un
 from rlhf.config import Mode, RunConfig
 from rlhf.plugins import PartError
 from rlhf.preflight.before_torch import look
+from rlhf.shell.called import let_be_called
 from rlhf.shell.ending import (
     EXPLAINED,
     INTERRUPTED,
@@ -36,6 +37,7 @@ from transfer.agreement.shown import printable
 
 register()
 
+CALLED = "rlhf.api.trained:train"  # by `rlhf.train(...)`
 RUN_DIR = "hydra.run.dir="
 NOWHERE = (f"{RUN_DIR}.", "hydra.output_subdir=null", "hydra.mode=RUN")
 
@@ -206,6 +208,8 @@ def print_help(arguments: list[str], name: str = "config", text: str = HELP) -> 
     lines = [f"  {group:<16} {' '.join(choices[group])}" for group in shown]
     print(text.format(choices="\n".join(lines), dials=OmegaConf.to_yaml(composed)))
 
+
+let_be_called(__name__)
 
 if __name__ == "__main__":
     main()

@@ -185,7 +185,7 @@ def test_a_mistake_is_on_the_screen_with_what_is_allowed(rlhf_train, arguments, 
         (sum_of("{a: verifier}"), r"reward\.parts\.a must be like \{kind: verifier, weight: 1\.0\} \(got 'verifier'\)"),
         (
             sum_of("{a: {kind: sum}}"),
-            r"must be one of verifier, math, model, function, http, judge \(got 'sum'\)",
+            r"must be one of verifier, math, model, function, http, judge, given \(got 'sum'\)",
         ),
         (sum_of("{a: {kind: [verifier]}}"), r"reward\.parts\.a\.kind must be one of .* \(got \['verifier'\]\)"),
         (sum_of("{a/b: {kind: verifier}}"), r"a part's name must be letters, digits and _ \(got 'a/b'\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -85,3 +86,14 @@ def test_every_command_of_the_readme_composes_and_names_a_shipped_file(compose_r
 def test_the_readme_has_a_command_for_every_file():
     text = (EXAMPLES / "README.md").read_text()
     assert all(path.name in text for path in EXAMPLES.glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_the_script_trains_twice_and_needs_no_guard_around_its_runs(tmp_path):
+    """Whose workers are processes that import nothing of it."""
+    command = [sys.executable, EXAMPLES / "train_from_python.py", tmp_path / "runs"]
+    variables = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    told = subprocess.run(command, cwd=tmp_path, env=variables, timeout=110, check=True, capture_output=True, text=True)
+    assert told.stdout.count("run finished, 30 steps") == told.stdout.count("reward (trained on)") == 2
+    assert "dbca= -> " in told.stdout
+    assert (tmp_path / "runs" / "second" / "policy" / "model.safetensors").is_file()

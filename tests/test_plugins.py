@@ -202,7 +202,7 @@ def test_the_example_is_composed_checked_and_made(parts):
         (["task=guess", "task/environment=try_again", "reward=verifier"], "leave out task/environment"),
         (
             ["reward=sum", "reward.parts={a: {kind: shortt}}"],
-            r"verifier, math, model, function, http, judge, short \(got",
+            r"verifier, math, model, function, http, judge, given, short \(got",
         ),
         pytest.param(
             ["reward=sum", "reward.parts={a: {kind: short, longest: 0}}"],

@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlhf.agents.process import words_of
 from rlhf.config.task import AgentTaskConfig
 from rlhf.models.tool_calls import ToolFormat
+from rlhf.tasks import given
 from rlhf.tasks.files import task_of
 from rlhf.tasks.raw import RawTask
 from rlhf.tasks.staged import sources_at, unplayed
@@ -17,12 +19,12 @@ from rlhf.types import Environment, Tokenizer
 from transfer.agreement.shown import shown
 
 
-def agent_task(config: AgentTaskConfig, seed: int) -> RawTask:
+def agent_task(config: AgentTaskConfig, seed: int, *rows: Any) -> RawTask:
     """Read the rows; ValueError lists those that are bad, or says that there is no such program."""
     check_command(config.command)
     if config.tool_format is not None:
         ToolFormat.of(None, config.tool_format)
-    raw = task_of(config, seed, *sources_at(config))
+    raw = task_of(config, seed, *(given.sources_of(config, *rows) if rows else sources_at(config)))
     return replace(raw, gold=unplayed, surroundings=partial(_environment, config))
 
 

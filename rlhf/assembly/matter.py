@@ -12,11 +12,12 @@ import torch
 
 from rlhf.assembly.site import Site
 from rlhf.checkpoint.rows import MOMENT, ROWS, check_rows, splits_of
-from rlhf.config import HfModelConfig, RunConfig, VllmRolloutConfig
+from rlhf.config import GivenModelConfig, HfModelConfig, RunConfig, VllmRolloutConfig
 from rlhf.config.trainer import ShardedConfig
 from rlhf.learning.pass_choice import check_passes
 from rlhf.learning.passes import PADDED, Passes
 from rlhf.learning.spread import Whole
+from rlhf.models.given import given_tokenizer
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
 from rlhf.preflight.agreement import agreeing_passes
@@ -64,18 +65,21 @@ def tried(config: RunConfig, seen: Seen | None = None) -> Seen:
 def gathered(site: Site, seen: Seen | None = None) -> Matter:
     """Task, policy and rewards as they are given, checked against each other; `seen`: what was tried already."""
     config = site.config
-    raw = (seen or tried(config)).take()
-    tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
+    seen = seen or tried(config)
+    raw, objects = seen.take(), seen.objects
+    tokenizer = given_tokenizer(objects.tokenizer, objects.policy)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config.model, raw.characters(), raw.conversational, raw.tags())
     began = site.saved.told["notes"].get(MOMENT) if site.saved else None
     moment = datetime.fromisoformat(site.ranks.told(began or datetime.now().isoformat()))
     task = make_task(raw, tokenizer, moment)
     rows = _rows(site, task, tokenizer)
     check_data(config, task)
-    policy = make_policy(config.model, tokenizer, config.seed)
+    policy = make_policy(config.model, tokenizer, config.seed, objects.policy)
     notes = check_lengths(config, task, policy, tokenizer)
     padded = _padded(site, policy)
     check_passes(policy, config.model, padded)
-    rewards = given_rewards(config.reward, task, config.model, moment) if site.ranks.first else {}
+    rewards = given_rewards(config.reward, task, config.model, moment, objects.rewards) if site.ranks.first else {}
     site.bars.say(in_one_line(config, policy))
     _settle_gathering(site, policy, rewards)
     for note in (*task.notes, *notes, *hardly_bounded(config)):
@@ -118,7 +122,7 @@ def _padded(site: Site, policy: PreTrainedModel) -> Passes:
     """How to compute padded rows; a checkpoint may be of any architecture, and is tried."""
     config, passes = site.config, PADDED
     engine = not isinstance(config.rollout, VllmRolloutConfig)
-    if isinstance(config.model, HfModelConfig):
+    if isinstance(config.model, (HfModelConfig, GivenModelConfig)):
         passes = agreeing_passes(policy, config.model.lora, engine, site.bars.say)
     if engine and is_invariant(config, policy.device.type):
         try:

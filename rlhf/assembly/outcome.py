@@ -13,7 +13,7 @@ from rlhf.monitor.loggers import described
 from rlhf.reports.advice import Dials, advice
 from rlhf.reports.lanes import FILE as LANES
 from rlhf.reports.lanes import history, shares
-from rlhf.reports.plots import plot_curves, pyplot
+from rlhf.reports.plots import figure_class, plot_curves
 from rlhf.reports.run_folder import flat, json_lines
 from rlhf.reports.summary import Rows, print_table, summarise, write_summary
 
@@ -46,7 +46,7 @@ def _advised(site: Site, summary: Mapping[str, float]) -> str | None:
 def ready_to_draw() -> None:
     """Import what the curves in the end need, which takes a while."""
     with suppress(OSError):  # a full disk is told where something is drawn
-        pyplot()
+        figure_class()
 
 
 def _plot(site: Site, rows: Rows, title: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf.checkpoint.store import Store
 from rlhf.shell.ending import EXPLAINED, RESUMABLE, STOPPED
+from rlhf.shell.going_on import goes_on_by
 
 
 @contextmanager
@@ -22,8 +22,7 @@ def resumable(store: Store) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, *EXPLAINED) as end:
         if not store.steps():
             raise
-        go_on = f"python -m rlhf.resume {shlex.quote(str(store.folder.parent))}"
-        print(f"step {store.steps()[-1]} is saved: go on with {go_on}", file=sys.stderr)
+        print(f"step {store.steps()[-1]} is saved: go on with {goes_on_by(store.folder.parent)}", file=sys.stderr)
         if isinstance(end, SystemExit) and end.code in STOPPED:
             raise SystemExit(RESUMABLE) from None
         raise

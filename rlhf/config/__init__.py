@@ -20,10 +20,19 @@ from rlhf.config.logger import (
     WandbLoggerConfig,
     WandbMode,
 )
-from rlhf.config.model import Device, HfModelConfig, LoraConfig, ModelConfig, Precision, TinyModelConfig
+from rlhf.config.model import (
+    Device,
+    GivenModelConfig,
+    HfModelConfig,
+    LoraConfig,
+    ModelConfig,
+    Precision,
+    TinyModelConfig,
+)
 from rlhf.config.optim import AdamWConfig, OptimConfig, Schedule
 from rlhf.config.reward import (
     FunctionRewardConfig,
+    GivenRewardConfig,
     HttpRewardConfig,
     JudgeRewardConfig,
     MathRewardConfig,
@@ -51,6 +60,7 @@ from rlhf.config.task import (
     EnvironmentConfig,
     EnvironmentTaskConfig,
     FileTaskConfig,
+    GivenTaskConfig,
     GuessTaskConfig,
     HfTaskConfig,
     JsonlTaskConfig,
@@ -77,6 +87,9 @@ __all__ = [
     "EvaluationConfig",
     "FileTaskConfig",
     "FunctionRewardConfig",
+    "GivenModelConfig",
+    "GivenRewardConfig",
+    "GivenTaskConfig",
     "GuessTaskConfig",
     "HfModelConfig",
     "HfRolloutConfig",

@@ -98,3 +98,8 @@ class HfModelConfig(ModelConfig):
 
     path: str  # a folder, or a name on the Hugging Face hub
     trust_remote_code: bool = False  # run the code that a checkpoint brings along (auto_map in its config.json)
+
+
+@dataclass(slots=True, kw_only=True)
+class GivenModelConfig(ModelConfig):
+    """A model of a Python program: `rlhf.train(config, policy=model)`, whose dtype is the policy's."""

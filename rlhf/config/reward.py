@@ -113,6 +113,9 @@ class FunctionRewardConfig(RewardConfig):
         positive("reward.timeout_s", self.timeout_s)
         if not (isinstance(self.messages, bool) or self.messages == AUTO):
             raise ValueError(f"reward.messages must be auto, true or false (got {self.messages!r})")
+        self._check_names()
+
+    def _check_names(self) -> None:
         named = self.function if isinstance(self.function, list) else [self.function]
         for each in named or [self.function]:
             module, _, name = each.partition(":") if isinstance(each, str) else ("", "", "")
@@ -126,6 +129,25 @@ class FunctionRewardConfig(RewardConfig):
             )
         if self.weights is not None and not all(map(math.isfinite, self.weights)):
             raise ValueError(f"reward.weights must be finite numbers (got {self.weights})")
+
+
+GIVEN = "program:rewards"  # until it is known what they are called
+
+
+@dataclass(slots=True, kw_only=True)
+class GivenRewardConfig(FunctionRewardConfig):
+    """Functions of a Python program: `rlhf.train(config, rewards=[f, g])`, which notes their names."""
+
+    function: Any = GIVEN
+
+    def _check_names(self) -> None:
+        if self.process:
+            raise ValueError(
+                "reward.process=true imports a function by its name: choose reward=function and reward.function="
+                "package.module:name, or leave it out"
+            )
+        if self.function != GIVEN:
+            FunctionRewardConfig._check_names(self)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -233,6 +233,18 @@ class AgentTaskConfig(HfTaskConfig):
 
 
 @dataclass(slots=True, kw_only=True)
+class GivenTaskConfig(FileTaskConfig):
+    """Rows of a Python program: `rlhf.train(config, data=rows, held_out=others)`."""
+
+    path: str = "data"  # as messages call them
+
+    def __post_init__(self) -> None:
+        FileTaskConfig.__post_init__(self)
+        if self.held_out_path is not None:
+            raise ValueError("task=given has no task.held_out_path: give held-out rows by rlhf.train(held_out=...)")
+
+
+@dataclass(slots=True, kw_only=True)
 class EnvironmentTaskConfig(HfTaskConfig):
     """Conversations with an instance of a user's class a row, whose methods are tools, or that has reset and step."""
 

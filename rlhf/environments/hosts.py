@@ -48,6 +48,7 @@ class Process:
         self._asked: dict[int, Heard] = {}
         self.rows = 0
         self.stuck = self.died = False
+        self._reader: threading.Thread | None = None
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -62,7 +63,8 @@ class Process:
         except BaseException:
             self.kill()
             raise
-        threading.Thread(target=self._hear, args=(self._pipe,), name="environments", daemon=True).start()
+        self._reader = threading.Thread(target=self._hear, args=(self._pipe,), name="environments", daemon=True)
+        self._reader.start()
 
     def _begin(self, named: Named, calls: int) -> None:
         try:
@@ -99,6 +101,8 @@ class Process:
         """End it, whatever it does."""
         self._process.kill()
         self._process.wait()
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(END_S)  # which finds the pipe's end
         self._pipe.close()
 
     def end(self) -> None:

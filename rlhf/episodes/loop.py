@@ -137,8 +137,8 @@ class _Step:
         if self.environment.timeout_s is None:
             call(*arguments, partial(self._heard, row, row.calls))
             return
-        row.deadline = time.monotonic() + self.environment.timeout_s
         call(*arguments, partial(self._tell, row, row.calls))
+        row.deadline = time.monotonic() + self.environment.timeout_s  # from when it was asked: a process may have started
 
     def _tell(self, row: Row, number: int, said: Said) -> None:
         self.events.put(partial(self._heard, row, number, said))

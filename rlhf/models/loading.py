@@ -27,20 +27,23 @@ def load_tokenizer(path: str, key: str, trust: bool) -> PreTrainedTokenizerBase:
 
     shape = from_pretrained(AutoConfig, path, f"{key}: cannot load a model", trust_remote_code=trust)
     tokenizer = from_pretrained(AutoTokenizer, path, f"{key}: cannot load a tokenizer", trust_remote_code=trust)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{key}: the tokenizer of {path} has no end-of-sequence token (eos_token), so no answer could end"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    say_nothing_of_lengths(tokenizer)
+    prepare(tokenizer, f"{key}: the tokenizer of {path}")
     brought = from_pretrained(Brought, path, f"{key}: cannot load a model")
     text = shape.get_text_config()
     named = [brought.generation.get("eos_token_id"), shape.eos_token_id, text.eos_token_id]
     carry_stop_ids(tokenizer, named, getattr(text, "vocab_size", len(tokenizer)))
     carry(tokenizer, brought)
     return tokenizer
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase, said: str) -> None:
+    """Let it pad on the left, by some token; ValueError where it has none that ends an answer."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{said} has no end-of-sequence token (eos_token), so no answer could end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    say_nothing_of_lengths(tokenizer)
 
 
 def say_nothing_of_lengths(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.config import HfModelConfig, ModelConfig, TinyModelConfig
+from rlhf.config import GivenModelConfig, HfModelConfig, ModelConfig, TinyModelConfig
 from rlhf.models.device import check_attention, computing, resolve_device
+from rlhf.models.given import ready
 from rlhf.models.loading import from_pretrained, load_weights, without_dropout
 from rlhf.models.saving import brought_by
 from rlhf.models.stop_tokens import as_config, stop_ids
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "mistral", "qwen3")
 
 
-def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The policy on its device, in eval mode and without dropout; `seed` decides a new model's weights."""
+def make_policy(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, given: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The policy on its device, in eval mode and without dropout; `seed` decides a new model's weights.
+
+    `given`: the model itself, of a Python program.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -34,6 +40,9 @@ def make_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
             policy = _new_policy(config, tokenizer, seed)
         case HfModelConfig():
             policy = _load_policy(config, tokenizer)
+        case GivenModelConfig() if given is not None:
+            policy = ready(given, config)
+            _check_embeds(policy, tokenizer, "policy=")
         case _:
             raise AssertionError(f"no policy is made from {type(config).__name__}")
     ends = {"eos_token_id": as_config(stop_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
@@ -78,12 +87,14 @@ def _load_policy(config: HfModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     policy = load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **computing(config), **trust)
     if (brought := brought_by(tokenizer)) is not None:
         brought.look_at_weights()  # which are here by now
+    _check_embeds(policy, tokenizer, f"model.path={config.path}")
+    return policy
+
+
+def _check_embeds(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     rows = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
-        raise ValueError(
-            f"model.path: the tokenizer of {config.path} has {len(tokenizer)} tokens, and the model embeds only {rows}"
-        )
-    return policy
+        raise ValueError(f"{said}: the tokenizer has {len(tokenizer)} tokens, and the model embeds only {rows}")
 
 
 def reload(policy: PreTrainedModel, folder: Path) -> None:

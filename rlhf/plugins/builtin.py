@@ -9,6 +9,8 @@ from rlhf.config import (
     ConsoleLoggerConfig,
     EnvironmentTaskConfig,
     FunctionRewardConfig,
+    GivenRewardConfig,
+    GivenTaskConfig,
     GuessTaskConfig,
     HfTaskConfig,
     HttpRewardConfig,
@@ -45,6 +47,7 @@ PARTS = (
     Part("task", "guess", GuessTaskConfig, f"{TASKS}.guess:guess_task"),
     Part("task", "jsonl", JsonlTaskConfig, f"{TASKS}.files:jsonl_task"),
     Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
+    Part("task", "given", GivenTaskConfig, f"{TASKS}.given:given_task"),
     Part("task", "environment", EnvironmentTaskConfig, f"{TASKS}.staged:environment_task"),
     Part("task", "agent", AgentTaskConfig, "rlhf.agents.task:agent_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
@@ -54,6 +57,7 @@ PARTS = (
     Part("reward", "function", FunctionRewardConfig, f"{REWARDS}:function", f"{REWARDS}:check_function"),
     Part("reward", "http", HttpRewardConfig, f"{REWARDS}:http"),  # preflight/before_torch.py looks for its server
     Part("reward", "judge", JudgeRewardConfig, f"{REWARDS}:judge"),  # nor for this one
+    Part("reward", "given", GivenRewardConfig, f"{REWARDS}:given_functions"),  # which tries them
     Part("reward", "sum", SumRewardConfig),  # made of the others
     Part("loss", "clip", make=f"{OBJECTIVE}:clip"),  # PPO's clipped surrogate
     Part("loss", "gspo", make=f"{OBJECTIVE}:gspo"),  # the same with one ratio a row

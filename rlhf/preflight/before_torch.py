@@ -24,39 +24,45 @@ from rlhf.config.rules import named_as_part
 from rlhf.models.loading import check_folder
 from rlhf.monitor.loggers import check_loggers
 from rlhf.preflight.amounts import check_amounts, judged_by_amounts
+from rlhf.preflight.objects import NOTHING, Objects, check_given
 from rlhf.tasks import RawTask, read_task
 
 
 class Seen:
-    """A task as it was read; given away once, so that nobody holds a large file's rows longer than they are needed."""
+    """A task as it was read; given away once, so that nobody holds a large file's rows longer than they are needed.
 
-    def __init__(self, raw: RawTask) -> None:
+    And the objects that a Python program gives the run.
+    """
+
+    def __init__(self, raw: RawTask, objects: Objects = NOTHING) -> None:
         self._held = [raw]
+        self.objects = objects
 
     def take(self) -> RawTask:
         """The task's texts."""
         return self._held.pop()
 
 
-def look(config: RunConfig | EvaluationConfig) -> Seen:
+def look(config: RunConfig | EvaluationConfig, objects: Objects = NOTHING) -> Seen:
     """Read the task, once for this and for the run; ValueError for whatever is wrong that shows without a model."""
+    check_given(config, objects)
     if isinstance(config, RunConfig):
         check_loggers(config.logger)
     if config.model.lora.rank:
         _check_peft()
     if isinstance(config.model, HfModelConfig):
         check_folder(config.model.path, "model.path: cannot load a model")
-    raw = read_task(config.task, config.seed)
+    raw = read_task(config.task, config.seed, *objects.rows)
     if isinstance(config, RunConfig):
         check_amounts(config, raw)
         if not judged_by_amounts(config):
-            _check_rewards(config.reward, raw)
+            _check_rewards(config.reward, raw, objects)
     else:
         _check_answers(raw)
-    return Seen(raw)
+    return Seen(raw, objects)
 
 
-def _check_rewards(config: RewardConfig, raw: RawTask) -> None:
+def _check_rewards(config: RewardConfig, raw: RawTask, objects: Objects) -> None:
     """ValueError where data, a folder or a function is not there, RunError where a server is not."""
     from rlhf.rewards.columns import names
     from rlhf.rewards.judge import check_judge
@@ -68,7 +74,7 @@ def _check_rewards(config: RewardConfig, raw: RawTask) -> None:
         with named_as_part(name):
             match part.reward:
                 case FunctionRewardConfig() as own:
-                    functions_of(own).check_columns(names(raw.train))
+                    functions_of(own, objects.rewards).check_columns(names(raw.train))
                 case HttpRewardConfig() as server:
                     check_http(server, raw)
                 case JudgeRewardConfig() as judge:

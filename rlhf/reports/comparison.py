@@ -76,9 +76,9 @@ def plot_comparison(runs: Sequence[RunFolder], path: Path) -> None:
     common, every = lines_of(runs)
     lines = measured(every)
     name = next((name for name in MEASURES if lines and all(line.curve(name)[0] for line in lines)), "")
-    with drawing() as plt:
+    with drawing() as subplots:
         size = (15, max(4.2, 1.6 + 0.3 * len(lines)))
-        figure, (curves, *bars) = plt.subplots(1, 4, figsize=size, width_ratios=(3, 2, 1, 1), layout="constrained")
+        figure, (curves, *bars) = subplots(1, 4, figsize=size, width_ratios=(3, 2, 1, 1))
         figure.suptitle(" ".join(common), fontsize=9)
         draw_curves(curves, lines, name, MEASURES.get(name, ""))
         draw_phases(bars[0], lines)
@@ -87,7 +87,6 @@ def plot_comparison(runs: Sequence[RunFolder], path: Path) -> None:
         for axis in bars[1:]:
             axis.set_yticklabels([])
         figure.savefig(path, dpi=100)
-        plt.close(figure)
 
 
 def draw_curves(axis: Any, lines: Sequence[Line], name: str, title: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,36 +137,41 @@ HARDWARE = (
 )
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot without a screen; the first call takes a third of a second, more where fonts are new."""
-    import matplotlib
+def figure_class() -> Any:
+    """matplotlib's, which needs no screen; the first call takes a third of a second, more where fonts are new.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Not pyplot, whose backend and open figures are a program's own.
+    """
+    from matplotlib.backends import backend_agg
+    from matplotlib.figure import Figure
 
-    return plt
+    assert backend_agg  # by which figures are saved
+    return Figure
 
 
 @contextmanager
-def drawing() -> Iterator[Any]:
-    """The same in this project's style."""
+def drawing() -> Iterator[Callable[..., Any]]:
+    """Figures in this project's style: (rows, columns, figsize=..., of axes ...) -> figure and axes, as of pyplot."""
     from cycler import cycler
+    from matplotlib import rc_context
 
-    plt = pyplot()
-    with plt.rc_context(STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
-        yield plt
+    def subplots(*grid: int, figsize: tuple[float, float], **of_axes: Any) -> tuple[Any, Any]:
+        figure = figure_class()(figsize=figsize, layout="constrained")
+        return figure, figure.subplots(*grid, **of_axes)
+
+    with rc_context(STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
+        yield subplots
 
 
 def plot_curves(rows: Rows, path: Path, title: str) -> None:
     """Reward and gold, KL, and the milliseconds of each phase, over steps."""
-    with drawing() as plt:
-        figure, (rewards, kl, phases) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    with drawing() as subplots:
+        figure, (rewards, kl, phases) = subplots(1, 3, figsize=(14, 4))
         figure.suptitle(title)
         draw_panel(rewards, rows, PANELS[0])
         draw_panel(kl, rows, PANELS[1])
         draw_phases(phases, rows)
         figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 def draw_panel(axis: Any, rows: Rows, panel: Panel) -> None:

@@ -34,13 +34,21 @@ class FunctionReward:
     Where it raises, it is called again sample by sample; those that raise again have no reward and are counted in
     `report`, as are NaN, infinity and what is no number. Where it takes longer than `timeout_s`, its samples have no
     reward. An `async def` runs beside other parts of a sum; with `process` the function is called in a process of its
-    own, which is killed at the deadline. ValueError if it returns another number of rewards.
+    own, which is killed at the deadline. ValueError if it returns another number of rewards. It is imported by
+    its name, if it is not given.
     """
 
-    def __init__(self, name: str, timeout_s: float = TIMEOUT_S, messages: Any = AUTO, process: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        timeout_s: float = TIMEOUT_S,
+        messages: Any = AUTO,
+        process: bool = False,
+        function: Callable[..., Any] | None = None,
+    ) -> None:
         self.name = name
         self.timeout_s = timeout_s
-        self.function = imported(name)
+        self.function = imported(name) if function is None else function
         self.apart = OwnFunction(name) if process else None
         self.messages = messages
         self.form = Form.of(self.function, messages)

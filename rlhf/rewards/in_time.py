@@ -9,7 +9,6 @@ there is shell/apart.py.
 from __future__ import annotations
 
 import ctypes
-import functools
 import queue
 import signal
 import threading
@@ -78,10 +77,10 @@ def _here(call: Callable[[], Any], timeout_s: float) -> Any:
         _watches.remove(watch)
 
 
-@functools.cache
 def _listen() -> None:
-    """From now on for good: a signal that comes late must find its handler."""
-    signal.signal(SIGNAL, _heard)
+    """From now on, also after the call: a signal that comes late must find its handler."""
+    if signal.getsignal(SIGNAL) is not _heard:
+        signal.signal(SIGNAL, _heard)
 
 
 def _heard(number: int, frame: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import (
     FunctionRewardConfig,
+    GivenRewardConfig,
     HttpRewardConfig,
     JudgeRewardConfig,
     MathRewardConfig,
@@ -22,11 +23,13 @@ from rlhf.config.rules import named_as_part
 from rlhf.models.reward_model import load_reward_model, trained_by_a_run
 from rlhf.plugins.part import Part, PartError
 from rlhf.plugins.registry import made, part_of
+from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.http import HttpReward
 from rlhf.rewards.judge import JudgeReward
 from rlhf.rewards.mathematics import MathReward
 from rlhf.rewards.own import looked_at
-from rlhf.rewards.several import functions_of
+from rlhf.rewards.several import Given as Functions
+from rlhf.rewards.several import SeveralFunctions, functions_of
 from rlhf.rewards.verifier import VerifierReward
 from rlhf.rewards.weighted_sum import WeightedSum
 from rlhf.shell.ending import EXPLAINED
@@ -44,6 +47,7 @@ class Given:
     task: Task
     model: ModelConfig  # the policy's
     moment: datetime | None = None  # what chat templates are told that ask for the date; None: today
+    functions: Functions | None = None  # of a Python program
 
 
 def check_reward(config: RewardConfig, task: Task) -> None:
@@ -85,8 +89,12 @@ def check_model(config: ModelRewardConfig, task: Amounts) -> None:
 
 def check_function(config: FunctionRewardConfig, task: Task) -> None:
     """A trial of the function."""
+    _try(functions_of(config), task)
+
+
+def _try(functions: FunctionReward | SeveralFunctions, task: Task) -> None:
     answers = [answer for _, answer in task.demonstrations[:1] if isinstance(answer, str)]
-    functions_of(config).check(task.train, *answers)
+    functions.check(task.train, *answers)
 
 
 def check_http(config: HttpRewardConfig, task: Amounts) -> None:
@@ -99,16 +107,20 @@ def _has_gold(task: Amounts) -> bool:
 
 
 def given_rewards(
-    config: RewardConfig, task: Task, model: ModelConfig, moment: datetime | None = None
+    config: RewardConfig,
+    task: Task,
+    model: ModelConfig,
+    moment: datetime | None = None,
+    functions: Functions | None = None,
 ) -> dict[str, Reward | None]:
     """The parts of the reward by name, "" where it is one; None is a reward model that the run has to train.
 
-    Chat templates that ask for the date are told that of `moment`; None: today's.
+    Chat templates that ask for the date are told that of `moment`; None: today's. `functions`: of a Python program.
     """
     rewards: dict[str, Reward | None] = {}
     for name, part in config.weighted().items():
         with named_as_part(name):
-            reward, chosen = made(part.reward, Given(task, model, moment)), part_of(part.reward)
+            reward, chosen = made(part.reward, Given(task, model, moment, functions)), part_of(part.reward)
             rewards[name] = reward if chosen.ours else looked_at(chosen, reward, task)
     return rewards
 
@@ -121,6 +133,13 @@ def verifier(config: VerifierRewardConfig, given: Given) -> Reward:
 def function(config: FunctionRewardConfig, given: Given) -> Reward:
     """The user's function."""
     return functions_of(config)
+
+
+def given_functions(config: GivenRewardConfig, given: Given) -> Reward:
+    """Functions of a Python program, after a trial of each."""
+    functions = functions_of(config, given.functions)
+    _try(functions, given.task)
+    return functions
 
 
 def http(config: HttpRewardConfig, given: Given) -> Reward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from rlhf.config import FunctionRewardConfig
 from rlhf.monitor.metrics import mean
@@ -11,6 +12,8 @@ from rlhf.rewards.failures import only_finite
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.samples import Rewards, Samples
 from rlhf.types import Prompt, RewardReport
+
+Given = Mapping[str, Callable[..., Any]]  # functions of a Python program, by the names that its configuration has
 
 
 class SeveralFunctions:
@@ -71,16 +74,16 @@ class SeveralFunctions:
         self.report.error = self.report.error or report.error
 
 
-def functions_of(config: FunctionRewardConfig) -> FunctionReward | SeveralFunctions:
-    """The function, or all of a list."""
+def functions_of(config: FunctionRewardConfig, given: Given | None = None) -> FunctionReward | SeveralFunctions:
+    """The function, or all of a list; `given`: those that need not be imported."""
     if isinstance(config.function, str):
-        return _one(config, config.function)
+        return _one(config, config.function, given)
     named = zip(_short(config.function), config.function, config.weights or [1.0] * len(config.function), strict=True)
-    return SeveralFunctions({short: (weight, _one(config, name)) for short, name, weight in named})
+    return SeveralFunctions({short: (weight, _one(config, name, given)) for short, name, weight in named})
 
 
-def _one(config: FunctionRewardConfig, name: str) -> FunctionReward:
-    return FunctionReward(name, config.timeout_s, config.messages, config.process)
+def _one(config: FunctionRewardConfig, name: str, given: Given | None) -> FunctionReward:
+    return FunctionReward(name, config.timeout_s, config.messages, config.process, (given or {}).get(name))
 
 
 def _short(names: Sequence[str]) -> list[str]:

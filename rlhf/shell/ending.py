@@ -6,7 +6,6 @@ import errno
 import fcntl
 import multiprocessing
 import os
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from rlhf.shell.going_on import goes_on_by
 from transfer.agreement.shown import told
 from transfer.agreement.wire import RemoteError, TransferError
 from transfer.backends.folder_lock import NO_LOCKS
@@ -98,9 +98,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunError(
-            f"the disk is full ({error}): make room, then go on with python -m rlhf.resume {shlex.quote(str(folder))}"
-        ) from error
+        raise RunError(f"the disk is full ({error}): make room, then go on with {goes_on_by(folder)}") from error
 
 
 @contextmanager

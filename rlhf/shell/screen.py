@@ -36,10 +36,16 @@ codecs.register_error(SHOWN, _shown)
 
 
 def plain_console() -> Console:
-    """A console that prints texts as they are: `[console]` in a path is no style, `:100:` behind a file no emoji."""
+    """A console that prints texts as they are: `[console]` in a path is no style, `:100:` behind a file no emoji.
+
+    In a notebook, which is no terminal and has FORCE_COLOR set, they are lines of text.
+    """
     from rich.console import Console
 
-    return Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False)
+    if not console.is_jupyter:
+        return console
+    return Console(markup=False, emoji=False, force_jupyter=False, force_terminal=False, color_system=None)
 
 
 class Outlasting:

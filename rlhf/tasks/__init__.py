@@ -21,9 +21,9 @@ from transfer.agreement.shown import shown, told
 __all__ = ["RawTask", "Replies", "Row", "make_task", "read_task"]
 
 
-def read_task(config: TaskConfig, seed: int) -> RawTask:
-    """The task's texts, the same for the same seed; ValueError if they cannot be had."""
-    raw = made(config, seed)
+def read_task(config: TaskConfig, seed: int, *rows: Any) -> RawTask:
+    """The task's texts, the same for the same seed; ValueError if they cannot be had. `rows`: a Python program's."""
+    raw = made(config, seed, *rows)
     if not isinstance(raw, RawTask):
         raise ValueError(f"{part_of(config).chosen}: its maker must return a RawTask (got {type(raw).__name__})")
     if not part_of(config).ours:

@@ -45,7 +45,9 @@ def task_of(config: FileTaskConfig, seed: int, source: Source, own: Source | Non
     if taken := set(TEMPLATE_OWN) & set(config.template):
         raise ValueError(f"task.template must not have {', '.join(sorted(taken))}: the harness gives that itself")
     groups, notes = _grouped(config, source)
-    train, held_out = _split(config, seed, groups) if own is None else _apart(config, seed, groups, own, notes)
+    train, held_out = (
+        _split(config, seed, groups, source.key) if own is None else _apart(config, seed, groups, own, notes)
+    )
     gold = verifier(config, [*train, *held_out], source.key)
     return RawTask(train, held_out, gold, notes=notes, longest_prompt=config.longest_prompt, template=config.template)
 
@@ -54,16 +56,16 @@ ENOUGH = 1000  # rows that are bad before any is good
 Groups = dict[str, list[Row]]  # by question
 
 
-def _split(config: FileTaskConfig, seed: int, groups: Groups) -> tuple[list[Row], list[Row]]:
+def _split(config: FileTaskConfig, seed: int, groups: Groups, key: str) -> tuple[list[Row], list[Row]]:
     questions = list(groups)
     if len(questions) == 1:
         raise ValueError(
-            f"{config.path} has one prompt, and one at least is held out: add lines with other prompts to task.path"
+            f"{config.path} has one prompt, and one at least is held out: add lines with other prompts to {key}"
         )
     if len(questions) <= config.held_out:
         raise ValueError(
             f"{config.path} has {len(questions)} different prompts, too few to hold {config.held_out} out and train on "
-            f"the others: set task.held_out below {len(questions)}, or add lines to task.path"
+            f"the others: set task.held_out below {len(questions)}, or add lines to {key}"
         )
     random.Random(seed).shuffle(questions)
     train = [row for question in questions[: -config.held_out] for row in groups[question]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from rlhf.config import HfTaskConfig
+from rlhf.config import FileTaskConfig, HfTaskConfig
 from rlhf.tasks.arrow_rows import Columns, whole_floats
 from rlhf.tasks.data_files import END, Files, files_at, names_file
 from rlhf.tasks.hub import hub_or_cache
@@ -84,15 +84,22 @@ def sources_of(config: HfTaskConfig) -> list[Source]:
     _check_package()
     data = _data_set(config.path, config.name, "task.path")
     split = config.split or _only(data, config.path, "task.split", "train")
-    sources = [_source(config, data, config.path, split, "task.split")]
+    sources = [rows_of(config, data, config.path, split, "task.split")]
     if config.held_out_path is not None:
         path = config.held_out_path
         own = _data_set(path, None, "task.held_out_path")
         held = config.held_out_split or _only(own, path, "task.held_out_split")
-        sources.append(_source(config, own, path, held, "task.held_out_split"))
+        sources.append(rows_of(config, own, path, held, "task.held_out_split"))
     elif config.held_out_split is not None:
-        sources.append(_source(config, data, config.path, config.held_out_split, "task.held_out_split"))
+        sources.append(rows_of(config, data, config.path, config.held_out_split, "task.held_out_split"))
     return sources
+
+
+def at_path(config: FileTaskConfig, path: str, key: str) -> Source:
+    """The rows of the split `train`, or the only one, of what is there."""
+    _check_package()
+    data = _data_set(path, None, key)
+    return rows_of(config, data, path, _only(data, path, key, "train"), key)
 
 
 def _check_package() -> None:
@@ -186,7 +193,7 @@ def _only(data: DataSet, path: str, key: str, otherwise: str = "") -> str:
     raise ValueError(f"{key} must say which split of {path} to take: {', '.join(data.splits)}")
 
 
-def _source(config: HfTaskConfig, data: DataSet, path: str, split: str, key: str) -> Source:
+def rows_of(config: FileTaskConfig, data: DataSet, path: str, split: str, key: str) -> Source:
     """The rows of a split, or of a part of it."""
     answer = config.columns.get(config.answer_column, config.answer_column)
     whole = frozenset({answer}) if _whole(data, split, path, key, answer) else frozenset()
@@ -232,16 +239,16 @@ def _parts(data: DataSet, split: str, path: str, key: str) -> Iterator[tuple[str
 # --- columns whose texts are JSON, as csv has to write them -----------------------------------------------------------
 
 
-def _forms(config: HfTaskConfig) -> tuple[str, ...]:
+def _forms(config: FileTaskConfig) -> tuple[str, ...]:
     return (config.prompt_column, "completion", *PREFERENCE, *CONVERSATIONS)
 
 
-def _names(config: HfTaskConfig, forms: tuple[str, ...]) -> list[str]:
+def _names(config: FileTaskConfig, forms: tuple[str, ...]) -> list[str]:
     """What the data call these."""
     return [config.columns.get(form, form) for form in forms]
 
 
-def _unpacked(config: HfTaskConfig, rows: Iterator[Record]) -> Iterator[Record]:
+def _unpacked(config: FileTaskConfig, rows: Iterator[Record]) -> Iterator[Record]:
     """The rows with messages and objects in place of texts that are JSON of them, or Python's way to write them."""
     tests: dict[str, Callable[[Any], bool]] = dict.fromkeys(_names(config, _forms(config)), _are_messages)
     tests |= dict.fromkeys(_names(config, ("tools",)), _are_objects)

@@ -66,7 +66,7 @@ def _of_array(path: str, raw: bytes) -> Iterator[Record]:
     """Each object by the line in which it begins; nothing behind the first that is no JSON."""
     try:
         for line, item in _items(raw.decode()):
-            yield f"{path}:{line}", item if isinstance(item, ValueError) else _object_in(item)
+            yield f"{path}:{line}", item if isinstance(item, ValueError) else object_in(item)
     except UnicodeError as error:
         line = raw[: error.start].count(b"\n") + 1  # type: ignore[attr-defined]
         yield f"{path}:{line}", ValueError(f"not UTF-8: {error.reason}")  # type: ignore[attr-defined]
@@ -111,12 +111,12 @@ def columns_of(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not UTF-8: {error.reason}") from None  # type: ignore[attr-defined]
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
-    if isinstance(columns := _object_in(found), ValueError):
+    if isinstance(columns := object_in(found), ValueError):
         raise columns
     return columns
 
 
-def _object_in(found: Any) -> dict[str, Any] | ValueError:
+def object_in(found: Any) -> dict[str, Any] | ValueError:
     """The columns of a row, or what is wrong with them."""
     try:
         json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair can be neither tokenised nor written

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.config.task import EnvironmentTaskConfig, HfTaskConfig
 from rlhf.environments.factory import Factory
+from rlhf.tasks import given
 from rlhf.tasks.files import json_sources, task_of
 from rlhf.tasks.json_lines import Record
 from rlhf.tasks.raw import RawTask, Stage
@@ -17,12 +18,12 @@ from rlhf.tasks.source import Source, reading
 JSON = (".jsonl", ".json", ".gz")
 
 
-def environment_task(config: EnvironmentTaskConfig, seed: int) -> RawTask:
-    """ValueError says what is wrong with the class, or with its rows."""
+def environment_task(config: EnvironmentTaskConfig, seed: int, *rows: Any) -> RawTask:
+    """ValueError says what is wrong with the class, or with its rows; `rows`: a Python program's (given.py)."""
     factory = Factory.of(config.factory, config.tools)
     if not factory.plays:
         config = replace(config, chat=True)  # calls of tools are messages
-    raw = task_of(config, seed, *_sources(config, factory))
+    raw = task_of(config, seed, *(given.sources_of(config, *rows) if rows else _sources(config, factory)))
     gold = unplayed if factory.plays or factory.has("get_reward") else raw.gold
     return replace(raw, gold=gold, stage=Stage(config, factory))
 

@@ -20,8 +20,6 @@ messages = row["prompt"]
 for turn in range(2):
     said = ask(messages, max_tokens=2)
     messages += [said, {"role": "user", "content": "<"}]
-if row["answer"] == "b" and os.environ.get("DIES"):
-    sys.exit(3)
 reward(len(said["content"] or "") / 8)
 """
 

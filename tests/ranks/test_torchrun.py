@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from forked_ranks import DEADLINE_S, FORK
 
-from rlhf import beside, train
+import rlhf.train as train
+from rlhf import beside
 from rlhf.ranks import torchrun
 from rlhf.ranks.place import by_torchrun
 
