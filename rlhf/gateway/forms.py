@@ -63,7 +63,8 @@ def read_chat(body: Mapping[str, Any], temperatures: tuple[float, ...]) -> Reque
     choice = body.get("tool_choice") or "auto"
     if choice not in ("auto", "none"):
         raise Refused(400, f"tool_choice must be auto or none: nothing is forced (got {shown(choice)})")
-    tools, given = body.get("tools") or [], body.get("chat_template_kwargs") or {}
+    tools, given = body.get("tools"), body.get("chat_template_kwargs")
+    tools, given = [] if tools is None else tools, {} if given is None else given
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Refused(400, "tools must be a list of objects")
     if not isinstance(given, dict) or {"tools", "messages", "add_generation_prompt", "tokenize"} & set(given):

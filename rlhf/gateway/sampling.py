@@ -36,7 +36,7 @@ class Sampling:
     def ask(self, wanted: Wanted) -> Future[list[Completion]]:
         """From any thread: let workers be asked for this."""
         future: Future[list[Completion]] = Future()
-        self._events.put(partial(self._waiting.append, (wanted, future)))
+        self._events.put(partial(self._wait, (wanted, future)))
         return future
 
     def tell(self, event: Callable[[], None]) -> None:
@@ -58,10 +58,13 @@ class Sampling:
         for _, future in self._waiting:
             future.cancel()
 
+    def _wait(self, call: Call) -> None:
+        self._waiting.append(call)
+
     def _hand_out(self) -> None:
-        self._waiting = [call for call in self._waiting if not call[1].cancelled()]
-        shares = self._requests.shares(len(self._waiting))
-        waiting, self._waiting = self._waiting, self._waiting[shares[-1][1].stop :] if shares else self._waiting
+        waiting = [call for call in self._waiting if not call[1].cancelled()]
+        shares = self._requests.shares(len(waiting))
+        self._waiting = [] if shares else waiting
         for sender, part in shares:
             for _, calls in groupby(sorted(waiting[part], key=_kind), key=_kind):
                 self._request(sender, list(calls))

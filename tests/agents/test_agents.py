@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.agents.environment import AgentEnvironment
+from rlhf.config.task import AgentTaskConfig
+from rlhf.episodes.loop import conversing
 from rlhf.shell.ending import RunError
 
 TALKS = """
@@ -158,3 +161,23 @@ def test_a_run_that_is_killed_leaves_no_program(tmp_path):
         agent = int(run.stdout.readline())
         os.kill(run.pid, signal.SIGKILL)
     assert gone(agent)
+
+
+OPENAI = """
+import json, os, openai, requests
+
+client, row = openai.OpenAI(), json.loads(os.environ["RLHF_ROW"])
+said = client.chat.completions.create(model="policy", messages=row["prompt"]).choices[0].message
+client.chat.completions.create(model="policy", messages=[*row["prompt"], said, {"role": "user", "content": "!"}])
+headers = {"Authorization": "Bearer " + client.api_key}
+requests.post(os.environ["RLHF_SESSION"] + "/reward", json={"reward": 1}, headers=headers).raise_for_status()
+"""
+
+
+@pytest.mark.slow
+def test_the_package_openai_needs_nothing_but_its_environment(client, tokenizer, prompt, tmp_path):
+    (tmp_path / "agent.py").write_text(OPENAI)
+    config = AgentTaskConfig(path="rows.jsonl", command=f"python {tmp_path / 'agent.py'}")
+    agents = conversing(client, AgentEnvironment(config, tokenizer))
+    (told,) = agents.sample([prompt("x")], n=1, temperature=0.7, seed=3).episodes
+    assert told.score == 1.0 and len(told.said) == 3 and told.said[1] == "!"

@@ -270,3 +270,37 @@ def test_a_streamed_call_is_put_together_by_its_client(scripted):
         chunks = list(said(client, tools=[TOOL], stream=True))
         (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
         assert call.index == 0 and call.function.name == "add" and chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"messages": NaN}',
+        b'{"messages": [], "messages": []}',
+        b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b'{"messages": [{"role": "user", "content": {"a": 1}}]}',
+        b'{"messages": [{"role": "user"}], "tools": {}}',
+        b'{"messages": [{"role": "user"}], "stream": 3}',
+        b'{"messages": [{"role": "user"}], "seed": 1e9}',
+        b'{"messages": [{"role": "user"}], "stop": [""]}',
+        b'{"messages": [{"role": "user"}], "chat_template_kwargs": {"tools": []}}',
+        b'{"messages": [{"role": "assistant", "tool_calls": 3}, {"role": "user"}]}',
+    ],
+)
+def test_a_body_that_makes_no_sense_is_a_400(endpoint, body):
+    session, key, _ = endpoint.begin()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    answer = requests.post(f"{endpoint.url}/v1/chat/completions", data=body, headers=headers, timeout=10)
+    assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+    assert not session.turns.all
+
+
+def test_there_are_no_other_routes(endpoint):
+    _, key, _ = endpoint.begin()
+    headers = {"Authorization": f"Bearer {key}"}
+    for method, path in (("GET", "/"), ("GET", "/v1/chat/completions"), ("POST", "/v1/models"), ("POST", "/pause")):
+        answer = requests.request(method, endpoint.url + path, headers=headers, timeout=10)
+        assert answer.status_code == 404, path
