@@ -64,11 +64,13 @@ class Wanted:
 
     all_logprobs: bool = True
     vocabulary: int | None = None
+    context: int | None = None  # positions of the model
 
 
 def wanted_of(config: RunConfig | EvaluationConfig, policy: Any) -> Wanted:
     """What a run wants of its workers' answers."""
-    return Wanted(all_logprobs(config), policy.config.get_text_config().vocab_size)
+    shape = policy.config.get_text_config()
+    return Wanted(all_logprobs(config), shape.vocab_size, getattr(shape, "max_position_embeddings", None))
 
 
 class RolloutClient:
@@ -127,6 +129,18 @@ class RolloutClient:
         other._senders, other._recover, other._recoveries = [sender], lambda _: False, Counter()
         return other
 
+    def ending(self, most: int | None, stop: Sequence[str]) -> RolloutClient:
+        """As this one, for answers of at most so many tokens (None: as many as ever), which end with these texts, too.
+
+        Those are sampled whole, and cut.
+        """
+        if most is None and not stop:
+            return self
+        other = copy.copy(self)
+        most = self._config.max_new_tokens if most is None else min(most, self._config.max_new_tokens)
+        other._config = replace(self._config, max_new_tokens=most, stop=[*self._config.stop, *stop])
+        return other
+
     def cut(self, cut: Cut) -> RolloutClient:
         """As this one, for samples of which some tokens are cut off."""
         other = copy.copy(self)
@@ -137,6 +151,21 @@ class RolloutClient:
     def continuous(self) -> bool:
         """Whether rows of many requests share a worker's batch."""
         return self._config.continuous
+
+    @property
+    def wanted(self) -> Wanted:
+        """What its workers' answers have."""
+        return self._wanted
+
+    @property
+    def config(self) -> RolloutConfig:
+        """How it samples."""
+        return self._config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's."""
+        return self._tokenizer
 
     @property
     def all_logprobs(self) -> bool:
