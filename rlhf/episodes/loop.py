@@ -27,7 +27,7 @@ from rlhf.episodes.row import Row
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import measured_rows, seed_of
 from rlhf.shell.ending import RunError
-from rlhf.types import FINISHED, GARBAGE, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said, Told
+from rlhf.types import FINISHED, GARBAGE, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said
 from transfer import Sender
 from transfer.agreement.wire import RemoteError
 
@@ -171,6 +171,7 @@ class _Step:
             self._over(row, said)
             return
         if row.answers == self.environment.turns:  # what was said to the last answer, nobody is told
+            row.note(said)
             self._call(row, row.episode.end)
             return
         row.hear(said)
@@ -269,7 +270,7 @@ def _rollouts(prompts: list[Prompt], rows: Sequence[Row], seeds: list[int], n: i
         [row.text for row in rows],
         seeds,
         n,
-        [Told(row.said or [""], row.score, row.failed, dict(row.counts), row.why) for row in rows],
+        [row.told() for row in rows],
     )
 
 

@@ -11,6 +11,8 @@ from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.factory import Factory
 from rlhf.environments.make import environment_of
 from rlhf.episodes.loop import Episodes
+from rlhf.rewards.calling import Form
+from rlhf.rewards.samples import Samples
 from rlhf.tasks import make_task, read_task
 from rlhf.types import gold_scores
 
@@ -109,6 +111,22 @@ def test_tools_that_exit_or_say_what_is_no_text_hurt_no_other_row(tokenizer, tmp
     left, nothing, half, fine = told.said[1].split("\n")
     assert "SystemExit: 3" in left and "StopIteration" in nothing and half == "?" and fine == "fine"
     assert told.counts == {"tools/calls": 4.0, "tools/failures": 2.0} and not told.failed
+
+
+def test_a_reward_function_is_given_the_whole_conversation(tokenizer, tmp_path):
+    task = task_of(tokenizer, tmp_path, factory=f"{CLASSES}:Shop")
+    rollouts = played(tokenizer, task, [call("sell", item="pen"), "done"])
+
+    def reward(completions, prompts, **columns):
+        (said,) = completions
+        assert [message["role"] for message in said] == ["assistant", "tool", "assistant"]
+        assert said[0]["tool_calls"][0]["function"] == {"name": "sell", "arguments": {"item": "pen"}}
+        assert said[1]["content"] == "sold pen" and said[2]["content"] == "done"
+        return [0.25]
+
+    form = Form.of(lambda completions, **columns: reward(completions, **columns))
+    given, named = form.arguments(Samples.of(rollouts))
+    assert reward(*given, **named) == [0.25]
 
 
 def test_functions_are_tools_of_rows_without_a_class(tokenizer, tmp_path):
