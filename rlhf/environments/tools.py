@@ -13,7 +13,7 @@ from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.environment import ClassEpisode, Site, as_tool_messages
 from rlhf.environments.hosts import Outcome
 from rlhf.models.tool_calls import Parsed
-from rlhf.types import RAISED, Completion, Prompt, Said, Then
+from rlhf.types import GARBAGE, RAISED, Completion, Prompt, Said, Then
 
 CALLS, FAILURES = "tools/calls", "tools/failures"
 MOST_CALLS = 8  # in an answer; further ones are not made
@@ -63,7 +63,13 @@ class _Turn:
         self._errors = errors
 
     def go_on(self) -> None:
-        """Make the next call, or tell what has come of all."""
+        """Make the next call, or tell what has come of all; in whatever thread has heard of the one before."""
+        try:
+            self._go_on()
+        except Exception as error:  # the row's failure, and not that of the thread
+            self._then(Said(failed=GARBAGE, why=f"{type(error).__name__}: {error}"))
+
+    def _go_on(self) -> None:
         if not self._calls:
             counts = {CALLS: float(self._all), FAILURES: float(self._failures)}
             names = [*self._names, *("" for _ in self._errors)]
