@@ -94,6 +94,7 @@ class Told:
     failed: str = ""  # the class of failure that has ended it; then there is no reward
     counts: dict[str, float] = field(default_factory=dict)  # of calls of tools, ...
     why: str = ""  # it has failed
+    messages: list[dict[str, Any]] = field(default_factory=list)  # all after the prompt; empty: as `said` has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,8 @@ class Said:
     why: str = ""  # it was
     counts: Mapping[str, float] = field(default_factory=dict)  # of what is to be counted: calls of tools, ...
     prompt: tuple[int, ...] | None = None  # in place of the task's own, of an episode that has begun
+    answer: Mapping[str, Any] | None = None  # what was heard, as a message with its calls of tools
+    messages: Sequence[Mapping[str, Any]] = ()  # what is said to that
 
 
 Then = Callable[[Said], None]  # told once, from any thread

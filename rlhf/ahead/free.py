@@ -35,6 +35,7 @@ from transfer.agreement.wire import RemoteError
 from transfer.config import InFlight
 
 LOOK_S = 1.0  # until whoever waits looks again: signals get through
+SLOW_REQUESTS = 8  # of rows that may wait for environments
 
 
 class Seeded(Protocol):
@@ -64,11 +65,13 @@ class Load:
 
     @classmethod
     def of(cls, config: RunConfig, workers: int) -> Load:
-        """Small requests where rows come and go in the worker's batch, else one with the worker's share of a step."""
+        """Small requests where rows come and go in the worker's batch, else one with the worker's share of a step.
+
+        Some, where rows may wait for environments, while others are drawn.
+        """
         size = config.prompts_per_step
-        if not config.rollout.continuous:
-            return cls(1, -(-size // workers))
-        return cls(MOST_REQUESTS, -(-size // (MOST_REQUESTS * workers)))
+        requests = MOST_REQUESTS if config.rollout.continuous else SLOW_REQUESTS if config.task.waits else 1
+        return cls(requests, -(-size // (requests * workers)))
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from rlhf.ahead.slots import Slot, Slots
 from rlhf.gather import Scored, groups_of, joined
-from rlhf.ranks.frames import heard_row, packed, told_row, unpacked
+from rlhf.ranks.frames import heard_row, packed, told_episode, told_row, unpacked
 from rlhf.shell.ending import RunError
 from rlhf.types import VERSIONS, Prompt, RewardReport, Rollouts, Told, column
 
@@ -48,7 +48,7 @@ def told(scored: Scored, numbers: dict[int, int]) -> dict[str, Any]:
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
-        "episodes": [[e.said, e.score, e.failed, e.counts, e.why] for e in rollouts.episodes],
+        "episodes": [told_episode(each) for each in rollouts.episodes],
         "rewards": rewards,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 
 from rlhf.learning.batches import batches
@@ -19,11 +20,13 @@ class Stream:
         self.size = min(size, len(prompts))
         self._batches = iter(batches(len(prompts), size, sys.maxsize, seed))
         self._rows: list[int] = []
+        self._guard = threading.Lock()
 
     def __getitem__(self, index: int) -> tuple[Prompt, int]:
         """The prompt, and its seed."""
-        while len(self._rows) <= index:
-            self._rows += next(self._batches)
+        with self._guard:
+            while len(self._rows) <= index:
+                self._rows += next(self._batches)
         step, place = index // self.size + 1, index % self.size
         return self._prompts[self._rows[index]], seed_of(self._seed + step, place)
 

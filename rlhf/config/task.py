@@ -43,6 +43,11 @@ class TaskConfig:
         return 1 if self.environment is None else self.environment.turns
 
     @property
+    def waits(self) -> bool:
+        """Whether what answers the policy may take long."""
+        return False
+
+    @property
     def leaves_out_overlong(self) -> bool:
         """Whether rows beyond the model's context are left out, rather than refused."""
         return False
@@ -279,6 +284,11 @@ class EnvironmentTaskConfig(HfTaskConfig):
             )
         if self.factory is None and not self.path:
             raise ValueError("task.tools has no rows of its own: set task.path to a file of prompts")
+
+    @property
+    def waits(self) -> bool:
+        """Whether what answers the policy may take long."""
+        return True
 
     @property
     def most_answers(self) -> int:

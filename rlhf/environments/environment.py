@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rlhf.config.task import EnvironmentTaskConfig
@@ -14,7 +15,7 @@ from rlhf.environments.factory import Factory
 from rlhf.environments.hosts import Hosts, Outcome, Seat
 from rlhf.models.encoding import beginning, begun
 from rlhf.models.tool_calls import ToolFormat
-from rlhf.types import GARBAGE, Completion, Prompt, Said, Then, Tokenizer
+from rlhf.types import DIED, GARBAGE, Completion, Prompt, Said, Then, Tokenizer
 
 TRIAL_S = 10.0  # beyond a call's deadline, for what is tried before anything is trained
 
@@ -70,24 +71,24 @@ class ClassEpisode:
 
     def begin(self, then: Then) -> None:
         """Make the instance, and reset it."""
-        try:
-            self.seat = self.site.hosts.seat()
-        except ValueError as error:
-            then(Said(failed="died", why=str(error)))
-            return
-        factory, arguments = self.site.factory, dict[str, Any]()
-        if factory.has("reset"):
-            asked = [dict(message) for message in self.prompt.messages] or self.prompt.text
-            arguments = factory.given({"prompt": asked, **self.prompt.columns})
-        heard = self._unless_failed(then, lambda value: then(self._opened(value)))
-        self.seat.make("reset" if factory.has("reset") else "", arguments, heard)
+        asked = [dict(message) for message in self.prompt.messages] or self.prompt.text
+        arguments = self.site.factory.given({"prompt": asked, **self.prompt.columns})
+        self._made("reset", arguments, then, lambda value: then(self._opened(value)))
 
     def end(self, then: Then) -> None:
         """Ask for its reward, if it has one."""
         if not self.site.factory.has("get_reward"):
             then(Said(score=self.score))
             return
-        self.call("get_reward", {}, then, lambda value: then(scored(value, "get_reward()")))
+        heard = partial(self._scored, then)
+        self.there(then, lambda: self.call("get_reward", {}, then, heard))
+
+    def there(self, then: Then, go_on: Callable[[], None]) -> None:
+        """Go on with the instance, which is made first if nobody has had to reset it."""
+        if self.seat is not None:
+            go_on()
+        else:
+            self._made("", {}, then, lambda _: go_on())
 
     def close(self) -> None:
         """Drop the instance."""
@@ -106,6 +107,18 @@ class ClassEpisode:
         """Call a method; what it returns is heard, and a failure ends the episode."""
         assert self.seat is not None, "it has begun"
         self.seat.call(name, dict(arguments), self._unless_failed(then, heard))
+
+    def _made(self, name: str, arguments: dict[str, Any], then: Then, heard: Callable[[Any], None]) -> None:
+        """Make the instance, and call a method of it."""
+        try:
+            self.seat = self.site.hosts.seat()
+        except ValueError as error:
+            then(Said(failed=DIED, why=str(error)))
+            return
+        self.seat.make(name, arguments, self._unless_failed(then, heard))
+
+    def _scored(self, then: Then, value: Any) -> None:
+        then(scored(value, "get_reward()"))
 
     def _unless_failed(self, then: Then, heard: Callable[[Any], None]) -> Callable[[Outcome], None]:
         def told(outcome: Outcome) -> None:
@@ -151,11 +164,10 @@ def scored(value: Any, what: str) -> Said:
 class ClassEnvironment:
     """A `rlhf.types.Environment` around a user's class; to be used as a context."""
 
-    opens = True
-
     def __init__(self, site: Site, episode: type[ClassEpisode], longest_reply: int) -> None:
         self._site, self._episode = site, episode
         self.longest_reply = longest_reply
+        self.opens = site.factory.has("reset")
         self.scores = site.factory.plays or site.factory.has("get_reward")
 
     def __enter__(self) -> ClassEnvironment:

@@ -64,6 +64,7 @@ class PlayedEpisode(ClassEpisode):
             if not isinstance(observation, str):
                 then(Said(failed=GARBAGE, why=f"{FORM}: its observation is no text (got {observation!r:.200})"))
                 return
-            then(Said(self.site.said(observation, self.prompt), observation))
+            said = [{"role": "user", "content": observation}]
+            then(Said(self.site.said(observation, self.prompt), observation, messages=said))
 
         return heard

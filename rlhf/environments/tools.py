@@ -6,12 +6,13 @@ A tool that raises, one that nobody has, and a call that cannot be read are answ
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.environment import ClassEpisode, Site, as_tool_messages
 from rlhf.environments.hosts import Outcome
+from rlhf.models.tool_calls import Parsed
 from rlhf.types import RAISED, Completion, Prompt, Said, Then
 
 CALLS, FAILURES = "tools/calls", "tools/failures"
@@ -30,25 +31,28 @@ class ToolEpisode(ClassEpisode):
         assert self._format is not None, "it has tools"
         said = self.site.tokenizer.batch_decode([answer.ids.tolist()[:-1]], skip_special_tokens=False)[0]
         parsed = self._format.parse(said, self.site.schemas)
-        calls: list[Any] = list(parsed.message.get("tool_calls") or ())
-        if not calls and not parsed.errors:
+        if not parsed.message.get("tool_calls") and not parsed.errors:
             self.end(then)
             return
-        _Turn(self, calls, list(parsed.errors), then).go_on()
+        self.there(then, _Turn(self, parsed, then).go_on)
 
-    def answered(self, names: Sequence[str], contents: Sequence[str], counts: dict[str, float]) -> Said:
+    def answered(
+        self, answer: Mapping[str, Any], names: Sequence[str], contents: Sequence[str], counts: dict[str, float]
+    ) -> Said:
         """What is said to the policy."""
         parts = len(contents)
         messages = as_tool_messages(names, [self.site.cut(content, parts) for content in contents])
         ids = Dialogue(self.site.tokenizer, self.prompt.given).after(messages, called=True)
-        return Said(ids, "\n".join(message["content"] for message in messages), counts=counts)
+        text = "\n".join(message["content"] for message in messages)
+        return Said(ids, text, counts=counts, answer=answer, messages=messages)
 
 
 class _Turn:
     """The calls of one answer."""
 
-    def __init__(self, episode: ToolEpisode, calls: list[Any], errors: list[str], then: Then) -> None:
-        self._episode, self._then = episode, then
+    def __init__(self, episode: ToolEpisode, parsed: Parsed, then: Then) -> None:
+        self._episode, self._answer, self._then = episode, parsed.message, then
+        calls, errors = list(parsed.message.get("tool_calls") or ()), list(parsed.errors)
         self._calls = calls[:MOST_CALLS]
         self._names: list[str] = []
         self._contents: list[str] = []
@@ -63,7 +67,7 @@ class _Turn:
         if not self._calls:
             counts = {CALLS: float(self._all), FAILURES: float(self._failures)}
             names = [*self._names, *("" for _ in self._errors)]
-            self._then(self._episode.answered(names, [*self._contents, *self._errors], counts))
+            self._then(self._episode.answered(self._answer, names, [*self._contents, *self._errors], counts))
             return
         function = self._calls.pop(0)["function"]
         name, arguments = str(function["name"]), function.get("arguments") or {}

@@ -14,9 +14,11 @@ long have threads or processes of their own. Both tell by a queue what has come.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -25,7 +27,7 @@ from rlhf.episodes.row import Row
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import measured_rows, seed_of
 from rlhf.shell.ending import RunError
-from rlhf.types import FINISHED, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said, Told
+from rlhf.types import FINISHED, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said
 from transfer import Sender
 from transfer.agreement.wire import RemoteError
 
@@ -79,6 +81,7 @@ class _Step:
     ready: list[Row] = field(default_factory=list)
     waiting: list[Row] = field(default_factory=list)  # for a place
     open: int = 0  # episodes
+    beginning: Counter[int] = field(default_factory=Counter)  # of a prompt's rows, by prompt
     requests: Requests = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +110,7 @@ class _Step:
             row = self.waiting.pop()
             self.open += 1
             if self.environment.opens:
+                self.beginning[row.number // self.n] += 1
                 self._call(row, row.episode.begin)
             else:
                 self.ready.append(row)
@@ -138,7 +142,7 @@ class _Step:
             call(*arguments, partial(self._heard, row, row.calls))
             return
         call(*arguments, partial(self._tell, row, row.calls))
-        row.deadline = time.monotonic() + self.environment.timeout_s  # from when it was asked: a process may have started
+        row.deadline = time.monotonic() + self.environment.timeout_s  # not before: a process may have had to start
 
     def _tell(self, row: Row, number: int, said: Said) -> None:
         self.events.put(partial(self._heard, row, number, said))
@@ -149,10 +153,13 @@ class _Step:
             return
         row.deadline = None
         row.counts.update(said.counts)
+        if self.environment.opens and row.calls == 1:
+            self.beginning[row.number // self.n] -= 1
         if said.ids is None:
             self._over(row, said)
             return
         if row.answers == self.environment.turns:  # what was said to the last answer, nobody is told
+            row.note(said)
             self._call(row, row.episode.end)
             return
         row.hear(said)
@@ -180,16 +187,15 @@ class _Step:
 
     def _units(self) -> Iterator[list[Row]]:
         """Rows that are asked for together: all samples of a prompt, at the first answer, if they begin alike."""
-        rows = list(self.ready)
-        while rows:
-            group = rows[: self.n]
-            alike = len(group) == self.n and group[0].number % self.n == 0
-            alike = alike and group[-1].number == group[0].number + self.n - 1
-            if alike and not any(row.answers for row in group) and len({tuple(row.asks_with) for row in group}) == 1:
-                yield group
-                del rows[: self.n]
-            else:
-                yield [rows.pop(0)]
+        for prompt, of_prompt in groupby(self.ready, lambda row: row.number // self.n):
+            rows = list(of_prompt)
+            first = [row for row in rows if not row.answers]
+            if self.beginning[prompt]:  # they wait for each other: what a worker computes of a prompt is computed once
+                rows = [row for row in rows if row.answers]
+            elif len(first) == self.n and len({tuple(row.asks_with) for row in first}) == 1:
+                yield first
+                continue
+            yield from ([row] for row in rows)
 
     def _request(self, sender: Sender, rows: list[Row], n: int) -> None:
         heads = rows[::n]
@@ -243,7 +249,7 @@ def _rollouts(prompts: list[Prompt], rows: Sequence[Row], seeds: list[int], n: i
         [row.text for row in rows],
         seeds,
         n,
-        [Told(row.said or [""], row.score, row.failed, dict(row.counts), row.why) for row in rows],
+        [row.told() for row in rows],
     )
 
 

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-from rlhf.types import FINISHED, IDS, LOGPROBS, SAMPLED, VERSIONS, Completion, Episode, Prompt, Said, column
+from rlhf.types import FINISHED, IDS, LOGPROBS, SAMPLED, VERSIONS, Completion, Episode, Prompt, Said, Told, column
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,7 @@ class Row:
     episode: Episode
     own: tuple[int, ...] | None = None  # its prompt, where the environment has said what it is
     said: list[str] = field(default_factory=list)  # answer, reply, answer, ...
+    messages: list[dict[str, Any]] = field(default_factory=list)  # the same, with calls of tools
     ids: array[int] = field(default_factory=partial(array, IDS))
     logprobs: array[float] | None = None  # as those of its first answer: of all its answers, or of none
     versions: array[int] = field(default_factory=partial(array, VERSIONS))
@@ -54,6 +56,7 @@ class Row:
             self.versions = array(VERSIONS, answer.versions[:1]) * begun
         self.answers += 1
         self.said.append(text)
+        self.messages.append({"role": "assistant", "content": text})
         self.finish_reason = answer.finish_reason
         self._add(answer.ids, answer.logprobs, answer.versions, 1)
 
@@ -61,9 +64,16 @@ class Row:
         """The environment's turn."""
         ids = column(IDS, said.ids or ())
         self.own = self.own if said.prompt is None else said.prompt
+        self.note(said)
         if self.answers:
             self.said.append(said.text)
         self._add(ids, array(LOGPROBS, (0.0,)) * len(ids), self.versions[-1:] * len(ids), 0)
+
+    def note(self, said: Said) -> None:
+        """What was heard and said, as messages."""
+        if said.answer is not None:
+            self.messages[-1] = dict(said.answer)
+        self.messages += map(dict, said.messages)
 
     def end(self, said: Said) -> None:
         """It is over, or has failed."""
@@ -73,6 +83,12 @@ class Row:
     def text(self) -> str:
         """The last answer."""
         return self.said[2 * (self.answers - 1)] if self.answers else ""
+
+    def told(self) -> Told:
+        """What it was, beside its tokens."""
+        replied = any(message["role"] != "assistant" or len(message) > 2 for message in self.messages)
+        messages = self.messages if replied else []
+        return Told(self.said or [""], self.score, self.failed, dict(self.counts), self.why, messages)
 
     def completion(self, version: int, end: int) -> Completion:
         """All of it; of a row that has failed before its first answer a token `end` of that version, with mask 0."""

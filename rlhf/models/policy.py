@@ -42,7 +42,7 @@ def make_policy(
             policy = _load_policy(config, tokenizer)
         case GivenModelConfig() if given is not None:
             policy = ready(given, config)
-            _check_embeds(policy, tokenizer, "policy=")
+            _check_embeds(policy, tokenizer, "policy=: the tokenizer")
         case _:
             raise AssertionError(f"no policy is made from {type(config).__name__}")
     ends = {"eos_token_id": as_config(stop_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
@@ -87,14 +87,14 @@ def _load_policy(config: HfModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     policy = load_weights(AutoModelForCausalLM, config.path, "model.path", config=shape, **computing(config), **trust)
     if (brought := brought_by(tokenizer)) is not None:
         brought.look_at_weights()  # which are here by now
-    _check_embeds(policy, tokenizer, f"model.path={config.path}")
+    _check_embeds(policy, tokenizer, f"model.path: the tokenizer of {config.path}")
     return policy
 
 
 def _check_embeds(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     rows = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
-        raise ValueError(f"{said}: the tokenizer has {len(tokenizer)} tokens, and the model embeds only {rows}")
+        raise ValueError(f"{said} has {len(tokenizer)} tokens, and the model embeds only {rows}")
 
 
 def reload(policy: PreTrainedModel, folder: Path) -> None:

@@ -13,7 +13,7 @@ import struct
 from array import array
 from typing import Any
 
-from rlhf.types import Completion
+from rlhf.types import Completion, Told
 
 HEAD = struct.Struct("<Q")
 COLUMN = "\0"
@@ -64,3 +64,8 @@ def heard_row(said: Any) -> Completion:
     ids, logprobs, versions, reason, sampled, prompt, earlier = said
     row = ids, logprobs, versions, reason, sampled
     return Completion(*row, None if prompt is None else tuple(prompt), tuple(map(heard_row, earlier)))
+
+
+def told_episode(told: Told) -> list[Any]:
+    """What a conversation was; `Told(*...)` is the inverse."""
+    return [told.said, told.score, told.failed, told.counts, told.why, told.messages]

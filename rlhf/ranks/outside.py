@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf.ranks.frames import heard_row, told_row
+from rlhf.ranks.frames import heard_row, told_episode, told_row
 from rlhf.ranks.ranks import Ranks
 from rlhf.types import Prompt, Rollouts, Sampler, Told
 
@@ -23,7 +23,7 @@ def told(rollouts: Rollouts) -> dict[str, Any]:
         "texts": rollouts.texts,
         "seeds": rollouts.seeds,
         "n": rollouts.samples_per_prompt,
-        "episodes": [[e.said, e.score, e.failed, e.counts, e.why] for e in rollouts.episodes],
+        "episodes": [told_episode(each) for each in rollouts.episodes],
     }
 
 

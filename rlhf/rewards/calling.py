@@ -4,7 +4,8 @@
     f(completions, **columns)                               TRL's; prompts and completion_ids are among the columns
     f(prompts, completions, completion_ids, **columns)      TRL's, too
 
-Prompts and completions are texts; in TRL's forms, where the data are messages, they are lists of {role, content}.
+Prompts and completions are texts; in TRL's forms, where the data are messages, they are lists of {role, content}: of an
+episode with tools, all that was said after the prompt, calls and what they answered among it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Form:
     def arguments(self, samples: Samples) -> tuple[list[Any], dict[str, Any]]:
         """The function's arguments for these samples, by position and by name."""
         asked = [self._asked(prompt) for prompt in samples.prompts]
-        said = [self._said(p, answer) for p, answer in zip(samples.prompts, samples.answers, strict=True)]
+        talks = samples.messages or [[]] * len(samples)
+        rows = zip(samples.prompts, samples.answers, talks, strict=True)
+        said = [self._said(prompt, answer, talk) for prompt, answer, talk in rows]
         others = columns(samples.prompts)
         if not self.names:
             return [asked, said], others
@@ -70,8 +73,10 @@ class Form:
     def _asked(self, prompt: Prompt) -> Any:
         return [dict(message) for message in prompt.messages] if self.messages and prompt.messages else prompt.text
 
-    def _said(self, prompt: Prompt, answer: str) -> Any:
-        return [{"role": "assistant", "content": answer}] if self.messages and prompt.messages else answer
+    def _said(self, prompt: Prompt, answer: str, talk: list[dict[str, Any]]) -> Any:
+        if not (self.messages and prompt.messages):
+            return answer
+        return [dict(message) for message in talk] or [{"role": "assistant", "content": answer}]
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from rlhf.types import Completion, Prompt, Reward, Rollouts
 
@@ -19,17 +20,21 @@ class Samples:
     answers: Sequence[str]
     ids: Sequence[list[int]] | None = None
     scores: Sequence[float | None] | None = None  # that their environments have told
+    messages: Sequence[list[dict[str, Any]]] | None = None  # of conversations, all after the prompt
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> Samples:
         """A step's; of a conversation, its last answer."""
         ids = [_last_answer(row) for row in rollouts.completions]
-        return cls(rollouts.prompts_B, rollouts.texts, ids, [told.score for told in rollouts.episodes] or None)
+        scores = [told.score for told in rollouts.episodes] or None
+        messages = [told.messages for told in rollouts.episodes] or None
+        return cls(rollouts.prompts_B, rollouts.texts, ids, scores, messages)
 
     def part(self, places: Sequence[int]) -> Samples:
         """Those at these places."""
         prompts, answers = [self.prompts[place] for place in places], [self.answers[place] for place in places]
-        others = [None if given is None else [given[place] for place in places] for given in (self.ids, self.scores)]
+        given = (self.ids, self.scores, self.messages)
+        others = [None if each is None else [each[place] for place in places] for each in given]
         return Samples(prompts, answers, *others)  # type: ignore[arg-type]
 
     def __len__(self) -> int:

@@ -220,6 +220,16 @@ def test_a_sum_has_a_place_for_a_program_s_functions(train):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_policy_goes_to_the_gpu_and_its_worker_gets_it_there(train, policy):
+    """And a policy that is there already, in bfloat16."""
+    for given in (policy, policy.to("cuda", torch.bfloat16)):
+        states = torch.cuda.get_rng_state()
+        assert train("transfer=ipc", policy=given).policy.device.type == "cuda"
+        assert torch.equal(torch.cuda.get_rng_state(), states)
+
+
 def test_rows_are_those_of_an_environment_s_episodes(tmp_path, monkeypatch):
     rows = [{"prompt": f"{a}*{b}=", "answer": str(a * b)} for a in range(2, 8) for b in range(2, 8)]
     words = ["experiment=calculator", "steps=1", "task.held_out=4", "sft.steps=1", "logger=[]", "transfer=local"]

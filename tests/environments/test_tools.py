@@ -11,6 +11,8 @@ from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.factory import Factory
 from rlhf.environments.make import environment_of
 from rlhf.episodes.loop import Episodes
+from rlhf.rewards.calling import Form
+from rlhf.rewards.samples import Samples
 from rlhf.tasks import make_task, read_task
 from rlhf.types import gold_scores
 
@@ -100,6 +102,22 @@ def test_a_call_that_fails_is_answered_with_the_error_and_counted(tokenizer, tmp
     (told,) = played(tokenizer, task, [answer, "done"]).episodes
     assert said in told.said[1] and told.said[2] == "done" and told.score == 0.0 and not told.failed
     assert told.counts == {"tools/calls": 1.0, "tools/failures": float(failures)}
+
+
+def test_a_reward_function_is_given_the_whole_conversation(tokenizer, tmp_path):
+    task = task_of(tokenizer, tmp_path, factory=f"{CLASSES}:Shop")
+    rollouts = played(tokenizer, task, [call("sell", item="pen"), "done"])
+
+    def reward(completions, prompts, **columns):
+        (said,) = completions
+        assert [message["role"] for message in said] == ["assistant", "tool", "assistant"]
+        assert said[0]["tool_calls"][0]["function"] == {"name": "sell", "arguments": {"item": "pen"}}
+        assert said[1]["content"] == "sold pen" and said[2]["content"] == "done"
+        return [0.25]
+
+    form = Form.of(lambda completions, **columns: reward(completions, **columns))
+    given, named = form.arguments(Samples.of(rollouts))
+    assert reward(*given, **named) == [0.25]
 
 
 def test_functions_are_tools_of_rows_without_a_class(tokenizer, tmp_path):
