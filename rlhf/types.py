@@ -120,8 +120,9 @@ class Rollouts:
 
     @property
     def version(self) -> int:
-        """The oldest version that sampled any token."""
-        return min(min(row.versions) for completion in self.completions for row in (completion, *completion.earlier))
+        """The oldest version that sampled any token; there is one."""
+        rows = (row for completion in self.completions for row in (completion, *completion.earlier))
+        return min(min(row.versions) for row in rows if row.sampled is None or 1 in row.sampled)
 
     def lags(self, version: int) -> npt.NDArray[np.int64]:
         """How many versions each sampled token is behind the trainer's `version`, [tokens]."""

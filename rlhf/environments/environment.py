@@ -45,6 +45,7 @@ class Site:
     def cut(self, text: str, parts: int = 1) -> str:
         """The text, or so much of it as has a share of `task.reply_tokens` tokens."""
         most = max(1, self.config.reply_tokens // parts)
+        text = text.encode(errors="replace").decode()  # no tokenizer takes a surrogate that is alone
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return text if len(ids) <= most else self.tokenizer.batch_decode([ids[:most]], skip_special_tokens=False)[0]
 

@@ -55,14 +55,29 @@ class Factory:
         factory = cls(named, tuple(functions), made, tools)
         for name, tool in tools.items():
             _check_tool(name, tool)
-        if plays and "reset" not in dir(made):
-            raise ValueError(f"task.factory: {named} has a method step, and none that is called reset")
+        if plays:
+            factory.check_played()
         return factory
 
     @property
     def plays(self) -> bool:
         """Whether it is played by reset and step."""
         return callable(getattr(self.made, "step", None))
+
+    def check_played(self) -> None:
+        """ValueError unless reset and step can be called."""
+        if not self.has("reset"):
+            raise ValueError(f"task.factory: {self.named} has a method step, and none that is called reset")
+        if self.action is None:
+            raise ValueError(f"task.factory: step() of {self.named} must take the action: step(self, action)")
+
+    @property
+    def action(self) -> str | None:
+        """What `step` calls the action; None if it takes none."""
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        taken = list(inspect.signature(getattr(self.made, "step")).parameters.values())[1:]  # noqa: B009
+        names = [parameter.name for parameter in taken if parameter.kind in named]
+        return "action" if "action" in names else next(iter(names), None)
 
     def has(self, method: str) -> bool:
         """Whether there is such a method, beside tools."""

@@ -2,8 +2,8 @@
 
     python -m rlhf.environments.host DESCRIPTOR        a pipe of whoever asks
 
-Asked are (number, row, verb, name, arguments): "make" an instance, and call its method if one is named; "call" one;
-"drop" it, which closes it.
+Asked are (number, row, verb, name, arguments), the last pickled by themselves: "make" an instance, and call its method
+if one is named; "call" one; "drop" it, which closes it.
 Told is JSON: [number, null, value], or [number, error, null]. Calls of several rows run at the same time: coroutines in
 one loop, other functions each in a thread. It ends with whoever asks, also when that is killed.
 """
@@ -15,6 +15,7 @@ import ctypes
 import inspect
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -35,9 +36,10 @@ class Host:
         self._instances: dict[int, Any] = {}
         self._threads = ThreadPoolExecutor(calls, thread_name_prefix="environment")
 
-    async def carry_out(self, number: int, row: int, verb: str, name: str, arguments: dict[str, Any]) -> None:
+    async def carry_out(self, number: int, row: int, verb: str, name: str, given: bytes) -> None:
         """Do one thing that was asked, and tell."""
         try:
+            arguments = pickle.loads(given)  # noqa: S301 - of whoever asks; its classes may not be here
             match verb:
                 case "make":
                     instance = self._instances[row] = await self._called(self._make)
@@ -48,19 +50,24 @@ class Host:
                     instance = self._instances.pop(row, None)
                     value = await self._called(instance.close) if hasattr(instance, "close") else None
             told = json.dumps([number, None, value], default=str)
-        except BaseException as error:  # whatever the user's code raises
+        except BaseException as error:  # whatever the user's code raises, SystemExit too: others' rows are here
             told = json.dumps([number, told_of(error), None])
-            if not isinstance(error, Exception):
-                self._pipe.send_bytes(told.encode())
-                raise
         self._pipe.send_bytes(told.encode())
 
     async def _called(self, function: Callable[..., Any], **arguments: Any) -> Any:
         if inspect.iscoroutinefunction(function):
             return await function(**arguments)
         loop = asyncio.get_running_loop()
-        value = await loop.run_in_executor(self._threads, lambda: function(**arguments))
+        value = await loop.run_in_executor(self._threads, lambda: called(function, arguments))
         return await value if inspect.isawaitable(value) else value
+
+
+def called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What the function returns; a future cannot have StopIteration."""
+    try:
+        return function(**arguments)
+    except StopIteration as error:
+        raise RuntimeError(f"StopIteration: {error}") from error
 
 
 def told_of(error: BaseException) -> str:

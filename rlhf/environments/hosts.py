@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
+from queue import SimpleQueue
 from typing import Any
 
 from rlhf.types import DIED, RAISED
@@ -39,16 +41,17 @@ Named = tuple[str | None, tuple[str, ...]]  # a class, and functions beside its 
 
 
 class Process:
-    """One process; calls are told of in a thread of its own."""
+    """One process; a thread tells it what is asked, which may not listen, and another hears what it answers."""
 
     def __init__(self, named: Named, calls: int) -> None:
         """ValueError if the user's module cannot be imported there, or not in time."""
-        self._guard, self._sending = threading.Lock(), threading.Lock()
+        self._guard = threading.Lock()
         self._numbers = itertools.count(1)
         self._asked: dict[int, Heard] = {}
         self.rows = 0
         self.stuck = self.died = False
-        self._reader: threading.Thread | None = None
+        self._to_send: SimpleQueue[bytes | None] = SimpleQueue()  # None: nothing further
+        self._threads: list[threading.Thread] = []
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -63,8 +66,11 @@ class Process:
         except BaseException:
             self.kill()
             raise
-        self._reader = threading.Thread(target=self._hear, args=(self._pipe,), name="environments", daemon=True)
-        self._reader.start()
+        self._threads = [
+            threading.Thread(target=told, name="environments", daemon=True) for told in (self._hear, self._send)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _begin(self, named: Named, calls: int) -> None:
         try:
@@ -80,6 +86,11 @@ class Process:
     def ask(self, row: int, verb: str, name: str, arguments: dict[str, Any], heard: Heard) -> None:
         """Ask for one thing; `heard` is told, from another thread or at once."""
         number = next(self._numbers)
+        try:
+            asked = pickle.dumps((number, row, verb, name, pickle.dumps(arguments)))
+        except Exception as error:  # what cannot be pickled
+            heard(Outcome(failed=RAISED, why=f"{type(error).__name__}: {error}"))
+            return
         with self._guard:
             died = self.died
             if not died:
@@ -87,22 +98,15 @@ class Process:
         if died:
             heard(Outcome(failed=DIED, why=self._ended()))
             return
-        try:
-            with self._sending:
-                self._pipe.send((number, row, verb, name, arguments))
-        except OSError:
-            self._lost()
-        except Exception as error:  # what cannot be pickled
-            with self._guard:
-                self._asked.pop(number, None)
-            heard(Outcome(failed=RAISED, why=f"{type(error).__name__}: {error}"))
+        self._to_send.put(asked)
 
     def kill(self) -> None:
         """End it, whatever it does."""
         self._process.kill()
         self._process.wait()
-        if self._reader is not None and self._reader is not threading.current_thread():
-            self._reader.join(END_S)  # which finds the pipe's end
+        self._to_send.put(None)
+        for thread in self._threads:
+            thread.join(END_S)  # which finds the pipe's end
         self._pipe.close()
 
     def end(self) -> None:
@@ -115,15 +119,22 @@ class Process:
             closed.wait(END_S)
         self.kill()
 
-    def _hear(self, pipe: Connection) -> None:
+    def _send(self) -> None:
+        try:
+            while (asked := self._to_send.get()) is not None:
+                self._pipe.send_bytes(asked)
+        except OSError:
+            self._lost()
+
+    def _hear(self) -> None:
         try:
             while True:
-                number, error, value = json.loads(pipe.recv_bytes())
+                number, error, value = json.loads(self._pipe.recv_bytes())
                 with self._guard:
                     heard = self._asked.pop(number, None)
                 if heard is not None:
                     heard(Outcome(value) if error is None else Outcome(failed=RAISED, why=error))
-        except (EOFError, OSError, ValueError):
+        except Exception:  # the pipe's end, or what is no answer
             self._lost()
 
     def _lost(self) -> None:

@@ -29,18 +29,7 @@ class PlayedEpisode(ClassEpisode):
 
     def hear(self, answer: Completion, text: str, then: Then) -> None:
         """Take a step."""
-        self.call("step", {"action": text} if self._names_action else {self._first: text}, then, self._stepped(then))
-
-    @property
-    def _first(self) -> str:
-        import inspect
-
-        parameters = list(inspect.signature(self.site.factory.made.step).parameters)  # type: ignore[union-attr]
-        return parameters[1]
-
-    @property
-    def _names_action(self) -> bool:
-        return self._first == "action"
+        self.call("step", {str(self.site.factory.action): text}, then, self._stepped(then))
 
     def _stepped(self, then: Then) -> Any:
         def heard(value: Any) -> None:
@@ -58,6 +47,9 @@ class PlayedEpisode(ClassEpisode):
                 then(Said(failed=GARBAGE, why=f"{FORM}: its reward is no finite number (got {reward!r:.100})"))
                 return
             self._sum += reward
+            if not math.isfinite(self._sum):
+                then(Said(failed=GARBAGE, why="the sum of the rewards of step() is no finite number"))
+                return
             if done:
                 self.end(then)
                 return

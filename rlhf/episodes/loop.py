@@ -27,7 +27,7 @@ from rlhf.episodes.row import Row
 from rlhf.rollout.client import RolloutClient
 from rlhf.rollout.sampling import measured_rows, seed_of
 from rlhf.shell.ending import RunError
-from rlhf.types import FINISHED, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said
+from rlhf.types import FINISHED, GARBAGE, TIMED_OUT, Completion, Environment, Prompt, Rollouts, Said
 from transfer import Sender
 from transfer.agreement.wire import RemoteError
 
@@ -42,8 +42,16 @@ class Episodes:
         self._client, self._environment = client, environment
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, temperature: float, seed: int) -> Rollouts:
-        """Draw n conversations a prompt; each depends on its own seeds, and on what its environment says."""
-        return self.sample_seeded(prompts, [seed_of(seed, index) for index in range(len(prompts))], n, temperature)
+        """Draw n conversations a prompt; each depends on its own seeds, and on what its environment says.
+
+        RunError if no row has come to an answer.
+        """
+        seeds = [seed_of(seed, index) for index in range(len(prompts))]
+        rollouts = self.sample_seeded(prompts, seeds, n, temperature)
+        if prompts and not rollouts.tokens:
+            first = rollouts.episodes[0]
+            raise RunError(f"no environment has come to a first answer: {first.failed}: {first.why}")
+        return rollouts
 
     def sample_seeded(
         self,
@@ -141,7 +149,11 @@ class _Step:
         if self.environment.timeout_s is None:
             call(*arguments, partial(self._heard, row, row.calls))
             return
-        call(*arguments, partial(self._tell, row, row.calls))
+        tell = partial(self._tell, row, row.calls)
+        try:
+            call(*arguments, tell)
+        except Exception as error:  # the row's failure: of what its environment has said, or of what it was asked
+            tell(Said(failed=GARBAGE, why=f"{type(error).__name__}: {error}"))
         row.deadline = time.monotonic() + self.environment.timeout_s  # not before: a process may have had to start
 
     def _tell(self, row: Row, number: int, said: Said) -> None:
@@ -209,8 +221,10 @@ class _Step:
             None if whole else [place for place, row in enumerate(rows) if row.number in self.measured],
         )
 
+        recoveries = self.client.recoveries(sender)
+
         def answered(told: list[Completion] | BaseException) -> None:
-            self.events.put(partial(self._answered, sender, rows, told))
+            self.events.put(partial(self._answered, sender, recoveries, rows, told))
 
         self.requests.ask(sender, asked, answered)
 
@@ -219,11 +233,13 @@ class _Step:
         seed = self.seeds[row.number // self.n]
         return seed_of(seed, row.answers * SAMPLES + row.sample) if row.answers else seed
 
-    def _answered(self, sender: Sender, rows: list[Row], told: list[Completion] | BaseException) -> None:
+    def _answered(
+        self, sender: Sender, recoveries: int, rows: list[Row], told: list[Completion] | BaseException
+    ) -> None:
+        """What a worker has answered that had been brought back so often when it was asked."""
         self.requests.over(sender)
         if isinstance(told, BaseException):
-            gone = isinstance(told, RemoteError) and sender not in self.client.senders
-            if not gone and not (isinstance(told, RemoteError) and self.client.recover(sender)):
+            if not isinstance(told, RemoteError) or not self._back(sender, recoveries):
                 raise told
             self.ready += rows
             return
@@ -234,15 +250,20 @@ class _Step:
             else:
                 self._call(row, row.episode.hear, answer, text)
 
+    def _back(self, sender: Sender, recoveries: int) -> bool:
+        """Whether the rows of a worker that has failed may be asked for again: it has left, or serves again."""
+        return (
+            sender not in self.client.senders
+            or self.client.recoveries(sender) != recoveries  # another of its requests has told before
+            or self.client.recover(sender)
+        )
+
     def _full(self, row: Row) -> bool:
         return self.environment.budget is not None and len(row.ids) >= self.environment.budget
 
 
 def _rollouts(prompts: list[Prompt], rows: Sequence[Row], seeds: list[int], n: int, end: int) -> Rollouts:
-    """RunError if no row has come to an answer."""
-    versions = [version for row in rows if row.answers for version in row.versions[-1:]]
-    if rows and not versions:
-        raise RunError(f"no environment has come to a first answer: {rows[0].failed}: {rows[0].why}")
+    versions = [version for row in rows if row.answers for version in row.versions[-1:]] or [0]
     return Rollouts(
         prompts,
         [row.completion(versions[0], end) for row in rows],

@@ -147,6 +147,9 @@ class Recorder:
     def took(self, rollouts: Rollouts, version: int) -> None:
         """These samples are about to be learned from; RunError if an older version than the live one sampled any."""
         lags = rollouts.lags(version)
+        if not len(lags):
+            why = next((f": {told.failed}: {told.why}" for told in rollouts.episodes if told.failed), "")
+            raise RunError(f"no environment of the step has come to a first answer{why}")
         if lags.max() > self.most_lag:
             raise RunError(
                 f"version {version} is live, and version {rollouts.version} has sampled what is learned from"

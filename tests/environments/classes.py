@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import re
+import sys
 import time
 
 
@@ -96,3 +98,37 @@ class Undocumented:
 
 class Empty:
     pass
+
+
+class Hostile:
+    """Does at reset, or as a tool, what no process or thread beside it should suffer from."""
+
+    def reset(self, does, **row):
+        if does == "hog":
+            re.match(r"(a+)+$", "a" * 60 + "b")  # never lets another thread run
+
+    def step(self, action):
+        return "go", 1e308, False
+
+
+class Tools:
+    def leave(self) -> str:
+        """End the process."""
+        sys.exit(3)
+
+    def nothing(self) -> str:
+        """Take what is not there."""
+        return next(iter(()))
+
+    def half(self) -> str:
+        """Say half a character."""
+        return "\ud800"
+
+    def fine(self) -> str:
+        """Say something."""
+        return "fine"
+
+
+class Still:
+    def reset(self, **row): ...
+    def step(self): ...

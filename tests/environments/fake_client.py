@@ -30,6 +30,9 @@ class FakeClient:
     def recover(self, sender):
         return False
 
+    def recoveries(self, sender):
+        return 0
+
     def texts(self, completions):
         return self._tokenizer.batch_decode([c.ids.tolist()[:-1] for c in completions], skip_special_tokens=True)
 

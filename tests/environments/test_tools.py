@@ -104,6 +104,15 @@ def test_a_call_that_fails_is_answered_with_the_error_and_counted(tokenizer, tmp
     assert told.counts == {"tools/calls": 1.0, "tools/failures": float(failures)}
 
 
+def test_tools_that_exit_or_say_what_is_no_text_hurt_no_other_row(tokenizer, tmp_path):
+    task = task_of(tokenizer, tmp_path, factory=f"{CLASSES}:Tools", reply_tokens=400, timeout_s=20.0)
+    answer = "".join(call(name) for name in ("leave", "nothing", "half", "fine"))
+    (told,) = played(tokenizer, task, [answer, "done"]).episodes
+    left, nothing, half, fine = told.said[1].split("\n")
+    assert "SystemExit: 3" in left and "StopIteration" in nothing and half == "?" and fine == "fine"
+    assert told.counts == {"tools/calls": 4.0, "tools/failures": 2.0} and not told.failed
+
+
 def test_a_reward_function_is_given_the_whole_conversation(tokenizer, tmp_path):
     task = task_of(tokenizer, tmp_path, factory=f"{CLASSES}:Shop")
     rollouts = played(tokenizer, task, [call("sell", item="pen"), "done"])
