@@ -67,7 +67,9 @@ class Requests:
     def _ask(self, sender: Sender, asked: Asked, answered: Answered) -> None:
         try:
             with self._client.turn_at(sender):
-                client = self._client.of(sender).ending(asked.most, asked.stop)
+                client = self._client.of(sender)
+                if asked.most is not None or asked.stop:
+                    client = client.ending(asked.most, asked.stop)
                 told: list[Completion] | BaseException = client.complete(
                     asked.prompts, asked.seeds, asked.n, asked.temperature, asked.measured, asked.firsts
                 )

@@ -134,8 +134,6 @@ class RolloutClient:
 
         Those are sampled whole, and cut.
         """
-        if most is None and not stop:
-            return self
         other = copy.copy(self)
         most = self._config.max_new_tokens if most is None else min(most, self._config.max_new_tokens)
         other._config = replace(self._config, max_new_tokens=most, stop=[*self._config.stop, *stop])
