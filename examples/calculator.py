@@ -5,7 +5,7 @@ python -m rlhf.train experiment=calculator
 
 import random
 
-SMALLEST, LARGEST = 12, 99
+LEFT, RIGHT = (12, 99), (3, 9)  # from which the two numbers are drawn
 
 
 class Calculator:
@@ -17,19 +17,18 @@ class Calculator:
         Args:
             expression: two whole numbers and a star, like 12*7
         """
-        left, right = expression.split("*")
-        return str(int(left) * int(right))
+        return str(product(expression))
 
     @staticmethod
     def rows(count: int = 1200, seed: int = 0) -> list[dict]:
         """Questions with their answers, and how each is found; two in ten of what is shown are wrong calls."""
         draw = random.Random(seed)
-        return [_row(draw.randint(SMALLEST, LARGEST), draw.randint(SMALLEST, LARGEST), draw) for _ in range(count)]
+        return [_row(draw.randint(*LEFT), draw.randint(*RIGHT), draw) for _ in range(count)]
 
 
 def _row(left: int, right: int, draw: random.Random) -> dict:
     expression = f"{left}*{right}" if draw.random() > 0.2 else f"{right}*{right}"
-    found = str(eval_product(expression))
+    found = str(product(expression))
     call = {"type": "function", "function": {"name": "calculate", "arguments": {"expression": expression}}}
     return {
         "prompt": [{"role": "user", "content": f"{left}*{right}="}],
@@ -42,7 +41,7 @@ def _row(left: int, right: int, draw: random.Random) -> dict:
     }
 
 
-def eval_product(expression: str) -> int:
+def product(expression: str) -> int:
     """The product that an expression names."""
     left, right = expression.split("*")
     return int(left) * int(right)
