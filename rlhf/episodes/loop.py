@@ -174,8 +174,16 @@ class _Step:
             row.note(said)
             self._call(row, row.episode.end)
             return
-        row.hear(said)
-        self.ready.append(row)
+        most, tokens = self.client.longest_prompt, row.tokens_with(said)
+        if most is None or tokens <= most:
+            row.hear(said)
+            self.ready.append(row)
+        elif row.answers:
+            row.note(said)
+            self._call(row, row.episode.end)
+        else:
+            why = f"a prompt of {tokens} tokens leaves no room for an answer: it may have {most} at most"
+            self._over(row, Said(failed=GARBAGE, why=why))
 
     def _over(self, row: Row, said: Said) -> None:
         row.end(said)

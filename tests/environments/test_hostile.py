@@ -56,6 +56,16 @@ def test_rows_of_one_request_that_all_fail_are_failed_rows_and_no_end(tokenizer)
             episodes.sample([prompt], n=2, temperature=1.0, seed=1)
 
 
+def test_a_prompt_that_reset_makes_too_long_is_the_failure_of_that_row_and_a_reply_the_end(tokenizer):  # noqa: F811
+    prompts = [Prompt("g?", tuple(tokenizer.encode("g?")), {"does": each}) for each in ("long", "short")]
+    with environment(tokenizer, "Speaker") as played:
+        client = FakeClient(tokenizer, lambda prompt: tokenizer.encode("a"))
+        client.longest_prompt = 12
+        long, short = Episodes(client, played).sample(prompts, n=1, temperature=1.0, seed=1).episodes
+    assert long.failed == "garbage" and "leaves no room" in long.why
+    assert not short.failed and len(short.said) > 1 and short.score == (len(short.said) + 1) / 2
+
+
 class Dying(FakeClient):
     """Its worker dies while it has two requests, and can be brought back once."""
 
