@@ -139,6 +139,20 @@ class Speaker:
         return "go", 1.0, False
 
 
+class Crowd:
+    """Tells how many take a step at the same time."""
+
+    there = 0
+
+    def reset(self, **row): ...
+    async def step(self, action):
+        Crowd.there += 1
+        seen = Crowd.there
+        await asyncio.sleep(0.05)
+        Crowd.there -= 1
+        return "", float(seen), True
+
+
 class Still:
     def reset(self, **row): ...
     def step(self): ...
