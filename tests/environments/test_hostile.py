@@ -76,6 +76,14 @@ def test_episodes_at_once_are_those_of_all_who_sample_at_the_time(tokenizer):  #
         assert played.places.acquire(blocking=False), "all are given back"
 
 
+def test_a_process_in_which_something_hangs_is_killed_once_its_rows_are_over(tokenizer):  # noqa: F811
+    prompts = [Prompt("g?", tuple(tokenizer.encode("g?")), {"does": each}) for each in ("hang", "nothing")]
+    with environment(tokenizer, "Mischief", timeout_s=1.0) as played:
+        client = FakeClient(tokenizer, lambda prompt: tokenizer.encode("a"))
+        rollouts = Episodes(client, played).sample(prompts, n=1, temperature=1.0, seed=1)
+        assert rollouts.episodes[0].failed == "timed_out" and not environments_left()
+
+
 class Dying(FakeClient):
     """Its worker dies while it has two requests, and can be brought back once."""
 
