@@ -71,6 +71,7 @@ RUN: dict[str, str] = {  # command -> what makes it short
     f"{TRAIN}experiment=guess": f"{SHORT} rollout.max_new_tokens=2",
     f"{TRAIN}experiment=calculator": SHORT,
     f"{TRAIN}experiment=number_line": f"{SHORT} rollout.max_new_tokens=2",
+    f"{TRAIN}experiment=agent": SHORT.replace("task.held_out=8", "task.held_out=2"),
     f"{TRAIN}experiment=smoke 'profile.steps=[3,4]'": f"{SHORT} steps=4".replace("transfer=local ", ""),
     "python -m rlhf.resume FOLDER": "",
     "python -m rlhf.resume RUN_DIR": "",
@@ -117,6 +118,9 @@ COMPOSED: dict[str, str] = {  # command -> why it is not run here
     "'task.template={enable_thinking: false}'": DATA,
     f"{TRAIN}task=environment task.factory=package.module:Class task.path=rows.jsonl reward=verifier": CLASS,
     f"{TRAIN}task=environment 'task.tools=[package.module:function]' task.path=rows.jsonl reward=verifier": CLASS,
+    f"{TRAIN}task=agent task.command=\"'python my_agent.py'\" task.path=rows.jsonl reward=verifier": (
+        "an agent of the user's: tests/agents/test_agent_runs.py runs such"
+    ),
     f"{TRAIN}reward=http reward.url=http://127.0.0.1:8000/score": "needs a server: tests/test_rewards_http.py runs it",
     f"{TRAIN}reward=judge reward.url=http://127.0.0.1:8000/v1/chat/completions reward.model=NAME": (
         "needs a server: tests/test_judge.py runs it"

@@ -26,6 +26,7 @@ NEEDS = {
 
 WITH = {choice: (needed,) for choice, needed in NEEDS.items()} | {  # what it does not go with is the default
     "task=guess": ("reward=verifier",),
+    "task=agent": ("task.command='python -V'", "task.path=rows.jsonl", "reward=verifier"),
     "task=environment": ("task.factory=package.module:Class", "task.path=rows.jsonl", "reward=verifier"),
     "reward=judge": ("reward.url=http://127.0.0.1:8000/v1/chat/completions", "reward.model=judge"),
     "rollout=vllm": ("transfer.take=copy",),

@@ -71,10 +71,9 @@ ANSWERS = {  # one call, and, where a family writes several, two of them; after 
     "deepseek": [
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris", "days": 3}'
         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        "<think>hm</think>I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
-        "get_weather\n```json\n"
-        '```json\n{"city": "Paris", "days": 3}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>ping\n'
-        "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "<think>hm</think>I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
+        '```json\n{"city": "Paris", "days": 3}\n```<｜tool▁call▁end｜>\n'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>ping\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     ],
     "harmony": [
         ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris", "days": 3}',

@@ -55,6 +55,7 @@ from rlhf.config.run import (
     needs_logprobs,
 )
 from rlhf.config.task import (
+    AgentTaskConfig,
     ArithmeticTaskConfig,
     EnvironmentConfig,
     EnvironmentTaskConfig,
@@ -73,6 +74,7 @@ from rlhf.config.transfer_rules import check_transfer
 
 __all__ = [
     "AdamWConfig",
+    "AgentTaskConfig",
     "AlarmsConfig",
     "ArithmeticTaskConfig",
     "CheckpointConfig",

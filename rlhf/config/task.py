@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -207,6 +208,33 @@ class HfTaskConfig(FileTaskConfig):
     split: str | None = None  # also a part of one: train[:1000]; null: `train`, or the only one
     name: str | None = None  # of those that a data set has several of: main, socratic
     held_out_split: str | None = None  # held-out rows of their own, of `held_out_path` or else of `path`
+
+
+@dataclass(slots=True, kw_only=True)
+class AgentTaskConfig(HfTaskConfig):
+    """A program a row, which is sampled through an endpoint as OpenAI's, and tells its reward at the end."""
+
+    command: str  # the program with its arguments, as "python my_agent.py"; no shell reads it
+    concurrency: int = 32  # programs at once
+    timeout_s: float = 300.0  # deadline of each, seconds
+    calls: int = 256  # of one program, at most
+    host: str = "127.0.0.1"  # on which the endpoint listens
+    tool_format: str | None = None  # the family that writes calls of tools as the model does; null: by its tokenizer
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        HfTaskConfig.__post_init__(self)
+        for key in ("concurrency", "calls"):
+            at_least(f"task.{key}", getattr(self, key), 1)
+        positive("task.timeout_s", self.timeout_s)
+        if self.environment is not None:
+            raise ValueError("task=agent is a conversation already: leave out task/environment")
+        try:
+            words = shlex.split(self.command)
+        except ValueError as error:
+            raise ValueError(f"task.command: {error} in {shown(self.command)}") from None
+        if not words:
+            raise ValueError('task.command is empty: it must be like "python my_agent.py"')
 
 
 @dataclass(slots=True, kw_only=True)

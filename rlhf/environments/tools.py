@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.environment import ClassEpisode, Site, as_tool_messages
 from rlhf.environments.hosts import Outcome
+from rlhf.models.stop_tokens import stop_ids
 from rlhf.models.tool_calls import Parsed
 from rlhf.types import GARBAGE, RAISED, Completion, Prompt, Said, Then
 
@@ -29,7 +30,9 @@ class ToolEpisode(ClassEpisode):
     def hear(self, answer: Completion, text: str, then: Then) -> None:
         """Make the calls of the answer, one after the other."""
         assert self._format is not None, "it has tools"
-        said = self.site.tokenizer.batch_decode([answer.ids.tolist()[:-1]], skip_special_tokens=False)[0]
+        ids = answer.ids.tolist()
+        ids = ids[:-1] if ids[-1] in stop_ids(self.site.tokenizer) else ids  # else a stop text has ended it
+        said = self.site.tokenizer.batch_decode([ids], skip_special_tokens=False)[0]
         parsed = self._format.parse(said, self.site.schemas)
         if not parsed.message.get("tool_calls") and not parsed.errors:
             self.end(then)

@@ -291,6 +291,12 @@ def _rollouts(prompts: list[Prompt], rows: Sequence[Row], seeds: list[int], n: i
     )
 
 
-def conversing(client: RolloutClient, environment: Environment | None) -> RolloutClient | Episodes:
-    """The client itself where answers are not replied to, else conversations through it."""
-    return client if environment is None else Episodes(client, environment)
+def conversing(client: RolloutClient, environment: Environment | None) -> Any:
+    """The client itself where answers are not replied to, else conversations through it, or what its environment has.
+
+    A sampler, also with a seed of its own for each prompt (`sample_seeded`).
+    """
+    if environment is None:
+        return client
+    own = getattr(environment, "sampler", None)
+    return Episodes(client, environment) if own is None else own(client)

@@ -28,6 +28,8 @@ class Asked:
     n: int
     temperature: float
     measured: Sequence[int] | None  # which of the answers have log-probs; None: all
+    most: int | None = None  # tokens of an answer; None: rollout.max_new_tokens
+    stop: Sequence[str] = ()  # texts that end an answer, beside those of rollout.stop
 
 
 Answered = Callable[[list[Completion] | BaseException], None]
@@ -65,7 +67,10 @@ class Requests:
     def _ask(self, sender: Sender, asked: Asked, answered: Answered) -> None:
         try:
             with self._client.turn_at(sender):
-                told: list[Completion] | BaseException = self._client.of(sender).complete(
+                client = self._client.of(sender)
+                if asked.most is not None or asked.stop:
+                    client = client.ending(asked.most, asked.stop)
+                told: list[Completion] | BaseException = client.complete(
                     asked.prompts, asked.seeds, asked.n, asked.temperature, asked.measured, asked.firsts
                 )
         except BaseException as error:  # the thread of the step raises it, or has the worker brought back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf.config import (
     AdamWConfig,
+    AgentTaskConfig,
     ArithmeticTaskConfig,
     ConsoleLoggerConfig,
     EnvironmentTaskConfig,
@@ -48,6 +49,7 @@ PARTS = (
     Part("task", "hf", HfTaskConfig, f"{TASKS}.files:hf_task"),
     Part("task", "given", GivenTaskConfig, f"{TASKS}.given:given_task"),
     Part("task", "environment", EnvironmentTaskConfig, f"{TASKS}.staged:environment_task"),
+    Part("task", "agent", AgentTaskConfig, "rlhf.agents.task:agent_task"),
     Part("task", "reasoning_gym", ReasoningGymTaskConfig, f"{TASKS}.reasoning_gym:reasoning_gym_task"),
     Part("reward", "verifier", VerifierRewardConfig, f"{REWARDS}:verifier", f"{REWARDS}:check_verifier"),
     Part("reward", "math", MathRewardConfig, f"{REWARDS}:mathematics"),  # preflight/before_torch.py tries it

@@ -64,7 +64,7 @@ class Wanted:
 
     all_logprobs: bool = True
     vocabulary: int | None = None
-    positions: int | None = None  # of prompt and answer together, where that is known
+    context: int | None = None  # positions of prompt and answer together, where that is known
 
 
 def wanted_of(config: RunConfig | EvaluationConfig, policy: Any) -> Wanted:
@@ -131,6 +131,16 @@ class RolloutClient:
         other._senders, other._recover, other._recoveries = [sender], lambda _: False, Counter()
         return other
 
+    def ending(self, most: int | None, stop: Sequence[str]) -> RolloutClient:
+        """As this one, for answers of at most so many tokens (None: as many as ever), which end with these texts, too.
+
+        Those are sampled whole, and cut.
+        """
+        other = copy.copy(self)
+        most = self._config.max_new_tokens if most is None else min(most, self._config.max_new_tokens)
+        other._config = replace(self._config, max_new_tokens=most, stop=[*self._config.stop, *stop])
+        return other
+
     def cut(self, cut: Cut) -> RolloutClient:
         """As this one, for samples of which some tokens are cut off."""
         other = copy.copy(self)
@@ -143,6 +153,21 @@ class RolloutClient:
         return self._config.continuous
 
     @property
+    def wanted(self) -> Wanted:
+        """What its workers' answers have."""
+        return self._wanted
+
+    @property
+    def config(self) -> RolloutConfig:
+        """How it samples."""
+        return self._config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's."""
+        return self._tokenizer
+
+    @property
     def all_logprobs(self) -> bool:
         """Whether the log-probs of all rows are wanted."""
         return self._wanted.all_logprobs
@@ -150,7 +175,7 @@ class RolloutClient:
     @property
     def longest_prompt(self) -> int | None:
         """Tokens of a prompt that leave room for an answer; None where that is not known."""
-        positions = self._wanted.positions
+        positions = self._wanted.context
         return None if positions is None else positions - self._config.max_new_tokens
 
     def turn_at(self, sender: Sender) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.config.task import EnvironmentTaskConfig
 from rlhf.environments.factory import Factory
 from rlhf.tasks.chat import Message
+from rlhf.types import Environment, Tokenizer
 
 Answer = str | Message  # a text, or an assistant's message with more than that, which the chat template renders
 Gold = Callable[[Mapping[str, Any], str], float | None]  # (a row's columns, an answer) -> score in [0, 1]
@@ -94,6 +95,7 @@ class RawTask:
     replies: Replies | None = None  # None: one answer a prompt
     notes: Sequence[str] = ()  # what a user should know of the data, a line each
     stage: Stage | None = None  # an environment of a user's class
+    surroundings: Callable[[Tokenizer], Environment] | None = None  # another environment
     longest_prompt: int | None = None  # tokens: rows with a longer one are left out
     template: Mapping[str, Any] = field(
         default_factory=dict
@@ -125,10 +127,12 @@ class RawTask:
 
     def tags(self) -> list[str]:
         """What messages are marked with, sorted: roles, and keys of messages and of what their template is given."""
-        tools = ("tools", "tool_calls", "tool") if self.stage is not None and not self.stage.factory.plays else ()
+        calls = self.surroundings is not None or (self.stage is not None and not self.stage.factory.plays)
+        tools = ("tools", "tool_calls", "tool") if calls else ()
         return sorted({tag for row in self._rows for tag in row.tags()}.union(tools))
 
     def characters(self) -> list[str]:
         """Every character of the task's texts, sorted."""
-        said = self.replies.characters if self.replies is not None else "" if self.stage is None else string.printable
+        any_text = self.stage is not None or self.surroundings is not None
+        said = self.replies.characters if self.replies is not None else string.printable if any_text else ""
         return sorted(set(said).union(*(text for row in self._rows for text in row.texts())))

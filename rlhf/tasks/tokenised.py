@@ -125,6 +125,8 @@ def _environment(raw: RawTask, tokenizer: Tokenizer) -> Environment | None:
     """What answers the policy, if anything does."""
     if raw.stage is not None:
         return environment_of(raw.stage.config, raw.stage.factory, tokenizer, raw.conversational)
+    if raw.surroundings is not None:
+        return raw.surroundings(tokenizer)
     return None if raw.replies is None else TokenisedReplies(raw.replies, tokenizer)
 
 

@@ -24,6 +24,9 @@ class FakeClient:
     def of(self, sender):
         return self
 
+    def ending(self, most, stop):
+        return self
+
     def turn_at(self, sender):
         return nullcontext()
 

@@ -7,13 +7,14 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlhf.rollout.turns import Conversations
 
 from rlhf.config import HfRolloutConfig
+from rlhf.episodes.loop import Episodes
 from rlhf.rollout.client import RolloutClient, Wanted
 from rlhf.rollout.stop_texts import completing_tokens, cut_at
 from rlhf.rollout.worker import Worker
 from rlhf.run import run
+from rlhf.tasks.tokenised import RepliesEpisode
 from rlhf.types import Completion, Prompt
 from transfer import make_transfer
 from transfer.config import LocalConfig
@@ -141,7 +142,10 @@ def test_rows_are_those_without_stop_texts_up_to_the_first(served, tokenizer, st
 
 def test_in_a_conversation_a_reply_follows_the_stop_text(served):
     class Listener:
-        turns, longest_reply = 3, 2
+        turns, longest_reply, concurrency, budget, timeout_s, opens = 3, 2, 65536, None, None, False
+
+        def episode(self, prompt):
+            return RepliesEpisode(self, prompt)
 
         def reply(self, prompt, answers):
             return "yes" if answers[-1].endswith("c") else None
@@ -149,7 +153,7 @@ def test_in_a_conversation_a_reply_follows_the_stop_text(served):
         def encode(self, reply):
             return [7, 8]
 
-    rollouts = Conversations(served("c"), Listener()).sample(PROMPTS, n=8, temperature=1.0, seed=2)
+    rollouts = Episodes(served("c"), Listener()).sample(PROMPTS, n=8, temperature=1.0, seed=2)
     assert {1, 2, 3} == {len(said) // 2 + 1 for said in rollouts.conversations}
     for row, said in zip(rollouts.completions, rollouts.conversations, strict=True):
         ids = row.ids.tolist()

@@ -122,7 +122,7 @@ class Verb:
         if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
             await _send(send, 411, _error(411, "send the body with a Content-Length, not in chunks"), [CLOSE])
             return
-        body = await _body(receive, self._limit) if scope["method"] == "POST" else bytearray()
+        body = await read_body(receive, self._limit) if scope["method"] == "POST" else bytearray()
         if body is not None:
             loop = asyncio.get_running_loop()
             status, said = await loop.run_in_executor(self._pool, self._answer, body, scope["query_string"])
@@ -134,7 +134,7 @@ def answer(
 ) -> tuple[int, bytes]:
     """The status and the JSON, or bytes, of a worker's answer to a body of at most `limit` bytes; never raises."""
     try:
-        message = _shallow(wire.loads(body, limit))  # 413 if over the limit
+        message = shallow(wire.loads(body, limit))  # 413 if over the limit
         if query:
             _add_query(message, query, known)
         return 200, _encoded(call(message))
@@ -145,7 +145,7 @@ def answer(
         return 500, _error(500, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-async def _body(receive: Receive, limit: int) -> bytearray | None:
+async def read_body(receive: Receive, limit: int) -> bytearray | None:
     """The body, read no further than one chunk beyond the limit; None if the client is gone."""
     body = bytearray()
     more = True
@@ -158,7 +158,7 @@ async def _body(receive: Receive, limit: int) -> bytearray | None:
     return body
 
 
-def _shallow(message: dict[str, Any]) -> dict[str, Any]:
+def shallow(message: dict[str, Any]) -> dict[str, Any]:
     """The message; Refused 422 if it is nested too deeply."""
     level: list[Any] = [message]
     for _ in range(MAX_DEPTH):

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import uvicorn
 
+    from transfer.worker.app import AtOnce
+    from transfer.worker.bearer import Bearer
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BACKLOG = 4096  # connections that wait in the kernel; it takes net.core.somaxconn at most
 OF_PARENT = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)  # which a worker leaves to it; SIGUSR1 asks for stacks
@@ -78,19 +81,25 @@ def _is_loopback(host: str) -> bool:
 
 
 def _server(worker: Any, token: str) -> uvicorn.Server:
-    import uvicorn
-
     from transfer.worker.app import AtOnce, make_app
     from transfer.worker.bearer import Bearer
+
+    return http_server(make_app(worker, token), Bearer(token), AtOnce(worker, token))
+
+
+def http_server(app: Any, bearer: Bearer, at_once: AtOnce | None = None) -> uvicorn.Server:
+    """A bounded server of an ASGI app, in which who does not pass `bearer` is a stranger."""
+    import uvicorn
+
     from transfer.worker.bounded_http import BoundedHttp
     from transfer.worker.door import Door, Server
 
     class Http(BoundedHttp):
-        door = Door(Bearer(token))
-        short_way = AtOnce(worker, token)
+        door = Door(bearer)
+        short_way = at_once
 
     config = uvicorn.Config(
-        make_app(worker, token),
+        app,
         loop="asyncio",
         http=Http,
         ws="none",
