@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 FINISHED = "stop"  # finish reasons, vLLM's words: the policy sampled an end-of-sequence token, or a stop text,
 TRUNCATED = "length"  # or max_new_tokens cut the row, which then has no end-of-sequence token
 
-MAX_EPISODES = 65536  # at once: as many as a message may have rows
 TIMED_OUT, RAISED, DIED, GARBAGE = "timed_out", "raised", "died", "garbage"  # what may befall an environment
 
 IDS, LOGPROBS, VERSIONS, SAMPLED = "i", "f", "Q", "b"  # type codes of columns: int32, float32, uint64, int8
@@ -194,8 +194,8 @@ class Environment(Protocol):
         """Tokens that it says after an answer, at most."""
 
     @property
-    def concurrency(self) -> int:
-        """Episodes at once, at most."""
+    def places(self) -> Semaphore | None:
+        """One is taken by each episode that runs, whoever else samples at the time; None: there is room for all."""
 
     @property
     def budget(self) -> int | None:

@@ -29,9 +29,9 @@ class AgentEnvironment:
         """Nothing is held between two steps."""
 
     @property
-    def concurrency(self) -> int:
-        """Processes at once, at most."""
-        return self.config.concurrency
+    def places(self) -> None:
+        """Processes at once are those of `config.concurrency` (loop.py)."""
+        return None
 
     @property
     def timeout_s(self) -> float | None:

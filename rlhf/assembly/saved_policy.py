@@ -17,6 +17,7 @@ from rlhf.episodes.loop import conversing
 from rlhf.held_out import measure, temperature_of
 from rlhf.models.policy import make_policy
 from rlhf.models.tokenizer import make_tokenizer
+from rlhf.monitor.metrics import of_episodes
 from rlhf.preflight.agreement import check_engine
 from rlhf.preflight.before_torch import Seen, look
 from rlhf.preflight.lengths import check_lengths
@@ -72,14 +73,21 @@ def evaluate_policy(config: EvaluationConfig, folder: Path, seen: Seen | None = 
 
 
 def scored(task: Task, sampler: Sampler, config: EvaluationConfig) -> dict[str, float]:
-    """What is measured of the held-out prompts that have gold scores, by the names of `evaluation.json`."""
+    """What is measured of the held-out prompts that have gold scores, by the names of `evaluation.json`.
+
+    RunError if environments have failed so often that there is nothing to measure.
+    """
     prompts = [prompt for prompt in task.held_out if task.score(prompt, "") is not None]
     measured, sampled = measure(task, prompts, sampler, config)
+    if measured.get("greedy_accuracy") is None or measured.get("gold") is None:
+        why = next((f": environment {told.failed}: {told.why}" for told in sampled.episodes if told.failed), "")
+        raise RunError(f"there is no score of any answer{why}")
     gold = {"greedy_accuracy": measured["greedy_accuracy"], "sampled_gold": measured["gold"]}
     passed = {f"pass@{k}": measured[f"pass_at_{k}"] for k in sorted(set(config.evaluate.k))}
     rows = len(sampled.completions)
     cut = sum(row.finish_reason == TRUNCATED for row in sampled.completions) / rows
-    return gold | passed | {"truncated": cut, "tokens_per_answer": sampled.tokens / rows, "prompts": len(prompts)}
+    of_rows = {"truncated": cut, "tokens_per_answer": sampled.tokens / rows, "prompts": len(prompts)}
+    return gold | passed | of_rows | of_episodes(sampled.episodes)
 
 
 def _about(config: EvaluationConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Semaphore
 from typing import Any
 
 from rlhf.config.task import EnvironmentTaskConfig
@@ -168,6 +169,7 @@ class ClassEnvironment:
     def __init__(self, site: Site, episode: type[ClassEpisode], longest_reply: int) -> None:
         self._site, self._episode = site, episode
         self.longest_reply = longest_reply
+        self.places = Semaphore(site.config.concurrency)
         self.opens = site.factory.has("reset")
         self.scores = site.factory.plays or site.factory.has("get_reward")
 
@@ -182,11 +184,6 @@ class ClassEnvironment:
     def turns(self) -> int:
         """task.turns."""
         return self._site.config.turns
-
-    @property
-    def concurrency(self) -> int:
-        """task.concurrency."""
-        return self._site.config.concurrency
 
     @property
     def budget(self) -> int | None:

@@ -232,6 +232,9 @@ class Hosts:
         with self._guard:
             seat.process.rows -= 1
             seat.process.stuck |= seat.waits
+            if seat.process.stuck and seat.process in self._processes:
+                self._processes.remove(seat.process)
+                self._leaving.append(seat.process)
             gone = seat.process in self._leaving
         if not seat.waits:
             seat.process.ask(seat.row, "drop", "", {}, _nothing)

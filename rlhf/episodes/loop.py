@@ -1,6 +1,6 @@
 """All rows of a step, each with an episode of its own: whoever is ready is answered, and nobody waits for another.
 
-    waits      for a place among `concurrency` episodes
+    waits      for a place among the episodes that run at once
     begins     its environment is asked for what it says first
     ready      its next answer can be sampled
     asked      a worker samples it
@@ -33,6 +33,7 @@ from transfer.agreement.wire import RemoteError
 
 SAMPLES = 65536  # more than there are samples a prompt: apart from each other are the seeds of turns
 LOOK_S = 1.0  # until the step looks again: signals get through
+PLACE_S = 0.05  # until it looks for a place that another step has given back
 
 
 class Episodes:
@@ -101,20 +102,23 @@ class _Step:
         while True:
             self._begin()
             self._ask()
-            if not self.open:
+            if not self.open and not self.waiting:
                 return
             for event in self._events():
                 event()
 
     def close(self) -> None:
         """Ask no environment any more."""
-        for row in self.rows:
+        begun = self.rows[: len(self.rows) - len(self.waiting)]
+        for row in begun:
             if not row.over:
                 row.episode.close()
+                self._give_place_back()
 
     def _begin(self) -> None:
         """Give rows that wait a place, while there is one."""
-        while self.waiting and self.open < self.environment.concurrency:
+        places = self.environment.places
+        while self.waiting and (places is None or places.acquire(blocking=False)):
             row = self.waiting.pop()
             self.open += 1
             if self.environment.opens:
@@ -125,7 +129,7 @@ class _Step:
 
     def _events(self) -> Iterator[Callable[[], None]]:
         """What has come, or nothing for a while; then rows whose environments are late have failed."""
-        wait = LOOK_S
+        wait = PLACE_S if self.waiting else LOOK_S
         due = [row.deadline for row in self.rows if row.deadline is not None]
         if due:
             wait = max(0.0, min(wait, min(due) - time.monotonic()))
@@ -174,13 +178,26 @@ class _Step:
             row.note(said)
             self._call(row, row.episode.end)
             return
-        row.hear(said)
-        self.ready.append(row)
+        most, tokens = self.client.longest_prompt, row.tokens_with(said)
+        if most is None or tokens <= most:
+            row.hear(said)
+            self.ready.append(row)
+        elif row.answers:
+            row.note(said)
+            self._call(row, row.episode.end)
+        else:
+            why = f"a prompt of {tokens} tokens leaves no room for an answer: it may have {most} at most"
+            self._over(row, Said(failed=GARBAGE, why=why))
 
     def _over(self, row: Row, said: Said) -> None:
         row.end(said)
         row.episode.close()
         self.open -= 1
+        self._give_place_back()
+
+    def _give_place_back(self) -> None:
+        if self.environment.places is not None:
+            self.environment.places.release()
 
     # --- workers ------------------------------------------------------------------------------------------------------
 

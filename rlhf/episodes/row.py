@@ -48,6 +48,11 @@ class Row:
         """The prompt of its next answer."""
         return [*(self.prompt.ids if self.own is None else self.own), *self.ids]
 
+    def tokens_with(self, said: Said) -> int:
+        """Of the prompt of its next answer, once it has heard that."""
+        own = said.prompt or self.own or self.prompt.ids
+        return len(own) + len(self.ids) + len(said.ids or ())
+
     def say(self, answer: Completion, text: str) -> None:
         """The policy's turn."""
         if not self.answers:

@@ -64,13 +64,15 @@ class Wanted:
 
     all_logprobs: bool = True
     vocabulary: int | None = None
-    context: int | None = None  # positions of the model
+    context: int | None = None  # positions of prompt and answer together, where that is known
 
 
 def wanted_of(config: RunConfig | EvaluationConfig, policy: Any) -> Wanted:
     """What a run wants of its workers' answers."""
     shape = policy.config.get_text_config()
-    return Wanted(all_logprobs(config), shape.vocab_size, getattr(shape, "max_position_embeddings", None))
+    of_engine = getattr(config.rollout, "engine_args", {}).get("max_model_len")
+    positions = [each for each in (getattr(shape, "max_position_embeddings", None), of_engine) if isinstance(each, int)]
+    return Wanted(all_logprobs(config), shape.vocab_size, min(positions, default=None))
 
 
 class RolloutClient:
@@ -169,6 +171,12 @@ class RolloutClient:
     def all_logprobs(self) -> bool:
         """Whether the log-probs of all rows are wanted."""
         return self._wanted.all_logprobs
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens of a prompt that leave room for an answer; None where that is not known."""
+        positions = self._wanted.context
+        return None if positions is None else positions - self._config.max_new_tokens
 
     def turn_at(self, sender: Sender) -> AbstractContextManager[object]:
         """Hold while the worker is asked, so that it computes one batch at a time, whoever asks."""

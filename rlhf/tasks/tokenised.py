@@ -14,7 +14,7 @@ from rlhf.models.encoding import beginning, begun
 from rlhf.tasks.chat import Chat, Message, dated
 from rlhf.tasks.json_lines import counted, report
 from rlhf.tasks.raw import Answer, Gold, RawTask, Replies, Row
-from rlhf.types import MAX_EPISODES, TIMED_OUT, Completion, Environment, Pair, Prompt, Said, Task, Then, Tokenizer
+from rlhf.types import TIMED_OUT, Completion, Environment, Pair, Prompt, Said, Task, Then, Tokenizer
 from transfer.agreement.shown import shown
 
 
@@ -41,7 +41,7 @@ class TokenisedReplies:
 
     replies: Replies
     tokenizer: Tokenizer
-    concurrency: int = MAX_EPISODES
+    places: None = None
     budget: int | None = None
     timeout_s: float | None = None
     scores: bool = False

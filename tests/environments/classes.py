@@ -129,6 +129,30 @@ class Tools:
         return "fine"
 
 
+class Speaker:
+    """Says much at reset, if it is to, and a little after each action."""
+
+    def reset(self, does):
+        return "go" * (50 if does == "long" else 1)
+
+    def step(self, action):
+        return "go", 1.0, False
+
+
+class Crowd:
+    """Tells how many take a step at the same time."""
+
+    there = 0
+
+    def reset(self, **row): ...
+    async def step(self, action):
+        Crowd.there += 1
+        seen = Crowd.there
+        await asyncio.sleep(0.05)
+        Crowd.there -= 1
+        return "", float(seen), True
+
+
 class Still:
     def reset(self, **row): ...
     def step(self): ...

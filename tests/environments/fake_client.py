@@ -14,7 +14,7 @@ END = 1
 class FakeClient:
     """A client of `workers`; `says(prompt)` gives the ids of an answer, whose end is put behind them."""
 
-    all_logprobs, ends = True, (END,)
+    all_logprobs, ends, longest_prompt = True, (END,), None
 
     def __init__(self, tokenizer, says, continuous=True, workers=1, seconds=0.0):
         self._tokenizer, self._says, self.continuous, self._seconds = tokenizer, says, continuous, seconds

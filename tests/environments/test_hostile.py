@@ -1,6 +1,7 @@
 """What a user's class, its rows, or a worker may do to the rows beside it."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_client import FakeClient
@@ -54,6 +55,33 @@ def test_rows_of_one_request_that_all_fail_are_failed_rows_and_no_end(tokenizer)
         assert [told.failed for told in rollouts.episodes] == ["raised"] * 2 and not rollouts.tokens
         with pytest.raises(RunError, match="first answer: raised"):
             episodes.sample([prompt], n=2, temperature=1.0, seed=1)
+
+
+def test_a_prompt_that_reset_makes_too_long_is_the_failure_of_that_row_and_a_reply_the_end(tokenizer):  # noqa: F811
+    prompts = [Prompt("g?", tuple(tokenizer.encode("g?")), {"does": each}) for each in ("long", "short")]
+    with environment(tokenizer, "Speaker") as played:
+        client = FakeClient(tokenizer, lambda prompt: tokenizer.encode("a"))
+        client.longest_prompt = 12
+        long, short = Episodes(client, played).sample(prompts, n=1, temperature=1.0, seed=1).episodes
+    assert long.failed == "garbage" and "leaves no room" in long.why
+    assert not short.failed and len(short.said) > 1 and short.score == (len(short.said) + 1) / 2
+
+
+def test_episodes_at_once_are_those_of_all_who_sample_at_the_time(tokenizer):  # noqa: F811
+    prompts = [Prompt("g?", tuple(tokenizer.encode("g?"))) for _ in range(4)]
+    with environment(tokenizer, "Crowd", concurrency=1) as played, ThreadPoolExecutor(3) as pool:
+        episodes = Episodes(FakeClient(tokenizer, lambda prompt: tokenizer.encode("a")), played)
+        drawn = [pool.submit(episodes.sample, prompts, n=1, temperature=1.0, seed=seed) for seed in range(3)]
+        assert {told.score for each in drawn for told in each.result(60).episodes} == {1.0}
+        assert played.places.acquire(blocking=False), "all are given back"
+
+
+def test_a_process_in_which_something_hangs_is_killed_once_its_rows_are_over(tokenizer):  # noqa: F811
+    prompts = [Prompt("g?", tuple(tokenizer.encode("g?")), {"does": each}) for each in ("hang", "nothing")]
+    with environment(tokenizer, "Mischief", timeout_s=1.0) as played:
+        client = FakeClient(tokenizer, lambda prompt: tokenizer.encode("a"))
+        rollouts = Episodes(client, played).sample(prompts, n=1, temperature=1.0, seed=1)
+        assert rollouts.episodes[0].failed == "timed_out" and not environments_left()
 
 
 class Dying(FakeClient):

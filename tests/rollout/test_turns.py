@@ -25,7 +25,7 @@ EOS = 1
 class Listener:
     """Says "yes" (7, 8) after most answers, by their first letter; else it is over, as after `turns` answers."""
 
-    longest_reply, concurrency, budget, timeout_s, opens = 2, 65536, None, None, False
+    longest_reply, places, budget, timeout_s, opens = 2, None, None, None, False
 
     def __init__(self, turns=3):
         self.turns, self.heard = turns, []
