@@ -146,7 +146,7 @@ def test_during_a_run_held_out_prompts_have_pass_at_k_and_the_first_sample_is_th
 @pytest.mark.parametrize(
     ("arguments", "code", "screen"),
     [
-        ("--help", 0, "task             arithmetic environment given guess hf jsonl reasoning_gym reverse sort"),
+        ("--help", 0, "task             agent arithmetic environment given guess hf jsonl reasoning_gym reverse sort"),
         ("--help task=nothing", 1, "Could not find 'task/nothing'"),
         ("--cfg job", 0, "samples: 16"),
         ("", 1, "model.path has no value: add model.path=..."),

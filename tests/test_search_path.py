@@ -76,7 +76,10 @@ def run(mine):
 def test_help_lists_and_composes_choices_of_one_s_own(mine, capsys, told):
     print_help(told)
     said = capsys.readouterr().out
-    assert "task             arithmetic environment given guess hf jsonl own reasoning_gym" in said and " mine " in said
+    assert (
+        "task             agent arithmetic environment given guess hf jsonl own reasoning_gym" in said
+        and " mine " in said
+    )
     assert "letters: 4" in said and "\nsteps: 2\n" in said
 
 

@@ -28,9 +28,13 @@ class Dialogue:
     given: Mapping[str, Any] = field(default_factory=dict)
     _tail: str | None = None
 
-    def after(self, said: Sequence[Message], called: bool = False) -> list[int]:
-        """The ids that follow those of an answer, its end included, until the next is asked; `called`: it has calls."""
-        return self.tokenizer.encode(self._end() + self._difference(said, called), add_special_tokens=False)
+    def after(self, said: Sequence[Message], called: bool = False, ended: bool = True) -> list[int]:
+        """The ids that follow those of an answer, its end included, until the next is asked; `called`: it has calls.
+
+        An answer that a stop text has ended, and no stop id, is not `ended`: its end is among the ids.
+        """
+        end = self._end() if ended else behind_an_answer(self.tokenizer)
+        return self.tokenizer.encode(end + self._difference(said, called), add_special_tokens=False)
 
     def asked(self, messages: Sequence[Message]) -> str:
         """The text with which these messages are asked."""

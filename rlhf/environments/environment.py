@@ -15,6 +15,7 @@ from rlhf.environments.dialogue import Dialogue, Message
 from rlhf.environments.factory import Factory
 from rlhf.environments.hosts import Hosts, Outcome, Seat
 from rlhf.models.encoding import beginning, begun
+from rlhf.models.stop_tokens import stop_ids
 from rlhf.models.tool_calls import ToolFormat
 from rlhf.types import DIED, GARBAGE, Completion, Prompt, Said, Then, Tokenizer
 
@@ -36,12 +37,17 @@ class Site:
         named = self.config.factory, tuple(self.config.tools)
         self.hosts = Hosts(named, self.config.processes, self.config.concurrency)
 
-    def said(self, text: str, prompt: Prompt) -> list[int]:
-        """The ids of a text that is said to the policy: as a user's message, where the prompt has messages."""
+    def said(self, text: str, prompt: Prompt, answer: Completion) -> list[int]:
+        """The ids of a text that is said to an answer: as a user's message, where the prompt has messages."""
         text = self.cut(text)
         if not prompt.messages:
             return self.tokenizer.encode(text, add_special_tokens=False)
-        return Dialogue(self.tokenizer, prompt.given).after([{"role": "user", "content": text}])
+        said = [{"role": "user", "content": text}]
+        return Dialogue(self.tokenizer, prompt.given).after(said, ended=self.ended(answer))
+
+    def ended(self, answer: Completion) -> bool:
+        """Whether a stop id has ended it, and no stop text."""
+        return answer.ids[-1] in stop_ids(self.tokenizer)
 
     def cut(self, text: str, parts: int = 1) -> str:
         """The text, or so much of it as has a share of `task.reply_tokens` tokens."""

@@ -29,9 +29,9 @@ class PlayedEpisode(ClassEpisode):
 
     def hear(self, answer: Completion, text: str, then: Then) -> None:
         """Take a step."""
-        self.call("step", {str(self.site.factory.action): text}, then, self._stepped(then))
+        self.call("step", {str(self.site.factory.action): text}, then, self._stepped(answer, then))
 
-    def _stepped(self, then: Then) -> Any:
+    def _stepped(self, answer: Completion, then: Then) -> Any:
         def heard(value: Any) -> None:
             match value:
                 case [observation, reward, bool() as done]:
@@ -57,6 +57,6 @@ class PlayedEpisode(ClassEpisode):
                 then(Said(failed=GARBAGE, why=f"{FORM}: its observation is no text (got {observation!r:.200})"))
                 return
             said = [{"role": "user", "content": observation}]
-            then(Said(self.site.said(observation, self.prompt), observation, messages=said))
+            then(Said(self.site.said(observation, self.prompt, answer), observation, messages=said))
 
         return heard

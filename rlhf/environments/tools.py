@@ -12,7 +12,6 @@ from typing import Any
 from rlhf.environments.dialogue import Dialogue
 from rlhf.environments.environment import ClassEpisode, Site, as_tool_messages
 from rlhf.environments.hosts import Outcome
-from rlhf.models.stop_tokens import stop_ids
 from rlhf.models.tool_calls import Parsed
 from rlhf.types import GARBAGE, RAISED, Completion, Prompt, Said, Then
 
@@ -26,12 +25,13 @@ class ToolEpisode(ClassEpisode):
     def __init__(self, site: Site, prompt: Prompt) -> None:
         super().__init__(site, prompt)
         self._format = site.tool_format
+        self._ended = True  # the last answer, by a stop id
 
     def hear(self, answer: Completion, text: str, then: Then) -> None:
         """Make the calls of the answer, one after the other."""
         assert self._format is not None, "it has tools"
-        ids = answer.ids.tolist()
-        ids = ids[:-1] if ids[-1] in stop_ids(self.site.tokenizer) else ids  # else a stop text has ended it
+        ids, self._ended = answer.ids.tolist(), self.site.ended(answer)
+        ids = ids[:-1] if self._ended else ids
         said = self.site.tokenizer.batch_decode([ids], skip_special_tokens=False)[0]
         parsed = self._format.parse(said, self.site.schemas)
         if not parsed.message.get("tool_calls") and not parsed.errors:
@@ -45,7 +45,7 @@ class ToolEpisode(ClassEpisode):
         """What is said to the policy."""
         parts = len(contents)
         messages = as_tool_messages(names, [self.site.cut(content, parts) for content in contents])
-        ids = Dialogue(self.site.tokenizer, self.prompt.given).after(messages, called=True)
+        ids = Dialogue(self.site.tokenizer, self.prompt.given).after(messages, called=True, ended=self._ended)
         text = "\n".join(message["content"] for message in messages)
         return Said(ids, text, counts=counts, answer=answer, messages=messages)
 

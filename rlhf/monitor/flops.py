@@ -233,8 +233,10 @@ class Meter:
     def of_step(self, rollouts: Rollouts, seconds: float) -> float:
         """The same of samples that were learned from."""
         rows = [
-            Row(len(prompt.ids), len(completion.ids))
+            Row(len(prompt.ids if completion.prompt is None else completion.prompt), len(completion.ids))
             for prompt, completion in zip(rollouts.prompts_B, rollouts.completions, strict=True)
         ]
+        earlier = [each for completion in rollouts.completions for each in completion.earlier]
+        rows += [Row(len(each.prompt or ()), len(each.ids)) for each in earlier]
         first = len(rollouts.prompts) // self.updates * rollouts.samples_per_prompt
         return self.mfu(rows, seconds, rows[first:] if self.updates > 1 else ())

@@ -1,6 +1,8 @@
 """Episodes with tools: calls are made, errors are answered, and tokens are those of the chat template."""
 
 import json
+import queue
+from array import array
 
 import pytest
 from chat_models import CHATML, tokenizer_with
@@ -14,7 +16,7 @@ from rlhf.episodes.loop import Episodes
 from rlhf.rewards.calling import Form
 from rlhf.rewards.samples import Samples
 from rlhf.tasks import make_task, read_task
-from rlhf.types import gold_scores
+from rlhf.types import Completion, gold_scores
 
 CLASSES = "tests.environments.classes"
 USER = {"role": "user", "content": "hello"}
@@ -127,6 +129,21 @@ def test_a_reward_function_is_given_the_whole_conversation(tokenizer, tmp_path):
     form = Form.of(lambda completions, **columns: reward(completions, **columns))
     given, named = form.arguments(Samples.of(rollouts))
     assert reward(*given, **named) == [0.25]
+
+
+def test_an_answer_that_a_stop_text_has_ended_is_ended_by_the_template(tokenizer, tmp_path):
+    task = task_of(tokenizer, tmp_path, tools=[f"{CLASSES}:add"])
+    prompt, answered = task.train[0], []
+    calls = tokenizer.encode(call("add", left=3, right=4), add_special_tokens=False)
+    for ids in ([*calls, tokenizer.stop_ids[0]], calls):
+        with task.environment as environment:
+            episode, heard = environment.episode(prompt), queue.SimpleQueue()
+            row = Completion(array("i", ids), None, array("Q", [1] * len(ids)), "stop")
+            episode.hear(row, "", heard.put)
+            answered.append(text_of(tokenizer, heard.get(timeout=30).ids))
+            episode.close()
+    by_id, by_text = answered
+    assert by_id.startswith("\n<|im_start|>user") and by_text == "<|im_end|>" + by_id and "7" in by_id
 
 
 def test_functions_are_tools_of_rows_without_a_class(tokenizer, tmp_path):
