@@ -142,7 +142,7 @@ def test_rows_are_those_without_stop_texts_up_to_the_first(served, tokenizer, st
 
 def test_in_a_conversation_a_reply_follows_the_stop_text(served):
     class Listener:
-        turns, longest_reply, concurrency, budget, timeout_s, opens = 3, 2, 65536, None, None, False
+        turns, longest_reply, places, budget, timeout_s, opens = 3, 2, None, None, None, False
 
         def episode(self, prompt):
             return RepliesEpisode(self, prompt)
