@@ -461,6 +461,7 @@ def without_torch(tmp_path):
     return {FRESH: "1", "PYTHONPATH": f"{Path(__file__).parent.parent}{os.pathsep}{tmp_path / 'site'}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "save_to_disk"])
 def test_mistakes_in_a_folder_are_answered_without_torch(rlhf_train, tmp_path, without_torch, kind):
     path = splits(tmp_path, kind)

@@ -491,6 +491,7 @@ def test_calls_that_nothing_ends_end_the_run_before_they_are_too_many(mine, monk
         by("another", reward)
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_whatever_hangs_is_killed_and_the_next_call_has_another(mine):
     reward = FunctionReward("apart:holds_the_lock", timeout_s=1.0, process=True)
     try:
@@ -526,6 +527,7 @@ def test_a_process_that_ends_itself_costs_its_samples_and_is_said(mine):
     assert reward.report.error.endswith("its process has ended: it crashed, or wanted too much memory")
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_functions_raise_and_await_as_elsewhere_and_may_use_sigalrm(mine):
     raising, later, alarmed = (
         FunctionReward(f"apart:{name}", process=True) for name in ("refuses", "later", "alarmed")

@@ -161,6 +161,7 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_computed_for_ever_has_no_reward_at_its_deadline_and_leaves_no_process():
     before, hostile = children(), MathReward(MathRewardConfig(timeout_s=1.0))
     prompts, answers = [Prompt("?", (1,), {"answer": "72"})] * 3, ["#### 72", "#### 9**9**9**9", "#### 73"]
@@ -242,6 +243,7 @@ def test_without_the_package_its_name_is_said(rows, monkeypatch):
         check_math(MathRewardConfig(), task(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["math", "verifier"])
 def test_a_run_learns_from_gsm8ks_rows(compose_run, rows, tmp_path, reward):
     overrides = ["experiment=smoke", "model=micro", "steps=1", "sft.steps=1", "logger=jsonl", "transfer=local"]

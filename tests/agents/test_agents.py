@@ -39,6 +39,7 @@ def gone(pid: int, within_s: float = 20.0) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_what_programs_ask_is_rows_with_their_rewards(agents, prompt, tokenizer):
     prompts = [prompt("a", turns=1, worth=0.5), prompt("b", turns=3, worth=1)]
     rollouts = agents(TALKS).sample(prompts, n=2, temperature=0.7, seed=3)

@@ -72,6 +72,7 @@ def test_threads_generators_and_signals_are_afterwards_as_they_were(train, defau
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_objects_give_the_numbers_of_what_a_configuration_names(train, tmp_path, folder_of_a_policy, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     train()
@@ -83,6 +84,7 @@ def test_objects_give_the_numbers_of_what_a_configuration_names(train, tmp_path,
     assert numbers(tmp_path / "named") == numbers(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_a_program_as_if_it_had_never_been_stopped(train, tmp_path, policy, capsys):
     start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     train("steps=3", folder=tmp_path / "whole")
@@ -111,6 +113,7 @@ def test_a_run_goes_on_in_a_program_as_if_it_had_never_been_stopped(train, tmp_p
     assert all(torch.equal(tensor, whole[name]) for name, tensor in policy.state_dict().items())
 
 
+@pytest.mark.slow
 def test_other_rows_are_refused_when_a_run_goes_on_and_its_dials_stay(train, tmp_path, capsys):
     train()
     config = (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
@@ -181,6 +184,7 @@ def test_it_runs_in_another_thread_and_one_at_a_time(train):
     assert repr(outcome[-1]).startswith("run finished, 2 steps")
 
 
+@pytest.mark.slow
 def test_a_call_that_takes_too_long_costs_its_samples(train):
     def slow(prompts, completions, **columns):
         while True:
@@ -230,6 +234,7 @@ def test_a_policy_goes_to_the_gpu_and_its_worker_gets_it_there(train, policy):
         assert torch.equal(torch.cuda.get_rng_state(), states)
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_an_environment_s_episodes(tmp_path, monkeypatch):
     rows = [{"prompt": f"{a}*{b}=", "answer": str(a * b)} for a in range(2, 8) for b in range(2, 8)]
     words = ["experiment=calculator", "steps=1", "task.held_out=4", "sft.steps=1", "logger=[]", "transfer=local"]
@@ -239,6 +244,7 @@ def test_rows_are_those_of_an_environment_s_episodes(tmp_path, monkeypatch):
     assert all(any(each["prompt"] in row["prompt"] for each in rows) for row in result.samples)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_in_the_policy_that_is_given(train, policy):
     pytest.importorskip("peft")
     train("model.lora.rank=2")
@@ -299,6 +305,7 @@ def test_what_a_configuration_asks_of_a_program_is_named(train, words, said):
         train(*words, policy=None, tokenizer=None, rewards=None)
 
 
+@pytest.mark.slow
 def test_a_policy_that_no_worker_can_make_is_refused(policy, train):
     policy.half()
     with pytest.raises(ValueError, match=r"must have all weights in float32 or in bfloat16 \(got float16\)"):
@@ -320,6 +327,7 @@ def test_the_tokenizer_of_the_policy_s_folder_is_taken_where_none_is_given(train
     assert numbers(tmp_path / "other") == numbers(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_pyplot_is_left_to_the_program(train, drawn):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("svg")

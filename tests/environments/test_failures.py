@@ -60,6 +60,7 @@ def check(rollouts, rows):
         assert completion.ids and len(completion.ids) == len(completion.versions)
 
 
+@pytest.mark.slow
 def test_each_way_of_failing_has_a_class_and_the_other_rows_of_its_process_go_on(tokenizer):
     rows = [{"does": does} for does in ["nothing", *(name for name in FAILS if name != "die"), "nothing"]]
     check(play(tokenizer, rows, name="Mischief", timeout_s=4.0), rows)
