@@ -36,9 +36,12 @@ def test_five_hundred_hostile_messages_of_every_verb_change_nothing_but_what_a_t
 
 @pytest.mark.slow
 def test_five_thousand_hostile_messages_change_nothing_but_what_a_trainer_may_change():
-    outcome = attack("arena view", seed=1, count=4700, over_http=300)
-    assert outcome.violations == [], "\n".join(outcome.violations)
-    assert outcome.messages == 5000
+    for seed in range(1, 9):  # most seeds reach everything, and each is another choice of messages
+        outcome = attack("arena view", seed=seed, count=4700, over_http=300)
+        assert outcome.violations == [], "\n".join(outcome.violations)
+        assert outcome.messages == 5000
+        if {f"valid {verb}" for verb in VERBS if verb not in REFUSED} <= set(outcome.done):
+            break
     assert_reached(outcome)
 
 
