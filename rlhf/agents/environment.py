@@ -39,8 +39,8 @@ class AgentEnvironment:
         return self.config.timeout_s
 
     def episode(self, prompt: Prompt) -> Episode:
-        """None: whoever samples asks for `sampler`."""
-        raise NotImplementedError("agents are sampled by their own sampler")
+        """Nobody asks for one: programs are sampled by `sampler`."""
+        raise AssertionError("agents are sampled by their own sampler")
 
     def sampler(self, client: RolloutClient) -> Agents:
         """What starts agents and samples for them."""
